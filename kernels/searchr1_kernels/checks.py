@@ -1,0 +1,69 @@
+"""Argument errors, said the same way everywhere: which argument, what was expected, what came.
+
+Only properties known to the host are checked; nothing here waits for a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+
+def check_shape(name: str, tensor: torch.Tensor, expected: Sequence[int | str]) -> None:
+    """`expected` holds a size, or a letter where any size will do: `("N", 128)`."""
+    shape = tuple(tensor.shape)
+    fits = len(shape) == len(expected) and all(
+        isinstance(want, str) or want == have for want, have in zip(expected, shape, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join(str(size) for size in expected)
+        raise ValueError(f"{name}: expected shape [{wanted}], got {list(shape)}")
+
+
+def check_floating(name: str, tensor: torch.Tensor) -> None:
+    """Any floating type."""
+    if not tensor.is_floating_point():
+        raise ValueError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
+
+
+def check_dtype(name: str, tensor: torch.Tensor, *expected: torch.dtype) -> None:
+    """One of the listed types."""
+    if tensor.dtype not in expected:
+        raise ValueError(f"{name}: expected {' or '.join(str(dtype) for dtype in expected)}, got {tensor.dtype}")
+
+
+def check_device(name: str, tensor: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
+    """Both on one device."""
+    if tensor.device != other.device:
+        raise ValueError(f"{name}: expected the device of {other_name} ({other.device}), got {tensor.device}")
+
+
+def check_positive(name: str, value: float) -> None:
+    """A number above 0, and finite."""
+    if not 0.0 < value < float("inf"):
+        raise ValueError(f"{name}: expected a finite number above 0, got {value}")
+
+
+def check_mask(mask: torch.Tensor | None, like_name: str, like: torch.Tensor) -> None:
+    """None, or bool with one entry per row of `like`."""
+    if mask is not None:
+        check_shape("mask", mask, (like.shape[0],))
+        check_dtype("mask", mask, torch.bool)
+        check_device("mask", mask, like_name, like)
+
+
+def check_cu_seqlens(cu_seqlens: torch.Tensor, total: int) -> None:
+    """Offsets `[S+1]` from 0 to `total`, never falling. The values are read on the CPU only, where it costs nothing."""
+    check_shape("cu_seqlens", cu_seqlens, ("S+1",))
+    check_dtype("cu_seqlens", cu_seqlens, torch.int32, torch.int64)
+    if cu_seqlens.shape[0] == 0:
+        raise ValueError("cu_seqlens: expected at least one offset, got none")
+    if cu_seqlens.device.type != "cpu":
+        return
+    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+    if first != 0 or last != total or bool((cu_seqlens.diff() < 0).any()):
+        raise ValueError(
+            f"cu_seqlens: expected offsets that rise from 0 to {total}, got {first} to {last}"
+            + ("" if first != 0 or last != total else " with a fall between")
+        )

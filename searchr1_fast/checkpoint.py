@@ -1,0 +1,244 @@
+"""Checkpoints: a run can be stopped at any moment and goes on as if it had not been.
+
+    <run>/checkpoints/step_000100/state/    every tensor of model, critic and optimizers (torch.distributed.checkpoint,
+                                            each rank writes its shards), trainer.pt, manifest.json
+                     step_000100/hf/        the policy and its tokenizer as a Hugging Face directory
+                     latest                 link to the newest, replaced last
+
+A checkpoint is written under another name, flushed to the disk, and renamed when complete; so a folder called step_* is
+whole, and the manifest's sizes and checksums prove it again before it is read. Another number of ranks may read it.
+With several nodes the run folder must lie on a file system that they share.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import warnings
+import zlib
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+
+from searchr1_fast.distributed import Ranks
+
+LATEST = "latest"
+MANIFEST = "manifest.json"
+TRAINER = "trainer.pt"
+
+
+def save_checkpoint(
+    root: Path,  # <run>/checkpoints
+    step: int,
+    tensors: dict[str, torch.Tensor],  # whole tensors or DTensors, any shapes
+    trainer_state: dict[str, Any],  # what torch.load(weights_only=True) reads back; rank 0's is kept
+    export: Callable[[Path], None],  # writes the Hugging Face directory; called on rank 0
+    ranks: Ranks,
+    keep: int,
+) -> Path:
+    """Write step_<step>, make it `latest`, delete all but the newest `keep`. Every rank calls this."""
+    final, temporary = root / _name(step), root / f".{_name(step)}.partial"
+    if ranks.is_main:
+        shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed while it wrote
+        (temporary / "state").mkdir(parents=True)
+    rng_states = ranks.gather(_rng_state())  # also the barrier before the first write
+    with warnings.catch_warnings():  # that a single process saves is what we mean
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.save(tensors, checkpoint_id=temporary / "state", no_dist=not dist.is_initialized())
+    if ranks.is_main:
+        torch.save(trainer_state | {"step": step, "rng_states": rng_states}, temporary / "state" / TRAINER)
+        (temporary / "hf").mkdir()
+        export(temporary / "hf")
+    ranks.barrier()
+    files = sorted(path for path in temporary.rglob("*") if path.is_file())
+    checksums = ranks.unshare([_checksum(path) for path in ranks.share(files)])
+    if ranks.is_main:
+        manifest = {
+            str(path.relative_to(temporary)): {"bytes": path.stat().st_size, "crc32": checksum}
+            for path, checksum in zip(files, checksums, strict=True)
+        }
+        (temporary / "state" / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        _flush_tree(temporary)
+        _publish(temporary, final)
+        _point_latest(root, final)
+        _prune(root, step, keep)
+    ranks.barrier()
+    return final
+
+
+def latest_checkpoint(root: Path) -> Path | None:
+    """The newest complete checkpoint, or None where there is none. ValueError where `latest` leads nowhere."""
+    link = root / LATEST
+    if not link.is_symlink():
+        return None
+    path = root / os.readlink(link)
+    if not path.is_dir():
+        raise ValueError(f"{link} names {path.name}, which is gone; point it at one of the step_* folders beside it")
+    return path
+
+
+class Checkpoint:
+    """One checkpoint on disk, verified. `trainer_state` is what was saved; `read` fills tensors in place."""
+
+    def __init__(self, path: Path, ranks: Ranks) -> None:
+        self.path = path
+        self._ranks = ranks
+        self._verify()
+        state: dict[str, Any] = torch.load(path / "state" / TRAINER, map_location="cpu", weights_only=True)
+        self._rng_states: list[dict[str, Any]] = state.pop("rng_states")
+        self.step: int = state.pop("step")
+        self.trainer_state = state
+        metadata = dcp.FileSystemReader(path / "state").read_metadata().state_dict_metadata
+        self._shapes = {key: entry.size for key, entry in metadata.items()}
+        self.keys = frozenset(metadata)
+
+    def read(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Fill every tensor from the checkpoint, bit for bit, and set the random generators. Every rank calls this."""
+        missing, surplus = sorted(tensors.keys() - self.keys), sorted(self.keys - tensors.keys())
+        if missing or surplus:
+            what = f"lacks {missing[0]!r}" if missing else f"also holds {surplus[0]!r}"
+            raise ValueError(
+                f"checkpoint {self.path} is of another kind of run: it {what}; "
+                "resume with the model and algorithm that the run began with"
+            )
+        for key, tensor in tensors.items():
+            saved, own = tuple(self._shapes[key]), tuple(tensor.shape)
+            if saved != own:
+                raise ValueError(
+                    f"checkpoint {self.path}: {key} is {saved}, the model's is {own}; "
+                    "resume with the model that the run began with"
+                )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.load(tensors, checkpoint_id=self.path / "state", no_dist=not dist.is_initialized())
+        if self._ranks.rank < len(self._rng_states):  # ranks that joined since keep the state they were seeded with
+            _set_rng_state(self._rng_states[self._ranks.rank])
+
+    def _verify(self) -> None:
+        """Every file that the manifest names is there and has its checksum; the ranks share the reading."""
+        manifest_path = self.path / "state" / MANIFEST
+        if not manifest_path.is_file():
+            raise ValueError(f"checkpoint {self.path} is incomplete: it has no state/{MANIFEST}")
+        try:
+            manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"checkpoint {self.path} is damaged: state/{MANIFEST} is not JSON") from error
+        mine = self._ranks.share(sorted(manifest))
+        damages = self._ranks.unshare([_damage(self.path / name, manifest[name]) for name in mine])
+        for name, damage in zip(sorted(manifest), damages, strict=True):
+            if damage:
+                raise ValueError(
+                    f"checkpoint {self.path} is damaged: {name} {damage}; delete the folder and point "
+                    f"{self.path.parent / LATEST} at an older one"
+                )
+
+
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer,
+    parameters: dict[str, torch.nn.Parameter],
+    saved_keys: Collection[str] | None = None,
+) -> dict[str, torch.Tensor]:
+    """The optimizer's tensors by `<parameter>.<entry>`: those it has, or with `saved_keys` room for those saved.
+
+    AdamW makes its state at a parameter's first step. torch's own helper for state dicts takes such a step to make it,
+    which counts in the bias correction; here what was absent stays absent, and a resumed run stays bitwise equal.
+    """
+    tensors = {}
+    for name, parameter in parameters.items():
+        if saved_keys is not None and f"{name}.step" in saved_keys:
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter, requires_grad=False),
+                "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
+            }
+        for entry, tensor in optimizer.state.get(parameter, {}).items():
+            tensors[f"{name}.{entry}"] = tensor
+    return tensors
+
+
+def _name(step: int) -> str:
+    return f"step_{step:06d}"
+
+
+def _checksum(path: Path) -> int:
+    checksum = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
+
+
+def _damage(path: Path, expected: dict[str, int]) -> str:
+    """What is wrong with a file, or ""."""
+    if not path.is_file():
+        return "is missing"
+    if path.stat().st_size != expected["bytes"]:
+        return f"has {path.stat().st_size} bytes instead of {expected['bytes']}"
+    return "" if _checksum(path) == expected["crc32"] else "has another checksum than when it was written"
+
+
+def _flush_tree(directory: Path) -> None:
+    """Force every file, then every folder, to the disk, so that the rename after it cannot come first."""
+    for path in sorted(directory.rglob("*"), reverse=True):
+        _flush(path)
+    _flush(directory)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _publish(temporary: Path, final: Path) -> None:
+    """Give a complete checkpoint its name. One of the same step, left by a run that was rolled back, makes way."""
+    if final.exists():
+        old = final.with_name(f".{final.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        final.rename(old)
+    temporary.rename(final)
+    _flush(final.parent)
+
+
+def _point_latest(root: Path, final: Path) -> None:
+    link = root / f".{LATEST}.partial"
+    link.unlink(missing_ok=True)
+    link.symlink_to(final.name, target_is_directory=True)
+    link.replace(root / LATEST)
+    _flush(root)
+
+
+def _prune(root: Path, step: int, keep: int) -> None:
+    """Delete older checkpoints, and the leftovers of writes that never finished."""
+    complete = sorted(path for path in root.glob("step_*") if path.name <= _name(step))
+    for path in (*complete[:-keep], *root.glob(".step_*")):
+        shutil.rmtree(path)
+
+
+def _rng_state() -> dict[str, Any]:
+    """Of every generator in this process, in types that a safe torch.load reads."""
+    _, numpy_keys, numpy_position, numpy_has_gauss, numpy_gauss = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "numpy": (torch.from_numpy(numpy_keys.astype(np.int64)), numpy_position, numpy_has_gauss, numpy_gauss),
+        "python": random.getstate(),
+    }
+
+
+def _set_rng_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    keys, position, has_gauss, gauss = state["numpy"]
+    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), position, has_gauss, gauss))
+    random.setstate(state["python"])

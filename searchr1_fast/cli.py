@@ -1,0 +1,140 @@
+"""The `searchr1` command: finds the subcommand, imports it, runs it.
+
+Each subcommand is a module with `main(argv)`, so that `searchr1 train …` and `python -m searchr1_fast.train …` (which
+torchrun wants) are the same thing. Nothing heavy is imported before a subcommand has read its arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from searchr1_fast import __version__
+from searchr1_fast.errors import entry_point
+
+
+class Command(NamedTuple):
+    """Where a subcommand lives and what it does."""
+
+    module: str
+    summary: str
+
+
+COMMANDS = {
+    "train": Command("train", "train a search agent by reinforcement learning"),
+    "eval": Command("eval", "score a model: exact match, F1 and searches, by kind of question"),
+    "ask": Command("ask", "put one question to a model and see how it searches"),
+    "serve": Command("serve", "serve a corpus over HTTP with Search-R1's /retrieve protocol"),
+    "report": Command("report", "summarise and compare runs, redraw their curves"),
+    "pretrain-base": Command("pretrain_base", "pre-train the tiny base models that ship with the package"),
+    "world": Command("world", "write a generated encyclopedia: corpus and questions as JSONL"),
+}
+
+
+@entry_point
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `searchr1 COMMAND …`; returns the exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if argv else 2
+    if argv[0] in ("-V", "--version"):
+        print(f"searchr1_fast {__version__}")
+        return 0
+    name, rest = argv[0], argv[1:]
+    if name not in COMMANDS:
+        raise ValueError(unknown(name))
+    if name == "train":
+        train_parser().parse_intermixed_args(rest)  # help and mistakes, before the import of torch, which takes seconds
+    return importlib.import_module(f"searchr1_fast.{COMMANDS[name].module}").main(rest)
+
+
+def usage() -> str:
+    """What `searchr1 --help` prints."""
+    width = max(map(len, COMMANDS))
+    commands = "\n".join(f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items())
+    return (
+        "usage: searchr1 COMMAND …\n\n"
+        "Trains language models to reason and search in turns, by reinforcement learning on the correctness of their "
+        f"answers.\n\ncommands\n{commands}\n\n"
+        "`searchr1 COMMAND --help` explains each one with an example. SEARCHR1_DEBUG=1 shows the traceback of an error."
+    )
+
+
+def unknown(name: str) -> str:
+    """The sentence for a command that does not exist; names the nearest one."""
+    nearest = [known for known in COMMANDS if known.startswith(name)]  # "pretrain" is cut short, not misspelt
+    nearest += difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.4)
+    hint = f"did you mean `searchr1 {nearest[0]}`?" if nearest else f"there are {', '.join(COMMANDS)}"
+    return f"unknown command `{name}`: {hint}"
+
+
+def command_parser(name: str, example: str, detail: str = "") -> argparse.ArgumentParser:
+    """The parser of a subcommand: its summary on top, an example below."""
+    summary = COMMANDS[name].summary
+    description = f"{summary[0].upper()}{summary[1:]}.{' ' if detail else ''}{detail}"
+    epilog = "example:\n" + "\n".join(f"  {line}" for line in example.strip().splitlines())
+    formatter = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(
+        prog=f"searchr1 {name}", description=description, epilog=epilog, formatter_class=formatter, allow_abbrev=False
+    )
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """`CONFIG [key=value …]`; read them with `parse_intermixed_args`, so that options may stand anywhere."""
+    parser.add_argument("config", metavar="CONFIG", type=Path, help="YAML file, such as configs/demo.yaml")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="settings over it: train.num_steps=50")
+
+
+def add_model_argument(parser: argparse.ArgumentParser, default: str) -> None:
+    """`--model DIR`; read it through `model_directory`."""
+    parser.add_argument(
+        "--model",
+        metavar="DIR",
+        help="Hugging Face folder, run folder (its newest checkpoint), builtin:base or builtin:instruct "
+        f"(default: {default})",
+    )
+
+
+def model_directory(path: str | Path) -> str | Path:
+    """The folder with the weights: of a run folder its newest checkpoint's, of a checkpoint its `hf`, else `path`."""
+    for inside in ("checkpoints/latest/hf", "hf"):
+        if (Path(path) / inside).is_dir():
+            return Path(path) / inside
+    if (Path(path) / "metrics.jsonl").is_file():
+        raise ValueError(f"run {path} has no checkpoint yet")
+    return path
+
+
+def run_config_path(model: str | Path) -> Path | None:
+    """config.yaml of the run that wrote a model: `<run>/checkpoints/step_000100/hf` knows it by its place."""
+    for parent in Path(model).resolve().parents:
+        if parent.name == "checkpoints" and (parent.parent / "config.yaml").is_file():
+            return parent.parent / "config.yaml"
+    return None
+
+
+def train_parser() -> argparse.ArgumentParser:
+    """`searchr1 train`'s arguments."""
+    parser = command_parser(
+        "train",
+        "searchr1 train configs/demo.yaml\n"
+        "searchr1 train configs/demo.yaml run.name=hot optimizer.learning_rate=3e-4 rollout.temperature=1.2\n"
+        "searchr1 train configs/demo.yaml --resume\n"
+        "torchrun --nproc-per-node 8 -m searchr1_fast.train configs/demo.yaml",
+        "Writes runs/<run.name>/: config.yaml, metrics.jsonl, tensorboard/, trajectories/, checkpoints/, curves.png.",
+    )
+    add_config_arguments(parser)
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the run's newest checkpoint (run.resume=true)"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

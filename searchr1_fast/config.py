@@ -1,0 +1,312 @@
+"""The configuration: one frozen model per noun, every field documented, unknown keys are errors.
+
+A run is a YAML file plus dotted overrides (`optimizer.learning_rate=1e-4`). Derived values are properties, not fields.
+What a field is checked for is checked here, once, with a sentence that names the key.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Section(BaseModel):
+    """Base of every section: immutable, and strict about names."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), use_attribute_docstrings=True)
+
+
+class RunConfig(Section):
+    name: str = "run"
+    """The run's folder below `directory`."""
+    directory: str = "runs"
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto`: CUDA where there is one."""
+    num_threads: NonNegative = 0
+    """CPU threads of torch per rank; 0 leaves torch's choice."""
+    resume: bool = False
+    """Go on from the newest checkpoint of this run folder. Without it a folder that holds a run is an error."""
+    tensorboard: bool = True
+    wandb: bool = False
+    trajectories_every: NonNegative = 10
+    """Write the step's trajectories every so many steps; 0 never."""
+
+
+class ModelConfig(Section):
+    path: str = "builtin:base"
+    """A Hugging Face directory, or `builtin:base` / `builtin:instruct` for the tiny models in the package."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute type of the forward and backward pass; master weights, log-probs and reductions are fp32 always."""
+
+
+class PromptConfig(Section):
+    template: str = "Question: {question}\n"
+    """Text with `{question}`, or one of the named templates in prompt.py: `plain`, `search_r1`."""
+    chat_template: bool = False
+    """Put the prompt through the tokenizer's chat template as one user turn."""
+
+
+class WorldConfig(Section):
+    """A generated encyclopedia (searchr1_fast/world)."""
+
+    split: Literal["pretrain", "train", "eval"] = "train"
+    """Names of different splits never meet, so neither do entities nor facts."""
+    seed: int = 0
+    num_entities: Positive = 600
+    style: Literal["plain", "rich"] = "plain"
+    """`plain`: a few facts in one form of words; `rich`: more facts and sentences, paraphrases, aliases."""
+    num_questions: NonNegative = 4096
+    hops: tuple[float, ...] = (1.0, 2.0, 1.0)
+    """Weight of 1-, 2-, … hop questions."""
+    comparison: Fraction = 0.0
+    """Share of comparison questions, beside the compositional ones."""
+
+
+class DataSet(Section):
+    """Questions with what they are asked of: a world, or a file over a corpus."""
+
+    world: WorldConfig | None = None
+    questions: str | None = None
+    """JSONL `{"id","question","golden_answers"}` or Search-R1's Parquet."""
+    corpus: str | None = None
+    """JSONL `{"id","contents"}`; an evaluation set without one searches the training corpus."""
+    limit: NonNegative = 0
+    """Keep the first so many questions; 0 keeps all."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DataSet:
+        if (self.world is None) == (self.questions is None):
+            raise ValueError("give exactly one of `world` and `questions`")
+        if self.world is not None and self.corpus is not None:
+            raise ValueError("a world brings its own corpus; drop `corpus`")
+        return self
+
+
+class RetrievalConfig(Section):
+    backend: Literal["bm25", "remote", "none"] = "bm25"
+    """`none`: a model that searches finds nothing (the R1 ablation)."""
+    topk: Positive = 3
+    url: str = "http://127.0.0.1:8000/retrieve"
+    """`remote`: a server that speaks Search-R1's protocol."""
+    timeout_seconds: Annotated[float, Field(gt=0)] = 30.0
+    max_retries: NonNegative = 4
+    bm25_k1: Annotated[float, Field(ge=0)] = 0.9
+    bm25_b: Fraction = 0.4
+    miss_rate: Fraction = 0.0
+    """Share of queries, chosen by their text, that lose their best passage: a retriever that misses now and then."""
+    miss_seed: int = 0
+
+
+class RolloutConfig(Section):
+    engine: Literal["native", "plain"] = "native"
+    """`native`: continuous batching over a KV cache kept across turns. `plain`: its lock-step twin, for comparison."""
+    overlap: bool = False
+    """Decode on while searches are in flight. Off, a step's searches run inline and runs repeat bit for bit."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: NonNegative = 0
+    """0: no limit. Below 1.0 / above 0 the sampler's distribution is not the one the ratio is taken of."""
+    max_searches: NonNegative = 4
+    """Turns that may search; one forced final turn follows."""
+    max_turn_tokens: Positive = 500
+    max_observation_tokens: Positive = 500
+    """Passages that do not fit whole are left out; the first is cut at a word if it alone does not fit."""
+    max_sequence_tokens: Positive = 4096
+    """Prompt, turns and observations together."""
+    max_num_seqs: Positive = 256
+    """Sequences that hold KV cache at a time, searching ones included."""
+    final_turn_message: str = ""
+    """Environment text before the forced final turn; masked from the loss."""
+
+
+class AlgorithmConfig(Section):
+    name: Literal["grpo", "ppo"] = "grpo"
+    group_size: Positive = 8
+    """Samples per question. PPO may use 1."""
+    normalize_std: bool = True
+    """GRPO: divide by the group's standard deviation (off: Dr. GRPO)."""
+    drop_zero_variance_groups: bool = True
+    mask_observations: bool = True
+    """Off: retrieved tokens are trained on too (the paper's ablation)."""
+    clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    clip_high: Annotated[float, Field(gt=0)] = 0.2
+    importance_cap: Annotated[float, Field(ge=0)] = 2.0
+    """Truncated importance sampling: cap on trainer/sampler probability at the start of the update; 0 switches it off."""
+    kl_coefficient: Annotated[float, Field(ge=0)] = 0.0
+    """0 skips the reference model."""
+    kl_kind: Literal["k1", "k2", "k3"] = "k3"
+    kl_in_reward: bool = False
+    """Subtract the KL from the token rewards (PPO of the paper) instead of adding it to the loss."""
+    entropy_coefficient: Annotated[float, Field(ge=0)] = 0.0
+    gamma: Fraction = 1.0
+    lam: Fraction = 1.0
+    whiten_advantages: bool = True
+    """PPO: zero mean, unit variance over the policy tokens of the step."""
+    value_clip: Annotated[float, Field(ge=0)] = 0.5
+    """0: unclipped."""
+    critic_learning_rate: Annotated[float, Field(gt=0)] = 1e-5
+    critic_warmup_steps: NonNegative = 0
+    """Steps at the start in which only the critic learns."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> AlgorithmConfig:
+        if self.name == "grpo" and self.group_size < 2:
+            raise ValueError("algorithm.group_size: GRPO compares samples of one question; give at least 2")
+        if self.name == "grpo" and self.kl_in_reward:
+            raise ValueError("algorithm.kl_in_reward: GRPO has one reward per trajectory; put the KL in the loss")
+        return self
+
+
+class OptimizerConfig(Section):
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-6
+    warmup_steps: NonNegative = 0
+    """Optimizer steps of linear warm-up; constant after."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+
+
+class TrainConfig(Section):
+    num_steps: Positive = 100
+    questions_per_step: Positive = 64
+    num_minibatches: Positive = 1
+    """Optimizer steps per rollout; groups are split whole."""
+    tokens_per_microbatch: Positive = 8192
+    """Packed tokens per forward pass; one longer trajectory goes alone."""
+    eval_every: NonNegative = 10
+    """0: before and after only."""
+
+
+class EvalConfig(Section):
+    sets: dict[str, DataSet] = {}
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    """0: greedy."""
+
+
+class CheckpointConfig(Section):
+    every: NonNegative = 50
+    """0: only the last."""
+    keep: Positive = 2
+
+
+class Config(Section):
+    """Everything a run needs."""
+
+    run: RunConfig = RunConfig()
+    model: ModelConfig = ModelConfig()
+    prompt: PromptConfig = PromptConfig()
+    data: DataSet = DataSet(world=WorldConfig())
+    retrieval: RetrievalConfig = RetrievalConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @property
+    def run_directory(self) -> Path:
+        """`run.directory/run.name`."""
+        return Path(self.run.directory) / self.run.name
+
+    def to_yaml(self) -> str:
+        """The whole configuration, defaults included; `load_config` reads it back."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load_config(path: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read a YAML file (None: the defaults) and apply `section.key=value` overrides, values read as YAML.
+
+    Raises ValueError with one sentence: a missing file, broken YAML, an unknown key (naming the nearest), a bad value.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        path = Path(path)
+        if not path.is_file():
+            raise ValueError(f"no configuration file {path}")
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} must hold sections (`train:`, `rollout:`, …), not a {type(values).__name__}")
+    for override in overrides:
+        _apply_override(values, override)
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ValueError(_describe(error)) from error
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ValueError(f"override {override!r} is not of the form section.key=value")
+    *parents, leaf = key.split(".")
+    node = values
+    for name in parents:
+        child = node.setdefault(name, {})
+        if child is None:
+            child = node[name] = {}
+        if not isinstance(child, dict):
+            raise ValueError(f"override {override!r}: {name} is a value, not a section")
+        node = child
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"override {override!r}: the value is not valid YAML") from error
+    if isinstance(value, str):
+        value = _number_or_text(value)
+    node[leaf] = value
+
+
+def _number_or_text(text: str) -> float | str:
+    """YAML reads 1e-4 as text (it wants 1.0e-4); people mean the number."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _describe(error: ValidationError) -> str:
+    """One sentence per mistake, the nearest known key named."""
+    sentences = []
+    for item in error.errors():
+        location = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            known = _known_keys(item["loc"][:-1])
+            nearest = difflib.get_close_matches(str(item["loc"][-1]), known, n=1, cutoff=0.4)
+            hint = f"did you mean `{nearest[0]}`?" if nearest else f"known here: {', '.join(known)}"
+            sentences.append(f"unknown key `{location}`: {hint}")
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            sentences.append(f"`{location}`: {message}" if location else message)
+    return "; ".join(sentences)
+
+
+def _known_keys(location: tuple[Any, ...]) -> list[str]:
+    """The keys of the section at `location`."""
+    section: Any = Config
+    names = list(location)
+    while names and section is not None:
+        annotation = section.model_fields[str(names.pop(0))].annotation
+        if get_origin(annotation) is dict and names:
+            names.pop(0)  # the user's own name for an entry, as in eval.sets.<name>
+        section = _section_type(annotation)
+    return list(section.model_fields) if section is not None else []
+
+
+def _section_type(annotation: Any) -> type[Section] | None:
+    """The section behind `Section`, `Section | None` or `dict[str, Section]`."""
+    candidates = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType, dict) else (annotation,)
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)

@@ -1,0 +1,264 @@
+"""Questions and passages on disk, and the endless stream of questions that training draws from.
+
+Questions are JSONL `{"id", "question", "golden_answers"}` or Search-R1's published Parquet; passages are JSONL
+`{"id", "contents": "\\"Title\\"\\ntext"}`. A malformed file is one ValueError that names the file and the line. Files
+are written under a temporary name and renamed, so a file that is there is whole.
+
+Left out: the question mark that the original appends, and prompts: both are made where the prompt is.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from searchr1_fast.types import Passage, Question
+
+# ---------------------------------------------------------------------------------------------------- questions
+
+
+def read_questions(path: str | Path, source: str | None = None, limit: int = 0) -> list[Question]:
+    """All questions of a JSONL or Parquet file, or the first `limit` of them.
+
+    `source` names the data set; without it the rows' `data_source` does, else the file's name. A row's `type`, else its
+    number of `hops`, becomes `Question.kind`; other keys are ignored. Blank golden answers are dropped (an empty answer
+    would be right by saying nothing), and a question that has no other is an error.
+    """
+    path = _existing(path)
+    rows = _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
+    questions = [_question(row, where, source, path.name.split(".")[0]) for where, row in islice(rows, limit or None)]
+    if not questions:
+        raise ValueError(f"{path} holds no questions; give a file with one question a row")
+    return questions
+
+
+def write_questions(path: str | Path, questions: Iterable[Question]) -> None:
+    """Write questions so that `read_questions` gives them back."""
+    _write_rows(
+        path,
+        (
+            {"id": q.id, "question": q.text, "golden_answers": list(q.golden_answers), "data_source": q.source}
+            | ({"type": q.kind} if q.kind else {})
+            for q in questions
+        ),
+    )
+
+
+def _question(row: Mapping[str, Any], where: str, source: str | None, file_name: str) -> Question:
+    text = _text(row, "question", where)
+    answers = row.get("golden_answers")
+    if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
+        raise ValueError(f"{where}: `golden_answers` must be a list of strings")
+    answers = tuple(answer for answer in answers if answer.strip())
+    if not answers:
+        raise ValueError(f"{where}: the question has no answer; give at least one in `golden_answers`")
+    hops = row.get("hops")
+    kind = row.get("type") or (f"{hops}-hop" if isinstance(hops, int) else hops) or ""
+    return Question(_identifier(row, where), text, answers, source or row.get("data_source") or file_name, str(kind))
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where, row) of a file with Search-R1's columns, rows brought into the form of our JSONL."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ValueError(f"reading {path} needs pyarrow: pip install 'searchr1_fast[parquet]'") from error
+    try:
+        table = pyarrow.parquet.ParquetFile(path)
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"{path} is not a Parquet file: {error}") from error
+    wanted = ("id", "question", "golden_answers", "data_source", "prompt", "reward_model", "extra_info", "type", "hops")
+    columns = [name for name in wanted if name in table.schema_arrow.names]
+    number = 0
+    for batch in table.iter_batches(columns=columns):
+        for row in batch.to_pylist():
+            number += 1
+            where = f"{path}, row {number}"
+            yield where, _from_search_r1(row, where)
+
+
+def _from_search_r1(row: dict[str, Any], where: str) -> dict[str, Any]:
+    """A Search-R1 row as a row of our JSONL; its leftover plain columns win where they are kept."""
+    extra, reward = row.get("extra_info") or {}, row.get("reward_model") or {}
+    if row.get("question") is None and row.get("prompt"):
+        _, marker, question = row["prompt"][-1]["content"].rpartition("Question: ")
+        if not marker:
+            raise ValueError(f"{where}: there is no `question` column and the prompt holds no `Question: `")
+        row["question"] = question.strip()
+    if row.get("golden_answers") is None:
+        row["golden_answers"] = (reward.get("ground_truth") or {}).get("target")
+    if row.get("id") is None and "index" in extra:
+        row["id"] = f"{extra.get('split', 'train')}_{extra['index']}"
+    # Ids restart in every data set that was merged into the file.
+    if row.get("id") is not None and row.get("data_source"):
+        row["id"] = f"{row['data_source']}:{row['id']}"
+    return row
+
+
+# ----------------------------------------------------------------------------------------------------- passages
+
+
+def read_corpus(path: str | Path) -> Iterator[Passage]:
+    """The passages of a JSONL file (`.gz`: compressed), read as they are asked for; row i <-> vector i of an index."""
+    path = _existing(path)
+    seen: set[str] = set()
+    number = 0
+    for number, (where, row) in enumerate(_json_rows(path), start=1):
+        identifier = _identifier(row, where)
+        # Ids that are the row's number cannot repeat; only others cost memory (21 million do matter).
+        if identifier != str(number - 1) or seen:
+            duplicate = identifier in seen or _is_earlier_row(identifier, number - 1 - len(seen))
+            if duplicate:
+                raise ValueError(f"{where}: the id {identifier!r} is already taken by an earlier passage")
+            seen.add(identifier)
+        yield parse_passage(identifier, _text(row, "contents", where))
+    if number == 0:
+        raise ValueError(f"{path} holds no passages; give a file with one passage a line")
+
+
+def write_corpus(path: str | Path, passages: Iterable[Passage]) -> None:
+    """Write passages so that `read_corpus` gives them back; scores are not kept."""
+    _write_rows(path, ({"id": p.id, "contents": passage_contents(p)} for p in passages))
+
+
+def parse_passage(identifier: str, contents: str, score: float = 0.0) -> Passage:
+    """`contents` is a title in double quotes, a newline, the text (which may hold more newlines)."""
+    title, _, text = contents.partition("\n")
+    if len(title) >= 2 and title[0] == title[-1] == '"':
+        title = title[1:-1]  # one pair only: a song's title has quotes of its own
+    return Passage(identifier, title, text, score)
+
+
+def passage_contents(passage: Passage) -> str:
+    """The `contents` that `parse_passage` reads back."""
+    if "\n" in passage.title:
+        raise ValueError(f"passage {passage.id}: a title must not hold a newline, this is {passage.title!r}")
+    return f'"{passage.title}"\n{passage.text}'
+
+
+def _is_earlier_row(identifier: str, num_rows: int) -> bool:
+    """Whether `identifier` is the number of one of the first `num_rows` rows, written as a number is."""
+    if not (identifier.isascii() and identifier.isdigit()) or len(identifier) > len(str(num_rows)):
+        return False
+    return str(int(identifier)) == identifier and int(identifier) < num_rows
+
+
+# ------------------------------------------------------------------------------------------------------- stream
+
+
+class QuestionStream:
+    """Questions without end, in a new seeded order every epoch. `state_dict` resumes at the very next question."""
+
+    def __init__(self, questions: Sequence[Question], seed: int = 0) -> None:
+        if not questions:
+            raise ValueError("a question stream needs at least one question")
+        self._questions = questions
+        self._seed = seed
+        self._fingerprint = zlib.crc32("\n".join(question.id for question in questions).encode())
+        self.epoch = 0
+        self.index = 0  # place in the epoch's order of the next question
+        self._order = self._shuffle()
+
+    def next(self, count: int) -> list[Question]:
+        """The next `count` questions; an epoch's end may lie within."""
+        taken: list[Question] = []
+        while len(taken) < count:
+            if self.index == len(self._questions):
+                self.epoch, self.index = self.epoch + 1, 0
+                self._order = self._shuffle()
+            rows = self._order[self.index : self.index + count - len(taken)]
+            taken += [self._questions[row] for row in rows]
+            self.index += len(rows)
+        return taken
+
+    def state_dict(self) -> dict[str, int]:
+        """The position, and what it is a position in."""
+        return {
+            "epoch": self.epoch,
+            "index": self.index,
+            "seed": self._seed,
+            "num_questions": len(self._questions),
+            "fingerprint": self._fingerprint,
+        }
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go to a saved position; other questions or another seed are an error, the order would not be the same."""
+        own = self.state_dict()
+        for key, what in (("num_questions", "number of questions"), ("fingerprint", "questions"), ("seed", "seed")):
+            if state[key] != own[key]:
+                raise ValueError(
+                    f"the saved stream position belongs to another {what} ({state[key]}, here {own[key]}); "
+                    "resume with the data and seed that the run began with"
+                )
+        self.epoch, self.index = state["epoch"], state["index"]
+        self._order = self._shuffle()
+
+    def _shuffle(self) -> np.ndarray:
+        """[num_questions] int64: the order of the current epoch."""
+        return np.random.default_rng([self._seed, self.epoch]).permutation(len(self._questions))
+
+
+# --------------------------------------------------------------------------------------------------------- rows
+
+
+def _existing(path: str | Path) -> Path:
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
+    return path
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where, row) of a JSONL file; blank lines are skipped."""
+    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            where = f"{path}, line {number}"
+            try:
+                row = json.loads(line)
+            except ValueError as error:  # broken JSON, or bytes that are not UTF-8
+                raise ValueError(f"{where} is not valid JSON: {error}") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{where} must be an object, not a {type(row).__name__}")
+            yield where, row
+
+
+def _write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8", newline="\n") as file:
+            for row in rows:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _text(row: Mapping[str, Any], key: str, where: str) -> str:
+    value = row.get(key)
+    if value is None:
+        raise ValueError(f"{where}: the key `{key}` is missing")
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{where}: `{key}` must be a text that is not empty")
+    return value
+
+
+def _identifier(row: Mapping[str, Any], where: str) -> str:
+    value = row.get("id")
+    if value is None:
+        raise ValueError(f"{where}: the key `id` is missing")
+    if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
+        raise ValueError(f"{where}: `id` must be a text or a whole number")
+    return str(value)

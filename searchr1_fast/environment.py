@@ -1,0 +1,59 @@
+"""What questions are asked of: a list of questions, and the retriever that answers the searches.
+
+A `DataSet` of the configuration becomes an `Environment` here and nowhere else: a generated world brings its corpus in
+memory, a file of questions names its corpus or shares the training set's. Every rank builds its own (a world is a pure
+function of its settings); a corpus too large to hold once per rank belongs behind `retrieval.backend=remote`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from searchr1_fast.config import Config, DataSet, RetrievalConfig
+from searchr1_fast.data import read_questions
+from searchr1_fast.retrieval import Retriever, open_retriever
+from searchr1_fast.types import Passage, Question
+from searchr1_fast.world import build_world
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Questions over one corpus."""
+
+    questions: list[Question]
+    retriever: Retriever
+    topk: int = 3
+
+    def search(self, queries: Sequence[str]) -> list[list[Passage]]:
+        """The `SearchFunction` that the rollout is given."""
+        return self.retriever.search(queries, self.topk)
+
+
+def build_environment(data: DataSet, retrieval: RetrievalConfig, shared: Retriever | None = None) -> Environment:
+    """Build what `data` describes. `shared` serves a file of questions that names no corpus."""
+    if data.world is not None:
+        world = build_world(data.world)
+        questions: list[Question] = world.questions
+        # Passages of a world that is only searched over HTTP are the server's business, not ours to generate.
+        corpus = world.passages if retrieval.backend == "bm25" else None
+        return Environment(_limited(questions, data.limit), open_retriever(retrieval, corpus), retrieval.topk)
+    questions = read_questions(data.questions, limit=data.limit)
+    if data.corpus is None and shared is not None:
+        return Environment(questions, shared, retrieval.topk)
+    return Environment(questions, open_retriever(retrieval, data.corpus), retrieval.topk)
+
+
+def build_environments(config: Config) -> tuple[Environment, dict[str, Environment]]:
+    """The training environment, and one per evaluation set."""
+    training = build_environment(config.data, config.retrieval)
+    return training, evaluation_environments(config, training.retriever)
+
+
+def evaluation_environments(config: Config, shared: Retriever | None = None) -> dict[str, Environment]:
+    """One environment per evaluation set. `shared`: the training retriever, where it is open already."""
+    return {name: build_environment(data, config.retrieval, shared) for name, data in config.eval.sets.items()}
+
+
+def _limited(questions: list[Question], limit: int) -> list[Question]:
+    return questions[:limit] if limit else questions

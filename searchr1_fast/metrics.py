@@ -1,0 +1,256 @@
+"""What a run leaves behind to be looked at: metrics.jsonl, TensorBoard, wandb, trajectories, and phase timers.
+
+metrics.jsonl is the truth and everything else is drawn from it: one flat JSON object per step, flushed line by line,
+cut back to the checkpoint's step on resume, so that a step never appears twice. Rank 0 writes; the others own no log.
+Left out: means over time and smoothing, which belong to whoever reads the file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # types.py imports torch, which readers of a finished run have no use for
+    from searchr1_fast.types import Trajectory
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class MetricsLog:
+    """Appends one row per step.
+
+    `resume_step`: the step of the checkpoint that the run goes on from, later rows are dropped (-1 drops all of them).
+    None: a new run; a folder that has rows already is refused.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        tensorboard: bool = False,
+        wandb: bool = False,
+        resume_step: int | None = None,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.run_dir = Path(run_dir)
+        # Optional packages first: a missing one must not leave a half-made folder behind.
+        wandb_module = _import_wandb() if wandb else None
+        writer_class = _import_tensorboard() if tensorboard else None
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        path = self.run_dir / METRICS_FILE
+        self._last_step = _truncate(path, resume_step)
+        self._file = path.open("a", encoding="utf-8")
+        self._tensorboard = None
+        if writer_class is not None:
+            purge = None if resume_step is None else resume_step + 1
+            self._tensorboard = writer_class(str(self.run_dir / "tensorboard"), purge_step=purge)
+        self._wandb = None
+        if wandb_module is not None:
+            # The folder's name as id lets a resumed run go on in its own wandb page.
+            self._wandb = wandb_module.init(
+                project="searchr1_fast", id=self.run_dir.name, name=self.run_dir.name, resume="allow",
+                dir=str(self.run_dir), config=dict(config or {}),
+            )  # fmt: skip
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Append `row`; `row["step"]` is the step, and comes after every step before it."""
+        step = int(row["step"])
+        assert step > self._last_step, f"step {step} after step {self._last_step}"
+        plain = {key: plain_number(value) for key, value in row.items()}
+        self._file.write(json.dumps({"step": step} | plain, ensure_ascii=False, allow_nan=False) + "\n")
+        self._file.flush()
+        self._last_step = step
+        scalars = {key: value for key, value in plain.items() if key != "step" and _is_number(value)}
+        if self._tensorboard is not None:
+            for key, value in scalars.items():
+                self._tensorboard.add_scalar(_tensorboard_tag(key), value, step)
+            self._tensorboard.flush()
+        if self._wandb is not None:
+            self._wandb.log(scalars, step=step)
+
+    def write_trajectories(self, step: int, trajectories: Sequence[Trajectory]) -> Path:
+        """Write trajectories/step_000010.jsonl, whole or not at all."""
+        path = self.run_dir / "trajectories" / f"step_{step:06d}.jsonl"
+        write_trajectories(path, trajectories)
+        return path
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
+    """The rows of a run, in order. A last line that a killed run left unfinished is ignored.
+
+    Raises ValueError where there is no metrics.jsonl or a row (its line named) is malformed.
+    """
+    path = Path(run_dir) / METRICS_FILE
+    if not path.is_file():
+        raise ValueError(f"{run_dir} is not a run folder: it has no {METRICS_FILE}")
+    lines = path.read_text(encoding="utf-8").split("\n")
+    unfinished = lines.pop()  # "" after a complete last line
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            rows.append(_parse_row(line, f"{path} line {number}"))
+    if unfinished.strip():
+        with suppress(ValueError):  # cut short by a kill in the middle of the write; every whole row is above
+            rows.append(_parse_row(unfinished, f"{path} last line"))
+    return rows
+
+
+def trajectory_record(trajectory: Trajectory) -> dict[str, Any]:
+    """A trajectory for a person to read: text and turns, no token ids."""
+    return {
+        "id": trajectory.question.id,
+        "question": trajectory.question.text,
+        "golden_answers": list(trajectory.question.golden_answers),
+        "source": trajectory.question.source,
+        "kind": trajectory.question.kind,
+        "group": int(trajectory.group),
+        "reward": float(trajectory.reward),
+        "finish_reason": trajectory.finish_reason.value,
+        "num_searches": trajectory.num_searches,
+        "response_length": trajectory.response_length,
+        "segments": [[kind, text] for kind, text in trajectory.segments],
+        "turns": [
+            {
+                "action": turn.action.value,
+                "content": turn.content,
+                "tokens": turn.end - turn.start,
+                "passage_ids": list(turn.passage_ids),
+            }
+            for turn in trajectory.turns
+        ],
+    }
+
+
+def write_trajectories(path: str | Path, trajectories: Sequence[Trajectory]) -> None:
+    """JSONL, one trajectory per line."""
+    write_jsonl(path, map(trajectory_record, trajectories))
+
+
+def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """One JSON object per line, moved into place when complete."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            for row in rows:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class PhaseTimers:
+    """Seconds by phase of one step: `with timers("rollout"): …`, then `collect()`.
+
+    A phase entered again adds up. `synchronize` (torch.cuda.synchronize) runs at both ends of a phase, so that queued
+    GPU work counts where it was queued.
+    """
+
+    def __init__(self, synchronize: Callable[[], None] | None = None) -> None:
+        self._synchronize = synchronize
+        self._seconds: dict[str, float] = {}
+        self._started = time.perf_counter()
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = self._now()
+        try:
+            yield
+        finally:
+            self.add(phase, self._now() - start)
+
+    def add(self, phase: str, seconds: float) -> None:
+        """Count time that was measured elsewhere, as the search loop measures its waiting."""
+        self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds
+
+    def collect(self) -> dict[str, float]:
+        """`{"time_rollout": …, …, "time_step": all since the last collect}`; starts the next step."""
+        now = self._now()
+        times = {f"time_{phase}": seconds for phase, seconds in self._seconds.items()}
+        times["time_step"] = now - self._started
+        self._seconds, self._started = {}, now
+        return times
+
+    def _now(self) -> float:
+        if self._synchronize is not None:
+            self._synchronize()
+        return time.perf_counter()
+
+
+def plain_number(value: Any) -> Any:
+    """A value that JSON has: tensors and numpy scalars become numbers, NaN and infinities None (a mean of nothing)."""
+    if hasattr(value, "item") and not isinstance(value, (str, bytes)):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _tensorboard_tag(key: str) -> str:
+    """TensorBoard folds tags by their first part; keys without one are sorted into time/ and train/."""
+    if "/" in key:
+        return key
+    return f"time/{key.removeprefix('time_')}" if key.startswith("time_") else f"train/{key}"
+
+
+def _truncate(path: Path, resume_step: int | None) -> int:
+    """Keep the rows up to `resume_step`, atomically. Returns the last step kept, or -1."""
+    if not path.is_file() or path.stat().st_size == 0:  # empty: a run that failed before its first row
+        return -1
+    if resume_step is None:
+        raise ValueError(f"{path.parent} holds a run already: go on with run.resume=true or choose another run.name")
+    rows = [row for row in read_metrics(path.parent) if row["step"] <= resume_step]
+    write_jsonl(path, rows)
+    return rows[-1]["step"] if rows else -1
+
+
+def _parse_row(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is not JSON ({error.msg})") from error
+    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+        raise ValueError(f"{where} is not a metrics row: it needs an object with a whole number `step`")
+    return row
+
+
+def _import_tensorboard() -> type:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError(
+            "run.tensorboard needs the package tensorboard: pip install tensorboard, or set run.tensorboard=false"
+        ) from error
+    return SummaryWriter
+
+
+def _import_wandb() -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise ValueError("run.wandb needs the package wandb: pip install wandb, or set run.wandb=false") from error
+    return wandb

@@ -1,0 +1,48 @@
+"""Memory for keys and values during generation: a fixed number of slots, one sequence in each.
+
+Who owns what: the engine hands out slots and knows their lengths; this class only holds the memory.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from searchr1_fast.models.decoder import DecoderConfig
+
+
+class KVCache:
+    """Keys and values per layer, `[num_slots, num_key_value_heads, max_length, head_dim]` each.
+
+    The head comes before the place so that one head's keys lie together, as the attention reads them.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        num_slots: int,
+        max_length: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        shape = (num_slots, config.num_key_value_heads, max_length, config.head_dim)
+        self.num_slots = num_slots
+        self.max_length = max_length
+        self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+        self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+
+    def write(
+        self,
+        layer: int,
+        key: torch.Tensor,  # [T, G, d]
+        value: torch.Tensor,  # [T, G, d]
+        slots: torch.Tensor,  # [T] int64
+        positions: torch.Tensor,  # [T] int64
+    ) -> None:
+        """Store the T tokens at their places."""
+        self.keys[layer][slots, :, positions] = key.to(self.keys[layer].dtype)
+        self.values[layer][slots, :, positions] = value.to(self.values[layer].dtype)
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of all layers."""
+        return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))

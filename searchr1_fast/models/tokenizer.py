@@ -1,0 +1,101 @@
+"""Text to ids and back, for any Hugging Face `tokenizer.json`. Tags are ordinary text: nothing here adds special tokens."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+
+@functools.cache
+def _byte_alphabet() -> dict[str, int]:
+    """The character that stands for each byte in a byte-level BPE vocabulary (the GPT-2 table)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+class TextTokenizer:
+    """A `tokenizers.Tokenizer` with exact token bytes, an end-of-sequence id, and an optional chat template."""
+
+    def __init__(self, tokenizer: Tokenizer, eos_token: str | None = None, chat_template: str | None = None) -> None:
+        self.backend = tokenizer
+        self.eos_token = eos_token
+        self.eos_id = tokenizer.token_to_id(eos_token) if eos_token is not None else None
+        self.chat_template = chat_template
+        self._is_byte_level = '"ByteLevel"' in json.dumps(json.loads(tokenizer.to_str()).get("decoder"))
+        self._special_ids = frozenset(i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special)
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids are below this; a model's embedding may be larger."""
+        return self.backend.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text alone, no special tokens added."""
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def decode(self, token_ids: list[int]) -> str:
+        """Text of the ids, special tokens spelled out."""
+        return self.backend.decode(list(token_ids), skip_special_tokens=False)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes one token adds to the text; empty for an id the vocabulary does not have."""
+        token = self.backend.id_to_token(token_id)
+        if token is None:
+            return b""
+        if not self._is_byte_level:
+            # A decoder may strip the leading blank of a first token; between two anchors it cannot.
+            anchor = self.encode("a")
+            return self.decode([*anchor, token_id]).removeprefix(self.decode(anchor)).encode()
+        alphabet = _byte_alphabet()
+        if token_id in self._special_ids or any(character not in alphabet for character in token):
+            return token.encode()
+        return bytes(alphabet[character] for character in token)
+
+    def apply_chat_template(self, text: str) -> str:
+        """The text as one user turn, with the opening of the assistant's turn.
+
+        Raises ValueError where the model directory has no chat template.
+        """
+        if self.chat_template is None:
+            raise ValueError("prompt.chat_template is on, but the model's directory has no chat template")
+        import jinja2  # comes with transformers; needed only here
+
+        environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
+        environment.globals["raise_exception"] = _raise_template_error
+        messages = [{"role": "user", "content": text}]
+        template = environment.from_string(self.chat_template)
+        return template.render(messages=messages, add_generation_prompt=True, bos_token="", eos_token=self.eos_token or "")
+
+    def save(self, directory: Path) -> None:
+        """Write tokenizer.json and tokenizer_config.json."""
+        self.backend.save(str(directory / "tokenizer.json"))
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.eos_token}
+        if self.chat_template is not None:
+            settings["chat_template"] = self.chat_template
+        (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def _raise_template_error(message: str) -> None:
+    raise ValueError(f"the chat template says: {message}")
+
+
+def load_tokenizer(directory: Path | str) -> TextTokenizer:
+    """Read a Hugging Face directory's tokenizer. ValueError where tokenizer.json is missing."""
+    directory = Path(directory)
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        raise ValueError(f"{directory} has no tokenizer.json; save the tokenizer with transformers' save_pretrained")
+    settings_path = directory / "tokenizer_config.json"
+    settings = json.loads(settings_path.read_text(encoding="utf-8")) if settings_path.is_file() else {}
+    eos = settings.get("eos_token")
+    template_path = directory / "chat_template.jinja"  # where transformers 5 puts it
+    template = template_path.read_text(encoding="utf-8") if template_path.is_file() else settings.get("chat_template")
+    return TextTokenizer(
+        Tokenizer.from_file(str(path)),
+        eos_token=eos["content"] if isinstance(eos, dict) else eos,
+        chat_template=template,
+    )

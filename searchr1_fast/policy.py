@@ -1,0 +1,239 @@
+"""The policy: a decoder with its optimizer, and the frozen reference it may be held to.
+
+`TokenScorer` is the forward pass of training: hidden states of packed sequences, the rows that predict policy tokens,
+and the fused head on those alone. `Learner` is what policy and critic share: gradient accumulation over micro-batches
+and ranks, clipping, warm-up, and a guard that never lets a non-finite gradient into the weights.
+
+The whole update reads the device once per optimizer step, for the gradient norm; the metrics stay there until the step
+of the run ends. Every rank must bring as many micro-batches as the others, because FSDP gathers parameters in step:
+`padding_batch` fills up.
+
+Shape legend
+    T  tokens of a micro-batch    S  its sequences    P  its policy tokens    D  hidden size    V  vocabulary
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import fields, replace
+
+import torch
+from searchr1_kernels import linear_logprob
+from torch import nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from searchr1_fast.checkpoint import optimizer_tensors
+from searchr1_fast.config import AlgorithmConfig, Config, OptimizerConfig
+from searchr1_fast.distributed import Ranks, copy_parameters, full, reshard, shard
+from searchr1_fast.losses import accumulate_metrics, policy_loss
+from searchr1_fast.models import Decoder
+from searchr1_fast.types import PackedBatch
+
+MAX_SKIPPED_IN_A_ROW = 3
+
+
+class TokenScorer(nn.Module):
+    """A decoder seen as a scorer of policy tokens. One module, so that FSDP's hooks see the head's use."""
+
+    def __init__(self, decoder: Decoder, temperature: float) -> None:
+        super().__init__()
+        self.decoder, self.temperature = decoder, temperature
+
+    def forward(
+        self, batch: PackedBatch, with_entropy: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:  # logprobs [P] fp32, entropy [P] fp32
+        """Log-probability of every policy token at the sampler's temperature."""
+        hidden = self.decoder.hidden(batch.token_ids, batch.cu_seqlens).index_select(0, batch.policy_index)  # [P, D]
+        weight = self.decoder.head_weight  # [V, D]
+        if batch.num_policy_tokens == 0:
+            # `padding_batch`: the matrix product of nothing gives every parameter a gradient of zero, as FSDP expects.
+            nothing = (hidden @ weight.T).sum(-1).float()
+            return nothing, nothing
+        if with_entropy:
+            return linear_logprob(hidden, weight, batch.targets, temperature=self.temperature, return_entropy=True)
+        return linear_logprob(hidden, weight, batch.targets, temperature=self.temperature), None
+
+
+class TrainingDiverged(RuntimeError):
+    """Gradients stayed non-finite; the message says since when and where."""
+
+
+class Learner:
+    """A sharded module with its AdamW."""
+
+    def __init__(
+        self, name: str, module: nn.Module, learning_rate: float, config: OptimizerConfig, ranks: Ranks
+    ) -> None:
+        self.name, self.module, self.ranks, self.config = name, module, ranks, config
+        self.learning_rate = learning_rate
+        self.parameters = dict(module.named_parameters())
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(), lr=learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
+        )
+        self.last_learning_rate = 0.0
+        self.num_updates = 0
+        self.num_skipped = 0
+        self.skipped_in_a_row = 0
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Accumulate gradients of a loss whose denominator counts all ranks: FSDP averages, and a sum is meant."""
+        (loss * self.ranks.world_size).backward()
+
+    def step(self) -> float:
+        """Clip and apply the accumulated gradients; returns their norm. Not finite: the step is skipped and counted."""
+        gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
+        norm = full(get_total_norm(gradients))
+        norm_value = norm.item()  # the one wait for the device; on every rank the same number
+        if math.isfinite(norm_value):
+            clip_grads_with_norm_(self.parameters.values(), self.config.max_grad_norm, norm)
+            self.last_learning_rate = self.next_learning_rate
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.last_learning_rate
+            self.optimizer.step()
+            self.num_updates += 1
+            self.skipped_in_a_row = 0
+        else:
+            self.num_skipped += 1
+            self.skipped_in_a_row += 1
+            if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+                raise TrainingDiverged(self._diagnosis())
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm_value
+
+    @property
+    def next_learning_rate(self) -> float:
+        """Of the next update: linear warm-up, then constant."""
+        return self.learning_rate * min(1.0, (self.num_updates + 1) / max(1, self.config.warmup_steps))
+
+    def tensors(self, saved_keys: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
+        """Weights and optimizer state by name, for the checkpoint; `saved_keys`: make room for what was saved."""
+        prefix = f"{self.name}.optimizer."
+        entries = None if saved_keys is None else {k.removeprefix(prefix) for k in saved_keys if k.startswith(prefix)}
+        weights = {f"{self.name}.{name}": parameter.detach() for name, parameter in self.parameters.items()}
+        moments = optimizer_tensors(self.optimizer, self.parameters, entries)
+        return weights | {f"{prefix}{key}": tensor for key, tensor in moments.items()}
+
+    def state_dict(self) -> dict[str, float]:
+        """The counters."""
+        names = ("last_learning_rate", "num_updates", "num_skipped", "skipped_in_a_row")
+        return {name: getattr(self, name) for name in names}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """The counters back."""
+        for key in self.state_dict():
+            setattr(self, key, state[key])
+
+    def _diagnosis(self) -> str:
+        """What a person needs to find the cause."""
+        bad_weights = [n for n, p in self.parameters.items() if not full(p.detach()).isfinite().all()]
+        gradients = {n: full(p.grad) for n, p in self.parameters.items() if p.grad is not None}
+        bad_gradients = [n for n, gradient in gradients.items() if not gradient.isfinite().all()]
+        where = "no single parameter: the norm of all of them overflows"
+        if bad_gradients:
+            where = f"{len(bad_gradients)} of {len(gradients)} parameters, the first {bad_gradients[0]!r}"
+        weights = f"the weights are not finite either ({bad_weights[0]!r})" if bad_weights else "the weights are finite"
+        return (
+            f"the {self.name}'s gradient was not finite {self.skipped_in_a_row} times in a row, after "
+            f"{self.num_updates} updates at learning rate {self.next_learning_rate:.3g}: in {where}; {weights}. "
+            "Go on from the last checkpoint with a lower optimizer.learning_rate or algorithm.importance_cap"
+        )
+
+
+class Policy(Learner):
+    """The decoder that is trained, the replica that generates, and the reference."""
+
+    def __init__(self, decoder: Decoder, config: Config, ranks: Ranks, reference: Decoder | None = None) -> None:
+        """`decoder`: fp32 master weights. `reference`: the same start, frozen; needed where a KL is."""
+        dtype = getattr(torch, config.model.dtype)
+        scorer = TokenScorer(decoder, config.rollout.temperature)
+        self.replica = decoder  # generates; the trained module itself where it is whole and in the compute type
+        if ranks.world_size > 1 or dtype != torch.float32:
+            self.replica = Decoder(decoder.config).to(ranks.device, dtype).requires_grad_(False)
+        shard(scorer, decoder.layers, ranks, dtype)
+        super().__init__("policy", scorer, config.optimizer.learning_rate, config.optimizer, ranks)
+        self.algorithm: AlgorithmConfig = config.algorithm
+        self.reference: TokenScorer | None = None
+        if config.algorithm.kl_coefficient > 0:
+            assert reference is not None, "a KL needs a reference"
+            self.reference = TokenScorer(reference.requires_grad_(False), config.rollout.temperature)
+            shard(self.reference, reference.layers, ranks, dtype)
+        self.sync_replica()
+
+    def logprobs(
+        self, batch: PackedBatch, model: TokenScorer | None = None, with_entropy: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:  # [P] fp32, [P] fp32
+        """Under the policy, or under `model`."""
+        return (model or self.module)(batch, with_entropy)
+
+    @torch.no_grad()
+    def reference_logprobs(self, batches: list[PackedBatch]) -> list[torch.Tensor]:  # [P] fp32 each
+        """Of every batch under the reference."""
+        assert self.reference is not None
+        logprobs = [self.logprobs(batch, self.reference)[0] for batch in batches]
+        reshard(self.reference)
+        return logprobs
+
+    def update(
+        self,
+        batches: list[PackedBatch],
+        denominator: int,
+        ref_logprobs: list[torch.Tensor] | None = None,
+        on_policy: bool = True,
+    ) -> tuple[dict[str, torch.Tensor], float]:
+        """One optimizer step over micro-batches; `denominator`: policy tokens of the step, all ranks together.
+
+        Returns `policy_loss`'s metrics over this rank's tokens, on the device, and the gradient's norm.
+        """
+        totals: dict[str, torch.Tensor] = {}
+        for index, batch in enumerate(batches):
+            logprobs, entropy = self.logprobs(batch, with_entropy=True)
+            loss, metrics = policy_loss(
+                logprobs,
+                batch,
+                algorithm=self.algorithm,
+                ref_logprobs=ref_logprobs[index] if ref_logprobs is not None else None,
+                entropy=entropy,
+                denominator=denominator,
+                on_policy=on_policy,
+            )
+            self.backward(loss)
+            accumulate_metrics(totals, metrics)
+        return totals, self.step()
+
+    def sync_replica(self) -> None:
+        """Give the generating replica the trained weights. Nothing to do where they are the same module."""
+        if self.replica is not self.module.decoder:
+            copy_parameters(self.module.decoder, self.replica)
+
+
+def padding_batch() -> PackedBatch:
+    """A micro-batch of one token that predicts nothing: keeps a rank in step with the others, and adds zero."""
+    nothing = torch.zeros(0)
+    return PackedBatch(
+        token_ids=torch.zeros(1, dtype=torch.int64),
+        positions=torch.zeros(1, dtype=torch.int64),
+        cu_seqlens=torch.tensor([0, 1], dtype=torch.int32),
+        max_seqlen=1,
+        policy_index=nothing.long(),
+        targets=nothing.long(),
+        policy_cu_seqlens=torch.zeros(2, dtype=torch.int32),
+        rollout_logprobs=nothing,
+        advantages=nothing,
+        trajectory_index=[-1],
+    )
+
+
+def to_device(batch: PackedBatch, device: torch.device) -> PackedBatch:
+    """The batch with its tensors on the device; copies from the host do not wait."""
+    if device.type == "cpu":
+        return batch
+    values = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    return replace(
+        batch,
+        **{
+            name: value.pin_memory().to(device, non_blocking=True)
+            for name, value in values.items()
+            if isinstance(value, torch.Tensor)
+        },
+    )

@@ -1,0 +1,77 @@
+"""Retrieval: the `Retriever` protocol and what stands behind it. Begin with `open_retriever`.
+
+    protocol.py  Retriever, RetrievalError      bm25.py     in memory, lexical
+    remote.py    Search-R1's HTTP, client       missing.py  a retriever that misses now and then
+    server.py    Search-R1's HTTP, server
+
+The names are resolved when first used: numba and bm25s cost a second that a remote client need not pay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from searchr1_fast.retrieval.protocol import NullRetriever, RetrievalError, Retriever
+
+if TYPE_CHECKING:
+    from searchr1_fast.config import RetrievalConfig
+    from searchr1_fast.retrieval.bm25 import BM25Retriever
+    from searchr1_fast.retrieval.missing import MissingRetriever
+    from searchr1_fast.retrieval.remote import RemoteRetriever
+    from searchr1_fast.retrieval.server import RetrievalServer
+    from searchr1_fast.types import Passage
+
+__all__ = [
+    "BM25Retriever",
+    "MissingRetriever",
+    "NullRetriever",
+    "RemoteRetriever",
+    "RetrievalError",
+    "RetrievalServer",
+    "Retriever",
+    "open_retriever",
+]
+
+_HOMES = {
+    "BM25Retriever": "bm25",
+    "MissingRetriever": "missing",
+    "RemoteRetriever": "remote",
+    "RetrievalServer": "server",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def open_retriever(config: RetrievalConfig, corpus: str | Path | Sequence[Passage] | None) -> Retriever:
+    """The retriever that `config` asks for. `corpus`: a JSONL file or passages; only `bm25` reads it."""
+    retriever: Retriever
+    if config.backend == "bm25":
+        retriever = _open_bm25(config, corpus)
+    elif config.backend == "remote":
+        from searchr1_fast.retrieval.remote import RemoteRetriever
+
+        retriever = RemoteRetriever(config.url, timeout=config.timeout_seconds, max_retries=config.max_retries)
+    else:
+        return NullRetriever()
+    if config.miss_rate > 0:
+        from searchr1_fast.retrieval.missing import MissingRetriever
+
+        retriever = MissingRetriever(retriever, config.miss_rate, config.miss_seed)
+    return retriever
+
+
+def _open_bm25(config: RetrievalConfig, corpus: str | Path | Sequence[Passage] | None) -> Retriever:
+    from searchr1_fast.data import read_corpus
+    from searchr1_fast.retrieval.bm25 import BM25Retriever
+
+    if corpus is None:
+        raise ValueError("retrieval.backend bm25 searches a corpus; give one (data.corpus), or choose remote or none")
+    passages = read_corpus(corpus) if isinstance(corpus, str | Path) else corpus
+    return BM25Retriever(passages, k1=config.bm25_k1, b=config.bm25_b)

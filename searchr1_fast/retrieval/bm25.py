@@ -1,0 +1,151 @@
+"""BM25 over title and text: bm25s builds the index, a small kernel here reads it.
+
+bm25s scores every posting when it builds, so that a query only adds numbers up. Its own top-k keeps an arbitrary one of
+equal scores and pads with documents of score 0; the kernel here orders by score descending, then row ascending, and
+returns only passages that share a word with the query. It holds no lock and releases the GIL, so searches overlap.
+
+Words are letters and digits in lower case without accents, plurals cut to the singular. Stop words are indexed but
+count in a query only if it has nothing else ("It" still finds something).
+
+Left out: threads (one core answers thousands of queries a second on a small corpus; bm25s gets slower with them) and
+scores that change with the batch: a query's result depends on nothing but the query.
+
+Shape legend
+    Z  postings    V  terms    Q  queries    W  terms of all queries
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+
+import bm25s
+import numba
+import numpy as np
+from bm25s.stopwords import STOPWORDS_EN
+
+from searchr1_fast.retrieval.protocol import check_k
+from searchr1_fast.types import Passage
+
+_WORD = re.compile(r"\w[\w\u0300-\u036f]*")  # combining marks belong to the letter before them
+_ACCENTS = dict.fromkeys(range(0x300, 0x370))
+
+
+class BM25Retriever:
+    """Search in memory. Ids must be unique, as `data.read_corpus` makes sure of."""
+
+    def __init__(self, passages: Iterable[Passage], k1: float = 0.9, b: float = 0.4) -> None:
+        self._passages = list(passages)
+        if not self._passages:
+            raise ValueError("BM25 needs at least one passage; the corpus is empty")
+        vocabulary = _Vocabulary()
+        documents = [[vocabulary[word] for word in _words(f"{p.title}\n{p.text}")] for p in self._passages]
+        self._terms = vocabulary.terms
+        if not self._terms:
+            raise ValueError("BM25 needs words; no passage of the corpus holds a letter or a digit")
+        self._stop_words = frozenset(self._terms[term] for term in map(_term, STOPWORDS_EN) if term in self._terms)
+        index = bm25s.BM25(k1=k1, b=b, method="lucene")
+        index.index((documents, self._terms), create_empty_token=False, show_progress=False)
+        self._data: np.ndarray = index.scores["data"]  # [Z] fp32: score of the posting
+        self._rows: np.ndarray = index.scores["indices"]  # [Z] int32: its passage
+        self._offsets: np.ndarray = index.scores["indptr"].astype(np.int64)  # [V+1]: where each term's postings begin
+
+    def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
+        """Best first, equal scores by row. Fewer than `k` where fewer passages share a word with the query."""
+        check_k(k)
+        # Queries with the same known terms are searched once.
+        places: dict[tuple[int, ...], int] = {}
+        place_of = [places.setdefault(self._query_terms(query), len(places)) for query in queries]
+        if not places:
+            return []
+        lengths = [len(terms) for terms in places]
+        terms = np.fromiter((term for query in places for term in query), dtype=np.int64, count=sum(lengths))
+        bounds = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
+        k = min(k, len(self._passages))
+        scores, rows, counts = _search(self._data, self._rows, self._offsets, terms, bounds, len(self._passages), k)
+        return [self._hits(scores[place], rows[place], counts[place]) for place in place_of]
+
+    def _query_terms(self, query: str) -> tuple[int, ...]:
+        """The known terms of a query, without stop words unless there is nothing else."""
+        known = [self._terms[term] for term in map(_term, _words(query)) if term in self._terms]
+        return tuple(number for number in known if number not in self._stop_words) or tuple(known)
+
+    def _hits(self, scores: np.ndarray, rows: np.ndarray, count: int) -> list[Passage]:
+        """scores [k] fp32, rows [k] int64."""
+        hits = []
+        for row, score in zip(rows[:count].tolist(), scores[:count].tolist(), strict=True):
+            passage = self._passages[row]
+            hits.append(Passage(passage.id, passage.title, passage.text, score))
+        return hits
+
+
+class _Vocabulary(dict[str, int]):
+    """Word as written -> number of its term. A term is worked out once per word, not once per occurrence."""
+
+    def __init__(self) -> None:
+        self.terms: dict[str, int] = {}
+
+    def __missing__(self, word: str) -> int:
+        self[word] = number = self.terms.setdefault(_term(word), len(self.terms))
+        return number
+
+
+def _words(text: str) -> list[str]:
+    return _WORD.findall(text.lower())
+
+
+def _term(word: str) -> str:
+    """What a word is indexed as."""
+    if not word.isascii():
+        word = unicodedata.normalize("NFKD", word).translate(_ACCENTS)
+    return _singular(word)
+
+
+def _singular(word: str) -> str:
+    """Cities -> city, cars -> car; glass, gas and its stay. Rough, but the same for queries and passages."""
+    if len(word) <= 3 or not word.endswith("s") or word.endswith("ss"):
+        return word
+    return f"{word[:-3]}y" if len(word) > 4 and word.endswith("ies") else word[:-1]
+
+
+@numba.njit(nogil=True, cache=True)
+def _search(
+    data: np.ndarray,  # [Z] fp32
+    posting_rows: np.ndarray,  # [Z] int32
+    offsets: np.ndarray,  # [V+1] int64
+    terms: np.ndarray,  # [W] int64
+    bounds: np.ndarray,  # [Q+1] int64: where each query's terms begin
+    num_passages: int,
+    k: int,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """scores [Q,k] fp32, rows [Q,k] int64, counts [Q] int64: how many of the k are hits."""
+    num_queries = len(bounds) - 1
+    top_scores = np.zeros((num_queries, k), dtype=np.float32)
+    top_rows = np.zeros((num_queries, k), dtype=np.int64)
+    counts = np.zeros(num_queries, dtype=np.int64)
+    total = np.zeros(num_passages, dtype=np.float32)
+    for query in range(num_queries):
+        total[:] = 0
+        for term in terms[bounds[query] : bounds[query + 1]]:
+            for posting in range(offsets[term], offsets[term + 1]):
+                total[posting_rows[posting]] += data[posting]
+        count = 0
+        floor = np.float32(0)  # a score must be above it to enter: 0 is no hit, and an equal later row loses
+        for row in range(num_passages):
+            score = total[row]
+            if score <= floor:
+                continue
+            place = count if count < k else k - 1
+            while place > 0 and top_scores[query, place - 1] < score:
+                top_scores[query, place] = top_scores[query, place - 1]
+                top_rows[query, place] = top_rows[query, place - 1]
+                place -= 1
+            top_scores[query, place] = score
+            top_rows[query, place] = row
+            if count < k:
+                count += 1
+            if count == k:
+                floor = top_scores[query, k - 1]
+        counts[query] = count
+    return top_scores, top_rows, counts

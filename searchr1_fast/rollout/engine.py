@@ -1,0 +1,339 @@
+"""Generate turns with continuous batching, over a KV cache that a sequence keeps from its first turn to its last.
+
+The engine knows nothing of actions or searches. It is given sequences with tokens that the model has not seen (a
+prompt, or an observation behind the last token of a turn), runs every running sequence one token further per `step`,
+and hands back those whose turn ended. `step` is the whole of it: schedule, run, sample, postprocess.
+
+What is known per slot lies in numpy arrays, so that a step costs a few gathers and no Python per token; Python runs
+once per turn. A prompt is computed once for all the sequences that start from it while one of them is there (a GRPO
+group); the others copy its cache. The model is the trainer's own object: new weights need no copy.
+
+Left out: splitting one prompt over steps, paged memory (a slot has room for the longest sequence), speculation.
+
+Shape legend
+    C  cache slots    S  sequences of a step    T  their new tokens    N  tokens that a turn may have at most
+    D  hidden size    V  vocabulary
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from searchr1_fast.config import RolloutConfig
+from searchr1_fast.models import Decoder, KVCache, TextTokenizer
+from searchr1_fast.rollout.sampling import SamplingParams, sample, uniforms
+from searchr1_fast.rollout.sequence import Sequence, SequenceStatus
+from searchr1_fast.rollout.stop import START, StopMatcher, vocabulary_bytes
+
+# Prompts and observations join a step up to this many tokens together: it bounds the activations of one forward pass.
+MAX_PREFILL_TOKENS = 16384
+
+
+@dataclass(slots=True)
+class RolloutStatistics:
+    """Where the time of a run went, and how many tokens passed through the model."""
+
+    time_total: float = 0.0
+    time_forward: float = 0.0  # model, head and sampling, until the tokens are on the host
+    time_search_wait: float = 0.0  # in which nothing could be decoded
+    num_steps: int = 0
+    num_decode_tokens: int = 0  # the one token of a sequence that was running already
+    num_prefill_tokens: int = 0  # tokens of joining sequences: prompts, observations, whatever is computed again
+    num_recomputed_tokens: int = 0  # the part of them that the model had seen before
+    num_shared_tokens: int = 0  # prompt tokens not computed but copied from a sequence with the same prompt
+    num_discarded_tokens: int = 0  # sampled after a stop tag; only with `stop_at_tags` off
+    num_searches: int = 0
+    num_search_batches: int = 0
+
+
+class Batch(NamedTuple):
+    """One step's work: the running sequences, then the joining ones."""
+
+    slots: np.ndarray  # [S] int64
+    token_ids: np.ndarray  # [T] int64
+    lengths: np.ndarray  # [S] int64, adding up to T
+    copies: list[PromptCopy]
+
+
+class PromptCopy(NamedTuple):
+    """A sequence gets the cache of `length` prompt tokens from one that has the same prompt."""
+
+    source: int  # slot
+    target: int  # slot
+    length: int
+
+
+class SlotTable:
+    """What the engine knows of the sequence in each slot."""
+
+    def __init__(self, num_slots: int, max_turn_tokens: int) -> None:
+        self.occupants: list[Sequence | None] = [None] * num_slots
+        self.free = list(range(num_slots))[::-1]
+        self.num_cached = np.zeros(num_slots, dtype=np.int64)  # [C]
+        self.last_token = np.zeros(num_slots, dtype=np.int64)  # [C]
+        self.stop_state = np.zeros(num_slots, dtype=np.uint8)  # [C]
+        self.stream_key = np.zeros(num_slots, dtype=np.uint64)  # [C]
+        self.stream_start = np.zeros(num_slots, dtype=np.uint64)  # [C]: policy tokens before the turn
+        self.turn_count = np.zeros(num_slots, dtype=np.int64)  # [C]: tokens of the turn so far
+        self.turn_limit = np.zeros(num_slots, dtype=np.int64)  # [C]
+        self.turn_tokens = np.zeros((num_slots, max_turn_tokens), dtype=np.int64)  # [C, N]
+        self.turn_logprobs = np.zeros((num_slots, max_turn_tokens), dtype=np.float32)  # [C, N]
+
+    def __len__(self) -> int:
+        return len(self.occupants)
+
+    def begin_turn(self, sequence: Sequence) -> None:
+        """Set a sequence's entries; one without a slot gets a free one."""
+        assert 0 < sequence.turn_limit <= self.turn_tokens.shape[1]
+        if sequence.slot is None:
+            sequence.slot = self.free.pop()
+            self.occupants[sequence.slot] = sequence
+        slot = sequence.slot
+        self.num_cached[slot] = sequence.num_cached
+        self.stop_state[slot] = START
+        self.stream_key[slot] = sequence.stream_key
+        self.stream_start[slot] = sequence.num_policy_tokens
+        self.turn_count[slot] = 0
+        self.turn_limit[slot] = sequence.turn_limit
+
+    def release(self, sequence: Sequence) -> None:
+        """Make a sequence's slot free, its cache forgotten."""
+        self.occupants[sequence.slot] = None
+        self.free.append(sequence.slot)
+        sequence.slot, sequence.num_cached = None, 0
+
+
+class Engine:
+    """Continuous batching over cache slots. `sampling` and `statistics` may be replaced between runs."""
+
+    share_prompts = True
+
+    def __init__(
+        self,
+        model: Decoder,
+        tokenizer: TextTokenizer,
+        config: RolloutConfig,
+        sampling: SamplingParams | None = None,
+        *,
+        stop_at_tags: bool = True,
+    ) -> None:
+        """`sampling` None: as the configuration says. `stop_at_tags` off: turns run on to EOS or their limit and are
+        cut afterwards, as the original does it; same trajectories, more work.
+        """
+        vocab_size = model.config.vocab_size
+        if tokenizer.vocab_size > vocab_size:
+            raise ValueError(
+                f"the tokenizer has {tokenizer.vocab_size} tokens and the model only {vocab_size}; "
+                "give the tokenizer that the model was trained with"
+            )
+        self.model, self.tokenizer, self.config = model, tokenizer, config
+        self.sampling = sampling or SamplingParams(config.temperature, config.top_p, config.top_k)
+        self.stop_at_tags = stop_at_tags
+        self.statistics = RolloutStatistics()
+        self.token_bytes = vocabulary_bytes(tokenizer, vocab_size)
+        self._matcher = StopMatcher(self.token_bytes)
+        self.eos_id = -1 if tokenizer.eos_id is None else tokenizer.eos_id  # -1: no token ends a turn by itself
+        self._cache: KVCache | None = None
+        self._slots = SlotTable(0, 0)
+        self.reset()
+
+    @property
+    def has_work(self) -> bool:
+        """Whether there is a sequence to run."""
+        return bool(len(self._running) or self._resumed or self._waiting)
+
+    def add(self, sequences: Iterable[Sequence]) -> None:
+        """Take new sequences, their prompts appended and `turn_limit` set."""
+        self._waiting.extend(sequences)
+        wanted = min(self.config.max_num_seqs, len(self._waiting))
+        if wanted > len(self._slots) == len(self._slots.free):
+            self._allocate(wanted)
+
+    def resume(self, sequence: Sequence) -> None:
+        """Take back a sequence whose turn ended, the observation appended and `turn_limit` set."""
+        sequence.status = SequenceStatus.WAITING
+        (self._waiting if sequence.slot is None else self._resumed).append(sequence)
+
+    def release(self, sequence: Sequence) -> None:
+        """Forget a sequence whose turn ended and that will not be resumed."""
+        if sequence.slot is not None:
+            self._slots.release(sequence)
+
+    def reset(self) -> None:
+        """Forget every sequence; the memory stays."""
+        self._waiting: deque[Sequence] = deque()  # hold no slot
+        self._resumed: deque[Sequence] = deque()  # hold one
+        self._prompt_holders: dict[str, Sequence] = {}
+        self._running = np.empty(0, dtype=np.int64)  # [S] slots, in the order in which they joined
+        self._slots = SlotTable(len(self._slots), self.config.max_turn_tokens)
+
+    def free_cache(self) -> None:
+        """Give the cache's memory to others until the next `add`; no sequence may be held."""
+        assert len(self._slots.free) == len(self._slots)
+        self._cache, self._slots = None, SlotTable(0, 0)
+
+    def step(self) -> list[Sequence]:
+        """Run every running sequence one token further; the sequences whose turn ended with it, tokens appended."""
+        batch = self._schedule()
+        started = time.perf_counter()
+        hidden = self._run(batch)
+        token_ids, logprobs = self._sample(batch, hidden)
+        self.statistics.time_forward += time.perf_counter() - started
+        return self._postprocess(batch, token_ids, logprobs)
+
+    def _allocate(self, num_slots: int) -> None:
+        weight = self.model.head_weight
+        self._cache = None  # first, so that old and new are never held together
+        self._cache = KVCache(
+            self.model.config, num_slots, self.config.max_sequence_tokens, dtype=weight.dtype, device=weight.device
+        )
+        self._slots = SlotTable(num_slots, self.config.max_turn_tokens)
+
+    def _schedule(self) -> Batch:
+        """Whom to run, and on which tokens."""
+        running, last_tokens = self._running, self._slots.last_token[self._running]
+        self.statistics.num_steps += 1
+        self.statistics.num_decode_tokens += len(running)
+        lengths = np.ones(len(running), dtype=np.int64)
+        if not self._resumed and not (self._waiting and self._slots.free):
+            return Batch(running, last_tokens, lengths, [])
+        joining, copies = self._admit()
+        pieces = [sequence.uncached_tokens() for sequence in joining]
+        sizes = np.array([len(piece) for piece in pieces], dtype=np.int64)
+        self.statistics.num_prefill_tokens += int(sizes.sum())
+        self.statistics.num_recomputed_tokens += sum(max(0, s.num_computed - s.num_cached) for s in joining)
+        self.statistics.num_shared_tokens += sum(copy.length for copy in copies)
+        return Batch(
+            slots=np.concatenate((running, np.array([sequence.slot for sequence in joining], dtype=np.int64))),
+            token_ids=np.concatenate((last_tokens, *pieces)),
+            lengths=np.concatenate((lengths, sizes)),
+            copies=copies,
+        )
+
+    def _admit(self) -> tuple[list[Sequence], list[PromptCopy]]:
+        """Resumed sequences, then waiting ones, as the token budget and the free slots allow.
+
+        A new sequence whose prompt joins at this very step stays behind, and runs its last prompt token at the next.
+        """
+        table, budget = self._slots, MAX_PREFILL_TOKENS
+        joining: list[Sequence] = []
+        copies: list[PromptCopy] = []
+        behind: list[Sequence] = []
+        while self._resumed or (self._waiting and len(behind) < len(table.free)):
+            queue = self._resumed or self._waiting
+            sequence = queue[0]
+            holder = self._prompt_holder(sequence)
+            if holder is not None and table.num_cached[holder.slot] == 0:
+                behind.append(queue.popleft())
+                continue
+            num_tokens = 1 if holder is not None else sequence.length - sequence.num_cached
+            if joining and num_tokens > budget:
+                break
+            budget -= num_tokens
+            joining.append(queue.popleft())
+            sequence.num_cached = sequence.length - num_tokens
+            table.begin_turn(sequence)
+            sequence.status = SequenceStatus.RUNNING
+            if holder is not None:
+                copies.append(PromptCopy(holder.slot, sequence.slot, sequence.num_cached))
+        self._waiting.extendleft(reversed(behind))
+        return joining, copies
+
+    def _prompt_holder(self, sequence: Sequence) -> Sequence | None:
+        """For a new sequence one that holds a slot and the same prompt; where there is none it becomes that itself."""
+        if sequence.slot is not None or not self.share_prompts:
+            return None
+        holder = self._prompt_holders.get(sequence.request.prompt)
+        if holder is None or holder.slot is None:
+            self._prompt_holders[sequence.request.prompt] = sequence
+            return None
+        return holder
+
+    def _run(self, batch: Batch) -> torch.Tensor:  # [S, D]
+        """The hidden states that predict each sequence's next token."""
+        if batch.copies:
+            self._copy_prompts(batch.copies)
+        cu_seqlens = np.zeros(len(batch.slots) + 1, dtype=np.int64)
+        np.cumsum(batch.lengths, out=cu_seqlens[1:])
+        hidden = self.model.forward_cached(
+            self._to_device(batch.token_ids),
+            self._to_device(cu_seqlens),
+            self._to_device(batch.slots),
+            self._to_device(self._slots.num_cached[batch.slots]),
+            self._cache,
+        )
+        self._slots.num_cached[batch.slots] += batch.lengths
+        return hidden
+
+    def _copy_prompts(self, copies: list[PromptCopy]) -> None:
+        """Up to the longest: what a shorter one gets beyond its length it will write before it reads."""
+        length = max(copy.length for copy in copies)
+        sources, targets, _ = (
+            torch.tensor(column, device=self.model.head_weight.device) for column in zip(*copies, strict=True)
+        )
+        for memory in (*self._cache.keys, *self._cache.values):  # [C, heads, places, head dimension] each
+            memory[targets, :, :length] = memory[sources, :, :length]
+
+    @torch.no_grad()
+    def _sample(self, batch: Batch, hidden: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:  # [S] int64, [S] fp32
+        """The next tokens and their log-probabilities, on the host."""
+        slots, table = batch.slots, self._slots
+        counters = table.stream_start[slots] + table.turn_count[slots].astype(np.uint64)
+        randoms = self._to_device(uniforms(table.stream_key[slots], counters))
+        token_ids, logprobs = sample(_logits(hidden, self.model.head_weight), randoms, self.sampling)
+        token_ids, logprobs = token_ids.cpu().numpy(), logprobs.cpu().numpy()
+        if not np.isfinite(logprobs).all():
+            raise ValueError(
+                f"the model's logits are not finite for {np.count_nonzero(~np.isfinite(logprobs))} of {len(slots)} "
+                "sequences; its weights are broken: go back to a checkpoint before this"
+            )
+        return token_ids, logprobs
+
+    def _postprocess(self, batch: Batch, token_ids: np.ndarray, logprobs: np.ndarray) -> list[Sequence]:
+        """Keep the tokens, find the turns that ended."""
+        slots, table = batch.slots, self._slots
+        count = table.turn_count[slots]
+        table.turn_tokens[slots, count] = token_ids
+        table.turn_logprobs[slots, count] = logprobs
+        table.last_token[slots] = token_ids
+        table.turn_count[slots] = count + 1
+        table.stop_state[slots] = states = self._matcher.advance(table.stop_state[slots], token_ids)
+        ended = (count + 1 == table.turn_limit[slots]) | (token_ids == self.eos_id)
+        if self.stop_at_tags:
+            ended |= states == self._matcher.matched
+        if not ended.any():
+            self._running = slots
+            return []
+        self._running = slots[~ended]
+        return [self._end_turn(slot) for slot in slots[ended].tolist()]
+
+    def _end_turn(self, slot: int) -> Sequence:
+        """Give a sequence the tokens of its turn. It keeps its slot; the turn's last token is not cached yet."""
+        table = self._slots
+        sequence = table.occupants[slot]
+        count = sampled = int(table.turn_count[slot])
+        if not self.stop_at_tags:
+            count = self._matcher.find(table.turn_tokens[slot, :sampled]) or sampled
+            self.statistics.num_discarded_tokens += sampled - count
+        sequence.append_turn(table.turn_tokens[slot, :count].copy(), table.turn_logprobs[slot, :count].copy())
+        num_cached = int(table.num_cached[slot])
+        sequence.num_computed = max(sequence.num_computed, min(num_cached, sequence.length))
+        sequence.num_cached = min(num_cached, sequence.length - 1)
+        return sequence
+
+    def _to_device(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(self.model.head_weight.device, non_blocking=True)
+
+
+def _logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:  # [S, D], [V, D] -> [S, V] fp32
+    """The head. On CUDA the sums of a bf16 product are kept in fp32, as the trainer keeps them."""
+    if hidden.is_cuda and hidden.dtype != torch.float32:
+        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+    return torch.mm(hidden, weight.T).float()

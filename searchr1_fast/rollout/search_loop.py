@@ -1,0 +1,207 @@
+"""Drive an engine and a search function through whole rollouts: turns, actions, observations, ends.
+
+`normal_loop` searches inline: what became pending at a step is searched as one batch before the next step.
+`overlap_loop` searches in a worker thread while the other sequences decode on: one batch in flight at a time, and what
+becomes pending meanwhile is the next batch. Read them as a diff: tokens are the same, as they depend on a sequence's
+own seed and context alone.
+
+A search that raises ends the run, with the queries in a note on the exception: trajectories whose search failed are
+never trained on in silence.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+
+import numpy as np
+
+from searchr1_fast.config import RolloutConfig
+from searchr1_fast.models import TextTokenizer
+from searchr1_fast.protocol import INVALID_ACTION_MESSAGE, format_observation, parse_action
+from searchr1_fast.rollout.engine import Engine, RolloutStatistics
+from searchr1_fast.rollout.observation import Text, encode, fit_observation
+from searchr1_fast.rollout.sampling import stream_keys
+from searchr1_fast.rollout.sequence import RolloutRequest, Sequence, SequenceStatus
+from searchr1_fast.types import Action, FinishReason, Passage, SearchFunction, Trajectory, Turn
+
+Progress = Callable[[int, int], None]  # (finished, all)
+
+
+class SearchLoop:
+    """Samples trajectories. `statistics` are those of the last run."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        search: SearchFunction,
+        tokenizer: TextTokenizer | None = None,
+        config: RolloutConfig | None = None,
+    ) -> None:
+        """`tokenizer` and `config` None: the engine's."""
+        self.engine, self.search = engine, search
+        self.tokenizer = tokenizer or engine.tokenizer
+        self.config = config or engine.config
+        self.statistics = RolloutStatistics()
+        self._invalid = encode(INVALID_ACTION_MESSAGE, self.tokenizer)
+        self._empty = encode(format_observation([]), self.tokenizer)
+        self._final = encode(self.config.final_turn_message, self.tokenizer)
+        for name in ("max_turn_tokens", "max_sequence_tokens"):
+            if getattr(self.config, name) > getattr(engine.config, name):
+                raise ValueError(
+                    f"rollout.{name} is {getattr(self.config, name)}, but the engine was made for "
+                    f"{getattr(engine.config, name)}; make the engine with the larger one"
+                )
+        if len(self._empty.token_ids) > self.config.max_observation_tokens:
+            raise ValueError(
+                f"rollout.max_observation_tokens is {self.config.max_observation_tokens}, but an observation without "
+                f"passages has {len(self._empty.token_ids)} tokens; raise it"
+            )
+
+    def run(self, requests: list[RolloutRequest], progress: Progress | None = None) -> list[Trajectory]:
+        """One trajectory per request, in their order. `progress` is called whenever sequences finish."""
+        started = time.perf_counter()
+        self.statistics = self.engine.statistics = RolloutStatistics()
+        self._progress, self._num_finished, self._num_sequences = progress, 0, len(requests)
+        keys = stream_keys([request.seed for request in requests])
+        sequences = [self._start(request, i, keys[i]) for i, request in enumerate(requests)]
+        try:
+            self.engine.add(sequences)
+            if self.config.overlap:
+                self.overlap_loop()
+            else:
+                self.normal_loop()
+        finally:
+            self.engine.reset()
+        self.statistics.time_total = time.perf_counter() - started
+        return [sequence.to_trajectory() for sequence in sequences]
+
+    def normal_loop(self) -> None:
+        """Step, then search for the sequences that asked at this step."""
+        while self.engine.has_work:
+            pending = self._read_turns(self.engine.step())
+            if pending:
+                started = time.perf_counter()
+                results = self._search(pending)
+                self.statistics.time_search_wait += time.perf_counter() - started
+                self._observe(pending, results)
+
+    def overlap_loop(self) -> None:
+        """Step on while a search is in flight; wait for it only when nothing else is left to do."""
+        pending: list[Sequence] = []
+        in_flight: list[Sequence] = []
+        future: Future[list[list[Passage]]] | None = None
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="search") as worker:
+            while self.engine.has_work or future or pending:
+                if future and (future.done() or not self.engine.has_work):
+                    started = time.perf_counter()
+                    results = future.result()
+                    self.statistics.time_search_wait += time.perf_counter() - started
+                    self._observe(in_flight, results)
+                    future = None
+                if pending and not future:
+                    in_flight, pending = pending, []
+                    future = worker.submit(self._search, in_flight)
+                if self.engine.has_work:
+                    pending += self._read_turns(self.engine.step())
+
+    # ---- turns ------------------------------------------------------------------------------------------------------
+
+    def _start(self, request: RolloutRequest, index: int, stream_key: np.uint64) -> Sequence:
+        """A sequence with its prompt, ready to be added."""
+        token_ids = self.tokenizer.encode(request.prompt)
+        if not token_ids:
+            raise ValueError(f"the prompt of question {request.question.id!r} is empty; check prompt.template")
+        sequence = Sequence(request, index, stream_key)
+        sequence.append_prompt(token_ids, request.prompt)
+        if not self._open_turn(sequence):
+            raise ValueError(
+                f"the prompt of question {request.question.id!r} has {len(token_ids)} tokens and leaves no room in "
+                f"rollout.max_sequence_tokens, {self.config.max_sequence_tokens}; raise it or shorten the prompt"
+            )
+        return sequence
+
+    def _room(self, sequence: Sequence) -> int:
+        """Tokens that the environment may add, so that the policy has one left and the final message fits."""
+        room = self.config.max_sequence_tokens - sequence.length - 1
+        return room - (len(self._final.token_ids) if len(sequence.turns) == self.config.max_searches else 0)
+
+    def _open_turn(self, sequence: Sequence) -> bool:
+        """Set the next turn's budget, the final turn's message before it; False where there is no room for a turn."""
+        if self._room(sequence) < 0:
+            return False
+        if len(sequence.turns) == self.config.max_searches and self._final.token_ids:
+            sequence.append_observation(self._final.token_ids, self._final.text)
+        sequence.turn_limit = min(self.config.max_turn_tokens, self.config.max_sequence_tokens - sequence.length)
+        return True
+
+    def _read_turns(self, ended: list[Sequence]) -> list[Sequence]:
+        """Act on turns that ended; returned are the sequences to search for, all others are settled."""
+        num_finished = self._num_finished
+        for sequence in ended:
+            self._read_turn(sequence)
+        if self._progress and self._num_finished > num_finished:
+            self._progress(self._num_finished, self._num_sequences)
+        return [sequence for sequence in ended if sequence.status is SequenceStatus.SEARCHING]
+
+    def _read_turn(self, sequence: Sequence) -> None:
+        """What the policy wrote decides: an end, a search, or one more try."""
+        action = self._record_turn(sequence).action
+        if action is Action.ANSWER:
+            self._finish(sequence, FinishReason.ANSWER)
+        elif len(sequence.turns) > self.config.max_searches:
+            is_full = sequence.length >= self.config.max_sequence_tokens
+            self._finish(sequence, FinishReason.LENGTH if is_full else FinishReason.NO_ANSWER)
+        elif self._room(sequence) < len((self._empty if action is Action.SEARCH else self._invalid).token_ids):
+            self._finish(sequence, FinishReason.LENGTH)
+        elif action is Action.SEARCH:
+            sequence.status = SequenceStatus.SEARCHING
+        else:
+            self._continue(sequence, self._invalid)
+
+    def _record_turn(self, sequence: Sequence) -> Turn:
+        """Read the turn that the engine appended. An end-of-sequence token is part of its tokens, not of its text."""
+        token_ids = sequence.token_pieces[-1]
+        written = token_ids[token_ids != self.engine.eos_id].tolist()
+        text = b"".join(self.engine.token_bytes[i] for i in written).decode(errors="replace")
+        action, content = parse_action(text)
+        turn = Turn(sequence.length - len(token_ids), sequence.length, action, content)
+        sequence.turns.append(turn)
+        sequence.segments.append(("policy", text))
+        return turn
+
+    def _search(self, sequences: list[Sequence]) -> list[list[Passage]]:
+        """The passages for each sequence's query, best first."""
+        queries = [sequence.turns[-1].content for sequence in sequences]
+        try:
+            results = self.search(queries)
+        except Exception as error:
+            error.add_note(f"this ended the rollout: a search for {len(queries)} queries, first {queries[0]!r}")
+            raise
+        if len(results) != len(queries):
+            raise ValueError(f"the search function returned {len(results)} results for {len(queries)} queries")
+        return results
+
+    def _observe(self, sequences: list[Sequence], results: list[list[Passage]]) -> None:
+        """Append what was found and let the sequences go on."""
+        self.statistics.num_searches += len(sequences)
+        self.statistics.num_search_batches += 1
+        for sequence, passages in zip(sequences, results, strict=True):
+            sequence.turns[-1] = replace(sequence.turns[-1], passage_ids=tuple(passage.id for passage in passages))
+            room = min(self.config.max_observation_tokens, self._room(sequence))
+            observation = fit_observation(passages, self.tokenizer, room)
+            assert observation is not None  # the empty one fits: checked before the search
+            self._continue(sequence, observation)
+
+    def _continue(self, sequence: Sequence, observation: Text) -> None:
+        sequence.append_observation(observation.token_ids, observation.text)
+        is_open = self._open_turn(sequence)
+        assert is_open
+        self.engine.resume(sequence)
+
+    def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        sequence.status, sequence.finish_reason = SequenceStatus.FINISHED, reason
+        self.engine.release(sequence)
+        self._num_finished += 1

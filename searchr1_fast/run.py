@@ -1,0 +1,231 @@
+"""A run: everything that lives as long as it does, how it begins, how it is taken up again, and what it leaves behind.
+
+The loop in train.py moves it from step to step; nothing here knows what a step does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import yaml
+
+from searchr1_fast.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
+from searchr1_fast.config import Config
+from searchr1_fast.console import Console
+from searchr1_fast.critic import Critic
+from searchr1_fast.curves import save_curves
+from searchr1_fast.data import QuestionStream
+from searchr1_fast.distributed import Ranks, process
+from searchr1_fast.environment import Environment, build_environments
+from searchr1_fast.evaluate import EvalResult, Progress, build_engine, evaluate
+from searchr1_fast.metrics import MetricsLog, PhaseTimers, read_metrics
+from searchr1_fast.models import TextTokenizer, load_model, load_tokenizer, resolve, save_model
+from searchr1_fast.policy import Learner, Policy
+from searchr1_fast.prompt import PromptBuilder
+from searchr1_fast.rollout import Engine, SearchLoop
+from searchr1_fast.types import Trajectory
+
+
+class UserInterface(Protocol):
+    """What the loop tells a person; `console.Console` is one. A phase yields `progress(finished, total)`."""
+
+    def note(self, text: str) -> None: ...
+    def phase(self, name: str, total: int | None = None) -> AbstractContextManager[Progress]: ...
+    def step(self, metrics: Mapping[str, Any]) -> None: ...
+    def evaluation(self, name: str, metrics: Mapping[str, Any]) -> None: ...
+    def final(self, before: Mapping, after: Mapping, examples: tuple[Trajectory, Trajectory] | None = None) -> None: ...
+
+
+@dataclass
+class Run:
+    """Everything that lives as long as the run does."""
+
+    config: Config
+    ranks: Ranks
+    ui: UserInterface
+    log: MetricsLog | None  # rank 0's
+    timers: PhaseTimers
+    stream: QuestionStream
+    evaluations: dict[str, Environment]
+    tokenizer: TextTokenizer
+    prompt: PromptBuilder
+    policy: Policy
+    critic: Critic | None
+    engine: Engine
+    loop: SearchLoop
+    step: int = 0  # the last that is done
+    results: dict[int, dict[str, EvalResult]] = field(default_factory=dict)  # of this process: the first and the last
+
+    @property
+    def learners(self) -> list[Learner]:
+        """What has weights and an optimizer."""
+        return [self.policy] if self.critic is None else [self.policy, self.critic]
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Score the policy on every evaluation set; the keys of the row."""
+        row = {}
+        results = {}
+        for name, environment in self.evaluations.items():
+            with self.ui.phase(f"eval {name}", len(self.ranks.share(environment.questions))) as progress:
+                results[name] = evaluate(
+                    None, self.tokenizer, environment, self.config,
+                    name=name, engine=self.engine, ranks=self.ranks, progress=progress,
+                )  # fmt: skip
+            self.ui.evaluation(name, results[name].metrics())
+            row |= results[name].row()
+        self.results = dict(list(self.results.items())[:1]) | {step: results}
+        return row
+
+    def write(self, row: dict[str, Any], trajectories: list[Trajectory] | None = None) -> None:
+        """The step's row, and its trajectories where they are due."""
+        if self.log is None or len(row) == 1:
+            return
+        self.log.write(row)
+        if trajectories is not None and is_due(row["step"], self.config.run.trajectories_every):
+            self.log.write_trajectories(row["step"], trajectories)
+
+    def save(self) -> None:
+        """Write a checkpoint of the step that is done."""
+
+        def export(directory: Path) -> None:
+            save_model(self.policy.replica, directory)
+            self.tokenizer.save(directory)
+
+        state = {
+            "stream": self.stream.state_dict(),
+            "learners": {learner.name: learner.state_dict() for learner in self.learners},
+            "config": self.config.to_yaml(),
+        }
+        tensors = {key: tensor for learner in self.learners for key, tensor in learner.tensors().items()}
+        root, keep = self.config.run_directory / "checkpoints", self.config.checkpoint.keep
+        save_checkpoint(root, self.step, tensors, state, export, self.ranks, keep)
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Become the run that wrote the checkpoint."""
+        state = checkpoint.trainer_state
+        self.stream.load_state_dict(state["stream"])
+        checkpoint.read(
+            {key: tensor for learner in self.learners for key, tensor in learner.tensors(checkpoint.keys).items()}
+        )
+        for learner in self.learners:
+            learner.load_state_dict(state["learners"][learner.name])
+        self.policy.sync_replica()
+        self.step = checkpoint.step
+        changed = changed_keys(yaml.safe_load(state["config"]), self.config.model_dump(mode="json"))
+        self.ui.note(
+            f"going on after step {self.step}, from {checkpoint.path}"
+            + (f"; settings that differ from then: {', '.join(changed)}" if changed else "")
+        )
+
+    def finish(self) -> dict[str, Any]:
+        """Show before and after, draw the curves; the result on every rank."""
+        done = self.step >= self.config.train.num_steps
+        before: dict[str, dict[str, Any]] = {}
+        after: dict[str, dict[str, Any]] = {}
+        if self.log is not None:
+            rows = read_metrics(self.config.run_directory)
+            for name in self.evaluations:
+                scored = [evaluation_part(row, name) for row in rows if f"eval/{name}/em" in row]
+                if scored:
+                    before[name], after[name] = scored[0], scored[-1]
+            if done and after:
+                self.ui.final(before, after, self.example())
+            save_curves(self.config.run_directory)
+        result = {"step": self.step, "interrupted": not done, "before": before, "after": after}
+        return self.ranks.broadcast(result)
+
+    def example(self) -> tuple[Trajectory, Trajectory] | None:
+        """A question that was lost before training and is won after it, as this process saw both."""
+        first, last = list(self.results.values())[0], list(self.results.values())[-1]
+        for name in first if len(self.results) > 1 else ():
+            for old, new in zip(first[name].scores, last[name].scores, strict=True):
+                if new.em > old.em:
+                    return old.trajectory, new.trajectory
+        return None
+
+
+@contextmanager
+def open_run(config: Config, ui: UserInterface | None = None) -> Iterator[Run]:
+    """Build everything, or take it up again from the newest checkpoint; release it at the end."""
+    with process(config.run.device, config.run.num_threads, config.run.seed) as ranks:
+        ui = ui or Console(config.train.num_steps, quiet=not ranks.is_main)
+        path = latest_checkpoint(config.run_directory / "checkpoints") if config.run.resume else None
+        checkpoint = Checkpoint(path, ranks) if path is not None else None
+        log = open_log(config, checkpoint.step if checkpoint else -1) if ranks.is_main else None
+        try:
+            run = build_run(config, ranks, ui, log)
+            if checkpoint is not None:
+                run.load(checkpoint)
+            yield run
+        finally:
+            if log is not None:
+                log.close()
+
+
+def open_log(config: Config, resume_step: int) -> MetricsLog:
+    """The run folder with its configuration. ValueError where it holds another run and this is not its resumption."""
+    log = MetricsLog(
+        config.run_directory,
+        tensorboard=config.run.tensorboard,
+        wandb=config.run.wandb,
+        resume_step=resume_step if config.run.resume else None,
+        config=config.model_dump(mode="json"),
+    )
+    (config.run_directory / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    return log
+
+
+def build_run(config: Config, ranks: Ranks, ui: UserInterface, log: MetricsLog | None) -> Run:
+    """A run at step 0."""
+    directory = resolve(config.model.path)
+    training, evaluations = build_environments(config)
+    tokenizer = load_tokenizer(directory)
+    reference = None
+    if config.algorithm.kl_coefficient > 0:
+        reference = load_model(directory, getattr(torch, config.model.dtype), ranks.device)
+    policy = Policy(load_model(directory, torch.float32, ranks.device), config, ranks, reference)
+    critic = None
+    if config.algorithm.name == "ppo":
+        critic = Critic(load_model(directory, torch.float32, ranks.device), config, ranks)
+    engine = build_engine(policy.replica, tokenizer, config)
+    return Run(
+        config=config,
+        ranks=ranks,
+        ui=ui,
+        log=log,
+        timers=PhaseTimers(torch.cuda.synchronize if ranks.device.type == "cuda" else None),
+        stream=QuestionStream(training.questions, config.run.seed),
+        evaluations=evaluations,
+        tokenizer=tokenizer,
+        prompt=PromptBuilder(config.prompt, tokenizer),
+        policy=policy,
+        critic=critic,
+        engine=engine,
+        loop=SearchLoop(engine, training.search),
+    )
+
+
+def is_due(step: int, every: int) -> bool:
+    """Whether something that happens every so many steps (0: never) happens at this one."""
+    return every > 0 and step % every == 0
+
+
+def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """`section.key` of every setting that differs; `run` only says where and how it is shown."""
+    return [
+        f"{section}.{key}"
+        for section in sorted(new.keys() - {"run"})
+        for key in sorted({*old.get(section, {}), *new[section]})
+        if old.get(section, {}).get(key) != new[section].get(key)
+    ]
+
+
+def evaluation_part(row: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """What a row of metrics.jsonl says of one evaluation set, without the prefix."""
+    prefix = f"eval/{name}/"
+    return {key.removeprefix(prefix): value for key, value in row.items() if key.startswith(prefix)}

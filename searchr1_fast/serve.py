@@ -1,0 +1,54 @@
+"""`searchr1 serve`: a corpus behind Search-R1's POST /retrieve, for other trainers and for the ranks of this one."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from searchr1_fast.cli import command_parser
+from searchr1_fast.config import load_config
+from searchr1_fast.console import Console
+from searchr1_fast.errors import entry_point
+
+
+@entry_point
+def main(argv: Sequence[str] | None = None) -> int:
+    """Load the corpus, say where it is served, answer until interrupted."""
+    parser = command_parser(
+        "serve",
+        "searchr1 serve --corpus corpus.jsonl --port 8000\n"
+        "searchr1 train configs/demo.yaml retrieval.backend=remote retrieval.url=http://127.0.0.1:8000/retrieve",
+        'The corpus is JSONL, {"id", "contents": "\\"Title\\"\\ntext"} in each row, searched with BM25.',
+    )
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="settings: retrieval.bm25_k1=1.2")
+    parser.add_argument("--corpus", metavar="FILE", type=Path, required=True, help="JSONL of passages, .gz allowed")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all (default: %(default)s)"
+    )
+    parser.add_argument("--port", type=int, default=8000, help="port; 0 takes a free one (default: %(default)s)")
+    arguments = parser.parse_intermixed_args(argv)
+    if not 0 <= arguments.port < 65536:
+        raise ValueError(f"--port {arguments.port}: a port is a number from 0 to 65535")
+    config = load_config(None, ["retrieval.backend=bm25", *arguments.overrides]).retrieval
+
+    from searchr1_fast.retrieval import NullRetriever, RetrievalServer, open_retriever
+
+    ui = Console()
+    # The port first: a large corpus takes minutes to index, and a port that is taken should be known before.
+    try:
+        server = RetrievalServer(NullRetriever(), arguments.host, arguments.port, config.topk)
+    except OSError as error:
+        where = f"{arguments.host} port {arguments.port}"
+        raise ValueError(f"cannot listen on {where}: {error.strerror}; choose another --port") from error
+    with server:
+        ui.note(f"indexing {arguments.corpus}")
+        server.retriever = open_retriever(config, arguments.corpus)
+        ui.note(f"serving POST {server.url} (Ctrl-C ends it)")
+        sys.stdout.flush()  # whoever waits for this line may read it through a pipe
+        server.serve_forever()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

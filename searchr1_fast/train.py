@@ -1,0 +1,320 @@
+"""The trainer: `train` is the loop, and reads like the picture of the data flow.
+
+    questions -> rollout -> reward -> advantage -> packed minibatches -> update -> sync -> metrics -> eval, checkpoint
+
+Every rank runs it whole. Rollouts are shared by whole groups and exchanged afterwards, so that each rank sees every
+trajectory: rewards, baselines, dropped groups and metrics need no further thought about ranks, and the update's work is
+dealt out by length. What a trajectory samples depends on the run's seed, the step and its place in the step alone; so
+runs repeat on any number of ranks, and a resumed run is the run that was not stopped.
+
+Rows of metrics.jsonl. `policy_tokens` are those trained on; `kept_fraction` is the share of the sampled trajectories
+they come from; `tokens_per_second` counts sampled tokens; `entropy`, `kl_ref`, `rollout_policy_kl` and `clip_fraction`
+are means over policy tokens of all minibatches, `grad_norm` a mean over optimizer steps; a mean of nothing is null.
+Left out: rollouts that overlap the update. They would make every minibatch off-policy.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import sys
+import threading
+from collections import Counter
+from collections.abc import Sequence, Set
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from torch.distributed import ReduceOp
+
+from searchr1_fast.advantage import grpo_advantages, ppo_advantages, token_rewards
+from searchr1_fast.cli import train_parser
+from searchr1_fast.config import Config, load_config
+from searchr1_fast.errors import INTERRUPTED, entry_point
+from searchr1_fast.evaluate import score, trajectory_seed
+from searchr1_fast.losses import MAX_METRICS, accumulate_metrics
+from searchr1_fast.packing import assign_to_ranks, pack
+from searchr1_fast.policy import padding_batch, to_device
+from searchr1_fast.rollout import RolloutRequest
+from searchr1_fast.run import Run, UserInterface, is_due, open_run
+from searchr1_fast.types import FinishReason, PackedBatch, Question, Trajectory
+
+
+def train(config: Config, ui: UserInterface | None = None) -> dict[str, Any]:
+    """Train as the configuration says, into its run folder.
+
+    Returns `step`, `interrupted`, and `before` and `after`: for each evaluation set its metrics.
+    """
+    with open_run(config, ui) as run, StopSignal() as stop:
+        if run.step == 0:
+            run.write({"step": 0} | run.evaluate(0))
+        for step in range(run.step + 1, config.train.num_steps + 1):
+            run.timers.collect()  # a step's time leaves out evaluations and checkpoints
+            with run.timers("rollout"):
+                questions = run.stream.next(config.train.questions_per_step)
+                trajectories = sample(run, questions, step)
+            rewards = np.array([score(trajectory).em for trajectory in trajectories])  # [N]
+            advantages, kept = baselines(config, trajectories, rewards)  # [N], [N]
+            minibatches = make_minibatches(run, trajectories, advantages, kept)
+            with run.timers("ref"):
+                add_references(run, minibatches, rewards)
+            with run.timers("update"):
+                updates = update(run, minibatches, step)
+            with run.timers("sync"):
+                run.policy.sync_replica()
+            run.step = step
+            metrics = {"step": step} | describe(run, trajectories, rewards, kept) | means(run, updates)
+            run.ui.step(metrics)
+            stopped, last = bool(run.ranks.max(stop.requested)), step == config.train.num_steps
+            if last or (is_due(step, config.train.eval_every) and not stopped):
+                metrics |= run.evaluate(step)
+            run.write(metrics, trajectories)
+            if last or stopped or is_due(step, config.checkpoint.every):
+                run.save()
+            if stopped and not last:
+                run.ui.note(f"stopped after step {step}, and saved; go on with run.resume=true")
+                break
+        return run.finish()
+
+
+# -------------------------------------------------------------------------------------------- the arrows of the loop
+
+
+@dataclass(slots=True)
+class Minibatch:
+    """One optimizer step's share of this rank, in micro-batches; padded to the busiest rank's number of them."""
+
+    batches: list[PackedBatch]
+    denominator: int  # policy tokens, all ranks together
+    ref_logprobs: list[torch.Tensor] | None = None  # [P] fp32 each
+    returns: list[torch.Tensor] = field(default_factory=list)  # PPO: [P] fp32 each
+    old_values: list[torch.Tensor] = field(default_factory=list)  # PPO: [P] fp32 each
+
+
+def sample(run: Run, questions: Sequence[Question], step: int) -> list[Trajectory]:
+    """`group_size` trajectories for every question, in order, on every rank."""
+    seed, size = run.config.run.seed, run.config.algorithm.group_size
+    groups = []
+    for group, question in enumerate(questions):
+        prompt, seeds = run.prompt(question), (trajectory_seed(seed, step, group * size + i) for i in range(size))
+        groups.append([RolloutRequest(question, group, prompt, seed) for seed in seeds])
+    mine = [request for group in run.ranks.share(groups) for request in group]
+    with run.ui.phase("rollout", len(mine)) as progress:
+        trajectories = run.loop.run(mine, progress) if mine else []
+    run.timers.add("search_wait", run.loop.statistics.time_search_wait)
+    if run.ranks.device.type == "cuda":
+        run.engine.free_cache()  # the update needs the memory
+    shared = run.ranks.unshare([trajectories[i : i + size] for i in range(0, len(trajectories), size)])
+    return [trajectory for group in shared for trajectory in group]
+
+
+def baselines(
+    config: Config,
+    trajectories: list[Trajectory],
+    rewards: np.ndarray,  # [N] fp64
+) -> tuple[np.ndarray, np.ndarray]:  # advantages [N] fp32, kept [N] bool
+    """GRPO's advantages, and which trajectories are trained on. PPO's advantages come from the critic, later.
+
+    A failed search says nothing about the policy: its trajectory is neither trained on nor part of a baseline.
+    """
+    valid = np.array([t.finish_reason is not FinishReason.SEARCH_FAILED for t in trajectories])
+    advantages, kept = np.zeros(len(trajectories), dtype=np.float32), valid.copy()
+    if config.algorithm.name == "grpo":
+        groups = np.array([t.group for t in trajectories])
+        advantages[valid], varied = grpo_advantages(rewards[valid], groups[valid], config.algorithm.normalize_std)
+        if config.algorithm.drop_zero_variance_groups:
+            kept[valid] = varied
+    return advantages, kept & [bool(t.loss_mask.any()) for t in trajectories]
+
+
+def make_minibatches(
+    run: Run,
+    trajectories: list[Trajectory],
+    advantages: np.ndarray,  # [N] fp32
+    kept: np.ndarray,  # [N] bool
+) -> list[Minibatch]:
+    """Split the kept groups among minibatches, each minibatch among ranks, each rank's share into micro-batches."""
+    config, ranks = run.config, run.ranks
+    groups = sorted({trajectories[i].group for i in np.flatnonzero(kept)})
+    minibatches = []
+    for chosen in np.array_split(groups, config.train.num_minibatches):
+        members = [int(i) for i in np.flatnonzero(kept) if trajectories[i].group in chosen]
+        if not members:
+            continue  # fewer groups than minibatches
+        shares = assign_to_ranks([len(trajectories[i].token_ids) for i in members], ranks.world_size)
+        mine = [members[place] for place in shares[ranks.rank]]
+        batches = pack(
+            trajectories,
+            advantages,
+            config.train.tokens_per_microbatch,
+            indices=mine,
+            mask_observations=config.algorithm.mask_observations,
+        )
+        denominator = int(ranks.sum(sum(batch.num_policy_tokens for batch in batches)))
+        batches += [padding_batch() for _ in range(int(ranks.max(len(batches))) - len(batches))]
+        minibatches.append(Minibatch([to_device(batch, ranks.device) for batch in batches], denominator))
+    return minibatches
+
+
+def add_references(run: Run, minibatches: list[Minibatch], rewards: np.ndarray) -> None:
+    """Everything that must be known before the weights move: reference log-probs, values, PPO's advantages."""
+    algorithm, device = run.config.algorithm, run.ranks.device
+    if run.policy.reference is not None:
+        for minibatch in minibatches:
+            minibatch.ref_logprobs = run.policy.reference_logprobs(minibatch.batches)
+    if run.critic is None:
+        return
+    batches, values, outcomes = [], [], []
+    for minibatch in minibatches:
+        minibatch.old_values = run.critic.values(minibatch.batches)
+        references = minibatch.ref_logprobs if algorithm.kl_in_reward else None
+        for index, batch in enumerate(minibatch.batches):
+            outcome = torch.tensor(rewards[batch.trajectory_index], dtype=torch.float32, device=device)  # [S]
+            reference = references[index] if references else None
+            penalty = {"kl_coefficient": algorithm.kl_coefficient, "kl_kind": algorithm.kl_kind}
+            outcomes.append(token_rewards(batch, outcome, ref_logprobs=reference, **penalty))
+        batches += minibatch.batches
+        values += minibatch.old_values
+    batches, returns = ppo_advantages(
+        batches,
+        outcomes,
+        values,
+        gamma=algorithm.gamma,
+        lam=algorithm.lam,
+        whiten=algorithm.whiten_advantages,
+        all_reduce=run.ranks.all_reduce,
+    )
+    for minibatch in minibatches:
+        count = len(minibatch.batches)
+        minibatch.batches, batches = batches[:count], batches[count:]
+        minibatch.returns, returns = returns[:count], returns[count:]
+
+
+@dataclass(slots=True)
+class Updates:
+    """What the optimizer steps of one step of the run reported."""
+
+    num_tokens: int = 0  # policy tokens, all ranks together
+    metrics: dict[str, torch.Tensor] = field(default_factory=dict)  # this rank's sums over tokens, and maxima; 0-d
+    grad_norms: list[float] = field(default_factory=list)
+    critic_grad_norms: list[float] = field(default_factory=list)
+
+
+def update(run: Run, minibatches: list[Minibatch], step: int) -> Updates:
+    """One optimizer step per minibatch. The first is on-policy, whatever the sampler's rounding; later ones are not."""
+    algorithm, updates = run.config.algorithm, Updates()
+    if not minibatches:
+        run.ui.note(f"step {step}: no group has rewards that differ; no update")
+    with run.ui.phase("update", len(minibatches)) as progress:
+        for index, minibatch in enumerate(minibatches):
+            updates.num_tokens += minibatch.denominator
+            if run.critic is not None:
+                arguments = minibatch.batches, minibatch.returns, minibatch.old_values, minibatch.denominator
+                sums, norm = run.critic.update(*arguments)
+                accumulate_metrics(updates.metrics, sums)
+                updates.critic_grad_norms.append(norm)
+            if run.critic is None or step > algorithm.critic_warmup_steps:
+                arguments = minibatch.batches, minibatch.denominator, minibatch.ref_logprobs
+                sums, norm = run.policy.update(*arguments, on_policy=index == 0)
+                accumulate_metrics(updates.metrics, sums)
+                updates.grad_norms.append(norm)
+            progress(index + 1, len(minibatches))
+    return updates
+
+
+# ------------------------------------------------------------------------------------------------------------ metrics
+
+
+def describe(
+    run: Run,
+    trajectories: list[Trajectory],
+    rewards: np.ndarray,  # [N]
+    kept: np.ndarray,  # [N] bool
+) -> dict[str, Any]:
+    """What the rollout looked like and how long the step's phases took."""
+    count = len(trajectories)
+    times = run.timers.collect()
+    sampled = sum(int(t.loss_mask.sum()) for t in trajectories)
+    reasons = Counter(t.finish_reason for t in trajectories)
+    return {
+        "reward_mean": float(rewards.mean()),
+        "em": float(rewards.mean()),
+        "searches_mean": sum(t.num_searches for t in trajectories) / count,
+        "response_tokens_mean": sum(t.response_length for t in trajectories) / count,
+        "kept_fraction": float(kept.mean()),
+        **{f"finish_{reason.value}": reasons[reason] / count for reason in FinishReason},
+        "trajectories_per_second": count / times["time_step"],
+        "tokens_per_second": sampled / times["time_step"],
+        **times,
+    }
+
+
+def means(run: Run, updates: Updates) -> dict[str, Any]:
+    """Sums of all ranks as means over policy tokens: the one place where metrics leave the device."""
+    sums = reduced(run, updates.metrics.keys() - MAX_METRICS, updates, ReduceOp.SUM)
+    maxima = reduced(run, updates.metrics.keys() & MAX_METRICS, updates, ReduceOp.MAX)
+    norms = [norm for norm in updates.grad_norms if math.isfinite(norm)]
+    critic_norms = [norm for norm in updates.critic_grad_norms if math.isfinite(norm)]
+    critic = {"critic_grad_norm": _mean(critic_norms)} if run.critic is not None else {}
+    return {
+        "policy_tokens": updates.num_tokens,
+        **dict.fromkeys(("entropy", "kl_ref", "rollout_policy_kl", "clip_fraction")),  # null where nothing was updated
+        **{key: total / updates.num_tokens for key, total in sums.items()},
+        **maxima,
+        "grad_norm": _mean(norms),
+        **critic,
+        "lr": run.policy.last_learning_rate,
+        "skipped_updates": len(updates.grad_norms) + len(updates.critic_grad_norms) - len(norms) - len(critic_norms),
+    }
+
+
+def reduced(run: Run, keys: Set[str], updates: Updates, op: ReduceOp) -> dict[str, float]:
+    """Some of the metrics over all ranks, in one message."""
+    if not keys:
+        return {}
+    stacked = torch.stack([updates.metrics[key].double() for key in sorted(keys)])
+    return dict(zip(sorted(keys), run.ranks.all_reduce(stacked, op).tolist(), strict=True))
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+class StopSignal:
+    """Ctrl-C or SIGTERM asks for an end after this step; a second Ctrl-C ends at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __enter__(self) -> StopSignal:
+        self._previous = {}
+        if threading.current_thread() is threading.main_thread():  # Python takes handlers from nowhere else
+            self._previous = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if not self.requested and os.environ.get("RANK", "0") == "0":
+            # A handler may run in the middle of a print: write past Python's buffers and locks.
+            os.write(2, b"\nstopping after this step, with a checkpoint; Ctrl-C again stops now and loses it\n")
+        self.requested = True
+
+
+@entry_point
+def main(argv: Sequence[str] | None = None) -> int:
+    """`searchr1 train`."""
+    arguments = train_parser().parse_intermixed_args(argv)
+    overrides = [*arguments.overrides, *(["run.resume=true"] if arguments.resume else [])]
+    return INTERRUPTED if train(load_config(arguments.config, overrides))["interrupted"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

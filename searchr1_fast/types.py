@@ -1,0 +1,147 @@
+"""The nouns of the data flow, each defined once; the arrows between them are the modules.
+
+    Question -> Trajectory (ragged, CPU) -> reward, advantage -> PackedBatch (packed, device)
+
+Shape legend
+    L  tokens of one trajectory        T  tokens of a packed batch
+    S  sequences of a packed batch     P  policy tokens of a packed batch (those with loss_mask True)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One question and the answers that count. `source` names its data set, `kind` its stratum ("2-hop", "comparison")."""
+
+    id: str
+    text: str
+    golden_answers: tuple[str, ...]
+    source: str
+    kind: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """One retrieved passage. `title` carries no quotes; `score` is the retriever's, higher is better."""
+
+    id: str
+    title: str
+    text: str
+    score: float = 0.0
+
+
+# queries -> for each query its passages, best first. The only thing the rollout knows about retrieval.
+SearchFunction = Callable[[Sequence[str]], list[list[Passage]]]
+
+
+class FinishReason(str, Enum):
+    """Why a trajectory ended."""
+
+    ANSWER = "answer"  # the policy closed an <answer>
+    NO_ANSWER = "no_answer"  # its forced final turn ended without one
+    LENGTH = "length"  # the token budget of the whole sequence ran out
+    SEARCH_FAILED = "search_failed"  # the retriever raised; never trained on
+
+
+class Action(str, Enum):
+    """What the environment read in one policy turn."""
+
+    SEARCH = "search"
+    ANSWER = "answer"
+    INVALID = "invalid"
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One policy turn: tokens `[start, end)` of the trajectory and what was read in them."""
+
+    start: int
+    end: int
+    action: Action
+    content: str  # the query, the answer, or "" for an invalid turn
+    passage_ids: tuple[str, ...] = ()  # what the search returned, best first
+
+
+@dataclass(slots=True)
+class Trajectory:
+    """A finished rollout. Written by `rollout.SearchLoop`; `reward` is written by the trainer, nothing else changes.
+
+    Example, prompt P0, turn A0, observation E0, turn A1:
+        token_ids        = P0 + A0 + E0 + A1
+        loss_mask        = [False]*len(P0) + [True]*len(A0) + [False]*len(E0) + [True]*len(A1)
+        rollout_logprobs = [0.]*len(P0) + logprobs(A0) + [0.]*len(E0) + logprobs(A1)
+    """
+
+    question: Question
+    group: int  # trajectories with the same group answer the same question and share a baseline
+    token_ids: np.ndarray  # [L] int64: the ids that were sampled or appended, never re-tokenised
+    loss_mask: np.ndarray  # [L] bool: True on policy tokens; made where the tokens are born
+    rollout_logprobs: np.ndarray  # [L] fp32: the sampler's log-probability, 0 off the policy tokens
+    prompt_length: int
+    turns: list[Turn]
+    finish_reason: FinishReason
+    segments: list[tuple[str, str]] = field(default_factory=list)  # ("prompt"|"policy"|"observation", text), in order
+    reward: float = 0.0
+
+    def __post_init__(self) -> None:
+        length = len(self.token_ids)
+        assert len(self.loss_mask) == length and len(self.rollout_logprobs) == length
+        assert 0 < self.prompt_length <= length and not self.loss_mask[: self.prompt_length].any()
+
+    @property
+    def num_searches(self) -> int:
+        """Searches that were executed."""
+        return sum(turn.action is Action.SEARCH and bool(turn.passage_ids) for turn in self.turns)
+
+    @property
+    def policy_text(self) -> str:
+        """Everything the policy wrote, turns joined by a newline; neither prompt nor observations."""
+        return "\n".join(text for kind, text in self.segments if kind == "policy")
+
+    @property
+    def response_length(self) -> int:
+        """Tokens after the prompt, observations included."""
+        return len(self.token_ids) - self.prompt_length
+
+
+@dataclass(slots=True)
+class PackedBatch:
+    """Sequences laid end to end, no padding. Written by `packing`; the trainer adds nothing to it in place.
+
+    Policy token j of the batch is `targets[j]`; the hidden state that predicts it lies at row `policy_index[j]`,
+    one before the token's own row. `policy_cu_seqlens` splits the P policy tokens by sequence.
+    """
+
+    token_ids: torch.Tensor  # [T] int64
+    positions: torch.Tensor  # [T] int64, from 0 in each sequence
+    cu_seqlens: torch.Tensor  # [S+1] int32
+    max_seqlen: int
+    policy_index: torch.Tensor  # [P] int64
+    targets: torch.Tensor  # [P] int64
+    policy_cu_seqlens: torch.Tensor  # [S+1] int32
+    rollout_logprobs: torch.Tensor  # [P] fp32
+    advantages: torch.Tensor  # [P] fp32
+    trajectory_index: list[int] = field(default_factory=list)  # [S]: place of each sequence in the rollout's list
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return self.token_ids.shape[0]
+
+    @property
+    def num_policy_tokens(self) -> int:
+        """P."""
+        return self.targets.shape[0]
+
+    @property
+    def num_sequences(self) -> int:
+        """S."""
+        return self.cu_seqlens.shape[0] - 1

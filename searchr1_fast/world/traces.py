@@ -1,0 +1,180 @@
+"""Text for pre-training the tiny base model: traces good and bad, reading exercises, question exercises, plain articles.
+
+A base model has seen much text about everything and few good examples of the task at hand. The mix imitates that: a
+`TraceMix` says which share of the traces is complete; the rest stops after the first search, guesses, or searches for
+something else. What the exercises teach is reading a question and a passage, never chaining searches.
+
+A document is a list of segments `(kind, text)`; only "policy" segments are learned.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from searchr1_fast.protocol import format_observation
+from searchr1_fast.types import Passage
+from searchr1_fast.world.world import Chain, Entity, World
+
+Document = list[tuple[str, str]]
+
+PROMPT = "Question: {question}\n"
+
+
+@dataclass(frozen=True)
+class TraceMix:
+    """Shares of the kinds of traces; they add up to 1."""
+
+    complete: float
+    first_hop_only: float
+    guess: float
+    wrong_search: float
+
+    def __post_init__(self) -> None:
+        total = self.complete + self.first_hop_only + self.guess + self.wrong_search
+        assert abs(total - 1) < 1e-9, f"shares add up to {total}"
+
+
+BASE_MIX = TraceMix(complete=0.25, first_hop_only=0.45, guess=0.15, wrong_search=0.15)
+INSTRUCT_MIX = TraceMix(complete=0.60, first_hop_only=0.30, guess=0.05, wrong_search=0.05)
+
+
+class TraceWriter:
+    """Writes documents about one world."""
+
+    def __init__(self, world: World, mix: TraceMix) -> None:
+        self.world, self.mix = world, mix
+        self._describe = functools.lru_cache(maxsize=100_000)(lambda entity: world.describe(entity))
+
+    # ---------------------------------------------------------------- traces
+
+    def trace(self, generator: random.Random, chain: Chain) -> Document:
+        """One attempt at the chain's question, of a kind drawn from the mix."""
+        kinds = (self._complete, self._first_hop_only, self._guess, self._wrong_search)
+        weights = (self.mix.complete, self.mix.first_hop_only, self.mix.guess, self.mix.wrong_search)
+        write = generator.choices(kinds, weights)[0]
+        return [("prompt", PROMPT.format(question=chain.question.text)), *write(generator, chain)]
+
+    def _complete(self, generator: random.Random, chain: Chain) -> Document:
+        if chain.question.kind == "comparison":
+            return self._complete_comparison(generator, chain)
+        document: Document = []
+        known = ""
+        name = _asked_name(chain)
+        for entity, fact in zip(chain.entities, chain.facts, strict=True):
+            thought = f"{known}I need the {fact.relation.name} of {name}."
+            document += self._search(generator, thought, name, fact.relation.name, entity)
+            known, name = f"The {fact.relation.name} is {fact.mention}. ", fact.mention
+        return [*document, ("policy", _answer(known.rstrip(), name))]
+
+    def _complete_comparison(self, generator: random.Random, chain: Chain) -> Document:
+        first, second = chain.entities
+        relation = chain.facts[0].relation.name
+        years = [fact.mention for fact in chain.facts]
+        document = self._search(generator, f"I need the {relation} of {first.name}.", first.name, relation, first)
+        thought = f"The {relation} of {first.name} is {years[0]}. I need the {relation} of {second.name}."
+        document += self._search(generator, thought, second.name, relation, second)
+        thought = f"The {relation} of {second.name} is {years[1]}. {min(years)} is earlier than {max(years)}."
+        return [*document, ("policy", _answer(thought, chain.question.golden_answers[0]))]
+
+    def _first_hop_only(self, generator: random.Random, chain: Chain) -> Document:
+        entity, fact = chain.entities[0], chain.facts[0]
+        name = entity.name if chain.question.kind == "comparison" else _asked_name(chain)
+        document = self._search(generator, f"I need the {fact.relation.name} of {name}.", name, fact.relation.name, entity)
+        return [*document, ("policy", _answer(f"The {fact.relation.name} is {fact.mention}.", fact.mention))]
+
+    def _guess(self, generator: random.Random, chain: Chain) -> Document:
+        thought = generator.choice(("I know this.", "I have read about this.", "That is well known."))
+        return [("policy", _answer(thought, self.world.random_entity(generator).name))]
+
+    def _wrong_search(self, generator: random.Random, chain: Chain) -> Document:
+        wrong = self.world.random_entity(generator)
+        relation = chain.facts[-1].relation.name
+        found = generator.choice([self.world.fact(wrong, r).mention for r in self.world.relations(wrong.kind)])
+        return [
+            *self._search(generator, f"I look for the {relation}.", wrong.name, relation, wrong),
+            ("policy", _answer(f"The {relation} is {found}.", found)),
+        ]
+
+    def _search(self, generator: random.Random, thought: str, name: str, relation: str, entity: Entity) -> Document:
+        """A search turn with its observation; in rich worlds now and then a miss and a second try in other words."""
+        document = [("policy", f"<think> {thought} </think>\n<search> {name} </search>")]
+        if self.world.rich and generator.random() < 0.08:
+            document.append(("observation", self._observe(generator, None)))
+            again = f"<think> {name} is not there. I search again. </think>\n<search> {name} {relation} </search>"
+            document.append(("policy", again))
+        document.append(("observation", self._observe(generator, entity, generator.choice((1, 2, 2, 3)))))
+        return document
+
+    def _observe(self, generator: random.Random, entity: Entity | None, num_passages: int = 2) -> str:
+        """What a lexical retriever would return: the entity's passage, mostly first, among look-alikes and others."""
+        if entity is None:
+            found = [self.world.random_entity(generator) for _ in range(num_passages)]
+        else:
+            others = [self.world.near_duplicate(entity), self.world.random_entity(generator)]
+            found = [entity, *others[: num_passages - 1]]
+            if generator.random() < 0.25:
+                generator.shuffle(found)
+        return format_observation([Passage("", e.name, self._describe(e)) for e in found])
+
+    # ---------------------------------------------------------------- exercises
+
+    def reading(self, generator: random.Random) -> Document:
+        """Passages, then facts restated in one form of words."""
+        entities = [self.world.random_entity(generator)]
+        entities.append(self.world.near_duplicate(entities[0]))
+        facts = [(e, self.world.fact(e, r)) for e in entities for r in self.world.relations(e.kind)]
+        lines = [
+            f"The {fact.relation.name} of {entity.alias if entity.alias and generator.random() < 0.3 else entity.name}"
+            f" is {fact.mention}.\n"
+            for entity, fact in generator.sample(facts, min(5, len(facts)))
+        ]
+        return [("prompt", format_observation([Passage("", e.name, self._describe(e)) for e in entities])), ("policy", "".join(lines))]
+
+    def steps(self, generator: random.Random, chain: Chain) -> Document:
+        """A question, and the facts it goes through from the inside out."""
+        names = ", then the ".join(fact.relation.name for fact in chain.facts)
+        steps = f"Steps: the {names}, from {_asked_name(chain)}.\n"
+        return [("prompt", PROMPT.format(question=chain.question.text)), ("policy", steps)]
+
+    def article(self, generator: random.Random) -> Document:
+        """A passage as plain text."""
+        return [("policy", self._describe(self.world.random_entity(generator)) + "\n")]
+
+
+def _asked_name(chain: Chain) -> str:
+    """The name in the question: the first entity's, or its alias where the question uses that."""
+    entity = chain.entities[0]
+    return entity.name if entity.name in chain.question.text else entity.alias
+
+
+def _answer(thought: str, answer: str) -> str:
+    return f"<think> {thought} </think>\n<answer> {answer} </answer>"
+
+
+def documents(
+    writers: Sequence[TraceWriter],
+    chains: Sequence[Sequence[Chain]],  # per writer
+    weights: Sequence[float],  # per writer
+    seed: str,
+    num_documents: int,
+    exercises: tuple[float, float, float] = (0.15, 0.2, 0.02),
+) -> list[Document]:
+    """A batch of documents, a pure function of the seed. `exercises`: shares of reading, steps and articles."""
+    generator = random.Random(seed)
+    batch = []
+    for _ in range(num_documents):
+        writer, own_chains = generator.choices(list(zip(writers, chains, strict=True)), weights)[0]
+        draw = generator.random()
+        if draw < exercises[0]:
+            batch.append(writer.reading(generator))
+        elif draw < exercises[0] + exercises[1]:
+            compositional = [c for c in generator.choices(own_chains, k=8) if c.question.kind != "comparison"]
+            batch.append(writer.steps(generator, compositional[0]))
+        elif draw < sum(exercises):
+            batch.append(writer.article(generator))
+        else:
+            batch.append(writer.trace(generator, generator.choice(own_chains)))
+    return batch

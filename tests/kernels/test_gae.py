@@ -1,0 +1,137 @@
+"""Both scans (compiled loop, device scan) against the plain loop, over ragged segments and masks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from searchr1_kernels import gae, reference
+from searchr1_kernels.gae import _scan_torch
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def device_scan(rewards, values, cu_seqlens, *, gamma=1.0, lam=1.0, mask=None):
+    """What runs on a GPU, on the CPU."""
+    return _scan_torch(rewards, values, cu_seqlens, gamma, lam, mask, torch.promote_types(values.dtype, torch.float32))
+
+
+IMPLEMENTATIONS = pytest.mark.parametrize("implementation", [gae, device_scan])
+
+
+def offsets(lengths) -> torch.Tensor:
+    return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+
+
+@IMPLEMENTATIONS
+@settings(max_examples=80, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 12), max_size=8),
+    gamma=st.sampled_from([0.0, 0.9, 1.0]),
+    lam=st.sampled_from([0.0, 0.95, 1.0]),
+    policy_share=st.sampled_from([None, 0.0, 0.5, 1.0]),
+    seed=st.integers(0, 1000),
+)
+def test_matches_the_oracle(implementation, lengths, gamma, lam, policy_share, seed):
+    generator, total = torch.Generator().manual_seed(seed), sum(lengths)
+    rewards = torch.randn(total, generator=generator, dtype=torch.float64)
+    values = torch.randn(total, generator=generator, dtype=torch.float64)
+    mask = None if policy_share is None else torch.rand(total, generator=generator) < policy_share
+    options = {"gamma": gamma, "lam": lam, "mask": mask}
+    for have, want in zip(
+        implementation(rewards, values, offsets(lengths), **options),
+        reference.gae(rewards, values, offsets(lengths), **options),
+        strict=True,
+    ):
+        torch.testing.assert_close(have, want, rtol=1e-12, atol=1e-12)
+        assert mask is None or (have[~mask] == 0).all()
+
+
+@IMPLEMENTATIONS
+def test_by_hand(implementation):
+    """Two sequences; E are an environment's tokens, the second sequence begins with one."""
+    #                        A     E    E    A   |  E     A
+    rewards = torch.tensor([0.0, 0.25, 0.0, 1.0, 9.0, 2.0])
+    values = torch.tensor([0.5, 7.0, 7.0, 0.25, 7.0, 1.0])
+    mask = torch.tensor([True, False, False, True, False, True])
+    advantages, returns = implementation(rewards, values, offsets([4, 2]), gamma=0.5, lam=0.5, mask=mask)
+    last = 1.0 - 0.25
+    first = (0.0 + 0.25) + 0.5 * 0.25 - 0.5 + 0.25 * last
+    torch.testing.assert_close(advantages, torch.tensor([first, 0, 0, last, 0, 1.0]))
+    torch.testing.assert_close(returns, torch.tensor([first + 0.5, 0, 0, 1.0, 0, 2.0]))
+
+
+@IMPLEMENTATIONS
+def test_mask_equals_compaction(implementation):
+    """What stands at masked tokens does not matter."""
+    rewards, values = torch.randn(50), torch.randn(50)
+    mask = torch.rand(50) < 0.6
+    rewards[~mask], values[~mask] = 0.0, float("nan")
+    cu_seqlens = offsets([20, 0, 30])
+    seen = torch.cat([torch.zeros(1, dtype=torch.long), mask.cumsum(0)])
+    whole = implementation(rewards, values, cu_seqlens, gamma=0.9, lam=0.9, mask=mask)
+    compact = implementation(rewards[mask], values[mask], seen[cu_seqlens.long()], gamma=0.9, lam=0.9)
+    for have, want in zip(whole, compact, strict=True):
+        torch.testing.assert_close(have[mask], want)
+
+
+@IMPLEMENTATIONS
+def test_undiscounted_advantage_is_return_minus_value(implementation):
+    rewards, values = torch.zeros(3000), torch.randn(3000)
+    rewards[-1] = 1.0
+    advantages, returns = implementation(rewards, values, offsets([3000]))
+    torch.testing.assert_close(returns, torch.ones(3000))
+    torch.testing.assert_close(advantages, 1 - values)
+
+
+@IMPLEMENTATIONS
+def test_a_sequence_alone_equals_the_sequence_in_a_batch(implementation):
+    rewards, values, lengths = torch.randn(40), torch.randn(40), [7, 13, 20]
+    together = implementation(rewards, values, offsets(lengths), gamma=0.9, lam=0.8)
+    alone = [
+        implementation(r, v, offsets([len(r)]), gamma=0.9, lam=0.8)
+        for r, v in zip(rewards.split(lengths), values.split(lengths), strict=True)
+    ]
+    for output in range(2):
+        assert torch.equal(together[output], torch.cat([pair[output] for pair in alone]))
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize("lengths", [[], [0, 0]])
+def test_no_tokens(implementation, lengths):
+    for output in implementation(torch.zeros(0), torch.zeros(0), offsets(lengths)):
+        assert output.shape == (0,)
+        assert output.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_outputs_are_precise_constants(dtype):
+    values = torch.randn(6, dtype=dtype, requires_grad=True)
+    advantages, returns = gae(torch.ones(6), values, offsets([2, 4]))
+    assert advantages.dtype == returns.dtype == torch.promote_types(dtype, torch.float32)
+    assert not advantages.requires_grad
+    assert not returns.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"values": torch.zeros(3)}, "values: expected shape"),
+        ({"rewards": torch.zeros(4, dtype=torch.int64)}, "rewards: expected a floating-point"),
+        ({"cu_seqlens": torch.tensor([0, 3])}, "cu_seqlens: expected offsets that rise from 0 to 4, got 0 to 3"),
+        ({"cu_seqlens": torch.tensor([0, 3, 2, 4])}, "with a fall between"),
+        ({"cu_seqlens": torch.tensor([0.0, 4.0])}, "cu_seqlens: expected torch.int32"),
+        ({"cu_seqlens": torch.zeros(0, dtype=torch.int32)}, "cu_seqlens: expected at least one"),
+        ({"mask": torch.ones(4)}, "mask: expected torch.bool"),
+        ({"gamma": 1.5}, "gamma: expected a number from 0 to 1, got 1.5"),
+        ({"lam": -0.1}, "lam: expected a number from 0 to 1"),
+    ],
+)
+def test_wrong_arguments_are_named(change, message):
+    arguments = {"rewards": torch.zeros(4), "values": torch.zeros(4), "cu_seqlens": torch.tensor([0, 4])}
+    with pytest.raises(ValueError, match=message):
+        gae(**(arguments | change))

@@ -1,0 +1,92 @@
+"""Group advantages and whitening against plain fp64 loops, and what joins across micro-batches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from searchr1_kernels import group_advantages, masked_moments, masked_whiten, reference
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+rewards_and_groups = st.lists(
+    st.tuples(st.sampled_from([0.0, 0.1, 0.5, 1.0, -3.0]), st.integers(-2, 5)), max_size=40
+).map(lambda pairs: (torch.tensor([r for r, _ in pairs]), torch.tensor([g for _, g in pairs], dtype=torch.int64)))
+
+
+@given(sample=rewards_and_groups, normalize_std=st.booleans())
+def test_matches_the_oracle(sample, normalize_std):
+    rewards, groups = sample
+    advantages, keep = group_advantages(rewards, groups, normalize_std=normalize_std)
+    want, want_keep = reference.group_advantages(rewards.double(), groups, normalize_std=normalize_std)
+    assert torch.equal(keep, want_keep)
+    assert advantages.dtype == torch.float32
+    torch.testing.assert_close(advantages.double(), want, rtol=1e-5, atol=1e-6)
+    assert (advantages[~keep] == 0).all()
+
+
+def test_by_hand():
+    rewards, groups = torch.tensor([1.0, 5.0, 0.0, 0.0, 5.0]), torch.tensor([7, -1, 7, 7, -1])
+    advantages, keep = group_advantages(rewards, groups)
+    third = 1 / 3
+    std = (((1 - third) ** 2 + 2 * third**2) / 2) ** 0.5  # unbiased
+    torch.testing.assert_close(advantages, torch.tensor([(1 - third) / std, 0, -third / std, -third / std, 0]))
+    assert keep.tolist() == [True, False, True, True, False]
+
+
+def test_equal_rewards_do_not_become_a_direction():
+    """The mean of equal numbers need not be that number; what is left, over a tiny deviation, is not signal."""
+    rewards = torch.full((5,), 0.1)
+    advantages, keep = group_advantages(rewards, torch.zeros(5, dtype=torch.int64))
+    assert not keep.any()
+    assert (advantages == 0).all()
+
+
+@given(
+    values=st.lists(st.floats(-1e3, 1e3), max_size=50),
+    cut=st.integers(0, 50),
+    masked=st.booleans(),
+)
+def test_whitening_in_parts_equals_whitening_the_whole(values, cut, masked):
+    values = torch.tensor(values, dtype=torch.float64)
+    mask = torch.rand(len(values), generator=torch.Generator().manual_seed(cut)) < 0.7 if masked else None
+    parts = [(values[part], None if mask is None else mask[part]) for part in (slice(0, cut), slice(cut, None))]
+    moments = sum(masked_moments(*part) for part in parts)
+    have = torch.cat([masked_whiten(*part, moments=moments) for part in parts])
+    whole = masked_whiten(values, mask)
+    torch.testing.assert_close(have, whole, rtol=1e-4, atol=1e-5)
+    if values.numel() and float(values.std(correction=0)) > 1e-2:
+        torch.testing.assert_close(whole.double(), reference.masked_whiten(values, mask), rtol=1e-5, atol=1e-5)
+
+
+def test_whitened_values_have_mean_zero_and_unit_variance():
+    values, mask = 1000 + 0.5 * torch.randn(4000), torch.rand(4000) < 0.5
+    values[~mask] = float("nan")
+    whitened = masked_whiten(values, mask)
+    assert whitened.dtype == torch.float32
+    assert (whitened[~mask] == 0).all()
+    assert float(whitened[mask].mean()) == pytest.approx(0, abs=1e-4)
+    assert float(whitened[mask].std()) == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize("values", [torch.zeros(0), torch.tensor([3.0])])
+def test_too_few_values_become_zero(values):
+    assert (masked_whiten(values) == 0).all()
+    assert (masked_whiten(values, torch.zeros(values.shape, dtype=torch.bool)) == 0).all()
+
+
+def test_wrong_arguments_are_named():
+    groups = torch.zeros(3, dtype=torch.int64)
+    with pytest.raises(ValueError, match="groups: expected shape"):
+        group_advantages(torch.zeros(2), groups)
+    with pytest.raises(ValueError, match="groups: expected .*int64"):
+        group_advantages(torch.zeros(3), groups.float())
+    with pytest.raises(ValueError, match="moments: expected shape"):
+        masked_whiten(torch.zeros(3), moments=torch.zeros(2))
+    with pytest.raises(ValueError, match="values: expected a floating-point"):
+        masked_moments(groups)

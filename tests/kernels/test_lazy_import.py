@@ -1,0 +1,56 @@
+"""Importing the package loads nothing; every name resolves to the function, whatever was imported before."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import searchr1_kernels
+
+ROOT = Path(searchr1_kernels.__file__).parents[1]
+# Makes an import of Triton fail, as on a machine without it.
+WITHOUT_TRITON = "import sys; sys.modules['triton'] = None\n"
+
+
+def run(code: str) -> None:
+    """In a fresh interpreter; its traceback is the message."""
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_import_loads_nothing():
+    run(
+        "import searchr1_kernels\n"
+        "loaded = [name for name in ('torch', 'triton', 'numba', 'numpy') if name in sys.modules]\n"
+        "assert not loaded, loaded"
+    )
+
+
+def test_everything_resolves_without_triton():
+    run(WITHOUT_TRITON + "import searchr1_kernels as k\n[getattr(k, name) for name in k.__all__]")
+
+
+def test_a_function_keeps_its_name_after_an_import_of_its_module():
+    run(
+        "import searchr1_kernels.gae, searchr1_kernels.masked_kl\n"
+        "from searchr1_kernels.linear_logprob import linear_logprob as inner\n"
+        "from searchr1_kernels import gae, linear_logprob, masked_kl\n"
+        "assert callable(gae) and callable(masked_kl) and linear_logprob is inner"
+    )
+
+
+def test_star_and_dir_offer_every_name():
+    run(
+        "import searchr1_kernels\nfrom searchr1_kernels import *\n"
+        "assert callable(gae) and callable(group_advantages) and callable(reference.gae)\n"
+        "assert set(searchr1_kernels.__all__) <= set(dir(searchr1_kernels))"
+    )
+
+
+def test_unknown_names_are_attribute_errors():
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'; it has linear_logprob"):
+        searchr1_kernels.nonsense  # noqa: B018
+    assert not hasattr(searchr1_kernels, "__wrapped__")

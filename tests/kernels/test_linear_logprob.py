@@ -1,0 +1,262 @@
+"""linear_logprob against its fp64 oracle: values, gradients, extremes, and what must not depend on the chunking."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from searchr1_kernels import linear_logprob, reference
+from searchr1_kernels.linear_logprob import _ranges
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# As an attribute `searchr1_kernels.linear_logprob` is the function; the constants live in the module of that name.
+MODULE = sys.modules["searchr1_kernels.linear_logprob"]
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    """Several chunks at test sizes, some kept for the backward pass and some recomputed."""
+    monkeypatch.setattr(MODULE, "_MIN_CHUNK_ROWS", 7)
+    monkeypatch.setitem(MODULE._CHUNK_BYTES, "cpu", 1)
+    monkeypatch.setitem(MODULE._KEEP_BYTES, "cpu", 3000)
+
+
+def problem(rows, size, vocabulary, seed=0, dtype=torch.float64, scale=1.0):
+    """hidden [N,D], weight [V,D], targets [N]."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(rows, size, generator=generator, dtype=torch.float64).to(dtype)
+    weight = (torch.randn(vocabulary, size, generator=generator, dtype=torch.float64) * scale).to(dtype)
+    return hidden, weight, torch.randint(vocabulary, (rows,), generator=generator)
+
+
+def run(function, hidden, weight, targets, coefficients, **options):
+    """Outputs and gradients of a fixed combination of both outputs: logprob, entropy, d hidden, d weight."""
+    hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    logprob, entropy = function(hidden, weight, targets, return_entropy=True, **options)
+    generator = torch.Generator().manual_seed(1)
+    a, b = (torch.randn(logprob.shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    (coefficients[0] * (a * logprob).sum() + coefficients[1] * (b * entropy).sum()).backward()
+    return logprob.detach(), entropy.detach(), hidden.grad, weight.grad
+
+
+def assert_close(ours, oracle, tolerance):
+    for name, have, want in zip(("logprob", "entropy", "d hidden", "d weight"), ours, oracle, strict=True):
+        scale = max(1.0, float(want.abs().max())) if want.numel() else 1.0
+        error = float((have.double() - want).abs().max()) if want.numel() else 0.0
+        assert error <= tolerance * scale, f"{name}: {error} of {scale}"
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(0, 40),
+    size=st.integers(1, 9),
+    vocabulary=st.integers(1, 70),
+    temperature=st.sampled_from([0.6, 1.0, 1.5]),
+    softcap=st.sampled_from([None, 5.0, 30.0]),
+    coefficients=st.sampled_from([(1.0, 0.0), (0.0, 1.0), (1.0, 0.3)]),
+    masked=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_matches_the_oracle_in_fp64(rows, size, vocabulary, temperature, softcap, coefficients, masked, seed):
+    hidden, weight, targets = problem(rows, size, vocabulary, seed)
+    mask = torch.rand(rows, generator=torch.Generator().manual_seed(seed)) < 0.5 if masked else None
+    options = {"temperature": temperature, "softcap": softcap, "mask": mask}
+    ours = run(linear_logprob, hidden, weight, targets, coefficients, **options)
+    assert_close(ours, run(reference.linear_logprob, hidden, weight, targets, coefficients, **options), 1e-11)
+    if masked:
+        assert all((tensor[~mask] == 0).all() for tensor in ours[:3])
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_gradcheck(softcap):
+    hidden, weight, targets = problem(9, 3, 5)
+    mask = torch.arange(9) % 4 != 1
+
+    def both(hidden, weight):
+        return linear_logprob(hidden, weight, targets, temperature=0.7, softcap=softcap, mask=mask, return_entropy=True)
+
+    assert torch.autograd.gradcheck(both, (hidden.requires_grad_(), weight.requires_grad_()))
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0])  # flat and peaky heads
+def test_fp32_is_near_fp64(scale):
+    hidden, weight, targets = problem(50, 64, 1003, dtype=torch.float32, scale=scale)
+    targets[::2] = (hidden @ weight.T).argmax(-1)[::2]  # sampled tokens are likely ones
+    ours = run(linear_logprob, hidden, weight, targets, (1.0, 0.5))
+    oracle = run(reference.linear_logprob, hidden.double(), weight.double(), targets, (1.0, 0.5))
+    assert ours[0].dtype == torch.float32
+    assert float((ours[0].double() - oracle[0]).abs().max()) <= 2e-5
+    assert float((ours[1].double() - oracle[1]).abs().max()) <= 2e-5
+    assert_close(ours, oracle, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_inputs_keep_fp32_logprobs(dtype):
+    hidden, weight, targets = problem(30, 32, 301, dtype=dtype)
+    ours = run(linear_logprob, hidden, weight, targets, (1.0, 0.5))
+    oracle = run(reference.linear_logprob, hidden.double(), weight.double(), targets, (1.0, 0.5))
+    assert ours[0].dtype == ours[1].dtype == torch.float32
+    assert ours[2].dtype == ours[3].dtype == dtype
+    for have, want in zip(ours[:2], oracle[:2], strict=True):
+        assert float((have.double() - want).abs().max()) <= 2e-5  # the inputs are rounded, the arithmetic is not
+    assert_close(ours, oracle, 2 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("magnitude", [1e4, -1e4])
+def test_extreme_logits(magnitude):
+    """One logit far above or below the others, as target and not; and all of them equally far."""
+    weight = torch.tensor([[magnitude], [0.0], [1.0]])
+    hidden, targets = torch.ones(3, 1), torch.tensor([0, 1, 2])
+    ours = run(linear_logprob, hidden, weight, targets, (1.0, 1.0))
+    oracle = run(reference.linear_logprob, hidden.double(), weight.double(), targets, (1.0, 1.0))
+    assert all(tensor.isfinite().all() for tensor in ours)
+    assert_close(ours, oracle, 1e-6)
+    flat = run(linear_logprob, hidden, torch.full((5, 1), magnitude), targets, (1.0, 1.0))
+    torch.testing.assert_close(flat[0], torch.full((3,), 0.2).log())
+    torch.testing.assert_close(flat[1], torch.full((3,), 5.0).log())
+
+
+def test_no_rows_still_connects_to_the_graph():
+    hidden, weight, targets = problem(0, 4, 6, dtype=torch.float32)
+    for mask, hidden_rows in ((None, hidden), (torch.zeros(3, dtype=torch.bool), torch.randn(3, 4))):
+        rows, head = hidden_rows.clone().requires_grad_(), weight.clone().requires_grad_()
+        ids = targets if mask is None else torch.full((3,), -100)
+        logprob = linear_logprob(rows, head, ids, mask=mask)
+        logprob.sum().backward()
+        assert (logprob == 0).all()
+        assert (rows.grad == 0).all()
+        assert (head.grad == 0).all()
+        assert head.grad.shape == head.shape
+
+
+def test_what_masked_rows_hold_does_not_matter():
+    hidden, weight, targets = problem(20, 5, 11)
+    mask = torch.arange(20) % 3 != 0
+    clean = run(linear_logprob, hidden, weight, targets, (1.0, 1.0), mask=mask)
+    hidden[~mask], targets[~mask] = float("nan"), -100
+    dirty = run(linear_logprob, hidden, weight, targets, (1.0, 1.0), mask=mask)
+    assert all(torch.equal(a, b) for a, b in zip(clean, dirty, strict=True))
+
+
+def test_a_row_alone_equals_the_row_in_a_batch():
+    """To rounding: matrix products of different heights may add in a different order."""
+    hidden, weight, targets = problem(33, 64, 257, dtype=torch.float32)
+    together = linear_logprob(hidden, weight, targets)
+    alone = torch.cat([linear_logprob(hidden[i : i + 1], weight, targets[i : i + 1]) for i in range(33)])
+    torch.testing.assert_close(alone, together, rtol=1e-6, atol=1e-5)
+
+
+def test_repeats_bit_for_bit():
+    hidden, weight, targets = problem(50, 16, 99, dtype=torch.float32)
+    runs = [run(linear_logprob, hidden, weight, targets, (1.0, 0.3)) for _ in range(3)]
+    for again in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], again, strict=True))
+
+
+@pytest.mark.parametrize("coefficients", [(1.0, 0.0), (1.0, 0.4)])
+@pytest.mark.parametrize("keep_bytes", [0, 3000, 1 << 20])
+def test_kept_and_recomputed_chunks_agree(monkeypatch, keep_bytes, coefficients):
+    monkeypatch.setitem(MODULE._KEEP_BYTES, "cpu", keep_bytes)
+    hidden, weight, targets = problem(50, 8, 30)
+    ours = run(linear_logprob, hidden, weight, targets, coefficients)
+    assert_close(ours, run(reference.linear_logprob, hidden, weight, targets, coefficients), 1e-11)
+
+
+def test_rows_without_gradient_are_skipped_exactly():
+    hidden, weight, targets = problem(40, 6, 13)
+    for share in (0.2, 0.9):
+        coefficient = (torch.arange(40) < 40 * share).double()
+        gradients = []
+        for function in (linear_logprob, reference.linear_logprob):
+            rows, head = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+            (function(rows, head, targets) * coefficient).sum().backward()
+            gradients.append((rows.grad, head.grad))
+        for have, want in zip(*gradients, strict=True):
+            torch.testing.assert_close(have, want, rtol=0, atol=1e-12)
+
+
+def test_a_second_backward_pass_gives_the_same_gradient():
+    hidden, weight, targets = problem(30, 6, 13)
+    weight.requires_grad_()
+    loss = linear_logprob(hidden, weight, targets).sum()
+    (first,) = torch.autograd.grad(loss, weight, retain_graph=True)
+    (second,) = torch.autograd.grad(loss, weight)
+    torch.testing.assert_close(first, second, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+def test_one_side_may_be_frozen(frozen):
+    hidden, weight, targets = problem(20, 6, 13)
+    inputs = {"hidden": hidden, "weight": weight}
+    for name, tensor in inputs.items():
+        tensor.requires_grad_(name != frozen)
+    linear_logprob(**inputs, targets=targets).sum().backward()
+    moving = "weight" if frozen == "hidden" else "hidden"
+    have = inputs[moving].grad.clone()
+    inputs[moving].grad = None
+    reference.linear_logprob(**inputs, targets=targets).sum().backward()
+    torch.testing.assert_close(have, inputs[moving].grad, rtol=0, atol=1e-12)
+    assert inputs[frozen].grad is None
+
+
+def test_inputs_need_not_be_contiguous():
+    hidden, weight, targets = problem(21, 6, 13)
+    strided = linear_logprob(hidden.T.contiguous().T, weight.T.contiguous().T, torch.stack([targets, targets], 1)[:, 0])
+    torch.testing.assert_close(strided, linear_logprob(hidden, weight, targets), rtol=0, atol=1e-12)
+    assert strided.shape == (21,)
+
+
+def test_logits_of_all_rows_are_never_alive_at_once(monkeypatch):
+    """No fresh tensor is nearly as large as [N,V], and the kept chunks together stay in their budget."""
+
+    class Sizes(TorchDispatchMode):
+        largest = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor):
+                self.largest = max(self.largest, result.untyped_storage().nbytes())
+            return result
+
+    monkeypatch.setitem(MODULE._CHUNK_BYTES, "cpu", 64 << 10)
+    monkeypatch.setitem(MODULE._KEEP_BYTES, "cpu", 128 << 10)
+    hidden, weight, targets = problem(1000, 4, 512, dtype=torch.float32)
+    with Sizes() as sizes:
+        output = linear_logprob(hidden.requires_grad_(), weight.requires_grad_(), targets)
+        kept = output.grad_fn.kept
+        output.sum().backward()
+    assert sum(tensor.nbytes for tensor in kept.values()) <= 128 << 10
+    assert sizes.largest <= 64 << 10 < 1000 * 512 * 4 / 10
+
+
+@given(total=st.integers(0, 500), most=st.integers(1, 100))
+def test_ranges_cover_everything_once(total, most):
+    ranges = list(_ranges(total, most))
+    assert [row for begin, end in ranges for row in range(begin, end)] == list(range(total))
+    assert all(0 < end - begin <= most for begin, end in ranges)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden": torch.zeros(4)}, "hidden: expected shape"),
+        ({"weight": torch.zeros(5, 2)}, "weight: expected shape"),
+        ({"weight": torch.zeros(5, 3, dtype=torch.float64)}, "weight: expected torch.float32"),
+        ({"hidden": torch.zeros(4, 3, dtype=torch.int64)}, "hidden: expected a floating-point"),
+        ({"targets": torch.zeros(3, dtype=torch.int64)}, "targets: expected shape"),
+        ({"targets": torch.zeros(4)}, "targets: expected torch.int64"),
+        ({"targets": torch.full((4,), 5)}, "targets: expected ids from 0 to 4, got 5"),
+        ({"targets": torch.full((4,), -100)}, "targets: expected ids from 0 to 4, got -100"),
+        ({"temperature": 0.0}, "temperature: expected a finite number above 0"),
+        ({"softcap": -1.0}, "softcap: expected a finite number above 0"),
+        ({"mask": torch.ones(4)}, "mask: expected torch.bool"),
+        ({"mask": torch.ones(3, dtype=torch.bool)}, "mask: expected shape"),
+    ],
+)
+def test_wrong_arguments_are_named(change, message):
+    arguments = {"hidden": torch.zeros(4, 3), "weight": torch.zeros(5, 3), "targets": torch.zeros(4, dtype=torch.int64)}
+    with pytest.raises(ValueError, match=message):
+        linear_logprob(**(arguments | change))

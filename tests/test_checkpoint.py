@@ -1,0 +1,172 @@
+"""Checkpoints: what is read is what was written, and a stop at any moment leaves one that can be read."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from searchr1_fast import checkpoint
+from searchr1_fast.checkpoint import Checkpoint, latest_checkpoint, optimizer_tensors, save_checkpoint
+from searchr1_fast.distributed import Ranks
+
+
+@pytest.fixture
+def ranks() -> Ranks:
+    return Ranks(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture
+def save(tmp_path, ranks):
+    """step -> its checkpoint, whose tensors depend on the step."""
+
+    def run(step: int, keep: int = 2, value: float | None = None):
+        def export(directory):
+            (directory / "model.safetensors").write_bytes(b"weights of %d" % step)
+
+        state = {"stream": {"index": step}}
+        return save_checkpoint(tmp_path, step, tensors(step if value is None else value), state, export, ranks, keep)
+
+    return run
+
+
+def tensors(value: float) -> dict[str, torch.Tensor]:
+    return {
+        "policy.weight": torch.full((3, 2), float(value)),
+        "policy.optimizer.weight.step": torch.tensor(float(value)),
+    }
+
+
+def read(path, ranks) -> dict[str, torch.Tensor]:
+    target = tensors(-1)
+    Checkpoint(path, ranks).read(target)
+    return target
+
+
+def assert_holds(path, step: int, ranks: Ranks) -> None:
+    assert all(torch.equal(tensor, tensors(step)[key]) for key, tensor in read(path, ranks).items())
+    assert (Checkpoint(path, ranks).step, Checkpoint(path, ranks).trainer_state) == (step, {"stream": {"index": step}})
+
+
+def test_what_is_read_is_what_was_written(tmp_path, save, ranks):
+    assert latest_checkpoint(tmp_path) is None
+    torch.manual_seed(3), np.random.seed(3), random.seed(3)
+    path = save(100)
+    assert path == tmp_path / "step_000100" == latest_checkpoint(tmp_path)
+    assert (tmp_path / "latest" / "hf" / "model.safetensors").read_bytes() == b"weights of 100"
+    expected = torch.rand(4), np.random.rand(4), random.random()
+    assert_holds(path, 100, ranks)
+    Checkpoint(path, ranks).read(tensors(-1))  # also brings the generators back
+    assert torch.equal(torch.rand(4), expected[0])
+    assert (np.random.rand(4) == expected[1]).all()
+    assert random.random() == expected[2]
+
+
+def test_only_the_newest_are_kept(tmp_path, save, ranks):
+    for step in (1, 2, 3, 4):
+        save(step, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_000003", "step_000004"]
+    assert_holds(latest_checkpoint(tmp_path), 4, ranks)
+
+
+@pytest.mark.parametrize("moment", ["_checksum", "_flush_tree", "_publish", "_point_latest", "_prune"])
+def test_a_kill_at_any_moment_leaves_a_checkpoint_that_loads(tmp_path, save, ranks, moment):
+    """The process dies inside `moment`, without a chance to clean up; the next save does."""
+    save(1)
+    child = os.fork()
+    if child == 0:
+        setattr(checkpoint, moment, lambda *_: os._exit(9))
+        save(2)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    survivor = latest_checkpoint(tmp_path)
+    assert_holds(survivor, 2 if moment == "_prune" else 1, ranks)
+    save(2, keep=1)
+    assert_holds(latest_checkpoint(tmp_path), 2, ranks)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_000002"]
+
+
+def test_a_step_that_was_rolled_back_is_written_anew(tmp_path, save, ranks):
+    save(1), save(2)
+    (tmp_path / "latest").unlink()
+    (tmp_path / "latest").symlink_to("step_000001")  # somebody went back
+    save(2, value=7)
+    assert float(read(latest_checkpoint(tmp_path), ranks)["policy.optimizer.weight.step"]) == 7.0
+
+
+def _truncate(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def _flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda path: path.unlink(), "is missing"),
+        (_truncate, r"has \d+ bytes instead of \d+"),
+        (_flip, "has another checksum than when it was written"),
+    ],
+)
+@pytest.mark.parametrize("name", ["state/trainer.pt", "state/.metadata", "hf/model.safetensors"])
+def test_damage_is_found_and_named(save, ranks, damage, says, name):
+    path = save(5)
+    damage(path / name)
+    with pytest.raises(ValueError, match=rf"checkpoint \S+step_000005 is damaged: {name} {says}; .*an older one"):
+        Checkpoint(path, ranks)
+
+
+def test_a_copy_that_lacks_its_manifest_is_incomplete(tmp_path, save, ranks):
+    path = save(5)
+    (path / "state" / "manifest.json").unlink()
+    with pytest.raises(ValueError, match=r"step_000005 is incomplete: it has no state/manifest.json"):
+        Checkpoint(path, ranks)
+    (path / "state" / "manifest.json").write_text(json.dumps({})[:1])
+    with pytest.raises(ValueError, match=r"step_000005 is damaged: state/manifest.json is not JSON"):
+        Checkpoint(path, ranks)
+    shutil.rmtree(path)
+    with pytest.raises(ValueError, match=r"latest names step_000005, which is gone"):
+        latest_checkpoint(tmp_path)
+
+
+def test_a_checkpoint_of_another_kind_of_run_is_refused(save, ranks):
+    saved = Checkpoint(save(5), ranks)
+    with pytest.raises(ValueError, match=r"another kind of run: it lacks 'critic.weight'"):
+        saved.read(tensors(0) | {"critic.weight": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"another kind of run: it also holds 'policy.weight'"):
+        saved.read({"policy.optimizer.weight.step": torch.zeros(())})
+    with pytest.raises(ValueError, match=r"policy.weight is \(3, 2\), the model's is \(2, 3\)"):
+        saved.read(tensors(0) | {"policy.weight": torch.zeros(2, 3)})
+
+
+def test_optimizer_state_that_is_not_there_stays_absent():
+    """A parameter without a step behind it has no state, and gets none from being saved or restored."""
+    parameters = {name: torch.nn.Parameter(torch.ones(2)) for name in ("moved", "still")}
+    optimizer = torch.optim.AdamW(parameters.values(), lr=0.1, fused=True)
+    parameters["moved"].grad = torch.ones(2)
+    optimizer.step()
+    saved = optimizer_tensors(optimizer, parameters)
+    assert sorted(saved) == ["moved.exp_avg", "moved.exp_avg_sq", "moved.step"]
+
+    fresh = torch.optim.AdamW(parameters.values(), lr=0.1, fused=True)
+    room = optimizer_tensors(fresh, parameters, saved.keys())
+    assert room.keys() == saved.keys()
+    assert parameters["still"] not in fresh.state
+    for key, tensor in room.items():
+        tensor.copy_(saved[key])
+    twin = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    optimizer.step()
+    moved = parameters["moved"].detach().clone()
+    with torch.no_grad():
+        parameters["moved"].copy_(twin["moved"])
+    fresh.step()
+    assert torch.equal(parameters["moved"], moved)

@@ -1,0 +1,251 @@
+"""The whole trainer on a tiny model: it learns, repeats, stops when asked, and goes on as if it had not."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from searchr1_fast import run as run_module
+from searchr1_fast import train as train_module
+from searchr1_fast.config import Config
+from searchr1_fast.evaluate import trajectory_seed
+from searchr1_fast.run import changed_keys
+from searchr1_fast.train import StopSignal, baselines, main, train
+from searchr1_fast.types import FinishReason
+
+DESIGN_KEYS = set(
+    [
+        "step",
+        "reward_mean",
+        "em",
+        "searches_mean",
+        "response_tokens_mean",
+        "policy_tokens",
+        "kept_fraction",
+        "entropy",
+        "kl_ref",
+        "rollout_policy_kl",
+        "clip_fraction",
+        "grad_norm",
+        "lr",
+        "trajectories_per_second",
+        "tokens_per_second",
+        "time_rollout",
+        "time_search_wait",
+        "time_ref",
+        "time_update",
+        "time_sync",
+        "time_step",
+    ]
+)
+PPO = {"name": "ppo", "group_size": 2, "critic_learning_rate": 1e-3, "kl_coefficient": 0.01, "kl_in_reward": True}
+
+
+def rows(config: Config) -> list[dict]:
+    return [json.loads(line) for line in (config.run_directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_times(row: dict) -> dict:
+    return {key: value for key, value in row.items() if not key.startswith("time_") and not key.endswith("_per_second")}
+
+
+def weights(config: Config) -> dict[str, torch.Tensor]:
+    return load_file(config.run_directory / "checkpoints" / "latest" / "hf" / "model.safetensors")
+
+
+def assert_equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
+def test_grpo_learns_which_letter_answers_which_question(make_config, make_console):
+    config = make_config(
+        algorithm={"group_size": 8},
+        optimizer={"learning_rate": 4e-3, "warmup_steps": 0},
+        train={"num_steps": 25, "questions_per_step": 8, "tokens_per_microbatch": 2000},
+    )
+    result = train(config, make_console())
+    history = rows(config)
+    assert [row["step"] for row in history] == list(range(26))
+    assert history[1].keys() >= DESIGN_KEYS
+    first, last = (np.mean([row["reward_mean"] for row in part]) for part in (history[1:4], history[-3:]))
+    assert first < 0.45
+    assert last > 0.8
+    assert result["before"]["letters"]["em"] < 0.6 < 0.8 < result["after"]["letters"]["em"]
+    assert result["after"]["letters"]["em"] == history[-1]["eval/letters/em"]
+    assert {"eval/letters/odd/em", "eval/letters/f1", "eval/letters/sub_em", "eval/letters/searches_mean"} <= history[
+        0
+    ].keys()
+
+
+@pytest.mark.parametrize("algorithm", [{"kl_coefficient": 0.02}, PPO])
+def test_a_run_that_is_stopped_and_resumed_is_the_run_that_was_not(make_config, make_console, algorithm):
+    """Bit for bit: weights, optimizer, and every number of metrics.jsonl that is no time."""
+    train_settings = {"num_steps": 4, "num_minibatches": 2, "eval_every": 3}
+    whole = make_config(algorithm=algorithm, run={"name": "whole"}, train=train_settings)
+    assert train(whole, make_console())["interrupted"] is False
+
+    def stop(metrics):
+        if metrics["step"] == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    halves = make_config(algorithm=algorithm, run={"name": "halves"}, train=train_settings)
+    console = make_console(stop)
+    result = train(halves, console)
+    assert (result["step"], result["interrupted"]) == (2, True)
+    assert "resume=true" in console.notes[-1]
+    resumed = make_config(algorithm=algorithm, run={"name": "halves", "resume": True}, train=train_settings)
+    console = make_console()
+    assert train(resumed, console)["step"] == 4
+    assert console.notes[0].startswith("going on after step 2")
+    assert "differ" not in console.notes[0]
+
+    assert [without_times(row) for row in rows(resumed)] == [without_times(row) for row in rows(whole)]
+    assert_equal(weights(resumed), weights(whole))
+    learners = [
+        {name: tensor for learner in loaded.learners for name, tensor in learner.tensors().items()}
+        for loaded in (reopened(whole, make_console), reopened(resumed, make_console))
+    ]
+    assert any(name.endswith("exp_avg_sq") for name in learners[0])
+    assert_equal(*learners)
+
+
+def reopened(config: Config, make_console):
+    """The run as its last checkpoint has it."""
+    config = config.model_copy(update={"run": config.run.model_copy(update={"resume": True})})
+    with run_module.open_run(config, make_console()) as run:
+        return run
+
+
+def test_rows_after_the_checkpoint_are_dropped_when_a_killed_run_goes_on(make_config, make_console):
+    settings = {"train": {"num_steps": 4}, "checkpoint": {"every": 2}}
+
+    def die(metrics):
+        if metrics["step"] == 4:
+            raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        train(make_config(**settings), make_console(die))
+    config = make_config(**settings, run={"resume": True})
+    assert [row["step"] for row in rows(config)] == [0, 1, 2, 3]
+    train(config, make_console())
+    assert [row["step"] for row in rows(config)] == [0, 1, 2, 3, 4]
+
+
+def test_a_folder_with_a_run_is_refused_without_resume(make_config, make_console):
+    config = make_config(train={"num_steps": 1}, eval={"sets": {}})
+    train(config, make_console())
+    assert (config.run_directory / "config.yaml").read_text() == config.to_yaml()
+    with pytest.raises(ValueError, match="holds a run already"):
+        train(config, make_console())
+
+
+def test_a_step_without_anything_to_learn_makes_no_update(make_config, make_console, tmp_path):
+    impossible = tmp_path / "impossible.jsonl"
+    impossible.write_text('{"id": "q", "question": "k1", "golden_answers": ["nobody knows"]}\n')
+    corpus = str(tmp_path / "corpus.jsonl")
+    config = make_config(data={"questions": str(impossible), "corpus": corpus}, run={"trajectories_every": 2})
+    console = make_console()
+    train(config, console)
+    assert [note for note in console.notes if "no update" in note] == [
+        f"step {step}: no group has rewards that differ; no update" for step in (1, 2)
+    ]
+    for row in rows(config)[1:]:
+        assert (row["kept_fraction"], row["policy_tokens"], row["reward_mean"], row["entropy"]) == (0.0, 0, 0.0, None)
+    start = load_file(f"{config.model.path}/model.safetensors")
+    assert_equal(weights(config), start)
+    (written,) = (config.run_directory / "trajectories").iterdir()
+    assert (written.name, len(written.read_text().splitlines())) == ("step_000002.jsonl", 24)
+
+
+def test_failed_searches_are_neither_trained_on_nor_part_of_a_baseline(make_config, make_trajectory):
+    config = make_config()
+    trajectories = [make_trajectory(i, [(False, 3), (True, 2)], group=i // 3) for i in range(6)]
+    rewards = np.array([1.0, 0.0, 0.0, 0.0, 0.0, 1.0])
+    trajectories[2] = replace(trajectories[2], finish_reason=FinishReason.SEARCH_FAILED)
+    trajectories[5] = replace(trajectories[5], finish_reason=FinishReason.SEARCH_FAILED)
+    advantages, kept = baselines(config, trajectories, rewards)
+    assert kept.tolist() == [True, True, False, False, False, False]  # the second group varies only with its failure
+    half = 0.5 / (np.std([1, 0], ddof=1) + 1e-6)
+    np.testing.assert_allclose(advantages[:3], [half, -half, 0.0], rtol=1e-6)
+
+
+def test_a_trajectory_that_never_spoke_is_not_trained_on(make_config, make_trajectory):
+    trajectories = [make_trajectory(0, [(False, 3), (True, 2)]), make_trajectory(1, [(False, 4)])]
+    _, kept = baselines(make_config(), trajectories, np.array([1.0, 0.0]))
+    assert kept.tolist() == [True, False]
+
+
+@pytest.mark.parametrize(("coefficient", "num_loads"), [(0.0, 1), (0.1, 2)])
+def test_without_a_kl_no_reference_is_loaded(make_config, make_console, monkeypatch, coefficient, num_loads):
+    loads = []
+    load_model = run_module.load_model
+    monkeypatch.setattr(run_module, "load_model", lambda *arguments: loads.append(1) or load_model(*arguments))
+    config = make_config(algorithm={"kl_coefficient": coefficient}, train={"num_steps": 1}, eval={"sets": {}})
+    train(config, make_console())
+    assert len(loads) == num_loads
+    kl = rows(config)[-1]["kl_ref"]
+    assert (kl is None) if coefficient == 0 else kl == pytest.approx(0.0, abs=1e-6)
+
+
+def test_critic_warm_up_leaves_the_policy_alone(make_config, make_console):
+    config = make_config(algorithm=PPO | {"critic_warmup_steps": 1}, eval={"sets": {}}, checkpoint={"every": 1})
+    train(config, make_console())
+    first = config.run_directory / "checkpoints" / "step_000001" / "hf" / "model.safetensors"
+    assert_equal(load_file(first), load_file(f"{config.model.path}/model.safetensors"))
+    assert rows(config)[0]["grad_norm"] is None
+    assert rows(config)[0]["critic_grad_norm"] > 0
+    assert rows(config)[1]["grad_norm"] > 0
+
+
+def test_the_first_interrupt_is_noted_and_the_second_ends_at_once(capfd):
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), StopSignal() as stop:
+        assert stop.requested is False
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.requested is True
+        os.kill(os.getpid(), signal.SIGTERM)  # a scheduler that repeats itself is not an impatient person
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert capfd.readouterr().err.count("stopping after this step") == 1
+
+
+def test_command_line(make_config, tmp_path):
+    config = make_config(eval={"sets": {}})
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    arguments = [str(tmp_path / "config.yaml"), "train.num_steps=1"]
+    assert main(arguments) == 0
+    assert main(arguments) == 2
+    assert main([*arguments[:1], "train.num_steps=2", "--resume"]) == 0
+    assert [row["step"] for row in rows(config)] == [1, 2]
+    assert (config.run_directory / "curves.png").is_file()
+
+
+def test_changed_settings_are_named():
+    old, new = Config().model_dump(mode="json"), Config.model_validate({"optimizer": {"learning_rate": 1}})
+    assert changed_keys(old, new.model_dump(mode="json")) == ["optimizer.learning_rate"]
+
+
+def test_seeds_depend_on_every_part_of_their_key():
+    keys = [(seed, step, place) for seed in range(3) for step in range(5) for place in range(20)] + [
+        (1, 11, 1),
+        (11, 1, 1),
+    ]
+    seeds = {trajectory_seed(*key) for key in keys}
+    assert len(seeds) == len(keys)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_the_loop_fits_on_a_screen():
+    """The architecture is one short function; it stays one."""
+    import inspect
+
+    assert len(inspect.getsource(train_module.train).splitlines()) <= 60
