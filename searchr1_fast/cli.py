@@ -32,7 +32,7 @@ COMMANDS = {
     "serve": Command("serve", "serve a corpus over HTTP with Search-R1's /retrieve protocol"),
     "report": Command("report", "summarise and compare runs, redraw their curves"),
     "pretrain-base": Command("pretrain_base", "pre-train the tiny base models that ship with the package"),
-    "world": Command("world", "write a generated encyclopedia: corpus and questions as JSONL"),
+    "world": Command("world.__main__", "write a generated encyclopedia: corpus and questions as JSONL"),
 }
 
 

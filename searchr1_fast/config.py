@@ -141,7 +141,7 @@ class AlgorithmConfig(Section):
     clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
     clip_high: Annotated[float, Field(gt=0)] = 0.2
     importance_cap: Annotated[float, Field(ge=0)] = 2.0
-    """Truncated importance sampling: cap on trainer/sampler probability at the start of the update; 0 switches it off."""
+    """Truncated importance sampling: cap on the ratio of the trainer's to the sampler's probability; 0: none."""
     kl_coefficient: Annotated[float, Field(ge=0)] = 0.0
     """0 skips the reference model."""
     kl_kind: Literal["k1", "k2", "k3"] = "k3"

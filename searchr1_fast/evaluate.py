@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from searchr1_fast.config import Config
+from searchr1_fast.distributed import Ranks
 from searchr1_fast.environment import Environment
 from searchr1_fast.models import Decoder, TextTokenizer
 from searchr1_fast.prompt import PromptBuilder
@@ -95,7 +96,7 @@ def evaluate(
     temperature: float | None = None,
     seed: int | None = None,
     engine: Engine | None = None,
-    ranks: Any = None,
+    ranks: Ranks | None = None,
     progress: Progress | None = None,
 ) -> EvalResult:
     """Put every question of the environment to the model once.

@@ -6,7 +6,7 @@ averages the means of micro-batches, in which a token weighs more the emptier it
 
 Nothing here waits for the device. Metrics are sums over tokens, except those in `MAX_METRICS`.
 
-Left out: dual clipping and sequence-level ratios; no recipe here uses them.
+Left out: sequence-level ratios; no recipe here uses them.
 
 Shape legend: P policy tokens.
 """
@@ -41,7 +41,8 @@ def policy_loss(
 
     `on_policy`: the weights are those that sampled. The ratio is 1 with the gradient of the log-probability, and what
     sampler and trainer disagree by in arithmetic becomes a constant weight min(p_trainer / p_sampler, importance_cap).
-    Otherwise the ratio is to the sampler itself, and there is no weight.
+    Otherwise the ratio is to the sampler itself, at most importance_cap, and there is no weight. Above 1 + clip_high
+    that cap is felt where A < 0 alone, the one place that the clip leaves unbounded (dual clip, arXiv 1912.09729, eq. 5).
 
     The KL is left out where `kl_in_reward` puts it elsewhere. A NaN in `rollout_logprobs` marks a token nobody sampled:
     it counts as on-policy.
@@ -63,6 +64,8 @@ def policy_loss(
         # `old` is the sampler's, or for a token nobody sampled the trainer's own: that ratio is 1, with a gradient.
         ratio = (logprobs - rollout).clamp(-_EXPONENT_LIMIT, _EXPONENT_LIMIT).exp()
         weight, truncated = torch.ones_like(drift), torch.zeros_like(sampled)
+        if algorithm.importance_cap > 0:
+            ratio, truncated = ratio.clamp(max=algorithm.importance_cap), drift > algorithm.importance_cap
     advantages = batch.advantages
     unclipped = advantages * ratio
     clipped = advantages * ratio.clamp(1.0 - algorithm.clip_low, 1.0 + algorithm.clip_high)

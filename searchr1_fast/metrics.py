@@ -133,7 +133,7 @@ def trajectory_record(trajectory: Trajectory) -> dict[str, Any]:
                 "action": turn.action.value,
                 "content": turn.content,
                 "tokens": turn.end - turn.start,
-                "passage_ids": list(turn.passage_ids),
+                "passage_ids": None if turn.passage_ids is None else list(turn.passage_ids),
             }
             for turn in trajectory.turns
         ],

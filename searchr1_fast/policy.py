@@ -55,8 +55,8 @@ class TokenScorer(nn.Module):
         return linear_logprob(hidden, weight, batch.targets, temperature=self.temperature), None
 
 
-class TrainingDiverged(RuntimeError):
-    """Gradients stayed non-finite; the message says since when and where."""
+class TrainingDiverged(ValueError):
+    """Gradients stayed non-finite. A ValueError because its cure is a setting: the message says which."""
 
 
 class Learner:
@@ -149,7 +149,7 @@ class Policy(Learner):
         scorer = TokenScorer(decoder, config.rollout.temperature)
         self.replica = decoder  # generates; the trained module itself where it is whole and in the compute type
         if ranks.world_size > 1 or dtype != torch.float32:
-            self.replica = Decoder(decoder.config).to(ranks.device, dtype).requires_grad_(False)
+            self.replica = empty_replica(decoder, dtype, ranks.device)
         shard(scorer, decoder.layers, ranks, dtype)
         super().__init__("policy", scorer, config.optimizer.learning_rate, config.optimizer, ranks)
         self.algorithm: AlgorithmConfig = config.algorithm
@@ -205,6 +205,16 @@ class Policy(Learner):
         """Give the generating replica the trained weights. Nothing to do where they are the same module."""
         if self.replica is not self.module.decoder:
             copy_parameters(self.module.decoder, self.replica)
+
+
+def empty_replica(decoder: Decoder, dtype: torch.dtype, device: torch.device) -> Decoder:
+    """A decoder of the same shape whose weights are memory only: initialising billions of them takes minutes."""
+    with torch.device("meta"):
+        replica = Decoder(decoder.config)
+    replica = replica.to(dtype).to_empty(device=device).requires_grad_(False)
+    if decoder.config.tie_word_embeddings:
+        replica.lm_head.weight = replica.model.embed_tokens.weight  # `to_empty` gave each its own memory
+    return replica
 
 
 def padding_batch() -> PackedBatch:

@@ -103,7 +103,7 @@ def sample(run: Run, questions: Sequence[Question], step: int) -> list[Trajector
         groups.append([RolloutRequest(question, group, prompt, seed) for seed in seeds])
     mine = [request for group in run.ranks.share(groups) for request in group]
     with run.ui.phase("rollout", len(mine)) as progress:
-        trajectories = run.loop.run(mine, progress) if mine else []
+        trajectories = run.loop.run(mine, progress)
     run.timers.add("search_wait", run.loop.statistics.time_search_wait)
     if run.ranks.device.type == "cuda":
         run.engine.free_cache()  # the update needs the memory
@@ -284,7 +284,11 @@ def _mean(values: list[float]) -> float | None:
 
 
 class StopSignal:
-    """Ctrl-C or SIGTERM asks for an end after this step; a second Ctrl-C ends at once."""
+    """Ctrl-C or SIGTERM asks for an end after this step; a second Ctrl-C ends at once.
+
+    torchrun passes signals on and kills what still runs 30 seconds later; where steps are longer, signal the ranks'
+    own processes instead.
+    """
 
     def __init__(self) -> None:
         self.requested = False

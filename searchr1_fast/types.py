@@ -12,9 +12,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:  # only named here: retrieval and data should not wait seconds for torch
+    import torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +70,7 @@ class Turn:
     end: int
     action: Action
     content: str  # the query, the answer, or "" for an invalid turn
-    passage_ids: tuple[str, ...] = ()  # what the search returned, best first
+    passage_ids: tuple[str, ...] | None = None  # what the search returned, best first; None: none was executed
 
 
 @dataclass(slots=True)
@@ -98,8 +101,8 @@ class Trajectory:
 
     @property
     def num_searches(self) -> int:
-        """Searches that were executed."""
-        return sum(turn.action is Action.SEARCH and bool(turn.passage_ids) for turn in self.turns)
+        """Searches that were executed, whatever they found."""
+        return sum(turn.passage_ids is not None for turn in self.turns)
 
     @property
     def policy_text(self) -> str:

@@ -42,13 +42,14 @@ def sample(count: int, seed: int = 0, spread: float = 0.5):
     kind=st.sampled_from(["k1", "k2", "k3"]),
     kl_coefficient=st.sampled_from([0.0, 0.3]),
     entropy_coefficient=st.sampled_from([0.0, 0.2]),
+    cap=st.sampled_from([0.0, 1.25, 2.0]),
 )
-def test_off_policy_matches_the_closed_form(seed, clip_low, clip_high, kind, kl_coefficient, entropy_coefficient):
+def test_off_policy_matches_the_closed_form(seed, clip_low, clip_high, kind, kl_coefficient, entropy_coefficient, cap):
     logprobs, rollout, advantages, ref = sample(30, seed)
     entropy = torch.rand(30, dtype=torch.float64).requires_grad_()
     algorithm = AlgorithmConfig(
         clip_low=clip_low, clip_high=clip_high, kl_kind=kind, kl_coefficient=kl_coefficient,
-        entropy_coefficient=entropy_coefficient,
+        entropy_coefficient=entropy_coefficient, importance_cap=cap,
     )  # fmt: skip
     loss, metrics = policy_loss(
         logprobs, make_batch(rollout, advantages), algorithm=algorithm, ref_logprobs=ref, entropy=entropy, denominator=7
@@ -56,9 +57,10 @@ def test_off_policy_matches_the_closed_form(seed, clip_low, clip_high, kind, kl_
     loss.backward()
     p = logprobs.detach()
     ratio = (p - rollout).exp()
-    value = -torch.minimum(advantages * ratio, advantages * ratio.clamp(1 - clip_low, 1 + clip_high))
-    active = torch.where(advantages >= 0, ratio <= 1 + clip_high, ratio >= 1 - clip_low)
-    gradient = torch.where(active, -advantages * ratio, 0.0)
+    capped = ratio.clamp(max=cap or float("inf"))
+    value = -torch.minimum(advantages * capped, advantages * capped.clamp(1 - clip_low, 1 + clip_high))
+    active = torch.where(advantages >= 0, capped <= 1 + clip_high, capped >= 1 - clip_low)
+    gradient = torch.where(active & (ratio == capped), -advantages * ratio, 0.0)
     d = p - ref
     kl, kl_gradient = {
         "k1": (d, torch.ones_like(d)),
@@ -73,7 +75,7 @@ def test_off_policy_matches_the_closed_form(seed, clip_low, clip_high, kind, kl_
     wanted = {
         "policy_loss": value.sum(),
         "clip_fraction": (~active & (advantages != 0)).sum(),
-        "truncated_fraction": 0.0,
+        "truncated_fraction": (ratio != capped).sum(),
         "ratio": ratio.sum(),
         "importance_weight": 30.0,
         "rollout_policy_kl": (ratio - 1 - (p - rollout)).sum(),

@@ -20,30 +20,10 @@ from searchr1_fast.run import changed_keys
 from searchr1_fast.train import StopSignal, baselines, main, train
 from searchr1_fast.types import FinishReason
 
-DESIGN_KEYS = set(
-    [
-        "step",
-        "reward_mean",
-        "em",
-        "searches_mean",
-        "response_tokens_mean",
-        "policy_tokens",
-        "kept_fraction",
-        "entropy",
-        "kl_ref",
-        "rollout_policy_kl",
-        "clip_fraction",
-        "grad_norm",
-        "lr",
-        "trajectories_per_second",
-        "tokens_per_second",
-        "time_rollout",
-        "time_search_wait",
-        "time_ref",
-        "time_update",
-        "time_sync",
-        "time_step",
-    ]
+DESIGN_KEYS = (
+    "step reward_mean em searches_mean response_tokens_mean policy_tokens kept_fraction entropy kl_ref "
+    "rollout_policy_kl clip_fraction grad_norm lr trajectories_per_second tokens_per_second time_rollout "
+    "time_search_wait time_ref time_update time_sync time_step"
 )
 PPO = {"name": "ppo", "group_size": 2, "critic_learning_rate": 1e-3, "kl_coefficient": 0.01, "kl_in_reward": True}
 
@@ -67,23 +47,24 @@ def assert_equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]
 
 
 def test_grpo_learns_which_letter_answers_which_question(make_config, make_console):
+    """From one in four, by nothing but the reward."""
     config = make_config(
+        rollout={"max_searches": 0},
         algorithm={"group_size": 8},
-        optimizer={"learning_rate": 4e-3, "warmup_steps": 0},
-        train={"num_steps": 25, "questions_per_step": 8, "tokens_per_microbatch": 2000},
+        optimizer={"learning_rate": 4e-3, "warmup_steps": 0, "betas": (0.9, 0.95)},
+        train={"num_steps": 80, "questions_per_step": 8, "tokens_per_microbatch": 4000},
     )
     result = train(config, make_console())
     history = rows(config)
-    assert [row["step"] for row in history] == list(range(26))
-    assert history[1].keys() >= DESIGN_KEYS
+    assert [row["step"] for row in history] == list(range(81))
+    assert history[1].keys() >= set(DESIGN_KEYS.split())
     first, last = (np.mean([row["reward_mean"] for row in part]) for part in (history[1:4], history[-3:]))
-    assert first < 0.45
-    assert last > 0.8
-    assert result["before"]["letters"]["em"] < 0.6 < 0.8 < result["after"]["letters"]["em"]
-    assert result["after"]["letters"]["em"] == history[-1]["eval/letters/em"]
-    assert {"eval/letters/odd/em", "eval/letters/f1", "eval/letters/sub_em", "eval/letters/searches_mean"} <= history[
-        0
-    ].keys()
+    assert first < 0.4
+    assert last > 0.7
+    assert result["before"]["letters"]["em"] < 0.5
+    assert result["after"]["letters"]["em"] == history[-1]["eval/letters/em"] > 0.7
+    for key in ("em", "f1", "sub_em", "searches_mean", "odd/em", "even/em"):
+        assert f"eval/letters/{key}" in history[0]
 
 
 @pytest.mark.parametrize("algorithm", [{"kl_coefficient": 0.02}, PPO])
@@ -208,12 +189,13 @@ def test_critic_warm_up_leaves_the_policy_alone(make_config, make_console):
 
 def test_the_first_interrupt_is_noted_and_the_second_ends_at_once(capfd):
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), StopSignal() as stop:
+    with StopSignal() as stop:
         assert stop.requested is False
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.requested is True
         os.kill(os.getpid(), signal.SIGTERM)  # a scheduler that repeats itself is not an impatient person
-        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
     assert capfd.readouterr().err.count("stopping after this step") == 1
 

@@ -17,6 +17,9 @@ import torch
 import torch.nn.functional as F
 
 
+_GATHERED_TOKENS = 512  # bounds what the plain twin gathers: [512, H, length, d]
+
+
 def packed_attention(
     query: torch.Tensor,  # [T, H, d]
     key: torch.Tensor,  # [T, G, d]
@@ -72,7 +75,10 @@ def cached_attention_reference(
     slots: torch.Tensor,  # [T] int64
     positions: torch.Tensor,  # [T] int64
 ) -> torch.Tensor:  # [T, H, d]
-    """`cached_attention` in plain torch: gathers every token's slot up to the longest."""
+    """`cached_attention` in plain torch: gathers every token's slot up to the longest, some tokens at a time."""
+    if len(query) > _GATHERED_TOKENS:
+        parts = zip(*(x.split(_GATHERED_TOKENS) for x in (query, slots, positions)), strict=True)
+        return torch.cat([cached_attention_reference(q, keys, values, s, p) for q, s, p in parts])
     length = int(positions.max()) + 1 if len(positions) else 0
     group = query.shape[1] // keys.shape[1]
     k = keys[slots, :, :length].repeat_interleave(group, dim=1)  # [T, H, length, d]

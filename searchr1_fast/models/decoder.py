@@ -268,8 +268,9 @@ class Decoder(nn.Module):
         """Append tokens to cached sequences; the hidden state of each sequence's last new token."""
         cu_seqlens = cu_seqlens.long()
         lengths = cu_seqlens.diff()
-        positions = packed_positions(cu_seqlens, len(token_ids)) + start_positions.repeat_interleave(lengths)
-        context = CachedContext(slots.repeat_interleave(lengths), positions, cache, self.config)
+        num_tokens = len(token_ids)  # given to repeat_interleave, which else would wait for the device
+        starts, slots = (x.repeat_interleave(lengths, output_size=num_tokens) for x in (start_positions, slots))
+        context = CachedContext(slots, packed_positions(cu_seqlens, num_tokens) + starts, cache, self.config)
         return self._run(token_ids, context, rows=cu_seqlens[1:] - 1)
 
     def _run(

@@ -13,7 +13,8 @@ from searchr1_fast.models.decoder import DecoderConfig
 class KVCache:
     """Keys and values per layer, `[num_slots, num_key_value_heads, max_length, head_dim]` each.
 
-    The head comes before the place so that one head's keys lie together, as the attention reads them.
+    The head comes before the place so that one head's keys lie together, as the attention reads them. Zeros at first:
+    an attention that masks by a weight of 0 would otherwise read 0 * NaN from places never written.
     """
 
     def __init__(
@@ -27,8 +28,8 @@ class KVCache:
         shape = (num_slots, config.num_key_value_heads, max_length, config.head_dim)
         self.num_slots = num_slots
         self.max_length = max_length
-        self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
-        self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
 
     def write(
         self,
@@ -41,6 +42,11 @@ class KVCache:
         """Store the T tokens at their places."""
         self.keys[layer][slots, :, positions] = key.to(self.keys[layer].dtype)
         self.values[layer][slots, :, positions] = value.to(self.values[layer].dtype)
+
+    def copy(self, sources: torch.Tensor, targets: torch.Tensor, length: int) -> None:  # [n] int64 slots each
+        """Give the target slots the first `length` places of the source slots."""
+        for memory in (*self.keys, *self.values):
+            memory[targets, :, :length] = memory[sources, :, :length]
 
     @property
     def num_bytes(self) -> int:

@@ -146,8 +146,8 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """Whether there is a sequence to run."""
-        return bool(len(self._running) or self._resumed or self._waiting)
+        """Whether there is a sequence to run; one that waits for a slot is none."""
+        return bool(len(self._running) or self._resumed or (self._waiting and self._slots.free))
 
     def add(self, sequences: Iterable[Sequence]) -> None:
         """Take new sequences, their prompts appended and `turn_limit` set."""
@@ -181,6 +181,7 @@ class Engine:
 
     def step(self) -> list[Sequence]:
         """Run every running sequence one token further; the sequences whose turn ended with it, tokens appended."""
+        assert self.has_work
         batch = self._schedule()
         started = time.perf_counter()
         hidden = self._run(batch)
@@ -278,8 +279,7 @@ class Engine:
         sources, targets, _ = (
             torch.tensor(column, device=self.model.head_weight.device) for column in zip(*copies, strict=True)
         )
-        for memory in (*self._cache.keys, *self._cache.values):  # [C, heads, places, head dimension] each
-            memory[targets, :, :length] = memory[sources, :, :length]
+        self._cache.copy(sources, targets, length)
 
     @torch.no_grad()
     def _sample(self, batch: Batch, hidden: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:  # [S] int64, [S] fp32

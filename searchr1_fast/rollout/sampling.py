@@ -56,7 +56,8 @@ def sample(
     The log-probability is of the whole vocabulary at the temperature (1 when greedy), whatever top-p and top-k leave
     out: it is what the trainer computes for the same token.
     """
-    assert logits.dtype == torch.float32 and uniforms.dtype == torch.float64
+    assert logits.dtype == torch.float32
+    assert uniforms.dtype == torch.float64
     if params.is_greedy:
         likeliest = logits.argmax(dim=-1)
         return likeliest, logits.gather(1, likeliest[:, None])[:, 0] - logits.logsumexp(dim=-1)

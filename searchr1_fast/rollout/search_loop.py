@@ -66,7 +66,7 @@ class SearchLoop:
         self.statistics = self.engine.statistics = RolloutStatistics()
         self._progress, self._num_finished, self._num_sequences = progress, 0, len(requests)
         keys = stream_keys([request.seed for request in requests])
-        sequences = [self._start(request, i, keys[i]) for i, request in enumerate(requests)]
+        sequences = [self._start(request, key) for request, key in zip(requests, keys, strict=True)]
         try:
             self.engine.add(sequences)
             if self.config.overlap:
@@ -109,12 +109,12 @@ class SearchLoop:
 
     # ---- turns ------------------------------------------------------------------------------------------------------
 
-    def _start(self, request: RolloutRequest, index: int, stream_key: np.uint64) -> Sequence:
+    def _start(self, request: RolloutRequest, stream_key: np.uint64) -> Sequence:
         """A sequence with its prompt, ready to be added."""
         token_ids = self.tokenizer.encode(request.prompt)
         if not token_ids:
             raise ValueError(f"the prompt of question {request.question.id!r} is empty; check prompt.template")
-        sequence = Sequence(request, index, stream_key)
+        sequence = Sequence(request, stream_key)
         sequence.append_prompt(token_ids, request.prompt)
         if not self._open_turn(sequence):
             raise ValueError(

@@ -42,7 +42,6 @@ class Sequence:
     """Tokens, mask and log-probabilities in pieces, one per appended text; joined once, by `to_trajectory`."""
 
     request: RolloutRequest
-    index: int  # place in the caller's list
     stream_key: np.uint64
     status: SequenceStatus = SequenceStatus.WAITING
     length: int = 0
@@ -95,7 +94,8 @@ class Sequence:
 
     def to_trajectory(self) -> Trajectory:
         """The finished rollout."""
-        assert self.status is SequenceStatus.FINISHED and self.finish_reason is not None
+        assert self.status is SequenceStatus.FINISHED
+        assert self.finish_reason is not None
         sizes = [len(piece) for piece in self.token_pieces]
         return Trajectory(
             question=self.request.question,

@@ -32,7 +32,8 @@ class StopMatcher:
 
     def __init__(self, token_bytes: Sequence[bytes], tags: Sequence[str] = STOP_TAGS) -> None:
         encoded = [tag.encode() for tag in tags]
-        assert encoded and all(encoded)
+        assert encoded
+        assert all(encoded)
         prefixes = sorted({tag[:length] for tag in encoded for length in range(len(tag))}, key=len)
         self.matched = len(prefixes)  # the state after a whole tag; nothing leaves it
         assert self.matched < 256

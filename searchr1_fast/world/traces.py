@@ -122,14 +122,15 @@ class TraceWriter:
     # ---------------------------------------------------------------- exercises
 
     def reading(self, generator: random.Random) -> Document:
-        """Passages, then facts restated in one form of words."""
+        """One passage or two that look alike, then facts restated in one form of words."""
         entities = [self.world.random_entity(generator)]
-        entities.append(self.world.near_duplicate(entities[0]))
+        if generator.random() < 0.6:
+            entities.append(self.world.near_duplicate(entities[0]))
         facts = [(e, self.world.fact(e, r)) for e in entities for r in self.world.relations(e.kind)]
         lines = [
             f"The {fact.relation.name} of {entity.alias if entity.alias and generator.random() < 0.3 else entity.name}"
             f" is {fact.mention}.\n"
-            for entity, fact in generator.sample(facts, min(5, len(facts)))
+            for entity, fact in generator.sample(facts, min(6, len(facts)))
         ]
         return [("prompt", format_observation([Passage("", e.name, self._describe(e)) for e in entities])), ("policy", "".join(lines))]
 
@@ -160,20 +161,22 @@ def documents(
     weights: Sequence[float],  # per writer
     seed: str,
     num_documents: int,
-    exercises: tuple[float, float, float] = (0.15, 0.2, 0.02),
+    reading_share: float = 0.15,
+    steps_share: float = 0.15,
+    article_share: float = 0.02,
 ) -> list[Document]:
-    """A batch of documents, a pure function of the seed. `exercises`: shares of reading, steps and articles."""
+    """A batch of documents, a pure function of the seed: exercises in the given shares, the rest traces."""
     generator = random.Random(seed)
     batch = []
     for _ in range(num_documents):
         writer, own_chains = generator.choices(list(zip(writers, chains, strict=True)), weights)[0]
         draw = generator.random()
-        if draw < exercises[0]:
+        if draw < reading_share:
             batch.append(writer.reading(generator))
-        elif draw < exercises[0] + exercises[1]:
+        elif draw < reading_share + steps_share:
             compositional = [c for c in generator.choices(own_chains, k=8) if c.question.kind != "comparison"]
             batch.append(writer.steps(generator, compositional[0]))
-        elif draw < sum(exercises):
+        elif draw < reading_share + steps_share + article_share:
             batch.append(writer.article(generator))
         else:
             batch.append(writer.trace(generator, generator.choice(own_chains)))

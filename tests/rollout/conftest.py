@@ -115,7 +115,7 @@ def _search(queries):
     results = []
     for query in queries:
         seed = zlib.crc32(query.encode())
-        words = [f"w{(seed >> shift) % 97}" for shift in range(0, 12)]
+        words = [f"w{(seed >> shift) % 97}" for shift in range(12)]
         results.append([Passage(f"{seed}-{rank}", f"T{rank}", " ".join(words)) for rank in range(seed % 4)])
     return results
 
@@ -206,6 +206,7 @@ def rollout_by_hand(tokenizer):
             if text is None:
                 return result(FinishReason.LENGTH)
             observe(text)
+        raise AssertionError("the final turn returns")
 
     return rollout
 

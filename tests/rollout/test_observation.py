@@ -21,15 +21,18 @@ def test_the_longest_that_fits_is_shown(tokenizer, passages, budget):
     if observation is None:
         assert size(format_observation([])) > budget
         return
-    assert observation.token_ids == tokenizer.encode(observation.text) and len(observation.token_ids) <= budget
-    assert observation.text.startswith(OBSERVATION_OPEN) and observation.text.endswith(OBSERVATION_CLOSE)
+    assert observation.token_ids == tokenizer.encode(observation.text)
+    assert len(observation.token_ids) <= budget
+    assert observation.text.startswith(OBSERVATION_OPEN)
+    assert observation.text.endswith(OBSERVATION_CLOSE)
     whole = [format_observation(passages[:count]) for count in range(1, len(passages) + 1)]
     fitting = [text for text in whole if size(text) <= budget]
     if fitting:
         assert observation.text == fitting[-1]
     elif passages and size(format_observation([Passage("1", passages[0].title, "")])) <= budget:
         body = observation.text.removeprefix(OBSERVATION_OPEN).removesuffix(OBSERVATION_CLOSE)
-        assert body and whole[0].removeprefix(OBSERVATION_OPEN).startswith(body.rstrip())
+        assert body
+        assert whole[0].removeprefix(OBSERVATION_OPEN).startswith(body.rstrip())
     else:
         assert observation.text == format_observation([])
 

@@ -96,7 +96,8 @@ def test_streams_are_uniform_and_unrelated():
     seeds = list(range(200))
     keys = stream_keys(seeds)
     table = np.stack([uniforms(keys, np.full(200, n, dtype=np.uint64)) for n in range(200)])  # [number, seed]
-    assert (table >= 0).all() and (table < 1).all()
+    assert (table >= 0).all()
+    assert (table < 1).all()
     assert len(np.unique(table)) == table.size
     counts = np.histogram(table, bins=50, range=(0, 1))[0]
     assert ((counts - 800) ** 2 / 800).sum() < 49 + 5 * np.sqrt(98)

@@ -44,7 +44,8 @@ def test_rollouts_are_those_made_by_hand(
             outcomes[trajectory.finish_reason] += 1
             actions.update(turn.action for turn in trajectory.turns)
     # the comparison is worth something only if everything happened
-    assert actions[Action.SEARCH] > 0 and actions[Action.INVALID] > 0
+    assert actions[Action.SEARCH] > 0
+    assert actions[Action.INVALID] > 0
     if temperature:
         assert all(outcomes[reason] for reason in (FinishReason.ANSWER, FinishReason.NO_ANSWER, FinishReason.LENGTH))
 
@@ -62,10 +63,12 @@ def test_plain_twin_agrees(make_model, tokenizer, config, make_requests, fake_se
         assert plain.statistics.num_search_batches <= config.max_searches
         native_batches += native.statistics.num_search_batches
         discarded += plain.statistics.num_discarded_tokens
-    assert native_batches > 0 and (discarded > 0) == (not stop_at_tags)
+    assert native_batches > 0
+    assert (discarded > 0) == (not stop_at_tags)
 
 
-def test_overlap_changes_nothing(make_model, tokenizer, config, make_requests, fake_search):
+@pytest.mark.parametrize("max_num_seqs", [1, 5, 64])  # 1: the only slot is often held by a sequence that searches
+def test_overlap_changes_nothing(make_model, tokenizer, config, make_requests, fake_search, max_num_seqs):
     def slow_search(queries):
         assert threading.current_thread() is not threading.main_thread()
         time.sleep(0.01)  # long enough for others to decode on
@@ -73,7 +76,8 @@ def test_overlap_changes_nothing(make_model, tokenizer, config, make_requests, f
 
     model, requests = make_model(4), make_requests(20, group_size=2)
     normal = SearchLoop(Engine(model, tokenizer, config), fake_search)
-    overlap = SearchLoop(Engine(model, tokenizer, config.model_copy(update={"overlap": True})), slow_search)
+    config = config.model_copy(update={"overlap": True, "max_num_seqs": max_num_seqs})
+    overlap = SearchLoop(Engine(model, tokenizer, config), slow_search)
     check_same(normal.run(requests), overlap.run(requests))
     assert normal.statistics.num_searches == overlap.statistics.num_searches > 5
 
@@ -174,7 +178,8 @@ def test_logprobs_are_those_of_a_packed_forward(make_model, tokenizer, config, m
         mask = np.concatenate([t.loss_mask for t in trajectories])
         logprobs = np.concatenate([t.rollout_logprobs for t in trajectories])
         np.testing.assert_allclose(logprobs[mask], chosen[mask], atol=1e-4)
-        assert (logprobs[~mask] == 0).all() and mask.sum() > 100
+        assert (logprobs[~mask] == 0).all()
+        assert mask.sum() > 100
 
 
 def test_bfloat16_models_generate(make_model, tokenizer, config, make_requests, fake_search):
@@ -185,7 +190,7 @@ def test_bfloat16_models_generate(make_model, tokenizer, config, make_requests, 
         logits = model.logits(token_ids, torch.tensor([0, len(token_ids)])).detach().float()
         chosen = torch.log_softmax(logits[:-1], dim=-1).gather(1, token_ids[1:, None])[:, 0].numpy()
         mask = trajectory.loss_mask[1:]
-        assert np.abs(trajectory.rollout_logprobs[1:] - chosen)[mask].mean() < 0.15  # a digit of bf16 is 0.4% of a logit
+        assert np.abs(trajectory.rollout_logprobs[1:] - chosen)[mask].mean() < 0.1  # bf16 has 3 digits
 
 
 def test_mask_turns_and_segments_describe_the_same_tokens(make_model, tokenizer, config, make_requests, fake_search):

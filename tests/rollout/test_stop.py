@@ -77,7 +77,8 @@ def test_tokens_that_straddle_a_tag(tokenizer):
 
 def test_every_way_to_write_a_tag_with_a_real_vocabulary(tokenizer):
     vocabulary = vocabulary_bytes(tokenizer, tokenizer.vocab_size + 5)
-    assert vocabulary[-5:] == [b""] * 5 and len(vocabulary) == tokenizer.vocab_size + 5
+    assert vocabulary[-5:] == [b""] * 5
+    assert len(vocabulary) == tokenizer.vocab_size + 5
     text = "ö<search>who</search>"
     token_ids = tokenizer.encode(text)
     assert b"".join(vocabulary[i] for i in token_ids).decode() == text

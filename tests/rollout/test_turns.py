@@ -70,10 +70,11 @@ def test_search_then_answer(play):
     trajectory, queries = play(["I think. " + SEARCH, "So " + ANSWER])
     assert queries == ["oak"]
     assert kinds(trajectory) == ["I think. " + SEARCH, format_observation(PASSAGES), "So " + ANSWER]
-    assert trajectory.finish_reason is FinishReason.ANSWER and trajectory.num_searches == 1
+    assert trajectory.finish_reason is FinishReason.ANSWER
+    assert trajectory.num_searches == 1
     assert [(t.action, t.content, t.passage_ids) for t in trajectory.turns] == [
         (Action.SEARCH, "oak", ("p1", "p2")),
-        (Action.ANSWER, "yes", ()),
+        (Action.ANSWER, "yes", None),
     ]
 
 
@@ -81,7 +82,8 @@ def test_the_token_that_completes_the_tag_is_kept_whole(play, tokenizer):
     straddling = tokenizer.encode("<search>oak</search") + tokenizer.encode(">\n\n")
     assert len(tokenizer.encode(">\n\n")) == 1
     trajectory, queries = play([straddling, ANSWER])
-    assert queries == ["oak"] and kinds(trajectory)[0] == "<search>oak</search>\n\n"
+    assert queries == ["oak"]
+    assert kinds(trajectory)[0] == "<search>oak</search>\n\n"
     turn = trajectory.turns[0]
     assert trajectory.token_ids[turn.start : turn.end].tolist() == straddling
 
@@ -97,12 +99,14 @@ def test_an_invalid_turn_is_told_so_and_counts(play):
         SEARCH,
     ]
     assert [turn.action for turn in trajectory.turns] == [Action.INVALID, Action.INVALID, Action.SEARCH]
-    assert trajectory.finish_reason is FinishReason.NO_ANSWER and trajectory.num_searches == 0
+    assert trajectory.finish_reason is FinishReason.NO_ANSWER
+    assert trajectory.num_searches == 0
 
 
 def test_the_final_turn_is_announced_and_its_search_is_not_executed(play):
     trajectory, queries = play([SEARCH, SEARCH, SEARCH], final_turn_message="\nAnswer.\n")
-    assert len(queries) == 2 and trajectory.num_searches == 2
+    assert len(queries) == 2
+    assert trajectory.num_searches == 2
     assert kinds(trajectory)[-3:] == [format_observation(PASSAGES), "\nAnswer.\n", SEARCH]
     assert kinds(trajectory).count("\nAnswer.\n") == 1
     assert trajectory.finish_reason is FinishReason.NO_ANSWER
@@ -110,7 +114,8 @@ def test_the_final_turn_is_announced_and_its_search_is_not_executed(play):
 
 def test_without_searches_the_first_turn_is_the_final_one(play):
     trajectory, queries = play([SEARCH], max_searches=0, final_turn_message="Answer.")
-    assert kinds(trajectory) == ["Answer.", SEARCH] and queries == []
+    assert kinds(trajectory) == ["Answer.", SEARCH]
+    assert queries == []
     assert trajectory.finish_reason is FinishReason.NO_ANSWER
     assert not trajectory.loss_mask[: trajectory.turns[0].start].any()
 
@@ -119,7 +124,8 @@ def test_eos_ends_a_turn_and_is_a_policy_token(play, tokenizer):
     trajectory, _ = play([tokenizer.encode("hm") + [tokenizer.eos_id], [tokenizer.eos_id], ANSWER])
     assert kinds(trajectory) == ["hm", INVALID_ACTION_MESSAGE, "", INVALID_ACTION_MESSAGE, ANSWER]
     for turn in trajectory.turns[:2]:
-        assert trajectory.token_ids[turn.end - 1] == tokenizer.eos_id and trajectory.loss_mask[turn.end - 1]
+        assert trajectory.token_ids[turn.end - 1] == tokenizer.eos_id
+        assert trajectory.loss_mask[turn.end - 1]
     assert trajectory.finish_reason is FinishReason.ANSWER
 
 
@@ -127,7 +133,8 @@ def test_a_turn_ends_at_its_budget(play, tokenizer):
     size = len(tokenizer.encode(ANSWER))
     cut, _ = play([ANSWER, ANSWER, ANSWER], max_turn_tokens=size - 1)
     assert [turn.end - turn.start for turn in cut.turns] == [size - 1] * 3
-    assert cut.finish_reason is FinishReason.NO_ANSWER and cut.turns[0].action is Action.INVALID
+    assert cut.finish_reason is FinishReason.NO_ANSWER
+    assert cut.turns[0].action is Action.INVALID
     whole, _ = play([ANSWER], max_turn_tokens=size)
     assert whole.finish_reason is FinishReason.ANSWER
 
@@ -135,7 +142,8 @@ def test_a_turn_ends_at_its_budget(play, tokenizer):
 def test_a_turn_ends_at_the_budget_of_the_sequence(play, tokenizer):
     prompt = len(tokenizer.encode("Question: oak?\n"))
     trajectory, _ = play(["zzz"], max_sequence_tokens=prompt + 7)
-    assert trajectory.response_length == 7 and trajectory.finish_reason is FinishReason.LENGTH
+    assert trajectory.response_length == 7
+    assert trajectory.finish_reason is FinishReason.LENGTH
     size = len(tokenizer.encode(ANSWER))
     trajectory, _ = play([ANSWER], max_sequence_tokens=prompt + size)
     assert trajectory.finish_reason is FinishReason.ANSWER
@@ -146,11 +154,13 @@ def test_observations_shrink_to_what_is_left(play, tokenizer):
     one, empty = (len(tokenizer.encode(format_observation(shown))) for shown in (PASSAGES[:1], []))
     trajectory, _ = play([SEARCH, "z"], max_sequence_tokens=before + one + 1)
     assert kinds(trajectory) == [SEARCH, format_observation(PASSAGES[:1]), "z"]
-    assert trajectory.finish_reason is FinishReason.LENGTH and trajectory.turns[0].passage_ids == ("p1", "p2")
+    assert trajectory.finish_reason is FinishReason.LENGTH
+    assert trajectory.turns[0].passage_ids == ("p1", "p2")
     trajectory, _ = play([SEARCH, "z"], max_sequence_tokens=before + empty + 1)
     assert kinds(trajectory) == [SEARCH, format_observation([]), "z"]
     trajectory, queries = play([SEARCH], max_sequence_tokens=before + empty)
-    assert trajectory.finish_reason is FinishReason.LENGTH and queries == []  # not searched for in vain
+    assert trajectory.finish_reason is FinishReason.LENGTH
+    assert queries == []
     trajectory, _ = play([SEARCH, ANSWER], max_observation_tokens=one)
     assert kinds(trajectory)[1] == format_observation(PASSAGES[:1])
 
@@ -168,7 +178,8 @@ def test_an_invalid_turn_without_room_for_the_message_ends_it(play, tokenizer):
     before = len(tokenizer.encode("Question: oak?\n")) + len(tokenizer.encode("a</search>"))
     size = len(tokenizer.encode(INVALID_ACTION_MESSAGE))
     trajectory, _ = play(["a</search>"], max_sequence_tokens=before + size)
-    assert kinds(trajectory) == ["a</search>"] and trajectory.finish_reason is FinishReason.LENGTH
+    assert kinds(trajectory) == ["a</search>"]
+    assert trajectory.finish_reason is FinishReason.LENGTH
 
 
 def test_nothing_found_is_an_empty_observation(play):
@@ -216,7 +227,8 @@ def test_progress_counts_up_to_all(make_model, tokenizer, config, make_requests,
     calls = []
     loop = SearchLoop(Engine(make_model(4), tokenizer, config), fake_search)
     loop.run(make_requests(9), progress=lambda finished, total: calls.append((finished, total)))
-    assert calls == sorted(set(calls)) and calls[-1] == (9, 9)
+    assert calls == sorted(set(calls))
+    assert calls[-1] == (9, 9)
     assert loop.run([]) == []
 
 

@@ -1,0 +1,258 @@
+"""Makes the tiny models in the package, tokenizer and weights, from nothing but a seed (`searchr1 pretrain-base`).
+
+Generated text (world/traces.py, split "pretrain") → byte-level BPE → next-token prediction on what the policy writes.
+Data of a step is a pure function of (seed, step), and model, optimizer and step are saved now and then: started again,
+it goes on where it was. Left out: validation during training (`searchr1 eval` measures the result), more than one rank.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from searchr1_kernels import linear_logprob
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from searchr1_fast.config import WorldConfig
+from searchr1_fast.models import Decoder, DecoderConfig, TextTokenizer, load_model, load_tokenizer, save_model
+from searchr1_fast.world import build_world
+from searchr1_fast.world.names import name_words
+from searchr1_fast.world.traces import BASE_MIX, INSTRUCT_MIX, Document, TraceMix, TraceWriter, documents
+
+EOS_TOKEN = "<|endoftext|>"
+
+# Qwen2's way of splitting text before BPE, so that tags come apart as they do there: "</", "search", ">\n\n".
+_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the result."""
+
+    mix: TraceMix
+    num_steps: int
+    tokens_per_step: int
+    learning_rate: float  # AdamW, on embedding, norms and biases
+    matrix_learning_rate: float  # Muon, on the blocks' matrices
+    warmup_steps: int
+    rich_share: float = 0.4  # of documents about the rich world, at the end of the curriculum
+    reading_share: tuple[float, float] = (0.45, 0.15)  # of reading exercises, at the curriculum's start and end
+    curriculum: tuple[float, float] = (0.2, 0.5)  # parts of the training at which it starts to move and ends
+    num_entities: int = 20_000
+    num_chains: int = 60_000
+    hops: tuple[float, ...] = (2.0, 3.0, 4.0, 3.0)
+    seed: int = 0
+
+
+RECIPES = {
+    "base": Recipe(BASE_MIX, 1600, 8192, 3e-3, 2e-2, 50),
+    "instruct": Recipe(INSTRUCT_MIX, 200, 8192, 6e-4, 4e-3, 20, curriculum=(0.0, 0.0)),
+}
+
+ARCHITECTURE = DecoderConfig(
+    vocab_size=2048,
+    hidden_size=128,
+    intermediate_size=384,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    max_position_embeddings=4096,
+    tie_word_embeddings=True,
+)
+
+
+def train_tokenizer(writers: list[TraceWriter], chains: list[list], vocab_size: int, seed: int) -> TextTokenizer:
+    """Byte-level BPE over a sample of the documents; every text can be encoded, tags are ordinary text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOS_TOKEN],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    sample = documents(writers, chains, [0.5] * len(writers), f"tokenizer/{seed}", 6000)
+    names = [f" {word}" for word in name_words()] * 200  # every name word with its blank becomes one token
+    tokenizer.train_from_iterator([*("".join(text for _, text in document) for document in sample), *names], trainer)
+    return TextTokenizer(tokenizer, eos_token=EOS_TOKEN)
+
+
+class Batches:
+    """Packed training batches: step -> (token_ids [T], cu_seqlens [S+1], rows [P], targets [P])."""
+
+    def __init__(self, recipe: Recipe, tokenizer: TextTokenizer, writers: list[TraceWriter], chains: list[list]) -> None:
+        self.recipe, self.tokenizer, self.writers, self.chains = recipe, tokenizer, writers, chains
+
+    def __call__(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Documents until the token budget is full; segments are encoded apart, as they are in a rollout."""
+        start, end = self.recipe.curriculum
+        progress = min(1.0, max(0.0, step / self.recipe.num_steps - start) / max(end - start, 1e-9))
+        rich_share = self.recipe.rich_share * progress
+        first, last = self.recipe.reading_share
+        reading_share = first + (last - first) * progress
+        token_ids: list[int] = []
+        learned: list[bool] = []
+        ends = [0]
+        part = 0
+        while len(token_ids) < self.recipe.tokens_per_step:
+            batch = documents(
+                self.writers,
+                self.chains,
+                [1 - rich_share, rich_share],
+                f"{self.recipe.seed}/{step}/{part}",
+                16,
+                reading_share=reading_share,
+            )
+            part += 1
+            for document, encodings in zip(batch, self._encode(batch), strict=True):
+                for (kind, _), ids in zip(document, encodings, strict=True):
+                    token_ids += ids
+                    learned += [kind == "policy"] * len(ids)
+                token_ids.append(self.tokenizer.eos_id)
+                learned.append(True)
+                ends.append(len(token_ids))
+        ids = torch.tensor(token_ids)
+        is_target = torch.tensor(learned)
+        is_target[torch.tensor(ends[:-1])] = False  # nothing comes before a document's first token
+        positions = is_target.nonzero().squeeze(1)
+        return ids, torch.tensor(ends), positions - 1, ids[positions]
+
+    def _encode(self, batch: list[Document]) -> Iterator[list[list[int]]]:
+        texts = [text for document in batch for _, text in document]
+        encodings = iter(self.tokenizer.backend.encode_batch(texts, add_special_tokens=False))
+        for document in batch:
+            yield [next(encodings).ids for _ in document]
+
+
+def learning_rate_factor(step: int, recipe: Recipe) -> float:
+    """Linear warm-up, constant, and a linear descent to zero over the last 30 %."""
+    warmup = min(1.0, (step + 1) / recipe.warmup_steps)
+    descent = min(1.0, (recipe.num_steps - step) / (0.3 * recipe.num_steps))
+    return warmup * descent
+
+
+def make_optimizers(model: Decoder, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """Muon (Jordan et al. 2024) for the matrices of the blocks, AdamW for the rest."""
+    matrices = [p for p in model.layers.parameters() if p.ndim == 2]
+    chosen = {id(p) for p in matrices}
+    rest = [p for p in model.parameters() if id(p) not in chosen]
+    return [
+        torch.optim.Muon(matrices, lr=recipe.matrix_learning_rate, weight_decay=0.01),
+        torch.optim.AdamW(rest, lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+
+
+def pretrain(variant: str, output: Path, recipe: Recipe, start: Path | None, save_every: int = 200) -> None:
+    """Train `variant` into `output`; goes on from `output/state.pt` where there is one of the same recipe."""
+    output.mkdir(parents=True, exist_ok=True)
+    writers, chains = _make_writers(recipe)
+    state_path = output / "state.pt"
+    torch.manual_seed(recipe.seed)
+    if start is None and not (output / "tokenizer.json").is_file():
+        train_tokenizer(writers, chains, ARCHITECTURE.vocab_size, recipe.seed).save(output)
+    elif start is not None:
+        load_tokenizer(start).save(output)
+    tokenizer = load_tokenizer(output)
+    model = load_model(start) if start is not None else Decoder(ARCHITECTURE)
+    optimizers = make_optimizers(model, recipe)
+    peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+    first = 0
+    if state_path.is_file():
+        state = torch.load(state_path, weights_only=True)
+        if state["recipe"] != json.dumps(asdict(recipe)):
+            raise ValueError(f"{state_path} is of another recipe; remove it to begin anew")
+        model.load_state_dict(state["model"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        first = state["step"]
+        print(f"going on from step {first} of {recipe.num_steps}")
+    bf16_model = Decoder(model.config).bfloat16()
+    batches = Batches(recipe, tokenizer, writers, chains)
+    started, num_tokens, window = time.monotonic(), 0, []
+    with ThreadPoolExecutor(1) as ahead:
+        pending = ahead.submit(batches, first)
+        for step in range(first, recipe.num_steps):
+            token_ids, cu_seqlens, rows, targets = pending.result()
+            pending = ahead.submit(batches, step + 1)
+            for optimizer, peak in zip(optimizers, peaks, strict=True):
+                optimizer.param_groups[0]["lr"] = peak * learning_rate_factor(step, recipe)
+            loss = _backward(model, bf16_model, token_ids, cu_seqlens, rows, targets)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            num_tokens += len(token_ids)
+            window = [*window[-19:], loss.item()]
+            if (step + 1) % 20 == 0:
+                rate = num_tokens / (time.monotonic() - started)
+                print(f"{variant} step {step + 1}/{recipe.num_steps}  loss {sum(window) / len(window):.4f}  {rate:,.0f} tokens/s")
+            if (step + 1) % save_every == 0 or step + 1 == recipe.num_steps:
+                _save_state(state_path, step + 1, recipe, model, optimizers)
+    save_model(model, output, dtype=torch.bfloat16)
+    print(f"{variant}: {num_tokens:,} tokens, weights in {output}; remove {state_path.name} before shipping")
+
+
+def _backward(
+    model: Decoder,  # fp32: master weights, gets the gradients
+    bf16_model: Decoder,  # bf16: does the work, 1.6 times as fast on a CPU with avx512_bf16
+    token_ids: torch.Tensor,  # [T] int64
+    cu_seqlens: torch.Tensor,  # [S+1] int64
+    rows: torch.Tensor,  # [P] int64
+    targets: torch.Tensor,  # [P] int64
+) -> torch.Tensor:  # [] fp32: mean loss per target
+    with torch.no_grad():
+        for master, working in zip(model.parameters(), bf16_model.parameters(), strict=True):
+            working.copy_(master)
+    hidden = bf16_model.hidden(token_ids, cu_seqlens)
+    loss = -linear_logprob(hidden[rows].float(), bf16_model.head_weight.float(), targets).mean()
+    loss.backward()
+    for master, working in zip(model.parameters(), bf16_model.parameters(), strict=True):
+        master.grad, working.grad = working.grad.float(), None
+    return loss.detach()
+
+
+def _make_writers(recipe: Recipe) -> tuple[list[TraceWriter], list[list]]:
+    writers, chains = [], []
+    for style in ("plain", "rich"):
+        world = build_world(
+            WorldConfig(
+                split="pretrain",
+                seed=recipe.seed,
+                num_entities=recipe.num_entities,
+                style=style,
+                num_questions=recipe.num_chains,
+                hops=recipe.hops,
+                comparison=0.05,
+            )
+        )
+        writers.append(TraceWriter(world, recipe.mix))
+        chains.append(world.chains())
+    return writers, chains
+
+
+def _save_state(
+    path: Path, step: int, recipe: Recipe, model: Decoder, optimizers: list[torch.optim.Optimizer]
+) -> None:
+    state = {
+        "step": step,
+        "recipe": json.dumps(asdict(recipe)),
+        "model": model.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+    }
+    temporary = path.with_suffix(".tmp")
+    torch.save(state, temporary)
+    os.replace(temporary, path)

@@ -1,0 +1,151 @@
+"""Two ranks (gloo, FSDP2 on the CPU) do what one rank does, and leave checkpoints that one rank can take up."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from searchr1_fast.distributed import Ranks, process
+from searchr1_fast.train import train
+
+TRAIN = {"num_steps": 2, "num_minibatches": 2}
+ALGORITHMS = {
+    "grpo": {"kl_coefficient": 0.05},
+    "ppo": {
+        "name": "ppo",
+        "group_size": 2,
+        "critic_learning_rate": 1e-3,
+        "kl_coefficient": 0.05,
+        "kl_in_reward": True,
+        "lam": 0.9,
+    },
+}
+
+
+@pytest.fixture
+def two_ranks(make_config, tmp_path):
+    """The reports of both ranks, and the configurations that they ran."""
+    configs, files = {}, []
+    for name, algorithm in ALGORITHMS.items():
+        configs[name] = make_config(algorithm=algorithm, run={"name": f"{name}-two"}, train=TRAIN)
+        files.append(tmp_path / f"{name}.yaml")
+        files[-1].write_text(configs[name].to_yaml())
+    root = Path(__file__).parent
+    path = os.pathsep.join([str(root.parent), str(root.parent / "kernels"), os.environ.get("PYTHONPATH", "")])
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    result = subprocess.run(
+        [*launcher, str(root / "two_ranks.py"), str(tmp_path), *map(str, files)],
+        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    return [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)], configs
+
+
+def test_two_ranks(two_ranks, make_config, make_console):
+    """One launch, as starting processes is what takes the time."""
+    reports, configs = two_ranks
+    check_collectives(reports)
+    for place, (name, algorithm) in enumerate(ALGORITHMS.items()):
+        alone = make_config(algorithm=algorithm, run={"name": f"{name}-one"}, train=TRAIN)
+        result = train(alone, make_console())
+        check_same_rows(rows(configs[name]), rows(alone))
+        check_same_weights(weights(configs[name]), weights(alone))
+        for report in reports:
+            assert report["trained"][place]["step"] == 2
+            assert report["trained"][place]["after"]["letters"]["em"] == result["after"]["letters"]["em"]
+        check_resumes_on_one_rank(name, algorithm, make_config, make_console)
+
+
+def check_collectives(reports) -> None:
+    for report in reports:
+        assert report["collectives"] == {
+            "world_size": 2,
+            "sum": 3.0,
+            "max": 10.0,
+            "gather": [{"rank": 0}, {"rank": 1}],
+            "broadcast": "from 0",
+            "all_reduce": [2.0, 1.0],
+            "all_reduce_max": [1.0, 1.0],
+            "unshare": list("ABCDE"),
+            "shares": [list("ace"), list("bd")],
+        }
+
+
+def check_same_rows(two: list[dict], one: list[dict]) -> None:
+    """Trajectories are the same to the token, so counts are equal; sums over tokens differ by rounding."""
+    assert [row["step"] for row in two] == [row["step"] for row in one] == [0, 1, 2]
+    for theirs, ours in zip(two, one, strict=True):
+        assert theirs.keys() == ours.keys()
+        for key, value in ours.items():
+            if not key.startswith("time_") and not key.endswith("_per_second"):
+                assert theirs[key] == pytest.approx(value, rel=5e-3, abs=1e-5), (ours["step"], key)
+    assert one[1]["grad_norm"] > 0
+    assert two[1]["grad_norm"] == pytest.approx(one[1]["grad_norm"], rel=1e-5)  # before AdamW magnifies the rounding
+    assert two[1]["response_tokens_mean"] == one[1]["response_tokens_mean"]
+
+
+def check_same_weights(two: dict[str, torch.Tensor], one: dict[str, torch.Tensor]) -> None:
+    """Four AdamW steps of 1e-3: a parameter whose gradient is rounding noise may go either way, the others may not."""
+    assert two.keys() == one.keys()
+    differences = torch.cat([(two[name] - one[name]).abs().flatten() for name in one])
+    assert (differences < 1e-6).float().mean() > 0.99
+    assert differences.max() < 4e-3
+
+
+def check_resumes_on_one_rank(name, algorithm, make_config, make_console) -> None:
+    """A checkpoint of two ranks, read by one: one more step is that of the run which was on one rank all along."""
+    endings = []
+    for run in (f"{name}-two", f"{name}-one"):
+        config = make_config(algorithm=algorithm, run={"name": run, "resume": True}, train=TRAIN | {"num_steps": 3})
+        console = make_console()
+        train(config, console)
+        assert console.notes[0].startswith("going on after step 2")
+        endings.append(rows(config)[-1])
+    assert endings[0]["step"] == 3
+    for key in ("reward_mean", "policy_loss", "entropy", "grad_norm", "lr"):
+        assert endings[0][key] == pytest.approx(endings[1][key], rel=2e-2, abs=1e-4), key
+
+
+def rows(config) -> list[dict]:
+    return [json.loads(line) for line in (config.run_directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(config) -> dict[str, torch.Tensor]:
+    return load_file(config.run_directory / "checkpoints" / "step_000002" / "hf" / "model.safetensors")
+
+
+def test_one_rank_joins_no_group_and_its_collectives_are_no_ops():
+    with process("cpu", seed=5) as ranks:
+        assert not torch.distributed.is_initialized()
+        first = torch.rand(3)
+        assert (ranks.rank, ranks.world_size, ranks.is_main, ranks.device.type) == (0, 1, True, "cpu")
+        assert (ranks.sum(2), ranks.max(2), ranks.gather("x"), ranks.broadcast("x")) == (2.0, 2.0, ["x"], "x")
+        assert ranks.unshare(ranks.share([1, 2, 3])) == [1, 2, 3]
+    with process("cpu", seed=5):
+        assert torch.equal(torch.rand(3), first)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+@pytest.mark.parametrize("count", [0, 1, 4, 7])
+def test_shares_join_to_the_whole(monkeypatch, world_size, count):
+    items = list(range(count))
+    shares = [Ranks(rank, world_size, torch.device("cpu")).share(items) for rank in range(world_size)]
+    monkeypatch.setattr(Ranks, "gather", lambda self, value: shares)
+    assert Ranks(0, world_size, torch.device("cpu")).unshare(shares[0]) == items
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to be had")
+def test_a_gpu_that_is_not_there_is_one_sentence():
+    with pytest.raises(ValueError, match="run.device=cuda, but torch sees no GPU"), process("cuda"):
+        raise AssertionError("not reached")
