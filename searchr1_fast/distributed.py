@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import numba
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -102,6 +103,8 @@ def process(device: str = "auto", num_threads: int = 0, seed: int = 0) -> Iterat
     place = _device(device, int(os.environ.get("LOCAL_RANK", "0")))
     if num_threads:
         torch.set_num_threads(num_threads)
+    # The compiled CPU kernels would take every core, in every rank; torch's number is torchrun's or the user's.
+    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)

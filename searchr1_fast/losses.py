@@ -41,8 +41,8 @@ def policy_loss(
 
     `on_policy`: the weights are those that sampled. The ratio is 1 with the gradient of the log-probability, and what
     sampler and trainer disagree by in arithmetic becomes a constant weight min(p_trainer / p_sampler, importance_cap).
-    Otherwise the ratio is to the sampler itself, at most importance_cap, and there is no weight. Above 1 + clip_high
-    that cap is felt where A < 0 alone, the one place that the clip leaves unbounded (dual clip, arXiv 1912.09729, eq. 5).
+    Otherwise the ratio is to the sampler itself, at most importance_cap, and there is no weight. A cap above
+    1 + clip_high is felt where A < 0 alone, which the clip leaves unbounded (dual clip, arXiv 1912.09729, eq. 5).
 
     The KL is left out where `kl_in_reward` puts it elsewhere. A NaN in `rollout_logprobs` marks a token nobody sampled:
     it counts as on-policy.

@@ -15,7 +15,7 @@ Shape legend
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import fields, replace
 
 import torch
@@ -106,7 +106,7 @@ class Learner:
         """Of the next update: linear warm-up, then constant."""
         return self.learning_rate * min(1.0, (self.num_updates + 1) / max(1, self.config.warmup_steps))
 
-    def tensors(self, saved_keys: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
+    def tensors(self, saved_keys: Collection[str] | None = None) -> dict[str, torch.Tensor]:
         """Weights and optimizer state by name, for the checkpoint; `saved_keys`: make room for what was saved."""
         prefix = f"{self.name}.optimizer."
         entries = None if saved_keys is None else {k.removeprefix(prefix) for k in saved_keys if k.startswith(prefix)}

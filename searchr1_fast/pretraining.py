@@ -44,7 +44,7 @@ class Recipe:
     matrix_learning_rate: float  # Muon, on the blocks' matrices
     warmup_steps: int
     rich_share: float = 0.4  # of documents about the rich world, at the end of the curriculum
-    reading_share: tuple[float, float] = (0.45, 0.15)  # of reading exercises, at the curriculum's start and end
+    reading_share: tuple[float, float] = (0.45, 0.3)  # of reading exercises, at the curriculum's start and end
     curriculum: tuple[float, float] = (0.2, 0.5)  # parts of the training at which it starts to move and ends
     num_entities: int = 20_000
     num_chains: int = 60_000
@@ -53,7 +53,7 @@ class Recipe:
 
 
 RECIPES = {
-    "base": Recipe(BASE_MIX, 1600, 8192, 3e-3, 2e-2, 50),
+    "base": Recipe(BASE_MIX, 2200, 8192, 3e-3, 2e-2, 50),
     "instruct": Recipe(INSTRUCT_MIX, 200, 8192, 6e-4, 4e-3, 20, curriculum=(0.0, 0.0)),
 }
 
@@ -94,7 +94,9 @@ def train_tokenizer(writers: list[TraceWriter], chains: list[list], vocab_size: 
 class Batches:
     """Packed training batches: step -> (token_ids [T], cu_seqlens [S+1], rows [P], targets [P])."""
 
-    def __init__(self, recipe: Recipe, tokenizer: TextTokenizer, writers: list[TraceWriter], chains: list[list]) -> None:
+    def __init__(
+        self, recipe: Recipe, tokenizer: TextTokenizer, writers: list[TraceWriter], chains: list[list]
+    ) -> None:
         self.recipe, self.tokenizer, self.writers, self.chains = recipe, tokenizer, writers, chains
 
     def __call__(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -199,7 +201,8 @@ def pretrain(variant: str, output: Path, recipe: Recipe, start: Path | None, sav
             window = [*window[-19:], loss.item()]
             if (step + 1) % 20 == 0:
                 rate = num_tokens / (time.monotonic() - started)
-                print(f"{variant} step {step + 1}/{recipe.num_steps}  loss {sum(window) / len(window):.4f}  {rate:,.0f} tokens/s")
+                mean = sum(window) / len(window)
+                print(f"{variant} step {step + 1}/{recipe.num_steps}  loss {mean:.4f}  {rate:,.0f} tokens/s")
             if (step + 1) % save_every == 0 or step + 1 == recipe.num_steps:
                 _save_state(state_path, step + 1, recipe, model, optimizers)
     save_model(model, output, dtype=torch.bfloat16)
@@ -244,9 +247,7 @@ def _make_writers(recipe: Recipe) -> tuple[list[TraceWriter], list[list]]:
     return writers, chains
 
 
-def _save_state(
-    path: Path, step: int, recipe: Recipe, model: Decoder, optimizers: list[torch.optim.Optimizer]
-) -> None:
+def _save_state(path: Path, step: int, recipe: Recipe, model: Decoder, optimizers: list[torch.optim.Optimizer]) -> None:
     state = {
         "step": step,
         "recipe": json.dumps(asdict(recipe)),

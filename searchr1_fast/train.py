@@ -118,16 +118,16 @@ def baselines(
 ) -> tuple[np.ndarray, np.ndarray]:  # advantages [N] fp32, kept [N] bool
     """GRPO's advantages, and which trajectories are trained on. PPO's advantages come from the critic, later.
 
-    A failed search says nothing about the policy: its trajectory is neither trained on nor part of a baseline.
+    A failed search is no matter here: it ends the run in the rollout, so that nothing is trained on its trajectory.
     """
-    valid = np.array([t.finish_reason is not FinishReason.SEARCH_FAILED for t in trajectories])
-    advantages, kept = np.zeros(len(trajectories), dtype=np.float32), valid.copy()
+    advantages = np.zeros(len(trajectories), dtype=np.float32)
+    kept = np.array([bool(t.loss_mask.any()) for t in trajectories])
     if config.algorithm.name == "grpo":
-        groups = np.array([t.group for t in trajectories])
-        advantages[valid], varied = grpo_advantages(rewards[valid], groups[valid], config.algorithm.normalize_std)
+        groups = [t.group for t in trajectories]
+        advantages, varied = grpo_advantages(rewards, groups, config.algorithm.normalize_std)
         if config.algorithm.drop_zero_variance_groups:
-            kept[valid] = varied
-    return advantages, kept & [bool(t.loss_mask.any()) for t in trajectories]
+            kept &= varied
+    return advantages, kept
 
 
 def make_minibatches(

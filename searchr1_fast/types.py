@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # only named here: retrieval and data should not wait seconds
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One question and the answers that count. `source` names its data set, `kind` its stratum ("2-hop", "comparison")."""
+    """One question and the answers that count. `source` names its data set, `kind` its stratum ("2-hop")."""
 
     id: str
     text: str
@@ -45,16 +45,15 @@ class Passage:
 SearchFunction = Callable[[Sequence[str]], list[list[Passage]]]
 
 
-class FinishReason(str, Enum):
+class FinishReason(StrEnum):
     """Why a trajectory ended."""
 
     ANSWER = "answer"  # the policy closed an <answer>
     NO_ANSWER = "no_answer"  # its forced final turn ended without one
     LENGTH = "length"  # the token budget of the whole sequence ran out
-    SEARCH_FAILED = "search_failed"  # the retriever raised; never trained on
 
 
-class Action(str, Enum):
+class Action(StrEnum):
     """What the environment read in one policy turn."""
 
     SEARCH = "search"

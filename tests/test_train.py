@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +17,6 @@ from searchr1_fast.config import Config
 from searchr1_fast.evaluate import trajectory_seed
 from searchr1_fast.run import changed_keys
 from searchr1_fast.train import StopSignal, baselines, main, train
-from searchr1_fast.types import FinishReason
 
 DESIGN_KEYS = (
     "step reward_mean em searches_mean response_tokens_mean policy_tokens kept_fraction entropy kl_ref "
@@ -145,18 +143,6 @@ def test_a_step_without_anything_to_learn_makes_no_update(make_config, make_cons
     assert_equal(weights(config), start)
     (written,) = (config.run_directory / "trajectories").iterdir()
     assert (written.name, len(written.read_text().splitlines())) == ("step_000002.jsonl", 24)
-
-
-def test_failed_searches_are_neither_trained_on_nor_part_of_a_baseline(make_config, make_trajectory):
-    config = make_config()
-    trajectories = [make_trajectory(i, [(False, 3), (True, 2)], group=i // 3) for i in range(6)]
-    rewards = np.array([1.0, 0.0, 0.0, 0.0, 0.0, 1.0])
-    trajectories[2] = replace(trajectories[2], finish_reason=FinishReason.SEARCH_FAILED)
-    trajectories[5] = replace(trajectories[5], finish_reason=FinishReason.SEARCH_FAILED)
-    advantages, kept = baselines(config, trajectories, rewards)
-    assert kept.tolist() == [True, True, False, False, False, False]  # the second group varies only with its failure
-    half = 0.5 / (np.std([1, 0], ddof=1) + 1e-6)
-    np.testing.assert_allclose(advantages[:3], [half, -half, 0.0], rtol=1e-6)
 
 
 def test_a_trajectory_that_never_spoke_is_not_trained_on(make_config, make_trajectory):

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-
 _GATHERED_TOKENS = 512  # bounds what the plain twin gathers: [512, H, length, d]
 
 
@@ -63,7 +62,13 @@ def cached_attention(
         return cached_attention_reference(query, keys, values, slots, positions)
     output = torch.empty_like(query)
     _cached_attention_cpu(
-        query.numpy(), keys.numpy(), values.numpy(), slots.numpy(), positions.numpy(), output.numpy(), keys.shape[-1] ** -0.5
+        query.numpy(),
+        keys.numpy(),
+        values.numpy(),
+        slots.numpy(),
+        positions.numpy(),
+        output.numpy(),
+        keys.shape[-1] ** -0.5,
     )
     return output
 

@@ -1,10 +1,10 @@
 """The decoder (Qwen2 architecture): one module for training on packed sequences and for generating with a cache.
 
-Module and parameter names are those of Hugging Face's Qwen2, so a checkpoint's state dict is this module's. Left out on
-purpose: padding, attention masks, dropout, sliding windows (`DecoderConfig.from_hf` refuses a model that needs one).
+Module and parameter names are those of Hugging Face's Qwen2, so a checkpoint's state dict is this module's. Left out
+on purpose: padding, attention masks, dropout, sliding windows (`DecoderConfig.from_hf` refuses a model that needs one).
 
 Shape legend
-    T  packed tokens    S  sequences    D  hidden size    V  vocabulary    H, G  query and key/value heads    d  head dim
+    T  packed tokens    S  sequences    D  hidden size    V  vocabulary    H, G  query, key/value heads    d  head size
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Text to ids and back, for any Hugging Face `tokenizer.json`. Tags are ordinary text: nothing here adds special tokens."""
+"""Text to ids and back, for any Hugging Face `tokenizer.json`.
+
+Tags are ordinary text: nothing here adds special tokens.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +71,9 @@ class TextTokenizer:
         environment.globals["raise_exception"] = _raise_template_error
         messages = [{"role": "user", "content": text}]
         template = environment.from_string(self.chat_template)
-        return template.render(messages=messages, add_generation_prompt=True, bos_token="", eos_token=self.eos_token or "")
+        return template.render(
+            messages=messages, add_generation_prompt=True, bos_token="", eos_token=self.eos_token or ""
+        )
 
     def save(self, directory: Path) -> None:
         """Write tokenizer.json and tokenizer_config.json."""

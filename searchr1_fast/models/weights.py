@@ -15,7 +15,7 @@ BUILTIN = {"builtin:base": "base", "builtin:instruct": "instruct"}
 
 
 def resolve(path: str | Path) -> Path:
-    """A model directory; `builtin:base` and `builtin:instruct` name those in the package. ValueError if there is none."""
+    """A model directory; `builtin:base` and `builtin:instruct` name those in the package. ValueError: there is none."""
     if str(path) in BUILTIN:
         return Path(__file__).resolve().parent.parent / "assets" / BUILTIN[str(path)]
     if str(path).startswith("builtin:"):
@@ -82,7 +82,9 @@ def write_state_dict(
     """`save_model` for a full state dict that was gathered from elsewhere."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor for name, tensor in state.items() if not (config.tie_word_embeddings and name == "lm_head.weight")}
+    state = {
+        name: tensor for name, tensor in state.items() if not (config.tie_word_embeddings and name == "lm_head.weight")
+    }
     state = {name: tensor.detach().to("cpu", dtype or tensor.dtype).contiguous() for name, tensor in state.items()}
     values = config.to_hf() | {"torch_dtype": str(next(iter(state.values())).dtype).removeprefix("torch.")}
     save_file(state, directory / "model.safetensors", metadata={"format": "pt"})

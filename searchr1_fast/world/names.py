@@ -15,7 +15,29 @@ import random
 SPLIT_RESIDUES = {"pretrain": (0, 1), "train": (2,), "eval": (3,)}
 
 NUM_WORDS = 512
-_ONSETS = ("b", "br", "d", "dr", "f", "g", "gr", "h", "k", "kr", "l", "m", "n", "p", "r", "s", "st", "t", "tr", "v", "z")
+_ONSETS = (
+    "b",
+    "br",
+    "d",
+    "dr",
+    "f",
+    "g",
+    "gr",
+    "h",
+    "k",
+    "kr",
+    "l",
+    "m",
+    "n",
+    "p",
+    "r",
+    "s",
+    "st",
+    "t",
+    "tr",
+    "v",
+    "z",
+)
 _MIDDLES = ("l", "r", "n", "m", "v", "d", "s", "t", "k", "rn", "lm", "nd")
 _CODAS = ("", "n", "s", "r", "l", "k", "th", "m")
 
@@ -26,9 +48,7 @@ def name_words() -> tuple[str, ...]:
     generator = random.Random("searchr1_fast names")
     words: dict[str, None] = {}
     while len(words) < NUM_WORDS:
-        word = "".join(
-            generator.choice(part) for part in (_ONSETS, "aeiou", _MIDDLES, "aeiou", _CODAS)
-        ).capitalize()
+        word = "".join(generator.choice(part) for part in (_ONSETS, "aeiou", _MIDDLES, "aeiou", _CODAS)).capitalize()
         if all(word[:4] != other[:4] for other in words):  # distinct beginnings: no word is the start of another
             words[word] = None
     return tuple(words)

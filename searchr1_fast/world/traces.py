@@ -1,4 +1,4 @@
-"""Text for pre-training the tiny base model: traces good and bad, reading exercises, question exercises, plain articles.
+"""Text for pre-training the tiny base model: traces good and bad, exercises in reading and in questions, articles.
 
 A base model has seen much text about everything and few good examples of the task at hand. The mix imitates that: a
 `TraceMix` says which share of the traces is complete; the rest stops after the first search, guesses, or searches for
@@ -82,7 +82,9 @@ class TraceWriter:
     def _first_hop_only(self, generator: random.Random, chain: Chain) -> Document:
         entity, fact = chain.entities[0], chain.facts[0]
         name = entity.name if chain.question.kind == "comparison" else _asked_name(chain)
-        document = self._search(generator, f"I need the {fact.relation.name} of {name}.", name, fact.relation.name, entity)
+        document = self._search(
+            generator, f"I need the {fact.relation.name} of {name}.", name, fact.relation.name, entity
+        )
         return [*document, ("policy", _answer(f"The {fact.relation.name} is {fact.mention}.", fact.mention))]
 
     def _guess(self, generator: random.Random, chain: Chain) -> Document:
@@ -132,7 +134,10 @@ class TraceWriter:
             f" is {fact.mention}.\n"
             for entity, fact in generator.sample(facts, min(6, len(facts)))
         ]
-        return [("prompt", format_observation([Passage("", e.name, self._describe(e)) for e in entities])), ("policy", "".join(lines))]
+        return [
+            ("prompt", format_observation([Passage("", e.name, self._describe(e)) for e in entities])),
+            ("policy", "".join(lines)),
+        ]
 
     def steps(self, generator: random.Random, chain: Chain) -> Document:
         """A question, and the facts it goes through from the inside out."""

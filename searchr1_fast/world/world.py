@@ -62,7 +62,9 @@ class World:
         largest = max(self._counts)
         self._num_words = 2 if largest <= name_capacity(config.split, 2) else 3
         if largest > name_capacity(config.split, 3):
-            raise ValueError(f"world.num_entities: {config.num_entities} is more than the names of split {config.split!r}")
+            raise ValueError(
+                f"world.num_entities: {config.num_entities} is more than the names of split {config.split!r}"
+            )
         self._salt = f"{config.split}/{config.seed}"
 
     # ---------------------------------------------------------------- entities and facts
@@ -76,7 +78,9 @@ class World:
         """The entry `number` of a kind."""
         kind = KINDS[kind_index]
         words = word_tuple(self.config.split, f"{self._salt}/{kind.name}", number, self._num_words)
-        suffix = (kind.suffixes[self._hash("suffix", kind.name, number // 2) % len(kind.suffixes)],) if kind.suffixes else ()
+        suffix = (
+            (kind.suffixes[self._hash("suffix", kind.name, number // 2) % len(kind.suffixes)],) if kind.suffixes else ()
+        )
         alias = ""
         if self.rich:
             alias_words = word_tuple(self.config.split, f"{self._salt}/{kind.name}/alias", number, self._num_words)
@@ -103,7 +107,7 @@ class World:
         return Fact(relation, names, names[1] if by_alias else names[0], (kind_index, number))
 
     def near_duplicate(self, entity: Entity) -> Entity:
-        """The entity whose name differs in the last word only (in an odd-sized kind the last entity has none: the first)."""
+        """The entity whose name differs in the last word only; the last of an odd-sized kind has none: the first."""
         kind_index = KINDS.index(entity.kind)
         other = entity.number ^ 1
         return self.entity(kind_index, other if other < self._counts[kind_index] else 0)
@@ -194,7 +198,7 @@ class World:
         return Chain(question, tuple(entities[:hops]), tuple(facts))
 
     def _ask(self, generator: random.Random, relation: Relation, innermost: bool) -> str:
-        """A noun phrase for the relation. A possessive goes on a name only: on a longer phrase it could be read two ways."""
+        """A noun phrase for the relation. A possessive goes on a name only: on more it could be read two ways."""
         if not self.rich:
             return f"the {relation.name} of {{x}}"
         return generator.choice([phrase for phrase in relation.phrases if innermost or "{x}'s" not in phrase])

@@ -1,4 +1,4 @@
-"""The decoder against transformers: logits and gradients, packed against cached, and the round trip through a directory."""
+"""The decoder against transformers: logits and gradients; packed against cached; the round trip through a directory."""
 
 import json
 
@@ -13,7 +13,9 @@ SHAPES = {
     "grouped-tied": dict(num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True),
     "multi-head-untied": dict(num_attention_heads=4, num_key_value_heads=4, tie_word_embeddings=False),
     "multi-query": dict(num_attention_heads=4, num_key_value_heads=1, tie_word_embeddings=False, rope_theta=1e6),
-    "odd-sizes": dict(num_attention_heads=3, num_key_value_heads=3, hidden_size=36, intermediate_size=52, vocab_size=97),
+    "odd-sizes": dict(
+        num_attention_heads=3, num_key_value_heads=3, hidden_size=36, intermediate_size=52, vocab_size=97
+    ),
 }
 
 
@@ -117,7 +119,9 @@ def test_saved_directory_reads_back_with_transformers(tied, tmp_path):
     save_model(model, tmp_path)
     theirs = Qwen2ForCausalLM.from_pretrained(tmp_path)
     token_ids, cu_seqlens = pack([14], 60)
-    torch.testing.assert_close(model.logits(token_ids, cu_seqlens), theirs(token_ids[None]).logits[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        model.logits(token_ids, cu_seqlens), theirs(token_ids[None]).logits[0], rtol=1e-5, atol=1e-5
+    )
     again = load_model(tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
@@ -128,7 +132,9 @@ def test_sharded_weights_load(tmp_path):
     assert (tmp_path / "model.safetensors.index.json").is_file()
     model = load_model(tmp_path)
     token_ids, cu_seqlens = pack([7], 211)
-    torch.testing.assert_close(model.logits(token_ids, cu_seqlens), reference(token_ids[None]).logits[0], rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(
+        model.logits(token_ids, cu_seqlens), reference(token_ids[None]).logits[0], rtol=1e-5, atol=2e-5
+    )
 
 
 @pytest.mark.parametrize(

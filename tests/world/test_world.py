@@ -1,4 +1,4 @@
-"""The generated encyclopedia: its facts hold in its passages, its splits never meet, its questions have their answers."""
+"""The generated encyclopedia: facts hold in passages, splits never meet, questions have their answers."""
 
 import itertools
 import tracemalloc
@@ -120,4 +120,4 @@ def test_impossible_worlds_are_named():
     with pytest.raises(ValueError, match="num_entities"):
         make_world(num_entities=200_000_000)
     with pytest.raises(ValueError, match="ask for fewer"):
-        make_world(num_entities=20, num_questions=500, hops=(1,)).questions
+        make_world(num_entities=20, num_questions=500, hops=(1,)).chains()

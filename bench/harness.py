@@ -1,0 +1,132 @@
+"""What every benchmark here shares: on what it ran, interleaved repetitions, and the row it leaves.
+
+A benchmark prints tables for a person and, as the last line of stdout, one JSON object for everything else; `--output`
+appends the same object to a file in bench/results. A row says what it was measured on: device, threads, versions,
+commit, date. Durations come from `time.perf_counter`; what queues work on a GPU has to synchronise before it stops the
+clock (`metrics.PhaseTimers` does).
+
+Providers are measured in turn, not one after the other, so that a machine that slows down slows all of them; each
+repetition begins with another one, so that none always follows the same neighbour.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+RESULTS = Path(__file__).resolve().parent / "results"
+PACKAGES = ("torch", "triton", "numba", "numpy", "transformers", "tokenizers", "bm25s", "flash-attn", "vllm", "cupy")
+
+Name = TypeVar("Name")
+
+
+def interleaved(names: Sequence[Name], repetitions: int) -> Iterator[tuple[int, Name]]:
+    """(repetition, name): every name once per repetition, each repetition beginning with the next name."""
+    for repetition in range(repetitions):
+        start = repetition % len(names)
+        for name in (*names[start:], *names[:start]):
+            gc.collect()  # between the clocks, not under one of them
+            yield repetition, name
+
+
+def medians(rows: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """The median of every key over rows that have the same keys."""
+    rows = list(rows)
+    return {key: statistics.median(row[key] for row in rows) for key in rows[0]}
+
+
+def matmul_flops(device: torch.device, dtype: torch.dtype, size: int = 1024, repetitions: int = 5) -> float:
+    """FLOP/s of a square matrix product, the best of some: what "fast" can mean on this machine right now."""
+    size = size * 8 if device.type == "cuda" else size
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    wait: Callable[[], None] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    seconds = []
+    for _ in range(repetitions + 1):  # the first warms up, and being slower is never the best
+        wait()
+        started = time.perf_counter()
+        torch.mm(left, right)
+        wait()
+        seconds.append(time.perf_counter() - started)
+    return 2 * size**3 / min(seconds)
+
+
+def circumstances(device: torch.device) -> dict[str, Any]:
+    """The part of a row that says on what, with what and when."""
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,  # others at work spoil a time
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Python's, and those of the packages that decide speed, where installed."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def device_name(device: torch.device) -> str:
+    """What a person calls it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
+
+
+def commit() -> str | None:
+    """The commit that was measured, with a + where the working tree differs; None outside of a repository."""
+    try:
+        described = _git("rev-parse", "--short=12", "HEAD")
+        return described + ("+" if _git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):  # no git, or no repository
+        return None
+
+
+def add_output_argument(parser: argparse.ArgumentParser, name: str) -> None:
+    """`--output [FILE]`."""
+    default = RESULTS / f"{name}.jsonl"
+    parser.add_argument(
+        "--output", metavar="FILE", type=Path, nargs="?", const=default,
+        help=f"append the row to FILE (without a name: bench/results/{default.name})",
+    )  # fmt: skip
+
+
+def emit(row: Mapping[str, Any], output: Path | None = None) -> None:
+    """The row as the last line of stdout, and at the end of `output`."""
+    line = json.dumps(row, ensure_ascii=False, allow_nan=False)
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with output.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+    print(line, flush=True)
+    sys.stdout.flush()
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()

@@ -1,0 +1,544 @@
+"""One RL step by phase, ours against its plain twin: same weights, questions and seeds, in the same process, in turn.
+
+    python bench/throughput.py
+    python bench/throughput.py --model runs/demo --questions 16 --group-size 8 --steps 5 --output
+    python bench/throughput.py --plain original,stop,kindest rollout.max_turn_tokens=128
+
+A step is rollout (with its searches), reward and advantage, log-probabilities that the update needs, update. Ours is
+made of `train`'s own functions; the twin (bench/plain.py) does what Search-R1 does. Both sample the same trajectories,
+token for token, and their gradients agree; the benchmark checks that first, and says so in its row.
+
+Where the time can come from. A decoder costs about 2 FLOP per parameter of its layers and token, its head 2 V D per
+row, a backward pass twice its forward. So the work is counted in tokens through the layers and rows through the head:
+
+    rollout     decoding is bound by memory (on a GPU) or by small matrices and overhead (on a CPU), and pays per engine
+                step; prefill is bound by arithmetic and pays per token. Keeping the cache across turns saves the
+                re-prefill, sharing prompts a group's copies of it, stopping at the tag all that would be cut away,
+                continuous batching the steps in which a few stragglers run alone.
+    log-probs   the sampler's are kept, so there is nothing to recompute; a reference (kl_coefficient) costs one pass.
+    update      no padding; the head sees policy tokens only, and [T, V] is never held.
+
+The card that is printed before the clock starts holds these counts for each provider, and the ratio of time that they
+alone would give; what is measured beyond or below it is how well each keeps the machine busy.
+
+Answers are scored, but every second sample of a group is declared the winner: so every group teaches something, both
+train on the same trajectories, and the work does not depend on how good the model is. `--scored` takes the rewards that
+were won; ours then drops the groups whose rewards are all equal, which the original trains on, and gains by it.
+
+Weights and optimizer are put back after every step, so that each repetition is the same work. A repetition is noisy on
+a machine that others use: the row holds every total, the ratio's range over repetitions, and the CPU time, which others
+disturb less (on one thread without a GPU it is the time that a quiet machine would take).
+
+Left out: PPO (the twin has no critic), and more than one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import harness
+import numpy as np
+import torch
+from plain import VARIANTS, PlainPolicy, Variant, pad, plain_policy, plain_run
+from rich import box
+from rich.table import Table
+
+from searchr1_fast.cli import model_directory
+from searchr1_fast.config import Config, EvalConfig, load_config
+from searchr1_fast.console import Console, make_console
+from searchr1_fast.distributed import full, process
+from searchr1_fast.errors import entry_point
+from searchr1_fast.evaluate import score
+from searchr1_fast.losses import policy_loss
+from searchr1_fast.policy import Learner
+from searchr1_fast.run import Run, build_run
+from searchr1_fast.train import add_references, baselines, make_minibatches, sample, update
+from searchr1_fast.types import Question, Trajectory
+
+CONFIG = Path(__file__).resolve().parent.parent / "configs" / "demo.yaml"
+OURS = "ours"
+STEP = 1  # of the run whose seeds are taken; any will do
+PHASES = ("rollout", "search", "logprobs", "update", "other", "total")
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What one step puts through the model. Tokens go through the layers, rows through the head."""
+
+    prefill_tokens: int
+    decode_tokens: int
+    decode_steps: int
+    sampled_tokens: int  # rows through the head in the rollout
+    discarded_tokens: int  # the part of them that is cut away
+    logprob_tokens: int  # in passes without gradients
+    logprob_rows: int
+    update_tokens: int  # forward and backward
+    update_rows: int
+    padding_tokens: int  # the part of `update_tokens` that is padding
+    trained_trajectories: int
+
+    def flops(self, layer_parameters: int, head_parameters: int) -> dict[str, float]:
+        """By phase; attention between tokens is left out, which at these lengths is little."""
+        layer, head = 2.0 * layer_parameters, 2.0 * head_parameters
+        flops = {
+            "rollout": layer * (self.prefill_tokens + self.decode_tokens) + head * self.sampled_tokens,
+            "logprobs": layer * self.logprob_tokens + head * self.logprob_rows,
+            "update": 3 * (layer * self.update_tokens + head * self.update_rows),
+        }
+        return flops | {"total": sum(flops.values())}
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step as it was."""
+
+    seconds: dict[str, float]  # by phase
+    cost: Cost
+    trajectories: list[Trajectory]
+    rewards: np.ndarray  # [N]
+
+
+@dataclass(slots=True)
+class Provider:
+    """One column: how to run its step, how to undo it, and what was measured."""
+
+    label: str
+    step: Callable[[], Step]
+    restore: Callable[[], None]
+    warm_up: Step | None = None
+    seconds: list[dict[str, float]] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
+
+    def run(self) -> Step:
+        """A step, and back to the start."""
+        step = self.step()
+        self.restore()
+        return step
+
+    def measure(self) -> None:
+        """One repetition."""
+        started = time.process_time()
+        self.seconds.append(self.run().seconds)
+        self.cpu_seconds.append(time.process_time() - started)
+
+
+# ------------------------------------------------------------------------------------------------------------ a step
+
+
+def our_step(run: Run, questions: Sequence[Question], scored: bool) -> Step:
+    """The body of `train.train`'s loop."""
+    run.timers.collect()
+    with run.timers("rollout"):
+        trajectories = sample(run, questions, STEP)
+    rewards = judge(trajectories, scored)
+    advantages, kept = baselines(run.config, trajectories, rewards)
+    minibatches = make_minibatches(run, trajectories, advantages, kept)
+    with run.timers("logprobs"):
+        add_references(run, minibatches, rewards)
+    with run.timers("update"):
+        update(run, minibatches, STEP)
+        run.policy.sync_replica()
+    seconds = phases(run)
+    batches = [batch for minibatch in minibatches for batch in minibatch.batches]
+    tokens, rows = (sum(getattr(b, name) for b in batches) for name in ("num_tokens", "num_policy_tokens"))
+    passes = int(run.policy.reference is not None)
+    cost = count(run, trajectories, kept, passes * tokens, passes * rows, tokens, rows, padding_tokens=0)
+    return Step(seconds, cost, trajectories, rewards)
+
+
+def plain_step(run: Run, variant: Variant, questions: Sequence[Question], scored: bool) -> Step:
+    """The same step, the plain way; `run` is from `plain_run`."""
+    policy, config, device = run.policy, run.config, run.ranks.device
+    assert isinstance(policy, PlainPolicy)
+    run.timers.collect()
+    with run.timers("rollout"):
+        trajectories = sample(run, questions, STEP)
+    rewards = judge(trajectories, scored)
+    advantages, kept = baselines(config, trajectories, rewards)
+    parts = [part for part in np.array_split(np.flatnonzero(kept), config.train.num_minibatches) if len(part)]
+    minibatches = [pad(trajectories, advantages, part, config, device, padding=variant.padding) for part in parts]
+    references = None
+    with run.timers("logprobs"):
+        old = [policy.logprobs(batches, policy.module) for batches in minibatches]
+        if policy.reference is not None:
+            references = [policy.logprobs(batches, policy.reference) for batches in minibatches]
+    with run.timers("update"):
+        for index, batches in enumerate(minibatches):
+            policy.accumulate(batches, old[index], references[index] if references else None)
+            policy.step()
+        policy.sync_replica()
+    seconds = phases(run)
+    batches = [batch for minibatch in minibatches for batch in minibatch]
+    tokens, passes = sum(batch.num_positions for batch in batches), 1 + (references is not None)
+    padding = sum(batch.num_padding for batch in batches)
+    cost = count(run, trajectories, kept, passes * tokens, passes * tokens, tokens, tokens, padding_tokens=padding)
+    return Step(seconds, cost, trajectories, rewards)
+
+
+def judge(trajectories: list[Trajectory], scored: bool) -> np.ndarray:  # [N] fp64
+    """Score the answers; whatever they are worth, every second one wins unless `scored`."""
+    rewards = np.array([score(trajectory).em for trajectory in trajectories])
+    return rewards if scored else np.arange(len(trajectories)) % 2.0
+
+
+def phases(run: Run) -> dict[str, float]:
+    """The step's seconds by phase. Searches are taken out of the rollout they are part of."""
+    times = run.timers.collect()
+    search = times["time_search_wait"]
+    seconds = {
+        "rollout": times["time_rollout"] - search,
+        "search": search,
+        "logprobs": times["time_logprobs"],
+        "update": times["time_update"],
+    }
+    return seconds | {"other": times["time_step"] - sum(seconds.values()), "total": times["time_step"]}
+
+
+def count(
+    run: Run,
+    trajectories: list[Trajectory],
+    kept: np.ndarray,  # [N] bool
+    logprob_tokens: int,
+    logprob_rows: int,
+    update_tokens: int,
+    update_rows: int,
+    padding_tokens: int,
+) -> Cost:
+    """The cost of the step that was just run."""
+    statistics_ = run.loop.statistics
+    return Cost(
+        prefill_tokens=statistics_.num_prefill_tokens,
+        decode_tokens=statistics_.num_decode_tokens,
+        decode_steps=statistics_.num_steps,
+        sampled_tokens=sum(int(t.loss_mask.sum()) for t in trajectories) + statistics_.num_discarded_tokens,
+        discarded_tokens=statistics_.num_discarded_tokens,
+        logprob_tokens=logprob_tokens,
+        logprob_rows=logprob_rows,
+        update_tokens=update_tokens,
+        update_rows=update_rows,
+        padding_tokens=padding_tokens,
+        trained_trajectories=int(kept.sum()),
+    )
+
+
+def restorer(learner: Learner) -> Callable[[], None]:
+    """A function that puts weights, moments and counters back to what they are now (before the first update)."""
+    weights = {name: parameter.detach().clone() for name, parameter in learner.parameters.items()}
+    counters = learner.state_dict()
+
+    @torch.no_grad()
+    def restore() -> None:
+        for name, parameter in learner.parameters.items():
+            parameter.copy_(weights[name])
+        for moments in learner.optimizer.state.values():
+            for value in moments.values():
+                value.zero_()
+        learner.load_state_dict(counters)
+        learner.sync_replica()
+
+    return restore
+
+
+# --------------------------------------------------------------------------------------------------------- agreement
+
+
+def agreement(ours: Run, twin: PlainPolicy, step: Step, *, padding: bool = True) -> dict[str, float] | None:
+    """Losses and gradients of both on the same trajectories, over one denominator: how far they are apart, relatively.
+
+    None where no group's rewards differ: there is no gradient to compare.
+    """
+    config = ours.config
+    advantages, kept = baselines(config, step.trajectories, step.rewards)
+    if not kept.any():
+        return None
+    minibatches = make_minibatches(ours, step.trajectories, advantages, kept)
+    add_references(ours, minibatches, step.rewards)
+    denominator = sum(minibatch.denominator for minibatch in minibatches)
+    our_loss = 0.0
+    for minibatch in minibatches:
+        for index, batch in enumerate(minibatch.batches):
+            logprobs, entropy = ours.policy.logprobs(batch, with_entropy=True)
+            loss, _ = policy_loss(
+                logprobs,
+                batch,
+                algorithm=config.algorithm,
+                ref_logprobs=minibatch.ref_logprobs[index] if minibatch.ref_logprobs else None,
+                entropy=entropy,
+                denominator=denominator,
+                on_policy=True,
+            )
+            ours.policy.backward(loss)
+            our_loss += loss.item()
+    batches = pad(step.trajectories, advantages, np.flatnonzero(kept), config, ours.ranks.device, padding=padding)
+    references = twin.logprobs(batches, twin.reference) if twin.reference is not None else None
+    twin_loss = twin.accumulate(batches, twin.logprobs(batches, twin.module), references, denominator).item()
+    gradients = [take_gradient(learner) for learner in (ours.policy, twin)]
+    return {
+        "loss_ours": our_loss,
+        "loss_plain": twin_loss,
+        "gradient_norm": float(gradients[0].norm()),
+        "gradient_difference": float((gradients[0] - gradients[1]).norm() / gradients[0].norm()),
+    }
+
+
+def take_gradient(learner: Learner) -> torch.Tensor:  # [all parameters] fp32
+    """The accumulated gradient as one vector; it is gone afterwards."""
+    names = sorted(name for name, parameter in learner.parameters.items() if parameter.grad is not None)
+    gradient = torch.cat([full(learner.parameters[name].grad).flatten() for name in names])
+    learner.optimizer.zero_grad(set_to_none=True)
+    return gradient
+
+
+def share_of_equal(first: list[Trajectory], second: list[Trajectory]) -> float:
+    """How many trajectories are the same, token for token."""
+    pairs = zip(first, second, strict=True)
+    return sum(np.array_equal(a.token_ids, b.token_ids) for a, b in pairs) / len(first)
+
+
+# ------------------------------------------------------------------------------------------------------------- report
+
+
+def cost_table(providers: dict[str, Provider], flops: dict[str, dict[str, float]]) -> Table:
+    """What each provider puts through the model in one step."""
+    table = columns("one step, counted", providers)
+    for label, text in {
+        "tokens prefilled": lambda cost: f"{cost.prefill_tokens:,}",
+        "tokens decoded": lambda cost: f"{cost.decode_tokens:,}",
+        "  in engine steps": lambda cost: f"{cost.decode_steps:,}",
+        "  sampled and cut away": lambda cost: f"{cost.discarded_tokens:,}",
+        "trajectories trained on": lambda cost: f"{cost.trained_trajectories:,}",
+        "log-probs: tokens": lambda cost: f"{cost.logprob_tokens:,}",
+        "log-probs: head rows": lambda cost: f"{cost.logprob_rows:,}",
+        "update: tokens": lambda cost: f"{cost.update_tokens:,}",
+        "  padding": lambda cost: f"{cost.padding_tokens:,}",
+        "update: head rows": lambda cost: f"{cost.update_rows:,}",
+    }.items():
+        table.add_row(label, *(text(provider.warm_up.cost) for provider in providers.values()))
+    for phase in ("rollout", "logprobs", "update", "total"):
+        cells = [f"{flops[name][phase] / 1e9:,.1f}{times(flops, name, phase)}" for name in providers]
+        table.add_row(f"GFLOP {phase}", *cells, style="bold" if phase == "total" else None)
+    return table
+
+
+def time_table(row: dict[str, Any], providers: dict[str, Provider]) -> Table:
+    """Medians by phase, and what follows from them."""
+    systems = row["systems"]
+    ratios = {name: f"{ratio:.2f}x" for name, ratio in row["ratios"].items()}
+    table = columns(f"one step, median of {row['repetitions']}", providers)
+    seconds = {name: systems[name]["seconds"] for name in providers}
+    for phase in PHASES:
+        cells = [f"{seconds[name][phase]:.3f} s{times(seconds, name, phase)}" for name in providers]
+        table.add_row(phase, *cells, style="bold" if phase == "total" else None)
+    for label, key, digits in (
+        ("CPU seconds, all threads", "cpu_seconds", 2),
+        ("trajectories/s", "trajectories_per_second", 1),
+        ("policy tokens/s", "policy_tokens_per_second", 0),
+        ("GFLOP/s", "gflops_per_second", 1),
+    ):
+        table.add_row(label, *(f"{systems[name][key]:,.{digits}f}" for name in providers))
+    table.add_row("share of matmul speed", *(f"{systems[name]['share_of_matmul']:.1%}" for name in providers))
+    table.add_row("ours is faster by", *(ratios.get(name, "") for name in providers), style="bold")
+    return table
+
+
+def columns(title: str, providers: dict[str, Provider]) -> Table:
+    """An empty table with a column per provider."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    table.add_column("")
+    for provider in providers.values():
+        table.add_column(provider.label, justify="right", no_wrap=True)
+    return table
+
+
+def times(values: dict[str, dict[str, float]], name: str, phase: str) -> str:
+    """How many times ours it is."""
+    ours = values[OURS][phase]
+    return f"  {values[name][phase] / ours:5.1f}x" if name != OURS and ours > 1e-3 else ""
+
+
+def describe(providers: dict[str, Provider], flops: dict[str, dict[str, float]], peak: float) -> dict[str, Any]:
+    """The measured part of the row."""
+    trajectories = providers[OURS].warm_up.trajectories
+    policy_tokens = sum(int(t.loss_mask.sum()) for t in trajectories)
+    systems = {}
+    for name, provider in providers.items():
+        seconds = harness.medians(provider.seconds)
+        rate = flops[name]["total"] / seconds["total"]
+        systems[name] = {
+            "label": provider.label,
+            "seconds": seconds,
+            "totals": [one["total"] for one in provider.seconds],
+            "cpu_seconds": statistics.median(provider.cpu_seconds),
+            "trajectories_per_second": len(trajectories) / seconds["total"],
+            "policy_tokens_per_second": policy_tokens / seconds["total"],
+            "gflops_per_second": rate / 1e9,
+            "share_of_matmul": rate / peak,
+            "cost": asdict(provider.warm_up.cost),
+            "flops": flops[name],
+            "equal_trajectories": share_of_equal(trajectories, provider.warm_up.trajectories),
+        }
+    rates = {name: system["trajectories_per_second"] for name, system in systems.items()}
+    twins = [name for name in providers if name != OURS]
+    pairs = {
+        name: [b / a for a, b in zip(systems[OURS]["totals"], systems[name]["totals"], strict=True)] for name in twins
+    }
+    return {
+        "ratio": rates[OURS] / rates[twins[0]],  # the headline: against the first twin that was asked for
+        "ratios": {name: rates[OURS] / rates[name] for name in twins},
+        "ratio_ranges": {name: [min(pairs[name]), max(pairs[name])] for name in twins},
+        "flops_ratios": {name: flops[name]["total"] / flops[OURS]["total"] for name in twins},
+        "repetitions": len(providers[OURS].seconds),
+        "matmul_gflops": peak / 1e9,
+        "systems": systems,
+    }
+
+
+def shapes(run: Run, step: Step) -> dict[str, Any]:
+    """Model and workload, for the row."""
+    config, model = run.config, run.policy.replica.config
+    trajectories = step.trajectories
+    return {
+        "model": {
+            "name": Path(config.model.path).name,
+            "dtype": config.model.dtype,
+            "parameters": sum(parameter.numel() for parameter in run.policy.replica.parameters()),
+            "hidden_size": model.hidden_size,
+            "layers": model.num_hidden_layers,
+            "vocabulary": model.vocab_size,
+        },
+        "workload": {
+            "questions": config.train.questions_per_step,
+            "group_size": config.algorithm.group_size,
+            "trajectories": len(trajectories),
+            "policy_tokens": sum(int(t.loss_mask.sum()) for t in trajectories),
+            "tokens_mean": statistics.mean(len(t.token_ids) for t in trajectories),
+            "tokens_max": max(len(t.token_ids) for t in trajectories),
+            "searches_mean": statistics.mean(t.num_searches for t in trajectories),
+            "reward_mean": float(step.rewards.mean()),
+            "kept_fraction": step.cost.trained_trajectories / len(trajectories),
+            "max_turn_tokens": config.rollout.max_turn_tokens,
+            "tokens_per_microbatch": config.train.tokens_per_microbatch,
+            "minibatches": config.train.num_minibatches,
+        },
+    }
+
+
+# --------------------------------------------------------------------------------------------------------------- main
+
+
+def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Config]:
+    """The arguments, and the configuration they make."""
+    parser = argparse.ArgumentParser(
+        prog="throughput.py", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="One RL step by phase, ours against the plain twin that does what Search-R1 does.",
+        epilog="example:\n  python bench/throughput.py --questions 16 --group-size 8 --steps 5",
+    )  # fmt: skip
+    parser.add_argument("--config", type=Path, default=CONFIG, help="recipe (default: configs/demo.yaml)")
+    parser.add_argument("--model", metavar="DIR", help="Hugging Face or run folder (default: the recipe's)")
+    parser.add_argument("--steps", type=int, default=3, help="repetitions of the step (default: 3)")
+    parser.add_argument("--questions", type=int, help="questions per step (default: the recipe's)")
+    parser.add_argument("--group-size", type=int, help="samples per question (default: the recipe's)")
+    parser.add_argument(
+        "--plain", type=variants, default="original,stop", metavar="A,B",
+        help="twins to run, the first makes the headline: original (as Search-R1), stop (its rollout stops at tags), "
+        "unpadded (its update has no padding), kindest (both) (default: original,stop)",
+    )  # fmt: skip
+    parser.add_argument("--scored", action="store_true", help="rewards as won; ours drops groups where all are equal")
+    harness.add_output_argument(parser, "throughput")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="settings over the recipe's")
+    arguments = parser.parse_intermixed_args(argv)
+    if arguments.steps < 1:
+        raise ValueError(f"--steps {arguments.steps}: give at least 1")
+    given = {
+        "model.path": model_directory(arguments.model) if arguments.model else None,
+        "train.questions_per_step": arguments.questions,
+        "algorithm.group_size": arguments.group_size,
+    }
+    overrides = [f"{key}={value}" for key, value in given.items() if value is not None]
+    config = load_config(arguments.config, [*overrides, *arguments.overrides])
+    if config.algorithm.name != "grpo":
+        raise ValueError("the plain twin trains without a critic; set algorithm.name=grpo")
+    if config.rollout.engine != "native":
+        raise ValueError("rollout.engine=plain would compare the twin with itself; leave it at native")
+    return arguments, config.model_copy(update={"eval": EvalConfig()})  # evaluation sets need not be built
+
+
+def variants(text: str) -> list[str]:
+    """The names of `--plain`."""
+    names = text.split(",")
+    unknown = [name for name in names if name not in VARIANTS]
+    if unknown or len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of different ones of {', '.join(VARIANTS)}")
+    return names
+
+
+def build_providers(run: Run, twin: PlainPolicy, names: Sequence[str], scored: bool) -> dict[str, Provider]:
+    """Ours and the twins, by name, on the same questions."""
+    questions = run.stream.next(run.config.train.questions_per_step)
+    providers = {OURS: Provider("ours", partial(our_step, run, questions, scored), restorer(run.policy))}
+    restore = restorer(twin)
+    for name in names:
+        variant = VARIANTS[name]
+        one = plain_run(run, twin, variant)
+        providers[name] = Provider(variant.label, partial(plain_step, one, variant, questions, scored), restore)
+    return providers
+
+
+@entry_point
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print, and leave the row as the last line."""
+    arguments, config = parse_arguments(argv)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("this benchmark runs in one process; start it with python, not torchrun")
+    console = make_console()
+    with process(config.run.device, config.run.num_threads, config.run.seed) as ranks:
+        run = build_run(config, ranks, Console(quiet=True), log=None)
+        twin = plain_policy(run)
+        providers = build_providers(run, twin, arguments.plain, arguments.scored)
+        for provider in providers.values():
+            provider.warm_up = provider.run()
+        row = {"benchmark": "throughput", "config": arguments.config.name, "overrides": arguments.overrides}
+        row["scored"] = arguments.scored
+        row |= harness.circumstances(ranks.device) | shapes(run, providers[OURS].warm_up)
+        row["agreement"] = agreement(run, twin, providers[OURS].warm_up)
+        decoder = run.policy.replica
+        layers = sum(parameter.numel() for parameter in decoder.layers.parameters())
+        flops = {name: one.warm_up.cost.flops(layers, decoder.head_weight.numel()) for name, one in providers.items()}
+        console.print(headline(row), soft_wrap=True)
+        console.print(cost_table(providers, flops))
+        for _, name in harness.interleaved(list(providers), arguments.steps):
+            providers[name].measure()
+        peak = harness.matmul_flops(ranks.device, getattr(torch, config.model.dtype))
+        row |= describe(providers, flops, peak)
+    console.print(time_table(row, providers))
+    harness.emit(row, arguments.output)
+    return 0
+
+
+def headline(row: dict[str, Any]) -> str:
+    """What is about to be measured, and whether it is one thing."""
+    model, work, agreed = row["model"], row["workload"], row["agreement"]
+    lines = [
+        f"{model['name']}: {model['parameters']:,} parameters, {model['dtype']}, on {row['device']}, "
+        f"{row['threads']} threads (load {row['load']})",
+        f"{work['questions']} questions x {work['group_size']} samples: {work['policy_tokens']:,} policy tokens, "
+        f"{work['tokens_mean']:.0f} tokens and {work['searches_mean']:.1f} searches per trajectory",
+        "no group has rewards that differ: ours has nothing to update, and the ratio means little; ask more questions"
+        if agreed is None
+        else f"same trajectories: loss {agreed['loss_ours']:.6f} and {agreed['loss_plain']:.6f}, "
+        f"gradients apart by {agreed['gradient_difference']:.1e}",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,230 @@
+"""Traces: what they claim to have found stands in what they were shown, and the mix is the one that was asked for."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from searchr1_fast.config import WorldConfig
+from searchr1_fast.protocol import OBSERVATION_CLOSE, OBSERVATION_OPEN, extract_answer, parse_action
+from searchr1_fast.reward import exact_match
+from searchr1_fast.types import Action
+from searchr1_fast.world import build_world
+from searchr1_fast.world.traces import BASE_MIX, INSTRUCT_MIX, PROMPT, TraceMix, TraceWriter, documents
+
+ONLY = {name: TraceMix(**{"complete": 0, "first_hop_only": 0, "guess": 0, "wrong_search": 0} | {name: 1})
+        for name in ("complete", "first_hop_only", "guess", "wrong_search")}  # fmt: skip
+
+
+def make_writer(style: str, mix: TraceMix):
+    """A writer and the chains of its world, comparisons among them."""
+    settings = {"num_entities": 400, "num_questions": 300, "hops": (1, 1, 1, 1), "comparison": 0.1}
+    world = build_world(WorldConfig(split="pretrain", style=style, **settings))
+    return TraceWriter(world, mix), world.chains()
+
+
+@pytest.fixture(scope="module", params=["plain", "rich"])
+def style(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def complete(style):
+    """(chain, trace) of complete traces, one per chain."""
+    writer, chains = make_writer(style, ONLY["complete"])
+    generator = random.Random(0)
+    return [(chain, writer.trace(generator, chain)) for chain in chains]
+
+
+def written(trace) -> list[str]:
+    return [text for kind, text in trace if kind == "policy"]
+
+
+def policy_text(trace) -> str:
+    return "\n".join(written(trace))
+
+
+def test_a_complete_trace_ends_in_the_golden_answer(complete):
+    for chain, trace in complete:
+        assert exact_match(extract_answer(policy_text(trace)), chain.question.golden_answers) == 1.0
+
+
+def test_what_a_complete_trace_knows_was_shown_to_it_before(complete):
+    """Hop by hop: a fact is in an observation before the turn that uses it, and that turn starts from it."""
+    for chain, trace in complete:
+        needed = [fact.mention for fact in chain.facts]
+        observations: list[str] = []
+        known = 0  # facts that the observations so far hold, in order
+        for kind, text in trace:
+            if kind == "observation":
+                observations.append(text)
+                entity = chain.entities[min(known, len(needed) - 1)]
+                if f'(Title: "{entity.name}")' in text:
+                    assert needed[known] in text
+                    known += 1
+            elif kind == "policy" and parse_action(text)[0] is Action.ANSWER:
+                assert known == len(needed)
+            elif kind == "policy" and known and chain.question.kind != "comparison":
+                assert needed[known - 1] in text  # the next hop asks for what the last one found
+        assert known == len(needed)
+        assert trace[0] == ("prompt", PROMPT.format(question=chain.question.text))
+
+
+def test_a_complete_trace_takes_nothing_from_nowhere(complete):
+    """Every name it searches for stands in the question or in an observation above it."""
+    for _, trace in complete:
+        seen, query = "", "nothing"
+        for kind, text in trace:
+            if kind != "policy":
+                seen += text
+                continue
+            action, content = parse_action(text)
+            if action is Action.SEARCH:
+                is_second_try = content.startswith(f"{query} ")  # after a miss: the same name with the relation
+                assert content in seen or is_second_try
+                query = content
+
+
+def test_first_hop_only_stops_at_the_first_fact(style):
+    writer, chains = make_writer(style, ONLY["first_hop_only"])
+    generator = random.Random(1)
+    for chain in chains:
+        trace = writer.trace(generator, chain)
+        answer = extract_answer(policy_text(trace))
+        assert answer == chain.facts[0].mention
+        assert any(answer in text for kind, text in trace if kind == "observation")
+        is_right = exact_match(answer, chain.question.golden_answers) == 1.0
+        assert is_right or chain.question.kind != "1-hop"
+        if chain.question.kind in ("2-hop", "3-hop", "4-hop"):
+            assert not is_right or chain.facts[0].answers == chain.facts[-1].answers
+
+
+def test_guesses_do_not_search_and_wrong_searches_do_not_find(style):
+    for name, searches in (("guess", 0), ("wrong_search", 1)):
+        writer, chains = make_writer(style, ONLY[name])
+        generator, num_right = random.Random(2), 0
+        for chain in chains:
+            trace = writer.trace(generator, chain)
+            actions = [parse_action(text)[0] for text in written(trace)]
+            assert actions.count(Action.ANSWER) == 1
+            assert searches <= actions.count(Action.SEARCH) <= 2 * searches  # twice: a miss, and a second try
+            num_right += exact_match(extract_answer(policy_text(trace)), chain.question.golden_answers)
+        assert num_right / len(chains) < 0.1
+
+
+def kind_of(chain, trace) -> str:
+    """Which of the mix's kinds a trace is, by its searches; for chains of two hops or more in a plain world."""
+    actions = [parse_action(text) for text in written(trace)]
+    queries = [content for action, content in actions if action is Action.SEARCH]
+    if not queries:
+        return "guess"
+    if queries[0] != chain.entities[0].name:
+        return "wrong_search"
+    return "complete" if len(queries) > 1 else "first_hop_only"
+
+
+@pytest.mark.parametrize("mix", [BASE_MIX, INSTRUCT_MIX], ids=["base", "instruct"])
+def test_the_shares_of_the_mix_come_out(mix):
+    """Counted in a plain world, where no search is repeated."""
+    writer, chains = make_writer("plain", mix)
+    chains = [chain for chain in chains if chain.question.kind in ("2-hop", "3-hop", "4-hop")]
+    generator, count = random.Random(3), 4000
+    kinds = Counter()
+    for _ in range(count):
+        chain = generator.choice(chains)
+        kinds[kind_of(chain, writer.trace(generator, chain))] += 1
+    for name in ONLY:
+        share = getattr(mix, name)
+        assert kinds[name] / count == pytest.approx(share, abs=4 * (share * (1 - share) / count) ** 0.5 + 0.005), kinds
+
+
+def test_a_mix_adds_up_to_one():
+    with pytest.raises(AssertionError, match="add up"):
+        TraceMix(0.5, 0.5, 0.5, 0.0)
+
+
+def test_every_policy_turn_is_one_action_and_every_observation_closed(style):
+    """What the traces teach is the protocol: a turn ends with its closing tag, as a stopped rollout does."""
+    writer, chains = make_writer(style, BASE_MIX)
+    generator = random.Random(4)
+    for chain in chains:
+        trace = writer.trace(generator, chain)
+        assert trace[0][0] == "prompt"
+        assert trace[-1][0] == "policy"
+        for place, (kind, text) in enumerate(trace[1:], start=1):
+            if kind == "observation":
+                assert text.startswith(OBSERVATION_OPEN)
+                assert text.endswith(OBSERVATION_CLOSE)
+                continue
+            action, content = parse_action(text)
+            assert content
+            assert text.endswith(f"</{action.value}>")
+            assert text.startswith("<think>")
+            assert (action is Action.SEARCH) == (place < len(trace) - 1)
+            assert (action is Action.SEARCH) == (trace[min(place + 1, len(trace) - 1)][0] == "observation")
+
+
+def test_reading_exercises_state_what_the_passages_say(style):
+    writer, _ = make_writer(style, BASE_MIX)
+    generator = random.Random(5)
+    for _ in range(200):
+        (kind, observation), (_, lines) = writer.reading(generator)
+        assert kind == "prompt"
+        for line in lines.splitlines():
+            subject, _, value = line.removesuffix(".").rpartition(" is ")
+            assert subject.partition(" of ")[2] in observation
+            assert value in observation
+
+
+def test_steps_name_the_relations_from_the_inside_out(style):
+    writer, chains = make_writer(style, BASE_MIX)
+    for chain in chains:
+        if chain.question.kind == "comparison":
+            continue
+        (_, question), (_, steps) = writer.steps(random.Random(0), chain)
+        places = [steps.index(f"the {fact.relation.name}") for fact in chain.facts[:1]]
+        assert places == [steps.index("the ")]
+        assert steps.removesuffix(".\n").split(", from ")[1] in question
+        assert [part.split("the ")[1] for part in steps.split(", from ")[0].split(", then ")] == [
+            fact.relation.name for fact in chain.facts
+        ]
+
+
+@pytest.fixture(scope="module")
+def both_writers():
+    pairs = [make_writer(style, BASE_MIX) for style in ("plain", "rich")]
+    return [writer for writer, _ in pairs], [chains for _, chains in pairs]
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.text(max_size=20))
+def test_documents_are_a_pure_function_of_the_seed(both_writers, seed):
+    writers, chains = both_writers
+    first = documents(writers, chains, [0.5, 0.5], seed, 8)
+    again = documents(writers, chains, [0.5, 0.5], seed, 8)
+    fresh_writers = [TraceWriter(writer.world, writer.mix) for writer in writers]  # no cache that could remember
+    assert first == again == documents(fresh_writers, chains, [0.5, 0.5], seed, 8)
+    assert first != documents(writers, chains, [0.5, 0.5], f"{seed}/other", 8)
+
+
+def test_documents_come_in_the_shares_and_from_the_writers_asked_for(both_writers):
+    writers, chains = both_writers
+    count = 3000
+    shares = {"reading_share": 0.3, "steps_share": 0.2, "article_share": 0.1}
+    batch = documents(writers, chains, [0.7, 0.3], "shares", count, **shares)
+    shapes = Counter()
+    for document in batch:
+        if len(document) == 1:
+            shapes["article"] += 1
+        elif document[0][1].startswith(OBSERVATION_OPEN):
+            shapes["reading"] += 1
+        else:
+            shapes["steps" if document[1][1].startswith("Steps: ") else "trace"] += 1
+    for name, share in {"reading": 0.3, "steps": 0.2, "article": 0.1, "trace": 0.4}.items():
+        assert shapes[name] / count == pytest.approx(share, abs=0.04), shapes
+    plain_only = documents(writers, chains, [1.0, 0.0], "plain", 300)
+    assert not any("also called" in text for document in plain_only for _, text in document)
