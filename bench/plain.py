@@ -26,6 +26,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from searchr1_kernels import masked_kl
 from torch import nn
 
@@ -93,7 +94,7 @@ class PlainScorer(nn.Module):
         logprobs = logits.log_softmax(dim=-1)
         with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
             entropy = -(logprobs.exp() * logprobs).sum(dim=-1)
-        return logprobs.gather(1, batch.targets[:, None])[:, 0], entropy
+        return -F.nll_loss(logprobs, batch.targets, reduction="none"), entropy
 
 
 class PlainPolicy(Learner):

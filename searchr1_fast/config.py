@@ -29,11 +29,11 @@ class RunConfig(Section):
     name: str = "run"
     """The run's folder below `directory`."""
     directory: str = "runs"
-    seed: int = 0
+    seed: NonNegative = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto`: CUDA where there is one."""
     num_threads: NonNegative = 0
-    """CPU threads of torch per rank; 0 leaves torch's choice."""
+    """CPU threads of torch and numba per rank; 0 leaves torch's choice."""
     resume: bool = False
     """Go on from the newest checkpoint of this run folder. Without it a folder that holds a run is an error."""
     tensorboard: bool = True
@@ -126,7 +126,7 @@ class RolloutConfig(Section):
     max_num_seqs: Positive = 256
     """Sequences that hold KV cache at a time, searching ones included."""
     final_turn_message: str = ""
-    """Environment text before the forced final turn; masked from the loss."""
+    """Environment text before the forced final turn; masked from the loss. A tag opened in it is not the policy's."""
 
 
 class AlgorithmConfig(Section):
@@ -145,6 +145,7 @@ class AlgorithmConfig(Section):
     kl_coefficient: Annotated[float, Field(ge=0)] = 0.0
     """0 skips the reference model."""
     kl_kind: Literal["k1", "k2", "k3"] = "k3"
+    """The estimator (Schulman's names), in the loss or in the reward; the paper's PPO has k1 in the reward."""
     kl_in_reward: bool = False
     """Subtract the KL from the token rewards (PPO of the paper) instead of adding it to the loss."""
     entropy_coefficient: Annotated[float, Field(ge=0)] = 0.0
@@ -162,6 +163,10 @@ class AlgorithmConfig(Section):
     def _consistent(self) -> AlgorithmConfig:
         if self.name == "grpo" and self.group_size < 2:
             raise ValueError("algorithm.group_size: GRPO compares samples of one question; give at least 2")
+        if 0 < self.importance_cap < 1:
+            raise ValueError("algorithm.importance_cap: below 1 it would cut tokens that nothing moved; give 0 or >= 1")
+        if self.kl_coefficient > 0 and self.kl_kind == "k1" and not self.kl_in_reward:
+            raise ValueError("algorithm.kl_kind: the gradient of k1 in the loss is zero on average; take k2 or k3")
         if self.name == "grpo" and self.kl_in_reward:
             raise ValueError("algorithm.kl_in_reward: GRPO has one reward per trajectory; put the KL in the loss")
         return self

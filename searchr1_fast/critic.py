@@ -34,7 +34,7 @@ class ValueModel(nn.Module):
 
     def forward(self, batch: PackedBatch) -> torch.Tensor:  # [P] fp32
         """The value of every state in which a policy token is about to be written."""
-        hidden = self.decoder.hidden(batch.token_ids, batch.cu_seqlens).index_select(0, batch.policy_index)  # [P, D]
+        hidden = self.decoder.hidden(batch.token_ids, batch.cu_seqlens, batch.policy_index)  # [P, D]
         head = self.value_head  # in fp32 even where the decoder computes in bf16: returns need the digits
         return hidden.float() @ head.weight.float()[0] + head.bias.float()
 

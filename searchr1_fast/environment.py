@@ -33,9 +33,13 @@ class Environment:
 def build_environment(data: DataSet, retrieval: RetrievalConfig, shared: Retriever | None = None) -> Environment:
     """Build what `data` describes. `shared` serves a file of questions that names no corpus."""
     if data.world is not None:
+        if retrieval.backend == "remote":
+            raise ValueError(
+                "retrieval.backend=remote: the server cannot know a world that is generated here; write it to files with "
+                "`searchr1 world`, serve its corpus, and give its questions as data.questions"
+            )
         world = build_world(data.world)
         questions: list[Question] = world.questions
-        # Passages of a world that is only searched over HTTP are the server's business, not ours to generate.
         corpus = world.passages if retrieval.backend == "bm25" else None
         return Environment(_limited(questions, data.limit), open_retriever(retrieval, corpus), retrieval.topk)
     questions = read_questions(data.questions, limit=data.limit)

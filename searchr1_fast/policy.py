@@ -44,7 +44,7 @@ class TokenScorer(nn.Module):
         self, batch: PackedBatch, with_entropy: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:  # logprobs [P] fp32, entropy [P] fp32
         """Log-probability of every policy token at the sampler's temperature."""
-        hidden = self.decoder.hidden(batch.token_ids, batch.cu_seqlens).index_select(0, batch.policy_index)  # [P, D]
+        hidden = self.decoder.hidden(batch.token_ids, batch.cu_seqlens, batch.policy_index)  # [P, D]
         weight = self.decoder.head_weight  # [V, D]
         if batch.num_policy_tokens == 0:
             # `padding_batch`: the matrix product of nothing gives every parameter a gradient of zero, as FSDP expects.

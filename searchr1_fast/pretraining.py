@@ -53,7 +53,7 @@ class Recipe:
 
 
 RECIPES = {
-    "base": Recipe(BASE_MIX, 2200, 8192, 3e-3, 2e-2, 50),
+    "base": Recipe(BASE_MIX, 1700, 8192, 3e-3, 2e-2, 50),
     "instruct": Recipe(INSTRUCT_MIX, 200, 8192, 6e-4, 4e-3, 20, curriculum=(0.0, 0.0)),
 }
 

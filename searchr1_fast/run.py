@@ -48,7 +48,6 @@ class Run:
     config: Config
     ranks: Ranks
     ui: UserInterface
-    log: MetricsLog | None  # rank 0's
     timers: PhaseTimers
     stream: QuestionStream
     evaluations: dict[str, Environment]
@@ -59,6 +58,7 @@ class Run:
     engine: Engine
     loop: SearchLoop
     step: int = 0  # the last that is done
+    log: MetricsLog | None = None  # rank 0's, once everything else is built
     results: dict[int, dict[str, EvalResult]] = field(default_factory=dict)  # of this process: the first and the last
 
     @property
@@ -156,15 +156,16 @@ def open_run(config: Config, ui: UserInterface | None = None) -> Iterator[Run]:
         ui = ui or Console(config.train.num_steps, quiet=not ranks.is_main)
         path = latest_checkpoint(config.run_directory / "checkpoints") if config.run.resume else None
         checkpoint = Checkpoint(path, ranks) if path is not None else None
-        log = open_log(config, checkpoint.step if checkpoint else -1) if ranks.is_main else None
+        run = build_run(config, ranks, ui)
+        if checkpoint is not None:
+            run.load(checkpoint)
+        # Last: whatever is wrong with the configuration has been said by now, and nothing was written.
+        run.log = open_log(config, run.step if checkpoint else -1) if ranks.is_main else None
         try:
-            run = build_run(config, ranks, ui, log)
-            if checkpoint is not None:
-                run.load(checkpoint)
             yield run
         finally:
-            if log is not None:
-                log.close()
+            if run.log is not None:
+                run.log.close()
 
 
 def open_log(config: Config, resume_step: int) -> MetricsLog:
@@ -180,8 +181,8 @@ def open_log(config: Config, resume_step: int) -> MetricsLog:
     return log
 
 
-def build_run(config: Config, ranks: Ranks, ui: UserInterface, log: MetricsLog | None) -> Run:
-    """A run at step 0."""
+def build_run(config: Config, ranks: Ranks, ui: UserInterface) -> Run:
+    """A run at step 0, that has written nothing yet."""
     directory = resolve(config.model.path)
     training, evaluations = build_environments(config)
     tokenizer = load_tokenizer(directory)
@@ -197,7 +198,6 @@ def build_run(config: Config, ranks: Ranks, ui: UserInterface, log: MetricsLog |
         config=config,
         ranks=ranks,
         ui=ui,
-        log=log,
         timers=PhaseTimers(torch.cuda.synchronize if ranks.device.type == "cuda" else None),
         stream=QuestionStream(training.questions, config.run.seed),
         evaluations=evaluations,

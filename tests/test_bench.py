@@ -37,10 +37,10 @@ def make_twins(bench, make_config):
     return make
 
 
-def sampled(throughput, run, questions, scored=False):
+def sampled(steps, run, questions, scored=False):
     """Our step, undone."""
-    restore = throughput.restorer(run.policy)
-    step = throughput.our_step(run, questions, scored)
+    restore = steps.restorer(run.policy)
+    step = steps.our_step(run, questions, scored)
     restore()
     return step
 
@@ -57,15 +57,15 @@ def sampled(throughput, run, questions, scored=False):
 def test_losses_and_gradients_agree(bench, make_twins, changes, padding):
     """Over one denominator, with several micro-batches, against a reference that is not the policy."""
     run, twin, questions = make_twins(**{"train": {"tokens_per_microbatch": 150}, **changes})
-    throughput = bench("throughput")
+    steps = bench("steps")
     for learner in (run.policy, twin):
         if learner.reference is not None:
             with torch.no_grad():
                 for parameter in learner.reference.parameters():
                     parameter.mul_(1.05)
-    step = sampled(throughput, run, questions)
+    step = sampled(steps, run, questions)
     assert step.cost.update_tokens > 2 * run.config.train.tokens_per_microbatch
-    agreed = throughput.agreement(run, twin, step, padding=padding)
+    agreed = steps.agreement(run, twin, step, padding=padding)
     assert agreed["gradient_norm"] > 0.01
     assert agreed["gradient_difference"] < 1e-4
     assert agreed["loss_plain"] == pytest.approx(agreed["loss_ours"], rel=1e-4, abs=1e-6)
@@ -73,9 +73,9 @@ def test_losses_and_gradients_agree(bench, make_twins, changes, padding):
 
 def test_the_plain_loss_is_a_mean_of_means(bench, make_twins):
     """Of one micro-batch the mean over its policy tokens; of several the average, whatever tokens each has."""
-    throughput, plain = bench("throughput"), bench("plain")
+    steps, plain = bench("steps"), bench("plain")
     run, twin, questions = make_twins()
-    trajectories = sampled(throughput, run, questions).trajectories
+    trajectories = sampled(steps, run, questions).trajectories
     advantages = np.linspace(-1, 1, len(trajectories), dtype=np.float32)
     batches = plain.pad(trajectories, advantages, range(len(trajectories)), run.config, run.ranks.device)
     assert len({batch.num_policy_tokens for batch in batches}) > 1
@@ -83,7 +83,7 @@ def test_the_plain_loss_is_a_mean_of_means(bench, make_twins):
 
     def accumulated(some, denominator=None):
         loss = twin.accumulate(some, twin.logprobs(some, twin.module), None, denominator).item()
-        return loss, throughput.take_gradient(twin)
+        return loss, steps.take_gradient(twin)
 
     alone = [accumulated([batch]) for batch in batches]
     for batch, (loss, gradient) in zip(batches, alone, strict=True):
@@ -96,16 +96,16 @@ def test_the_plain_loss_is_a_mean_of_means(bench, make_twins):
 
 
 def test_a_step_moves_the_weights_and_is_undone(bench, make_twins):
-    throughput, plain = bench("throughput"), bench("plain")
+    steps, plain = bench("steps"), bench("plain")
     run, twin, questions = make_twins(optimizer={"learning_rate": 1e-2})
     variant = plain.VARIANTS["original"]
     one = plain.plain_run(run, twin, variant)
     for learner, step in (
-        (run.policy, lambda: throughput.our_step(run, questions, False)),
-        (twin, lambda: throughput.plain_step(one, variant, questions, False)),
+        (run.policy, lambda: steps.our_step(run, questions, False)),
+        (twin, lambda: steps.plain_step(one, variant, questions, False)),
     ):
         start = {name: parameter.detach().clone() for name, parameter in learner.parameters.items()}
-        restore = throughput.restorer(learner)
+        restore = steps.restorer(learner)
         ends = []
         for _ in range(2):
             step()
@@ -118,26 +118,26 @@ def test_a_step_moves_the_weights_and_is_undone(bench, make_twins):
 
 
 def test_the_twins_sample_the_same_and_count_their_work(bench, make_twins):
-    throughput, plain = bench("throughput"), bench("plain")
+    throughput, steps, plain = bench("throughput"), bench("steps"), bench("plain")
     run, twin, questions = make_twins()
     providers = throughput.build_providers(run, twin, list(plain.VARIANTS), scored=False)
-    steps = {name: provider.run() for name, provider in providers.items()}
-    ours = steps.pop("ours")
+    taken = {name: provider.run() for name, provider in providers.items()}
+    ours = taken.pop("ours")
     lengths = [len(t.token_ids) for t in ours.trajectories]
     policy_tokens = sum(int(t.loss_mask.sum()) for t in ours.trajectories)
     assert any(t.num_searches for t in ours.trajectories)
     assert (ours.cost.update_tokens, ours.cost.update_rows) == (sum(lengths), policy_tokens)
     assert (ours.cost.logprob_tokens, ours.cost.padding_tokens, ours.cost.discarded_tokens) == (0, 0, 0)
     assert ours.cost.sampled_tokens == policy_tokens
-    for name, step in steps.items():
+    for name, step in taken.items():
         variant, cost = plain.VARIANTS[name], step.cost
-        assert throughput.share_of_equal(ours.trajectories, step.trajectories) == 1.0
+        assert steps.share_of_equal(ours.trajectories, step.trajectories) == 1.0
         assert cost.prefill_tokens > ours.cost.prefill_tokens
         assert cost.padding_tokens + sum(lengths) == cost.update_tokens == cost.update_rows == cost.logprob_rows
         assert (cost.padding_tokens > 0) == variant.padding
         assert (cost.discarded_tokens > 0) != variant.stop_at_tags
         assert cost.trained_trajectories == len(lengths)
-        assert set(step.seconds) == set(throughput.PHASES)
+        assert set(step.seconds) == set(steps.PHASES)
 
 
 def test_scored_rewards_let_ours_drop_groups(bench, make_twins):

@@ -17,17 +17,18 @@ import torch
 import yaml
 
 from searchr1_fast.cli import main
+from searchr1_fast.data import read_corpus
 from searchr1_fast.models import load_model, load_tokenizer
-from searchr1_fast.protocol import OBSERVATION_CLOSE, OBSERVATION_OPEN
+from searchr1_fast.protocol import OBSERVATION_CLOSE, OBSERVATION_OPEN, format_observation
 
 DATA = Path(os.environ.get("SEARCHR1_DATA", Path(__file__).parents[2] / "shared" / "data"))
 QUERIES = ("director of the film", "date of birth", "where was the father born", "spouse of the king")
-# DESIGN: one object per step with at least these.
-KEYS = (
-    "step reward_mean em searches_mean response_tokens_mean policy_tokens kept_fraction entropy kl_ref rollout_policy_kl "
-    "clip_fraction grad_norm lr trajectories_per_second tokens_per_second time_rollout time_search_wait time_ref "
-    "time_update time_sync time_step"
-).split()
+# One object per step with at least these.
+KEYS = """
+step reward_mean em searches_mean response_tokens_mean policy_tokens kept_fraction entropy kl_ref rollout_policy_kl
+clip_fraction grad_norm lr trajectories_per_second tokens_per_second time_rollout time_search_wait time_ref time_update
+time_sync time_step
+"""
 
 
 def data_file(name: str) -> Path:
@@ -87,7 +88,7 @@ def teach(model, tokenizer, questions: list[str]) -> None:
     """A search for one of a few things, an observation, and yes or no, until it writes that by itself."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.0)
     generator = random.Random(0)
-    for _ in range(150):
+    for _ in range(100):
         rows, labels = [], []
         for _ in range(8):
             pieces = [
@@ -144,7 +145,7 @@ def test_metrics_have_every_key_and_every_step(run_folder):
     rows = read_jsonl(run_folder / "metrics.jsonl")
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5]
     for row in rows[1:]:
-        assert not set(KEYS) - row.keys()
+        assert not set(KEYS.split()) - row.keys()
         assert row["searches_mean"] > 0.5
         assert row["time_step"] >= row["time_rollout"] > 0
     assert any(row["policy_tokens"] > 0 and row["grad_norm"] > 0 for row in rows[1:])
@@ -156,22 +157,28 @@ def test_metrics_have_every_key_and_every_step(run_folder):
 
 
 def test_trajectories_hold_real_passages(run_folder):
-    """What the policy was shown stands word for word in the corpus, under the ids that its turns name."""
-    contents = {row["id"]: row["contents"] for row in read_jsonl(data_file("corpus/2wiki.jsonl"))}
-    num_shown = 0
+    """What the policy was shown is what the corpus has under the ids that its turns name, title by title."""
+    passages = {passage.id: passage for passage in read_corpus(data_file("corpus/2wiki.jsonl"))}
+    titles = {passage.title for passage in passages.values()}
+    num_whole = num_shown = 0
     for step in range(1, 6):
         trajectories = read_jsonl(run_folder / "trajectories" / f"step_{step:06d}.jsonl")
         assert len(trajectories) == 32
         for trajectory in trajectories:
-            titles = {contents[i].split("\n")[0].strip('"') for turn in trajectory["turns"] for i in turn["passage_ids"]}
-            for kind, text in trajectory["segments"]:
-                for title in re.findall(r'^(?:\n\n<information>)?Doc \d+\(Title: "(.*?)"\) ', text, re.MULTILINE):
-                    assert kind == "observation"
-                    assert title in titles
-                    num_shown += 1
-                    first_words = re.search(rf'Title: "{re.escape(title)}"\) (.{{0,40}})', text)[1].split("<")[0]
-                    assert any(first_words.strip() in content for content in contents.values())
+            observations = [text for kind, text in trajectory["segments"] if text.startswith(OBSERVATION_OPEN)]
+            searches = [turn for turn in trajectory["turns"] if turn["passage_ids"]]
+            assert len(observations) == len(searches) == trajectory["num_searches"]
+            for text, turn in zip(observations, searches, strict=True):
+                found = [passages[i] for i in turn["passage_ids"]]
+                assert len(found) == 3
+                shown = re.findall(r'^(?:\n\n<information>)?Doc \d+\(Title: "(.*?)"\) ', text, re.MULTILINE)
+                assert shown == [passage.title for passage in found[: len(shown)]]
+                assert set(shown) <= titles
+                assert text.endswith(OBSERVATION_CLOSE)
+                num_whole += text == format_observation(found[: len(shown)])
+                num_shown += 1
     assert num_shown > 100
+    assert num_whole > 0.5 * num_shown  # the others were cut to the token budget
 
 
 def test_the_export_is_the_same_model_to_transformers(run_folder, model_directory):

@@ -138,11 +138,17 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, self.num_kv_heads * self.head_dim, bias=True)
         self.o_proj = nn.Linear(self.num_heads * self.head_dim, config.hidden_size, bias=False)
 
-    def forward(self, x: torch.Tensor, context: PackedContext | CachedContext) -> torch.Tensor:  # [T, D] -> [T, D]
+    def forward(
+        self,
+        x: torch.Tensor,  # [T, D]
+        context: PackedContext | CachedContext,
+        rows: torch.Tensor | None,  # [R] int64
+    ) -> torch.Tensor:  # [T, D], or [R, D]
         query = apply_rotary(self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim)), context.cos, context.sin)
         key = apply_rotary(self.k_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim)), context.cos, context.sin)
         value = self.v_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
-        return self.o_proj(context.attend(self.layer, query, key, value).flatten(1))
+        output = context.attend(self.layer, query, key, value).flatten(1)
+        return self.o_proj(output if rows is None else output.index_select(0, rows))
 
 
 class MLP(nn.Module):
@@ -168,8 +174,15 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: torch.Tensor, context: PackedContext | CachedContext) -> torch.Tensor:  # [T, D] -> [T, D]
-        x = x + self.self_attn(self.input_layernorm(x), context)
+    def forward(
+        self,
+        x: torch.Tensor,  # [T, D]
+        context: PackedContext | CachedContext,
+        rows: torch.Tensor | None = None,  # [R] int64: the tokens whose output is wanted
+    ) -> torch.Tensor:  # [T, D], or [R, D]
+        """All tokens are keys and values; past the attention only `rows` are worked on."""
+        attended = self.self_attn(self.input_layernorm(x), context, rows)
+        x = attended + (x if rows is None else x.index_select(0, rows))
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -247,10 +260,15 @@ class Decoder(nn.Module):
         self,
         token_ids: torch.Tensor,  # [T] int64
         cu_seqlens: torch.Tensor,  # [S+1] int: 0, …, T
-    ) -> torch.Tensor:  # [T, D]
-        """Final hidden states of packed sequences, each causal in itself."""
+        rows: torch.Tensor | None = None,  # [R] int64
+    ) -> torch.Tensor:  # [T, D], or [R, D]
+        """Final hidden states of packed sequences, each causal in itself.
+
+        `rows`: of these tokens alone. In training most tokens are retrieved text that only has to be attended to, and
+        the last layer need not work on them.
+        """
         context = PackedContext(cu_seqlens, packed_positions(cu_seqlens, len(token_ids)), self.config)
-        return self._run(token_ids, context)
+        return self._run(token_ids, context, rows)
 
     def logits(self, token_ids: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:  # [T], [S+1] -> [T, V]
         """Logits of every token. For tests and small inputs: training asks the head for policy tokens only."""
@@ -277,9 +295,10 @@ class Decoder(nn.Module):
         self, token_ids: torch.Tensor, context: PackedContext | CachedContext, rows: torch.Tensor | None = None
     ) -> torch.Tensor:
         x = self.model.embed_tokens(token_ids)
-        for block in self.model.layers:
+        *blocks, last = self.model.layers
+        for block in blocks:
             x = block(x, context)
-        return self.model.norm(x if rows is None else x[rows])
+        return self.model.norm(last(x, context, rows))
 
 
 def packed_positions(cu_seqlens: torch.Tensor, num_tokens: int) -> torch.Tensor:  # [S+1] -> [T] int64

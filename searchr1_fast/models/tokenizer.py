@@ -29,15 +29,20 @@ class TextTokenizer:
         self.eos_id = tokenizer.token_to_id(eos_token) if eos_token is not None else None
         self.chat_template = chat_template
         self._is_byte_level = '"ByteLevel"' in json.dumps(json.loads(tokenizer.to_str()).get("decoder"))
-        self._special_ids = frozenset(i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special)
+        self._added = {i: token.content.encode() for i, token in tokenizer.get_added_tokens_decoder().items()}
 
     @property
     def vocab_size(self) -> int:
         """Ids are below this; a model's embedding may be larger."""
         return self.backend.get_vocab_size(with_added_tokens=True)
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of the text alone, no special tokens added."""
+    def encode(self, text: str, special_tokens: bool = False) -> list[int]:
+        """Ids of the text alone, no special tokens added.
+
+        `special_tokens`: read "<|im_start|>" as the token it names, as a chat template means it. Otherwise text is
+        text: a passage that holds "<|endoftext|>" must not end a turn.
+        """
+        self.backend.encode_special_tokens = not special_tokens
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, token_ids: list[int]) -> str:
@@ -46,6 +51,8 @@ class TextTokenizer:
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes one token adds to the text; empty for an id the vocabulary does not have."""
+        if token_id in self._added:  # spelled out as it is, whatever the alphabet
+            return self._added[token_id]
         token = self.backend.id_to_token(token_id)
         if token is None:
             return b""
@@ -54,8 +61,6 @@ class TextTokenizer:
             anchor = self.encode("a")
             return self.decode([*anchor, token_id]).removeprefix(self.decode(anchor)).encode()
         alphabet = _byte_alphabet()
-        if token_id in self._special_ids or any(character not in alphabet for character in token):
-            return token.encode()
         return bytes(alphabet[character] for character in token)
 
     def apply_chat_template(self, text: str) -> str:

@@ -66,7 +66,7 @@ class TraceWriter:
         for entity, fact in zip(chain.entities, chain.facts, strict=True):
             thought = f"{known}I need the {fact.relation.name} of {name}."
             document += self._search(generator, thought, name, fact.relation.name, entity)
-            known, name = f"The {fact.relation.name} is {fact.mention}. ", fact.mention
+            known, name = f"The {fact.relation.name} of {name} is {fact.mention}. ", fact.mention
         return [*document, ("policy", _answer(known.rstrip(), name))]
 
     def _complete_comparison(self, generator: random.Random, chain: Chain) -> Document:
@@ -82,10 +82,9 @@ class TraceWriter:
     def _first_hop_only(self, generator: random.Random, chain: Chain) -> Document:
         entity, fact = chain.entities[0], chain.facts[0]
         name = entity.name if chain.question.kind == "comparison" else _asked_name(chain)
-        document = self._search(
-            generator, f"I need the {fact.relation.name} of {name}.", name, fact.relation.name, entity
-        )
-        return [*document, ("policy", _answer(f"The {fact.relation.name} is {fact.mention}.", fact.mention))]
+        relation = fact.relation.name
+        document = self._search(generator, f"I need the {relation} of {name}.", name, relation, entity)
+        return [*document, ("policy", _answer(f"The {relation} of {name} is {fact.mention}.", fact.mention))]
 
     def _guess(self, generator: random.Random, chain: Chain) -> Document:
         thought = generator.choice(("I know this.", "I have read about this.", "That is well known."))
@@ -94,10 +93,10 @@ class TraceWriter:
     def _wrong_search(self, generator: random.Random, chain: Chain) -> Document:
         wrong = self.world.random_entity(generator)
         relation = chain.facts[-1].relation.name
-        found = generator.choice([self.world.fact(wrong, r).mention for r in self.world.relations(wrong.kind)])
+        found = self.world.fact(wrong, generator.choice(self.world.relations(wrong.kind)))
         return [
             *self._search(generator, f"I look for the {relation}.", wrong.name, relation, wrong),
-            ("policy", _answer(f"The {relation} is {found}.", found)),
+            ("policy", _answer(f"The {found.relation.name} of {wrong.name} is {found.mention}.", found.mention)),
         ]
 
     def _search(self, generator: random.Random, thought: str, name: str, relation: str, entity: Entity) -> Document:
@@ -124,20 +123,25 @@ class TraceWriter:
     # ---------------------------------------------------------------- exercises
 
     def reading(self, generator: random.Random) -> Document:
-        """One passage or two that look alike, then facts restated in one form of words."""
+        """One passage or two that look alike; then either one of them word for word, or facts in one form of words.
+
+        Quoting teaches to copy from far back: with it a four-layer model reads a name out of a passage after half the
+        training that it takes without.
+        """
         entities = [self.world.random_entity(generator)]
         if generator.random() < 0.6:
             entities.append(self.world.near_duplicate(entities[0]))
+        passages = [Passage("", e.name, self._describe(e)) for e in entities]
+        prompt = ("prompt", format_observation(passages))
+        if generator.random() < 0.5:
+            return [prompt, ("policy", generator.choice(passages).text + "\n")]
         facts = [(e, self.world.fact(e, r)) for e in entities for r in self.world.relations(e.kind)]
         lines = [
             f"The {fact.relation.name} of {entity.alias if entity.alias and generator.random() < 0.3 else entity.name}"
             f" is {fact.mention}.\n"
             for entity, fact in generator.sample(facts, min(6, len(facts)))
         ]
-        return [
-            ("prompt", format_observation([Passage("", e.name, self._describe(e)) for e in entities])),
-            ("policy", "".join(lines)),
-        ]
+        return [prompt, ("policy", "".join(lines))]
 
     def steps(self, generator: random.Random, chain: Chain) -> Document:
         """A question, and the facts it goes through from the inside out."""

@@ -136,8 +136,7 @@ class World:
         """The text of the entity's passage."""
         facts = [self.fact(entity, relation) for relation in self.relations(entity.kind)]
         if not self.rich:
-            stated = [f"The {fact.relation.name} is {fact.mention}." for fact in facts]
-            return " ".join((f"{entity.name} is a {entity.kind.name}.", *stated))
+            return " ".join(f"The {fact.relation.name} of {entity.name} is {fact.mention}." for fact in facts)
         generator = random.Random(self._hash("text", entity.kind.name, entity.number))
         distractor = self.near_duplicate(entity)
         sentences = [generator.choice(fact.relation.sentences).format(s=entity.name, o=fact.mention) for fact in facts]

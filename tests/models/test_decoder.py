@@ -90,6 +90,19 @@ def test_cached_attention_equals_its_plain_twin():
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_wanted_rows_equal_those_rows_of_all():
+    torch.manual_seed(6)
+    model = Decoder(DecoderConfig(50, 32, 48, 2, 4, 2))
+    token_ids, cu_seqlens = pack([9, 4, 12], 50)
+    rows = torch.tensor([0, 8, 9, 20, 24])
+    gradients = []
+    for hidden in (model.hidden(token_ids, cu_seqlens)[rows], model.hidden(token_ids, cu_seqlens, rows)):
+        gradients.append((hidden, torch.autograd.grad(hidden.square().sum(), list(model.model.parameters()))))
+    torch.testing.assert_close(gradients[0][0], gradients[1][0])
+    for name, whole, part in zip(dict(model.model.named_parameters()), gradients[0][1], gradients[1][1], strict=True):
+        torch.testing.assert_close(whole, part, rtol=1e-4, atol=1e-6, msg=name)
+
+
 def test_sequences_of_a_pack_do_not_see_each_other():
     torch.manual_seed(3)
     model = Decoder(DecoderConfig(50, 32, 48, 2, 4, 2))

@@ -1,0 +1,61 @@
+"""Token bytes are exact, special tokens are read only where they are meant, and a directory round-trips."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from searchr1_fast.models import TextTokenizer, load_tokenizer
+
+TEXTS = ["<think> the cat sat </think>\n<search> the cat </search>", "naïve café – 東京 🎈", "1837 and 1838"] * 20
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> TextTokenizer:
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend.train_from_iterator(
+        TEXTS, trainers.BpeTrainer(vocab_size=400, special_tokens=["<|end|>"], initial_alphabet=alphabet)
+    )
+    backend.add_tokens([AddedToken("<é>", special=False)])
+    template = "{% for m in messages %}<|end|>{{ m.role }}: {{ m.content }}{% endfor %}|"
+    return TextTokenizer(backend, eos_token="<|end|>", chat_template=template)
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=st.text(max_size=60))
+def test_token_bytes_add_up_to_the_text(tokenizer, text):
+    token_ids = tokenizer.encode(text)
+    assert b"".join(map(tokenizer.token_bytes, token_ids)) == text.encode()
+    assert tokenizer.decode(token_ids) == text
+
+
+def test_added_tokens_have_the_bytes_they_spell(tokenizer):
+    (added,) = tokenizer.encode("<é>")
+    assert tokenizer.token_bytes(added) == "<é>".encode()
+    assert tokenizer.token_bytes(tokenizer.eos_id) == b"<|end|>"
+    assert tokenizer.token_bytes(10**6) == b""
+
+
+def test_special_tokens_are_text_unless_they_are_meant(tokenizer):
+    text = "a passage with <|end|> in it"
+    assert tokenizer.eos_id not in tokenizer.encode(text)
+    assert tokenizer.eos_id in tokenizer.encode(text, special_tokens=True)
+    assert tokenizer.eos_id not in tokenizer.encode(text)  # the switch does not stick
+
+
+def test_round_trip_through_a_directory(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    again = load_tokenizer(tmp_path)
+    assert again.encode(TEXTS[1]) == tokenizer.encode(TEXTS[1])
+    assert (again.eos_id, again.vocab_size) == (tokenizer.eos_id, tokenizer.vocab_size)
+    assert again.apply_chat_template("hi") == "<|end|>user: hi|"
+
+
+def test_mistakes_are_named(tokenizer, tmp_path):
+    with pytest.raises(ValueError, match=r"no tokenizer\.json"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(ValueError, match="no chat template"):
+        TextTokenizer(tokenizer.backend).apply_chat_template("hi")
