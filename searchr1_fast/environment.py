@@ -35,7 +35,7 @@ def build_environment(data: DataSet, retrieval: RetrievalConfig, shared: Retriev
     if data.world is not None:
         if retrieval.backend == "remote":
             raise ValueError(
-                "retrieval.backend=remote: the server cannot know a world that is generated here; write it to files with "
+                "retrieval.backend=remote: the server cannot know a world that is generated here; write it with "
                 "`searchr1 world`, serve its corpus, and give its questions as data.questions"
             )
         world = build_world(data.world)

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 from searchr1_fast import pretraining
 from searchr1_fast.config import WorldConfig
-from searchr1_fast.models import DecoderConfig, load_model, load_tokenizer
+from searchr1_fast.models import Decoder, DecoderConfig, load_model, load_tokenizer
+from searchr1_fast.models.decoder import apply_rotary, rotary_embedding
 from searchr1_fast.pretraining import EOS_TOKEN, RECIPES, Batches, learning_rate_factor, pretrain, train_tokenizer
 from searchr1_fast.world import build_world
 from searchr1_fast.world.names import name_words
@@ -222,3 +223,17 @@ def test_a_folder_holds_one_recipe_and_its_tokenizer(tiny, tmp_path):
     assert tokenizer.eos_token == EOS_TOKEN
     with pytest.raises(ValueError, match="another recipe; remove it"):
         pretrain("base", tmp_path, replace(RECIPE, num_steps=1, learning_rate=1e-3), None)
+
+
+def test_first_layer_heads_begin_by_looking_back_as_far_as_their_number():
+    model = Decoder(pretraining.ARCHITECTURE)
+    pretraining.look_back(model)
+    attention, config = model.layers[0].self_attn, model.config
+    cos, sin = rotary_embedding(torch.arange(40), config.head_dim, config.rope_theta)
+    nothing = torch.zeros(40, config.hidden_size)  # content apart: biases alone
+    query = apply_rotary(attention.q_proj(nothing).unflatten(-1, (config.num_attention_heads, -1)), cos, sin)
+    key = apply_rotary(attention.k_proj(nothing).unflatten(-1, (config.num_key_value_heads, -1)), cos, sin)
+    weights = torch.einsum("hd,thd->ht", query[-1], key).div(config.head_dim**0.5).softmax(-1)  # [H, 40]
+    for head in range(1, config.num_attention_heads):
+        assert weights[head].argmax() == 39 - head
+        assert weights[head].max() > 0.9

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from searchr1_fast.protocol import format_observation
 from searchr1_fast.types import Passage
+from searchr1_fast.world.names import name_words
 from searchr1_fast.world.world import Chain, Entity, World
 
 Document = list[tuple[str, str]]
@@ -123,17 +124,13 @@ class TraceWriter:
     # ---------------------------------------------------------------- exercises
 
     def reading(self, generator: random.Random) -> Document:
-        """One passage or two that look alike; then either one of them word for word, or facts in one form of words.
-
-        Quoting teaches to copy from far back: with it a four-layer model reads a name out of a passage after half the
-        training that it takes without.
-        """
+        """One passage or two that look alike; then either one of them word for word, or facts in one form of words."""
         entities = [self.world.random_entity(generator)]
         if generator.random() < 0.6:
             entities.append(self.world.near_duplicate(entities[0]))
         passages = [Passage("", e.name, self._describe(e)) for e in entities]
         prompt = ("prompt", format_observation(passages))
-        if generator.random() < 0.5:
+        if generator.random() < 0.25:
             return [prompt, ("policy", generator.choice(passages).text + "\n")]
         facts = [(e, self.world.fact(e, r)) for e in entities for r in self.world.relations(e.kind)]
         lines = [
@@ -143,9 +140,15 @@ class TraceWriter:
         ]
         return [prompt, ("policy", "".join(lines))]
 
+    def repetition(self, generator: random.Random) -> Document:
+        """Names without sense, twice. Nothing but copying helps: without it the model finds names by their place in a
+        sentence, and never learns that what followed a word before will follow it again."""
+        names = " ".join(generator.choices(name_words(), k=generator.randint(10, 70)))
+        return [("prompt", f"List: {names}.\nAgain:"), ("policy", f" {names}.\n")]
+
     def steps(self, generator: random.Random, chain: Chain) -> Document:
         """A question, and the facts it goes through from the inside out."""
-        names = ", then the ".join(fact.relation.name for fact in chain.facts)
+        names = ", then the ".join(fact.relation.name for fact in chain.facts)  # of a comparison: the same twice
         steps = f"Steps: the {names}, from {_asked_name(chain)}.\n"
         return [("prompt", PROMPT.format(question=chain.question.text)), ("policy", steps)]
 
@@ -171,6 +174,7 @@ def documents(
     seed: str,
     num_documents: int,
     reading_share: float = 0.15,
+    repetition_share: float = 0.1,
     steps_share: float = 0.15,
     article_share: float = 0.02,
 ) -> list[Document]:
@@ -182,10 +186,11 @@ def documents(
         draw = generator.random()
         if draw < reading_share:
             batch.append(writer.reading(generator))
-        elif draw < reading_share + steps_share:
-            compositional = [c for c in generator.choices(own_chains, k=8) if c.question.kind != "comparison"]
-            batch.append(writer.steps(generator, compositional[0]))
-        elif draw < reading_share + steps_share + article_share:
+        elif draw < reading_share + repetition_share:
+            batch.append(writer.repetition(generator))
+        elif draw < reading_share + repetition_share + steps_share:
+            batch.append(writer.steps(generator, generator.choice(own_chains)))
+        elif draw < reading_share + repetition_share + steps_share + article_share:
             batch.append(writer.article(generator))
         else:
             batch.append(writer.trace(generator, generator.choice(own_chains)))
