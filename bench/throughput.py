@@ -284,7 +284,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ValueError("this benchmark runs in one process; start it with python, not torchrun")
     console = make_console()
     with process(config.run.device, config.run.num_threads, config.run.seed) as ranks:
-        run = build_run(config, ranks, Console(quiet=True), log=None)
+        run = build_run(config, ranks, Console(quiet=True))
         twin = plain_policy(run)
         providers = build_providers(run, twin, arguments.plain, arguments.scored)
         for provider in providers.values():

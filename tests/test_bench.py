@@ -31,7 +31,7 @@ def make_twins(bench, make_config):
     def make(**changes):
         config = make_config(**changes)
         with process("cpu", 1, 0) as ranks:
-            run = build_run(config, ranks, Console(quiet=True), log=None)
+            run = build_run(config, ranks, Console(quiet=True))
         return run, bench("plain").plain_policy(run), run.stream.next(config.train.questions_per_step)
 
     return make

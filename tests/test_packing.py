@@ -131,7 +131,8 @@ def test_attention_counts_as_cost():
 
 @pytest.mark.parametrize("on_policy", [True, False])
 @pytest.mark.parametrize("budget", [1, 40, 90])
-def test_loss_and_gradients_do_not_depend_on_the_cut(tiny_decoder, budget, on_policy):
+def test_loss_and_gradients_do_not_depend_on_the_cut(make_decoder, budget, on_policy):
+    tiny_decoder = make_decoder()
     trajectories = some(12, seed=3)
     advantages = np.random.default_rng(0).normal(size=12).tolist()
     algorithm = AlgorithmConfig(kl_coefficient=0.1, entropy_coefficient=0.01)

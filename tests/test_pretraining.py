@@ -84,7 +84,7 @@ def test_the_tokenizer_is_a_function_of_its_seed(world_writers, tokenizer):
 # ---------------------------------------------------------------------------------------------------------- batches
 
 
-def expected_batch(step: int, rich_share: float, reading_share: float, tokenizer, writers, chains):
+def expected_batch(step: int, rich_share: float, end: int, tokenizer, writers, chains):
     """ids and targets of a step, written out document by document."""
     ids: list[int] = []
     targets: list[int | None] = []
@@ -93,7 +93,8 @@ def expected_batch(step: int, rich_share: float, reading_share: float, tokenizer
     while len(ids) < RECIPE.tokens_per_step:
         shares, seed = [1 - rich_share, rich_share], f"{RECIPE.seed}/{step}/{part}"
         part += 1
-        for document in documents(writers, chains, shares, seed, 16, reading_share=reading_share):
+        exercises = {"reading_share": RECIPE.reading_share[end], "repetition_share": RECIPE.repetition_share[end]}
+        for document in documents(writers, chains, shares, seed, 16, **exercises):
             starts.append(len(ids))
             for kind, text in document:
                 piece = tokenizer.encode(text)
@@ -106,12 +107,13 @@ def expected_batch(step: int, rich_share: float, reading_share: float, tokenizer
 
 
 @pytest.mark.parametrize(
-    ("step", "rich_share", "reading_share"), [(0, 0.0, 0.45), (8, RECIPE.rich_share, RECIPE.reading_share[1])]
+    ("step", "rich_share", "end"),
+    [(0, 0.0, 0), (8, RECIPE.rich_share, 1)],  # the curriculum's start and its end
 )
-def test_targets_are_what_the_policy_writes_and_the_end(tokenizer, world_writers, step, rich_share, reading_share):
+def test_targets_are_what_the_policy_writes_and_the_end(tokenizer, world_writers, step, rich_share, end):
     writers, chains = world_writers
     token_ids, cu_seqlens, rows, targets = Batches(RECIPE, tokenizer, writers, chains)(step)
-    ids, wanted, starts = expected_batch(step, rich_share, reading_share, tokenizer, writers, chains)
+    ids, wanted, starts = expected_batch(step, rich_share, end, tokenizer, writers, chains)
     assert token_ids.tolist() == ids
     assert cu_seqlens.tolist() == [*starts, len(ids)]
     places = [place for place, target in enumerate(wanted) if target is not None]
@@ -221,7 +223,7 @@ def test_a_folder_holds_one_recipe_and_its_tokenizer(tiny, tmp_path):
     tokenizer, model = load_tokenizer(tmp_path), load_model(tmp_path)
     assert tokenizer.vocab_size <= model.config.vocab_size == ARCHITECTURE.vocab_size
     assert tokenizer.eos_token == EOS_TOKEN
-    with pytest.raises(ValueError, match="another recipe; remove it"):
+    with pytest.raises(ValueError, match="another recipe; remove"):
         pretrain("base", tmp_path, replace(RECIPE, num_steps=1, learning_rate=1e-3), None)
 
 

@@ -127,6 +127,24 @@ def test_a_folder_with_a_run_is_refused_without_resume(make_config, make_console
         train(config, make_console())
 
 
+def test_a_configuration_that_cannot_run_writes_nothing(make_config, make_console, tmp_path):
+    for changes in ({"model": {"path": str(tmp_path / "none")}}, {"data": {"questions": str(tmp_path / "none.jsonl")}}):
+        config = make_config(**changes)
+        with pytest.raises(ValueError, match="none"):
+            train(config, make_console())
+        assert not config.run_directory.exists()
+
+
+def test_a_refused_resumption_leaves_the_run_as_it_was(make_config, make_console):
+    train(make_config(train={"num_steps": 1}, eval={"sets": {}}), make_console())
+    config = make_config(train={"num_steps": 2}, eval={"sets": {}}, run={"resume": True}, algorithm=PPO)
+    before = {path: path.read_bytes() for path in config.run_directory.glob("*.*")}
+    assert before
+    with pytest.raises(ValueError, match="ppo|critic|algorithm"):
+        train(config, make_console())
+    assert {path: path.read_bytes() for path in config.run_directory.glob("*.*")} == before
+
+
 def test_a_step_without_anything_to_learn_makes_no_update(make_config, make_console, tmp_path):
     impossible = tmp_path / "impossible.jsonl"
     impossible.write_text('{"id": "q", "question": "k1", "golden_answers": ["nobody knows"]}\n')

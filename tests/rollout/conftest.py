@@ -103,7 +103,7 @@ def make_model(tokenizer):
         with torch.no_grad():
             embedding = model.model.embed_tokens.weight.clone()
             for before, after in HABITS:
-                (first,), (second,) = tokenizer.encode(before), tokenizer.encode(after)
+                first, second = (tokenizer.encode(text, special_tokens=True)[0] for text in (before, after))
                 model.head_weight[second] += 4.0 * embedding[first]
             model.head_weight[tokenizer.vocab_size :] *= 1.5
         return model
