@@ -43,19 +43,19 @@ class Recipe:
     learning_rate: float  # AdamW, on embedding, norms and biases
     matrix_learning_rate: float  # Muon, on the blocks' matrices
     warmup_steps: int
-    rich_share: float = 0.4  # of documents about the rich world, at the end of the curriculum
+    rich_share: float = 0.3  # of documents about the rich world, at the end of the curriculum
     reading_share: tuple[float, float] = (0.35, 0.3)  # of reading exercises, at the curriculum's start and end
     repetition_share: tuple[float, float] = (0.2, 0.05)  # likewise of repetitions
-    curriculum: tuple[float, float] = (0.2, 0.5)  # parts of the training at which it starts to move and ends
+    curriculum: tuple[float, float] = (0.2, 0.37)  # parts of the training at which it starts to move and ends
     num_entities: int = 20_000
-    num_chains: int = 60_000
+    num_chains: int = 30_000
     hops: tuple[float, ...] = (2.0, 3.0, 4.0, 3.0)
     seed: int = 0
 
 
 RECIPES = {
-    "base": Recipe(BASE_MIX, 1700, 8192, 3e-3, 2e-2, 50),
-    "instruct": Recipe(INSTRUCT_MIX, 200, 8192, 6e-4, 4e-3, 20, curriculum=(0.0, 0.0)),
+    "base": Recipe(BASE_MIX, 1500, 8192, 3e-3, 2e-2, 50),
+    "instruct": Recipe(INSTRUCT_MIX, 150, 8192, 6e-4, 4e-3, 20, curriculum=(0.0, 0.0)),
 }
 
 ARCHITECTURE = DecoderConfig(
