@@ -121,7 +121,8 @@ def _evaluations(axes: Axes, rows: Sequence[Row], colour: str, label: str | None
         axes.plot(steps, values, style, color=line, linewidth=2.4, marker="o", markersize=4, label=text)
         if label is not None:
             continue
-        for kind in eval_kinds(rows, name):
+        kinds = eval_kinds(rows, name)
+        for kind in kinds if len(kinds) > 1 else ():  # the only kind is the set itself
             steps, values = series(rows, f"eval/{name}/{kind}/em")
             text = f"{name} {kind}" if len(names) > 1 else kind
             axes.plot(steps, values, "--", color=next(others), linewidth=1.3, marker="o", markersize=3, label=text)
