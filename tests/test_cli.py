@@ -14,9 +14,8 @@ from pathlib import Path
 import pytest
 
 import searchr1_fast
-from searchr1_fast import cli, errors
+from searchr1_fast import cli
 from searchr1_fast.cli import COMMANDS, model_directory, run_config_path
-from searchr1_fast.errors import entry_point
 
 ROOT = Path(searchr1_fast.__file__).parent.parent
 OURS = ["train", "eval", "ask", "serve", "report"]
@@ -170,80 +169,6 @@ def test_a_reader_that_leaves_early_is_no_error():
     program = f"{sys.executable} -m searchr1_fast --help | true; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", program], env=environment(), capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-
-
-# ------------------------------------------------------------------------------------------------ errors
-
-
-@pytest.mark.parametrize(
-    ("error", "said"),
-    [
-        (ValueError("train.x: too\n  big"), "error: train.x: too big"),
-        (ValueError(), "error: ValueError without a message"),
-        (FileNotFoundError(2, "No such file or directory", "q.jsonl"), "error: q.jsonl: no such file or directory"),
-        (ConnectionError("refused"), "error: refused"),
-    ],
-)
-def test_user_errors_are_one_line_and_exit_code_2(capsys, error, said):
-    def fail():
-        raise error
-
-    assert entry_point(fail)() == 2
-    assert capsys.readouterr().err == f"searchr1: {said}\n"
-
-
-def test_a_failed_search_is_the_users_to_mend(capsys):
-    from searchr1_fast.retrieval import RetrievalError
-
-    def fail():
-        raise RetrievalError("http://x/retrieve: connection refused, 5 attempts")
-
-    assert entry_point(fail)() == 2
-    assert capsys.readouterr().err == "searchr1: error: http://x/retrieve: connection refused, 5 attempts\n"
-
-
-def test_interrupt_is_130(capsys):
-    def fail():
-        raise KeyboardInterrupt
-
-    assert entry_point(fail)() == errors.INTERRUPTED == 130
-    assert capsys.readouterr().err == "searchr1: interrupted\n"
-
-
-@pytest.mark.parametrize("error", [AssertionError("ours"), RuntimeError("ours"), KeyError("ours"), SystemExit(3)])
-def test_our_own_mistakes_keep_their_traceback(error):
-    def fail():
-        raise error
-
-    with pytest.raises(type(error)):
-        entry_point(fail)()
-
-
-@pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt()])
-def test_debugging_lets_everything_through(monkeypatch, error):
-    monkeypatch.setenv("SEARCHR1_DEBUG", "1")
-
-    def fail():
-        raise error
-
-    with pytest.raises(type(error)):
-        entry_point(fail)()
-
-
-def test_under_torchrun_an_error_says_whose_it_is(monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "1")
-
-    def fail():
-        raise ValueError("no")
-
-    assert entry_point(fail)() == 2
-    assert capsys.readouterr().err == "[rank 1] searchr1: error: no\n"
-
-
-def test_exit_codes_of_success():
-    assert entry_point(lambda: None)() == 0
-    assert entry_point(lambda: 5)() == 5
 
 
 # ------------------------------------------------------------------------------------------------ configuration errors
