@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = command_parser(
         "serve",
         "searchr1 serve --corpus corpus.jsonl --port 8000\n"
-        "searchr1 train configs/demo.yaml retrieval.backend=remote retrieval.url=http://127.0.0.1:8000/retrieve",
+        "searchr1 train configs/demo.yaml retrieval.backend=remote 'data={questions: questions.jsonl}' eval.sets={}",
         'The corpus is JSONL, {"id", "contents": "\\"Title\\"\\ntext"} in each row, searched with BM25.',
     )
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="settings: retrieval.bm25_k1=1.2")
