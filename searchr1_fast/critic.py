@@ -5,7 +5,7 @@ policy tokens. Retrieved tokens are neither valued nor trained on (the original 
 the first values are zero and the first advantages plain returns.
 
 Shape legend
-    P  policy tokens of a micro-batch    S  its sequences    D  hidden size
+    P  policy tokens of a micro-batch    R  of them those that are scored    S  its sequences    D  hidden size
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class ValueModel(nn.Module):
 
     def forward(self, batch: PackedBatch) -> torch.Tensor:  # [P] fp32
         """The value of every state in which a policy token is about to be written."""
-        hidden = self.decoder.hidden(batch.token_ids, batch.cu_seqlens, batch.policy_index)  # [P, D]
+        hidden = self.decoder.hidden(batch.token_ids, batch.cu_seqlens, batch.scored_rows, batch.prefixes)  # [R, D]
         head = self.value_head  # in fp32 even where the decoder computes in bf16: returns need the digits
-        return hidden.float() @ head.weight.float()[0] + head.bias.float()
+        return batch.spread(hidden.float() @ head.weight.float()[0] + head.bias.float())
 
 
 class Critic(Learner):

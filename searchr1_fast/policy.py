@@ -9,7 +9,8 @@ of the run ends. Every rank must bring as many micro-batches as the others, beca
 `padding_batch` fills up.
 
 Shape legend
-    T  tokens of a micro-batch    S  its sequences    P  its policy tokens    D  hidden size    V  vocabulary
+    T  rows of a micro-batch    S  its sequences    P  its policy tokens    R  of them those that are scored: a token
+    in a beginning that sequences share is scored once    D  hidden size    V  vocabulary
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import fields, replace
+from typing import Any
 
 import torch
 from searchr1_kernels import linear_logprob
@@ -44,15 +46,17 @@ class TokenScorer(nn.Module):
         self, batch: PackedBatch, with_entropy: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:  # logprobs [P] fp32, entropy [P] fp32
         """Log-probability of every policy token at the sampler's temperature."""
-        hidden = self.decoder.hidden(batch.token_ids, batch.cu_seqlens, batch.policy_index)  # [P, D]
+        hidden = self.decoder.hidden(batch.token_ids, batch.cu_seqlens, batch.scored_rows, batch.prefixes)  # [R, D]
         weight = self.decoder.head_weight  # [V, D]
         if batch.num_policy_tokens == 0:
             # `padding_batch`: the matrix product of nothing gives every parameter a gradient of zero, as FSDP expects.
             nothing = (hidden @ weight.T).sum(-1).float()
             return nothing, nothing
+        options = {"temperature": self.temperature, "return_entropy": with_entropy}
+        scores = linear_logprob(hidden, weight, batch.scored_targets, **options)
         if with_entropy:
-            return linear_logprob(hidden, weight, batch.targets, temperature=self.temperature, return_entropy=True)
-        return linear_logprob(hidden, weight, batch.targets, temperature=self.temperature), None
+            return batch.spread(scores[0]), batch.spread(scores[1])
+        return batch.spread(scores), None
 
 
 class TrainingDiverged(ValueError):
@@ -238,12 +242,13 @@ def to_device(batch: PackedBatch, device: torch.device) -> PackedBatch:
     """The batch with its tensors on the device; copies from the host do not wait."""
     if device.type == "cpu":
         return batch
-    values = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    return replace(
-        batch,
-        **{
-            name: value.pin_memory().to(device, non_blocking=True)
-            for name, value in values.items()
-            if isinstance(value, torch.Tensor)
-        },
-    )
+    prefixes = None if batch.prefixes is None else _tensors_to_device(batch.prefixes, device)
+    return replace(_tensors_to_device(batch, device), prefixes=prefixes)
+
+
+def _tensors_to_device(values: Any, device: torch.device) -> Any:
+    """A dataclass with its own tensors on the device."""
+    named = {field.name: getattr(values, field.name) for field in fields(values)}
+    tensors = {name: value for name, value in named.items() if isinstance(value, torch.Tensor)}
+    moved = {name: value.pin_memory().to(device, non_blocking=True) for name, value in tensors.items()}
+    return replace(values, **moved)

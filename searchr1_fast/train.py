@@ -36,7 +36,7 @@ from searchr1_fast.config import Config, load_config
 from searchr1_fast.errors import INTERRUPTED, entry_point
 from searchr1_fast.evaluate import score, trajectory_seed
 from searchr1_fast.losses import MAX_METRICS, accumulate_metrics
-from searchr1_fast.packing import assign_to_ranks, pack
+from searchr1_fast.packing import assign_to_ranks, in_order, pack, shared_lengths
 from searchr1_fast.policy import padding_batch, to_device
 from searchr1_fast.rollout import RolloutRequest
 from searchr1_fast.run import Run, UserInterface, is_due, open_run
@@ -144,13 +144,14 @@ def make_minibatches(
         members = [int(i) for i in np.flatnonzero(kept) if trajectories[i].group in chosen]
         if not members:
             continue  # fewer groups than minibatches
-        shares = assign_to_ranks([len(trajectories[i].token_ids) for i in members], ranks.world_size)
-        mine = [members[place] for place in shares[ranks.rank]]
+        order = in_order(trajectories, members)
+        lengths = [len(trajectories[i].token_ids) for i in order]
+        begin, end = assign_to_ranks(lengths, shared_lengths(trajectories, order), ranks.world_size)[ranks.rank]
         batches = pack(
             trajectories,
             advantages,
             config.train.tokens_per_microbatch,
-            indices=mine,
+            indices=order[begin:end],
             mask_observations=config.algorithm.mask_observations,
         )
         denominator = int(ranks.sum(sum(batch.num_policy_tokens for batch in batches)))

@@ -114,16 +114,30 @@ class Trajectory:
         return len(self.token_ids) - self.prompt_length
 
 
+@dataclass(frozen=True, slots=True)
+class SharedPrefixes:
+    """How sequences of a batch share their beginnings: a beginning is laid out once, with the first that has it."""
+
+    key_index: torch.Tensor  # [K] int64: the rows each sequence attends to, in order, shared and own
+    cu_seqlens_k: torch.Tensor  # [S+1] int32: where each sequence's rows lie in `key_index`
+    max_seqlen_k: int
+    distinct: torch.Tensor  # [R] int64: the policy tokens to score, places in P; each node of the tree once
+    distinct_inverse: torch.Tensor  # [P] int64: where each policy token finds its score
+
+
 @dataclass(slots=True)
 class PackedBatch:
     """Sequences laid end to end, no padding. Written by `packing`; the trainer adds nothing to it in place.
 
-    Policy token j of the batch is `targets[j]`; the hidden state that predicts it lies at row `policy_index[j]`,
-    one before the token's own row. `policy_cu_seqlens` splits the P policy tokens by sequence.
+    `cu_seqlens` splits the rows by sequence. Where beginnings are shared (`prefixes`), a sequence's rows are what it
+    has of its own: none, where all of it came before.
+
+    Policy token j of the batch is `targets[j]`; the hidden state that predicts it lies at row `policy_index[j]`.
+    `policy_cu_seqlens` splits the P policy tokens by sequence, shared or not.
     """
 
     token_ids: torch.Tensor  # [T] int64
-    positions: torch.Tensor  # [T] int64, from 0 in each sequence
+    positions: torch.Tensor  # [T] int64, counted from the sequence's first token
     cu_seqlens: torch.Tensor  # [S+1] int32
     max_seqlen: int
     policy_index: torch.Tensor  # [P] int64
@@ -132,6 +146,7 @@ class PackedBatch:
     rollout_logprobs: torch.Tensor  # [P] fp32
     advantages: torch.Tensor  # [P] fp32
     trajectory_index: list[int] = field(default_factory=list)  # [S]: place of each sequence in the rollout's list
+    prefixes: SharedPrefixes | None = None  # None: nothing is shared
 
     @property
     def num_tokens(self) -> int:
@@ -147,3 +162,21 @@ class PackedBatch:
     def num_sequences(self) -> int:
         """S."""
         return self.cu_seqlens.shape[0] - 1
+
+    @property
+    def scored_rows(self) -> torch.Tensor:
+        """[R] int64: the rows whose hidden states predict, each prediction once. R = P where nothing is shared."""
+        return self.policy_index if self.prefixes is None else self.policy_index[self.prefixes.distinct]
+
+    @property
+    def scored_targets(self) -> torch.Tensor:
+        """[R] int64: what they predict."""
+        return self.targets if self.prefixes is None else self.targets[self.prefixes.distinct]
+
+    def spread(self, scores: torch.Tensor) -> torch.Tensor:  # [R] -> [P]
+        """Every policy token's score. As an embedding, whose gradient adds in a fixed order on every device."""
+        if self.prefixes is None:
+            return scores
+        import torch.nn.functional as F  # not on top: who only needs the types does not wait for torch
+
+        return F.embedding(self.prefixes.distinct_inverse, scores.unsqueeze(1)).squeeze(1)

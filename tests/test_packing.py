@@ -1,4 +1,4 @@
-"""Packing: every token once, no padding, the budget kept; and the same loss and gradients however a step is cut."""
+"""Packing: no padding, nothing twice, the budget kept; and the same loss and gradients however a step is laid out."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from searchr1_kernels import linear_logprob
 
 from searchr1_fast.config import AlgorithmConfig
 from searchr1_fast.losses import policy_loss
-from searchr1_fast.packing import assign_to_ranks, pack, plan
-from searchr1_fast.types import FinishReason, Question, Trajectory
+from searchr1_fast.packing import assign_to_ranks, in_order, pack, plan, shared_lengths
+from searchr1_fast.policy import TokenScorer
+from searchr1_fast.types import FinishReason, PackedBatch, Question, Trajectory
 
 QUESTION = Question("q", "text", ("answer",), "test")
 VOCABULARY = 50
@@ -39,45 +39,109 @@ def some(count: int, seed: int = 0) -> list[Trajectory]:
     ]
 
 
-@settings(max_examples=60, deadline=None)
+def family(count: int, seed: int = 0) -> list[Trajectory]:
+    """Trajectories that begin alike: each is an earlier one cut somewhere and gone on with in another way, or whole."""
+    generator = np.random.default_rng(seed)
+    trajectories = some(min(count, 2), seed)
+    while len(trajectories) < count:
+        parent = trajectories[generator.integers(len(trajectories))]
+        cut = int(generator.integers(parent.prompt_length, len(parent.token_ids) + 1))
+        rest = make([(False, 1), (True, int(generator.integers(0, 6)))], int(generator.integers(1 << 30)))
+        parts = [(parent, slice(0, cut)), (rest, slice(1, None))]
+        arrays = (
+            np.concatenate([getattr(trajectory, name)[part] for trajectory, part in parts])
+            for name in ("token_ids", "loss_mask", "rollout_logprobs")
+        )
+        trajectories.append(Trajectory(QUESTION, 0, *arrays, parent.prompt_length, [], FinishReason.ANSWER))
+    return [trajectories[i] for i in generator.permutation(count)]
+
+
+def key_rows(batch: PackedBatch, place: int) -> list[int]:
+    """The rows that sequence `place` attends to."""
+    if batch.prefixes is None:
+        return list(range(*batch.cu_seqlens[place : place + 2].tolist()))
+    begin, end = batch.prefixes.cu_seqlens_k[place : place + 2].tolist()
+    return batch.prefixes.key_index[begin:end].tolist()
+
+
+@settings(max_examples=100, deadline=None)
 @given(
     count=st.integers(0, 25),
     seed=st.integers(0, 100),
     budget=st.integers(1, 120),
     mask_observations=st.booleans(),
     choose=st.booleans(),
+    related=st.booleans(),
+    share_prefixes=st.booleans(),
 )
-def test_every_token_once_and_in_place(count, seed, budget, mask_observations, choose):
-    trajectories = some(count, seed)
+def test_every_token_in_place(count, seed, budget, mask_observations, choose, related, share_prefixes):
+    trajectories = family(count, seed) if related else some(count, seed)
     advantages = [np.random.default_rng(seed + i).normal(size=len(t.token_ids)) for i, t in enumerate(trajectories)]
     indices = list(range(count - 1, -1, -2)) if choose else None
-    batches = pack(trajectories, advantages, budget, indices=indices, mask_observations=mask_observations)
+    options = {"indices": indices, "mask_observations": mask_observations, "share_prefixes": share_prefixes}
+    batches = pack(trajectories, advantages, budget, **options)
 
     packed = [index for batch in batches for index in batch.trajectory_index]
     assert sorted(packed) == sorted(range(count) if indices is None else indices)
     for batch in batches:
         assert batch.num_tokens <= budget or batch.num_sequences == 1
-        assert batch.trajectory_index == sorted(batch.trajectory_index)
         assert batch.cu_seqlens.dtype == batch.policy_cu_seqlens.dtype == torch.int32
         assert batch.cu_seqlens[-1] == batch.num_tokens
         assert batch.policy_cu_seqlens[-1] == batch.num_policy_tokens
         assert batch.max_seqlen == batch.cu_seqlens.diff().max()
+        assert share_prefixes or batch.prefixes is None
+        beginnings = {tuple(trajectories[i].token_ids[: n + 1]) for i in batch.trajectory_index for n in range(
+            len(trajectories[i].token_ids))}  # fmt: skip
+        assert not share_prefixes or batch.num_tokens == len(beginnings)  # none twice
         for place, index in enumerate(batch.trajectory_index):
-            trajectory = trajectories[index]
-            begin, end = batch.cu_seqlens[place : place + 2].tolist()
-            assert batch.token_ids[begin:end].tolist() == trajectory.token_ids.tolist()
-            assert batch.positions[begin:end].tolist() == list(range(end - begin))
+            trajectory, own = trajectories[index], list(range(*batch.cu_seqlens[place : place + 2].tolist()))
             policy = slice(*batch.policy_cu_seqlens[place : place + 2].tolist())
+            at = np.arange(trajectory.prompt_length, len(trajectory.token_ids))
             if mask_observations:
                 at = np.flatnonzero(trajectory.loss_mask)
-            else:
-                at = np.arange(trajectory.prompt_length, len(trajectory.token_ids))
-            assert (batch.policy_index[policy] - begin + 1).tolist() == at.tolist()
-            assert (batch.policy_index[policy] >= begin).all()  # predicted from inside the own sequence
+            rows = key_rows(batch, place)
+            if own:
+                assert rows[-len(own) :] == own
+                assert batch.token_ids[rows].tolist() == trajectory.token_ids.tolist()
+                assert batch.positions[rows].tolist() == list(range(len(trajectory.token_ids)))
+                assert batch.policy_index[policy].tolist() == [rows[i - 1] for i in at]
+            assert batch.token_ids[batch.policy_index[policy]].tolist() == trajectory.token_ids[at - 1].tolist()
+            assert batch.positions[batch.policy_index[policy]].tolist() == (at - 1).tolist()
             assert batch.targets[policy].tolist() == trajectory.token_ids[at].tolist()
             wanted = np.where(trajectory.loss_mask, trajectory.rollout_logprobs, np.nan)[at]
             np.testing.assert_array_equal(batch.rollout_logprobs[policy].numpy(), wanted)
             np.testing.assert_array_equal(batch.advantages[policy].numpy(), advantages[index][at].astype(np.float32))
+        predictions = list(zip(batch.scored_rows.tolist(), batch.scored_targets.tolist(), strict=True))
+        wanted = list(zip(batch.policy_index.tolist(), batch.targets.tolist(), strict=True))
+        assert len(set(predictions)) == len(predictions)
+        assert [predictions[int(i)] for i in batch.spread(torch.arange(len(predictions)).float())] == wanted
+
+
+@pytest.mark.parametrize("budget", [1, 60, 10_000])
+def test_sharing_changes_no_score_and_no_gradient(make_decoder, budget):
+    """Gradients of both outputs, per-trajectory weights, trajectories that are whole prefixes and copies of others."""
+    decoder = make_decoder()
+    trajectories = family(30, seed=5)
+    advantages = np.random.default_rng(0).normal(size=30).tolist()
+
+    def score(share_prefixes: bool) -> tuple[dict[int, list[float]], list[torch.Tensor], int]:
+        decoder.zero_grad()
+        scores, num_tokens = {}, 0
+        for batch in pack(trajectories, advantages, budget, share_prefixes=share_prefixes):
+            logprobs, entropy = TokenScorer(decoder, 0.7)(batch, with_entropy=True)
+            ((logprobs + 0.3 * entropy) * batch.advantages).sum().backward()
+            for index, part in zip(batch.trajectory_index, logprobs.split(batch.policy_cu_seqlens.diff().tolist()),
+                                   strict=True):  # fmt: skip
+                scores[index] = part.tolist()
+            num_tokens += batch.num_tokens
+        return scores, [parameter.grad.clone() for parameter in decoder.parameters()], num_tokens
+
+    shared, plain = score(True), score(False)
+    assert shared[2] < 0.6 * plain[2] or budget == 1
+    for index in range(30):
+        assert shared[0][index] == pytest.approx(plain[0][index], rel=1e-4, abs=1e-5)
+    for have, want in zip(shared[1], plain[1], strict=True):
+        torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("as_array", [False, True])
@@ -85,48 +149,66 @@ def test_one_advantage_for_a_whole_trajectory(as_array):
     trajectories = some(3)
     advantages = np.array([0.5, -1.0, 2.0], dtype=np.float32)
     (batch,) = pack(trajectories, advantages if as_array else advantages.tolist(), 10_000)
-    wanted = np.repeat(advantages, batch.policy_cu_seqlens.diff().numpy())
+    wanted = np.repeat(advantages[batch.trajectory_index], batch.policy_cu_seqlens.diff().numpy())
     np.testing.assert_array_equal(batch.advantages.numpy(), wanted)
 
 
-@given(lengths=st.lists(st.integers(1, 60), max_size=60), budget=st.integers(1, 100))
-def test_plan_keeps_the_budget_and_wastes_few_bins(lengths, budget):
-    bins = plan(lengths, budget)
-    assert sorted(place for places in bins for place in places) == list(range(len(lengths)))
-    loads = [sum(lengths[place] for place in places) for places in bins]
-    shared = [load for load in loads if load <= budget]
-    assert all(len(places) == 1 for places, load in zip(bins, loads, strict=True) if load > budget)
-    # Two lightest bins that fit in one would mean that a bin was opened for nothing.
-    assert len(shared) < 2 or sum(sorted(shared)[:2]) > budget or sum(shared) > (len(shared) - 1) * budget
-    assert plan(lengths, budget) == bins
+@st.composite
+def sorted_lengths(draw, most: int = 60) -> tuple[list[int], list[int]]:
+    """Lengths, and what each shares with the one before: at most all of either."""
+    lengths = draw(st.lists(st.integers(1, most), max_size=40))
+    bounds = [0, *(min(pair) for pair in zip(lengths, lengths[1:], strict=False))]
+    return lengths, [draw(st.integers(0, bound)) for bound in bounds[: len(lengths)]]
 
 
-@pytest.mark.parametrize(
-    ("lengths", "budget", "wanted"),
-    [
-        ([30, 29, 28, 10, 9, 8], 60, [57, 57]),
-        ([5, 5, 4, 4, 2], 10, [5, 7, 8]),  # two bins of 9 and one of 2, were the third not there from the start
-    ],
-)
-def test_plan_balances(lengths, budget, wanted):
-    assert sorted(sum(lengths[place] for place in places) for places in plan(lengths, budget)) == wanted
+def load(lengths: list[int], shared: list[int], begin: int, end: int) -> int:
+    """Rows of a run."""
+    return lengths[begin] + sum(lengths[begin + 1 : end]) - sum(shared[begin + 1 : end])
 
 
-@given(lengths=st.lists(st.integers(1, 5000), max_size=60), world_size=st.integers(1, 9))
-def test_ranks_share_everything_evenly(lengths, world_size):
-    ranks = assign_to_ranks(lengths, world_size)
-    assert len(ranks) == world_size
-    assert all(places == sorted(places) for places in ranks)
-    assert sorted(place for places in ranks for place in places) == list(range(len(lengths)))
-    loads = [sum(lengths[place] for place in places) for places in ranks]
-    assert max(loads) - min(loads) <= 1.25 * max(lengths, default=0)
+@given(sequences=sorted_lengths(), budget=st.integers(1, 100))
+def test_plan_keeps_the_budget_and_wastes_no_run(sequences, budget):
+    lengths, shared = sequences
+    runs = plan(lengths, shared, budget)
+    assert [place for begin, end in runs for place in range(begin, end)] == list(range(len(lengths)))
+    loads = [load(lengths, shared, begin, end) for begin, end in runs]
+    assert all(rows <= budget or end - begin == 1 for rows, (begin, end) in zip(loads, runs, strict=True))
+    fewest = {0: 0}  # by dynamic programming: the fewest runs that cover the first sequences
+    for end in range(1, len(lengths) + 1):
+        fits = [b for b in range(end) if b == end - 1 or load(lengths, shared, b, end) <= budget]
+        fewest[end] = 1 + min(fewest[b] for b in fits)
+    assert len(runs) == fewest[len(lengths)]
+
+
+def test_plan_balances():
+    assert plan([10] * 8, [0] * 8, 60) == [(0, 4), (4, 8)]
+    assert plan([30, 30, 30, 30], [0, 20, 0, 20], 45) == [(0, 2), (2, 4)]
+
+
+@given(sequences=sorted_lengths(5000), world_size=st.integers(1, 9))
+def test_ranks_share_everything_evenly(sequences, world_size):
+    lengths, shared = sequences
+    runs = assign_to_ranks(lengths, shared, world_size)
+    assert len(runs) == world_size
+    assert [place for begin, end in runs for place in range(begin, end)] == list(range(len(lengths)))
+    loads = [sum(lengths[begin:end]) - sum(shared[begin:end]) for begin, end in runs]
+    assert max(loads) - min(loads) <= 2.5 * max(lengths, default=0)
 
 
 def test_attention_counts_as_cost():
-    """Sixteen sequences of 1k tokens cost less than one of 16k, so its rank gets none of them, and no more tokens."""
-    ranks = assign_to_ranks([16384, *[1024] * 20], 2)
-    assert ranks[0] == [0]
-    assert ranks[1] == list(range(1, 21))
+    """A sequence of 24k tokens costs more than 44 of 1k, with half their tokens."""
+    (_, cut), _ = assign_to_ranks([24_000, *[1024] * 44], [0] * 45, 2)
+    assert cut == 1
+
+
+def test_order_and_shared_lengths():
+    trajectories = [make([(False, 2), (True, 3)]) for _ in range(4)]
+    for trajectory, ids in zip(trajectories, ([5, 300, 1, 1, 1], [5, 7, 2, 2, 2], [5, 300, 1, 0, 9], [5, 7, 2, 2, 2]),
+                               strict=True):  # fmt: skip
+        trajectory.token_ids[:] = ids
+    order = in_order(trajectories, range(4))
+    assert order == [1, 3, 2, 0]  # by value and not by the bytes of a little-endian number
+    assert shared_lengths(trajectories, order) == [0, 5, 1, 3]
 
 
 @pytest.mark.parametrize("on_policy", [True, False])
@@ -143,8 +225,7 @@ def test_loss_and_gradients_do_not_depend_on_the_cut(make_decoder, budget, on_po
         batches = pack(trajectories, advantages, budget)
         denominator = sum(batch.num_policy_tokens for batch in batches)
         for batch in batches:
-            hidden = tiny_decoder.hidden(batch.token_ids, batch.cu_seqlens)[batch.policy_index]
-            logprobs, entropy = linear_logprob(hidden, tiny_decoder.head_weight, batch.targets, return_entropy=True)
+            logprobs, entropy = TokenScorer(tiny_decoder, 1.0)(batch, with_entropy=True)
             loss, metrics = policy_loss(
                 logprobs, batch, algorithm=algorithm, ref_logprobs=batch.rollout_logprobs - 0.1, entropy=entropy,
                 denominator=denominator, on_policy=on_policy,

@@ -1,8 +1,9 @@
 """Causal attention over packed sequences, and over a KV cache. Pure functions; nothing is padded.
 
 Shape legend
-    T  packed tokens    S  sequences    H  query heads    G  key/value heads (H a multiple of G)    d  head dimension
-    C  cache slots      M  cache length per slot
+    T  packed tokens    S  sequences    K  keys: T, or more where sequences share beginnings
+    H  query heads    G  key/value heads (H a multiple of G)    d  head dimension
+    C  cache slots    M  cache length per slot
 
 `packed_attention` is differentiable. `cached_attention` is for generation: on the CPU a numba kernel reads each
 token's own slot in place, exactly as long as it is; `cached_attention_reference` is its plain twin and the path of
@@ -21,11 +22,13 @@ _GATHERED_TOKENS = 512  # bounds what the plain twin gathers: [512, H, length, d
 
 def packed_attention(
     query: torch.Tensor,  # [T, H, d]
-    key: torch.Tensor,  # [T, G, d]
-    value: torch.Tensor,  # [T, G, d]
+    key: torch.Tensor,  # [K, G, d]
+    value: torch.Tensor,  # [K, G, d]
     sequence_lengths: list[int],  # [S], adding up to T
+    key_lengths: list[int] | None = None,  # [S], adding up to K; None: the sequences' own
+    masks: list[torch.Tensor | None] | None = None,  # [S], from `suffix_masks`
 ) -> torch.Tensor:  # [T, H, d]
-    """Causal softmax attention inside each sequence.
+    """Causal softmax attention inside each sequence; with `key_lengths` a sequence's queries are the last of its keys.
 
     One SDPA call per sequence: the lengths differ and padding would be work. `split` and not slicing, because the
     gradient of a split is one concatenation, that of S slices S tensors of full size.
@@ -33,21 +36,41 @@ def packed_attention(
     if query.device.type == "cpu" and query.dtype != torch.float32:
         # torch's CPU attention takes 2.6 times as long backward in bf16 as in fp32 (AMD EPYC, torch 2.13, 2026-11-22)
         with torch.autocast("cpu", enabled=False):
-            return packed_attention(query.float(), key.float(), value.float(), sequence_lengths).to(query.dtype)
+            query, key, value, dtype = query.float(), key.float(), value.float(), query.dtype
+            return packed_attention(query, key, value, sequence_lengths, key_lengths, masks).to(dtype)
     num_heads, num_kv_heads = query.shape[1], key.shape[1]
     if num_heads != num_kv_heads:
         key = key.repeat_interleave(num_heads // num_kv_heads, dim=1)
         value = value.repeat_interleave(num_heads // num_kv_heads, dim=1)
     outputs = [
-        F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        for q, k, v in zip(
+        F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        for q, k, v, mask in zip(
             query.transpose(0, 1).unsqueeze(0).split(sequence_lengths, dim=2),
-            key.transpose(0, 1).unsqueeze(0).split(sequence_lengths, dim=2),
-            value.transpose(0, 1).unsqueeze(0).split(sequence_lengths, dim=2),
+            key.transpose(0, 1).unsqueeze(0).split(key_lengths or sequence_lengths, dim=2),
+            value.transpose(0, 1).unsqueeze(0).split(key_lengths or sequence_lengths, dim=2),
+            masks or [None] * len(sequence_lengths),
             strict=True,
         )
+        if q.shape[2]
     ]
     return torch.cat(outputs, dim=2)[0].transpose(0, 1)
+
+
+def suffix_masks(
+    sequence_lengths: list[int],  # [S]
+    key_lengths: list[int],  # [S]
+    device: torch.device,
+) -> list[torch.Tensor | None]:  # [queries, keys] bool each
+    """Which keys the last tokens of each sequence see; None where the queries are all of the sequence."""
+    return [
+        torch.ones(n, m, dtype=torch.bool, device=device).tril(m - n) if m > n else None
+        for n, m in zip(sequence_lengths, key_lengths, strict=True)
+    ]
+
+
+def gather_rows(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:  # [T, G, d], [K] int64 -> [K, G, d]
+    """`x[rows]`, as an embedding: its gradient adds row to row, fast and in a fixed order; indexing is neither."""
+    return F.embedding(rows, x.flatten(1)).view(len(rows), *x.shape[1:])
 
 
 def cached_attention(

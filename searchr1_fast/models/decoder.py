@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from searchr1_fast.models.attention import cached_attention, packed_attention
+from searchr1_fast.models.attention import cached_attention, gather_rows, packed_attention, suffix_masks
+from searchr1_fast.types import SharedPrefixes
 
 if TYPE_CHECKING:
     from searchr1_fast.models.kv_cache import KVCache
@@ -187,15 +188,28 @@ class Block(nn.Module):
 
 
 class PackedContext:
-    """What attention needs in a packed forward: the angles, and where sequences end."""
+    """What attention needs in a packed forward: the angles, where sequences end, and what they share."""
 
-    def __init__(self, cu_seqlens: torch.Tensor, positions: torch.Tensor, config: DecoderConfig) -> None:
+    def __init__(
+        self, cu_seqlens: torch.Tensor, num_tokens: int, prefixes: SharedPrefixes | None, config: DecoderConfig
+    ) -> None:
+        positions = packed_positions(cu_seqlens, num_tokens)
+        self.sequence_lengths = self.key_lengths = cu_seqlens.diff().tolist()
+        self.key_index, self.masks = None, None
+        if prefixes is not None:
+            own = cu_seqlens.diff().long()
+            shared = prefixes.cu_seqlens_k.diff().long() - own
+            positions = positions + shared.repeat_interleave(own, output_size=num_tokens)
+            self.key_index, self.key_lengths = prefixes.key_index, prefixes.cu_seqlens_k.diff().tolist()
+            self.masks = suffix_masks(self.sequence_lengths, self.key_lengths, cu_seqlens.device)
         self.cos, self.sin = rotary_embedding(positions, config.head_dim, config.rope_theta)
-        self.sequence_lengths = cu_seqlens.diff().tolist()
 
     def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """[T, H, d], [T, G, d], [T, G, d] -> [T, H, d]"""
-        return packed_attention(query, key, value, self.sequence_lengths)
+        if self.key_index is None:
+            return packed_attention(query, key, value, self.sequence_lengths)
+        key, value = (gather_rows(x, self.key_index) for x in (key, value))  # [K, G, d]
+        return packed_attention(query, key, value, self.sequence_lengths, self.key_lengths, self.masks)
 
 
 class CachedContext:
@@ -261,13 +275,14 @@ class Decoder(nn.Module):
         token_ids: torch.Tensor,  # [T] int64
         cu_seqlens: torch.Tensor,  # [S+1] int: 0, …, T
         rows: torch.Tensor | None = None,  # [R] int64
+        prefixes: SharedPrefixes | None = None,
     ) -> torch.Tensor:  # [T, D], or [R, D]
         """Final hidden states of packed sequences, each causal in itself.
 
         `rows`: of these tokens alone. In training most tokens are retrieved text that only has to be attended to, and
-        the last layer need not work on them.
+        the last layer need not work on them. `prefixes`: how sequences continue what others began (`PackedBatch`).
         """
-        context = PackedContext(cu_seqlens, packed_positions(cu_seqlens, len(token_ids)), self.config)
+        context = PackedContext(cu_seqlens, len(token_ids), prefixes, self.config)
         return self._run(token_ids, context, rows)
 
     def logits(self, token_ids: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:  # [T], [S+1] -> [T, V]
