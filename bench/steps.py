@@ -79,7 +79,7 @@ def our_step(run: Run, questions: Sequence[Question], scored: bool) -> Step:
         run.policy.sync_replica()
     seconds = phases(run)
     batches = [batch for minibatch in minibatches for batch in minibatch.batches]
-    tokens, rows = (sum(getattr(b, name) for b in batches) for name in ("num_tokens", "num_policy_tokens"))
+    tokens, rows = sum(batch.num_tokens for batch in batches), sum(len(batch.scored_rows) for batch in batches)
     passes = int(run.policy.reference is not None)
     cost = count(run, trajectories, kept, passes * tokens, passes * rows, tokens, rows, padding_tokens=0)
     return Step(seconds, cost, trajectories, rewards)
