@@ -43,9 +43,9 @@ class Recipe:
     learning_rate: float  # AdamW, on embedding, norms and biases
     matrix_learning_rate: float  # Muon, on the blocks' matrices
     warmup_steps: int
-    rich_share: float = 0.3  # of documents about the rich world, at the end of the curriculum
-    reading_share: tuple[float, float] = (0.35, 0.3)  # of reading exercises, at the curriculum's start and end
-    repetition_share: tuple[float, float] = (0.2, 0.05)  # likewise of repetitions
+    rich_share: float = 0.4  # of documents about the rich world, at the end of the curriculum
+    reading_share: tuple[float, float] = (0.45, 0.35)  # of reading exercises, at the curriculum's start and end
+    recall_share: tuple[float, float] = (0.25, 0.05)  # likewise of exercises in recall
     curriculum: tuple[float, float] = (0.2, 0.37)  # parts of the training at which it starts to move and ends
     num_entities: int = 20_000
     num_chains: int = 30_000
@@ -54,7 +54,7 @@ class Recipe:
 
 
 RECIPES = {
-    "base": Recipe(BASE_MIX, 1500, 8192, 3e-3, 2e-2, 50),
+    "base": Recipe(BASE_MIX, 4000, 8192, 3e-3, 2e-2, 50),
     "instruct": Recipe(INSTRUCT_MIX, 150, 8192, 6e-4, 4e-3, 20, curriculum=(0.0, 0.0)),
 }
 
@@ -105,8 +105,8 @@ class Batches:
         start, end = self.recipe.curriculum
         progress = 1.0 if end <= 0 else min(1.0, max(0.0, (step / self.recipe.num_steps - start) / (end - start)))
         rich_share = self.recipe.rich_share * progress
-        shares = (self.recipe.reading_share, self.recipe.repetition_share)
-        reading, repetition = (first + (last - first) * progress for first, last in shares)
+        shares = (self.recipe.reading_share, self.recipe.recall_share)
+        reading, recall = (first + (last - first) * progress for first, last in shares)
         token_ids: list[int] = []
         learned: list[bool] = []
         ends = [0]
@@ -119,7 +119,7 @@ class Batches:
                 f"{self.recipe.seed}/{step}/{part}",
                 16,
                 reading_share=reading,
-                repetition_share=repetition,
+                recall_share=recall,
             )
             part += 1
             for document, encodings in zip(batch, self._encode(batch), strict=True):

@@ -93,7 +93,7 @@ def expected_batch(step: int, rich_share: float, end: int, tokenizer, writers, c
     while len(ids) < RECIPE.tokens_per_step:
         shares, seed = [1 - rich_share, rich_share], f"{RECIPE.seed}/{step}/{part}"
         part += 1
-        exercises = {"reading_share": RECIPE.reading_share[end], "repetition_share": RECIPE.repetition_share[end]}
+        exercises = {"reading_share": RECIPE.reading_share[end], "recall_share": RECIPE.recall_share[end]}
         for document in documents(writers, chains, shares, seed, 16, **exercises):
             starts.append(len(ids))
             for kind, text in document:

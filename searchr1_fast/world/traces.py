@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from searchr1_fast.protocol import format_observation
 from searchr1_fast.types import Passage
 from searchr1_fast.world.names import name_words
-from searchr1_fast.world.world import Chain, Entity, World
+from searchr1_fast.world.world import Chain, Entity, Fact, World
 
 Document = list[tuple[str, str]]
 
@@ -124,27 +124,44 @@ class TraceWriter:
     # ---------------------------------------------------------------- exercises
 
     def reading(self, generator: random.Random) -> Document:
-        """One passage or two that look alike; then either one of them word for word, or facts in one form of words."""
-        entities = [self.world.random_entity(generator)]
-        if generator.random() < 0.6:
-            entities.append(self.world.near_duplicate(entities[0]))
-        passages = [Passage("", e.name, self._describe(e)) for e in entities]
-        prompt = ("prompt", format_observation(passages))
-        if generator.random() < 0.25:
-            return [prompt, ("policy", generator.choice(passages).text + "\n")]
-        facts = [(e, self.world.fact(e, r)) for e in entities for r in self.world.relations(e.kind)]
-        lines = [
-            f"The {fact.relation.name} of {entity.alias if entity.alias and generator.random() < 0.3 else entity.name}"
-            f" is {fact.mention}.\n"
-            for entity, fact in generator.sample(facts, min(6, len(facts)))
-        ]
-        return [prompt, ("policy", "".join(lines))]
+        """Excerpts of one to three passages, mostly with two that look alike; then their facts in one form of words.
 
-    def repetition(self, generator: random.Random) -> Document:
-        """Names without sense, twice. Nothing but copying helps: without it the model finds names by their place in a
-        sentence, and never learns that what followed a word before will follow it again."""
-        names = " ".join(generator.choices(name_words(), k=generator.randint(10, 70)))
-        return [("prompt", f"List: {names}.\nAgain:"), ("policy", f" {names}.\n")]
+        Only the facts are learned, not which of them is asked for next: that is chance, and would be noise in the
+        gradient.
+        """
+        world = self.world
+        entities = [world.random_entity(generator)]
+        if generator.random() < 0.7:
+            entities.append(world.near_duplicate(entities[0]))
+        if generator.random() < 0.3:
+            entities.append(world.random_entity(generator))
+        generator.shuffle(entities)
+        told: list[tuple[Entity, list[Fact]]] = []
+        for entity in entities:
+            facts = [world.fact(entity, relation) for relation in world.relations(entity.kind)]
+            told.append((entity, generator.sample(facts, generator.randint(1, len(facts)))))
+        passages = [Passage("", entity.name, world.excerpt(entity, facts, generator)) for entity, facts in told]
+        document = [("prompt", format_observation(passages))]
+        pairs = [(entity, fact) for entity, facts in told for fact in facts]
+        for entity, fact in generator.sample(pairs, min(8, len(pairs))):
+            name = entity.alias if entity.alias and generator.random() < 0.3 else entity.name
+            document.append(("prompt", f"The {fact.relation.name} of {name} is"))
+            document.append(("policy", f" {fact.mention}.\n"))
+        return document
+
+    def recall(self, generator: random.Random) -> Document:
+        """A list of words; then one of them, and what followed it. Again and again, from anywhere in the list.
+
+        Nothing but looking for the word helps. The whole list once more does not teach that: it is copied by counting.
+        """
+        words = generator.sample(name_words(), generator.randint(8, 60))
+        document = [("prompt", f"List: {' '.join(words)}.\n")]
+        for _ in range(max(3, len(words) // 4)):
+            length = generator.choice((2, 2, 2, 3, 4))
+            start = generator.randrange(len(words) - length + 1)
+            followed = " ".join(words[start + 1 : start + length])
+            document += [("prompt", f" {words[start]}"), ("policy", f" {followed}"), ("prompt", ".\n")]
+        return document
 
     def steps(self, generator: random.Random, chain: Chain) -> Document:
         """A question, and the facts it goes through from the inside out."""
@@ -174,7 +191,7 @@ def documents(
     seed: str,
     num_documents: int,
     reading_share: float = 0.15,
-    repetition_share: float = 0.1,
+    recall_share: float = 0.1,
     steps_share: float = 0.15,
     article_share: float = 0.02,
 ) -> list[Document]:
@@ -186,11 +203,11 @@ def documents(
         draw = generator.random()
         if draw < reading_share:
             batch.append(writer.reading(generator))
-        elif draw < reading_share + repetition_share:
-            batch.append(writer.repetition(generator))
-        elif draw < reading_share + repetition_share + steps_share:
+        elif draw < reading_share + recall_share:
+            batch.append(writer.recall(generator))
+        elif draw < reading_share + recall_share + steps_share:
             batch.append(writer.steps(generator, generator.choice(own_chains)))
-        elif draw < reading_share + repetition_share + steps_share + article_share:
+        elif draw < reading_share + recall_share + steps_share + article_share:
             batch.append(writer.article(generator))
         else:
             batch.append(writer.trace(generator, generator.choice(own_chains)))

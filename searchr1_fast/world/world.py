@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -136,13 +136,31 @@ class World:
         """The text of the entity's passage."""
         facts = [self.fact(entity, relation) for relation in self.relations(entity.kind)]
         if not self.rich:
-            return " ".join(f"The {fact.relation.name} of {entity.name} is {fact.mention}." for fact in facts)
+            return " ".join(_plain_sentence(entity, fact) for fact in facts)
         generator = random.Random(self._hash("text", entity.kind.name, entity.number))
-        distractor = self.near_duplicate(entity)
-        sentences = [generator.choice(fact.relation.sentences).format(s=entity.name, o=fact.mention) for fact in facts]
-        sentences.append(generator.choice(entity.kind.fillers).format(s=entity.name, d=distractor.name))
+        sentences = [_rich_sentence(entity, fact, generator) for fact in facts]
+        sentences.append(self._filler(entity, generator))
         generator.shuffle(sentences)
-        return " ".join((f"{entity.name}, also called {entity.alias}, is a {entity.kind.name}.", *sentences))
+        return " ".join((_opening(entity), *sentences))
+
+    def excerpt(self, entity: Entity, facts: Sequence[Fact], generator: random.Random) -> str:
+        """A passage as `describe` might have written it: these facts alone, in any order, in words drawn anew.
+
+        For exercises. In a plain world facts always stand in the same places, and a model that has read nothing else
+        finds them by counting: two passages that begin alike, or one fact more, and it is lost.
+        """
+        if not self.rich:
+            sentences = [_plain_sentence(entity, fact) for fact in facts]
+        else:
+            sentences = [_rich_sentence(entity, fact, generator) for fact in facts]
+            if generator.random() < 0.6:
+                sentences.append(self._filler(entity, generator))
+        generator.shuffle(sentences)
+        return " ".join((_opening(entity), *sentences) if self.rich else sentences)
+
+    def _filler(self, entity: Entity, generator: random.Random) -> str:
+        """A sentence that answers nothing, and may name the look-alike."""
+        return generator.choice(entity.kind.fillers).format(s=entity.name, d=self.near_duplicate(entity).name)
 
     # ---------------------------------------------------------------- questions
 
@@ -229,3 +247,15 @@ class World:
 def build_world(config: WorldConfig) -> World:
     """The world of a configuration. ValueError where it asks for more than there is."""
     return World(config)
+
+
+def _plain_sentence(entity: Entity, fact: Fact) -> str:
+    return f"The {fact.relation.name} of {entity.name} is {fact.mention}."
+
+
+def _rich_sentence(entity: Entity, fact: Fact, generator: random.Random) -> str:
+    return generator.choice(fact.relation.sentences).format(s=entity.name, o=fact.mention)
+
+
+def _opening(entity: Entity) -> str:
+    return f"{entity.name}, also called {entity.alias}, is a {entity.kind.name}."

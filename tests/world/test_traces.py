@@ -172,12 +172,44 @@ def test_reading_exercises_state_what_the_passages_say(style):
     writer, _ = make_writer(style, BASE_MIX)
     generator = random.Random(5)
     for _ in range(200):
-        (kind, observation), (_, lines) = writer.reading(generator)
+        (kind, observation), *lines = writer.reading(generator)
         assert kind == "prompt"
-        for line in lines.splitlines():
-            subject, _, value = line.removesuffix(".").rpartition(" is ")
-            assert subject.partition(" of ")[2] in observation
-            assert value in observation
+        assert lines
+        for (asks, question), (states, value) in zip(lines[::2], lines[1::2], strict=True):
+            assert (asks, states) == ("prompt", "policy")
+            assert question.removesuffix(" is").partition(" of ")[2] in observation
+            assert value.removesuffix(".\n") in observation
+            assert style == "rich" or f"{question}{value}".strip() in observation
+
+
+def test_where_a_fact_stands_tells_nothing(style):
+    """Excerpts give no relation a place: each is first, and each is last, and each is missing now and then."""
+    writer, _ = make_writer(style, BASE_MIX)
+    world, generator = writer.world, random.Random(6)
+    entity = world.random_entity(generator)
+    facts = [world.fact(entity, relation) for relation in world.relations(entity.kind)]
+    orders = set()
+    for _ in range(200):
+        text = world.excerpt(entity, facts, generator)
+        orders.add(tuple(sorted(range(len(facts)), key=lambda i: text.index(facts[i].mention))))
+    assert {order[0] for order in orders} == {order[-1] for order in orders} == set(range(len(facts)))
+    assert facts[1].mention not in world.excerpt(entity, facts[:1], generator)
+
+
+def test_recall_asks_for_what_followed_and_not_in_order():
+    writer, _ = make_writer("plain", BASE_MIX)
+    generator, in_order = random.Random(7), 0
+    for _ in range(50):
+        (_, listed), *rest = writer.recall(generator)
+        words = listed.removeprefix("List: ").removesuffix(".\n").split()
+        assert len(set(words)) == len(words)
+        starts = []
+        for (_, cue), (kind, followed), (_, end) in zip(rest[::3], rest[1::3], rest[2::3], strict=True):
+            starts.append(words.index(cue.strip()))
+            assert (kind, end) == ("policy", ".\n")
+            assert words[starts[-1] + 1 :][: len(followed.split())] == followed.split()
+        in_order += starts == sorted(starts)
+    assert in_order < 15
 
 
 def test_steps_name_the_relations_from_the_inside_out(style):
@@ -214,7 +246,7 @@ def test_documents_are_a_pure_function_of_the_seed(both_writers, seed):
 def test_documents_come_in_the_shares_and_from_the_writers_asked_for(both_writers):
     writers, chains = both_writers
     count = 3000
-    shares = {"reading_share": 0.3, "steps_share": 0.2, "article_share": 0.1}
+    shares = {"reading_share": 0.3, "recall_share": 0.1, "steps_share": 0.2, "article_share": 0.1}
     batch = documents(writers, chains, [0.7, 0.3], "shares", count, **shares)
     shapes = Counter()
     for document in batch:
@@ -222,9 +254,11 @@ def test_documents_come_in_the_shares_and_from_the_writers_asked_for(both_writer
             shapes["article"] += 1
         elif document[0][1].startswith(OBSERVATION_OPEN):
             shapes["reading"] += 1
+        elif document[0][1].startswith("List: "):
+            shapes["recall"] += 1
         else:
             shapes["steps" if document[1][1].startswith("Steps: ") else "trace"] += 1
-    for name, share in {"reading": 0.3, "steps": 0.2, "article": 0.1, "trace": 0.4}.items():
+    for name, share in {"reading": 0.3, "recall": 0.1, "steps": 0.2, "article": 0.1, "trace": 0.3}.items():
         assert shapes[name] / count == pytest.approx(share, abs=0.04), shapes
     plain_only = documents(writers, chains, [1.0, 0.0], "plain", 300)
     assert not any("also called" in text for document in plain_only for _, text in document)
