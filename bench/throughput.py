@@ -13,7 +13,7 @@ row, a backward pass twice its forward. So the work is counted in tokens through
 
     rollout     decoding is bound by memory (on a GPU) or by small matrices and overhead (on a CPU), and pays per engine
                 step; prefill is bound by arithmetic and pays per token. Keeping the cache across turns saves the
-                re-prefill, sharing prompts a group's copies of it, stopping at the tag all that would be cut away,
+                re-prefill, sharing beginnings the copies of them, stopping at the tag all that would be cut away,
                 continuous batching the steps in which a few stragglers run alone.
     log-probs   the sampler's are kept, so there is nothing to recompute; a reference (kl_coefficient) costs one pass.
     update      no padding; the head sees policy tokens only, and [T, V] is never held.

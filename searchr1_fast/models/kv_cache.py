@@ -43,10 +43,26 @@ class KVCache:
         self.keys[layer][slots, :, positions] = key.to(self.keys[layer].dtype)
         self.values[layer][slots, :, positions] = value.to(self.values[layer].dtype)
 
-    def copy(self, sources: torch.Tensor, targets: torch.Tensor, length: int) -> None:  # [n] int64 slots each
-        """Give the target slots the first `length` places of the source slots."""
+    def copy(
+        self,
+        sources: torch.Tensor,  # [T] int64
+        targets: torch.Tensor,  # [T] int64
+        positions: torch.Tensor,  # [T] int64
+    ) -> None:
+        """Give place `positions[t]` of slot `targets[t]` what slot `sources[t]` has at the same place.
+
+        Everything is read before anything is written, a layer at a time. A row of one head at one place is a run of
+        memory: by rows it takes half the time of indexing slots and places (AMD EPYC, 2026-11-24).
+        """
+        memory = self.keys[0]
+        heads = torch.arange(memory.shape[1], device=memory.device)
+        read, written = (
+            ((slots[:, None] * memory.shape[1] + heads) * self.max_length + positions[:, None]).flatten()
+            for slots in (sources, targets)
+        )
         for memory in (*self.keys, *self.values):
-            memory[targets, :, :length] = memory[sources, :, :length]
+            rows = memory.view(-1, memory.shape[-1])  # [C * G * M, d]
+            rows.index_copy_(0, written, rows.index_select(0, read))
 
     @property
     def num_bytes(self) -> int:

@@ -5,8 +5,9 @@ prompt, or an observation behind the last token of a turn), runs every running s
 and hands back those whose turn ended. `step` is the whole of it: schedule, run, sample, postprocess.
 
 What is known per slot lies in numpy arrays, so that a step costs a few gathers and no Python per token; Python runs
-once per turn. A prompt is computed once for all the sequences that start from it while one of them is there (a GRPO
-group); the others copy its cache. The model is the trainer's own object: new weights need no copy.
+once per turn. What a sequence has in common with one that holds a slot is not computed but copied from that slot: the
+prompt of a GRPO group, and the observations of those of its samples that wrote the same so far (prefixes.py). The model
+is the trainer's own object: new weights need no copy.
 
 Left out: splitting one prompt over steps, paged memory (a slot has room for the longest sequence), speculation.
 
@@ -28,6 +29,7 @@ import torch
 
 from searchr1_fast.config import RolloutConfig
 from searchr1_fast.models import Decoder, KVCache, TextTokenizer
+from searchr1_fast.rollout.prefixes import Match, PrefixTree, longest_cached
 from searchr1_fast.rollout.sampling import SamplingParams, sample, uniforms
 from searchr1_fast.rollout.sequence import Sequence, SequenceStatus
 from searchr1_fast.rollout.stop import START, StopMatcher, vocabulary_bytes
@@ -45,9 +47,9 @@ class RolloutStatistics:
     time_search_wait: float = 0.0  # in which nothing could be decoded
     num_steps: int = 0
     num_decode_tokens: int = 0  # the one token of a sequence that was running already
-    num_prefill_tokens: int = 0  # tokens of joining sequences: prompts, observations, whatever is computed again
-    num_recomputed_tokens: int = 0  # the part of them that the model had seen before
-    num_shared_tokens: int = 0  # prompt tokens not computed but copied from a sequence with the same prompt
+    num_prefill_tokens: int = 0  # computed for joining sequences: prompts, observations, what they had lost
+    num_recomputed_tokens: int = 0  # the part of them that had been cached before
+    num_shared_tokens: int = 0  # tokens of joining sequences not computed but copied from one that begins alike
     num_discarded_tokens: int = 0  # sampled after a stop tag; only with `stop_at_tags` off
     num_searches: int = 0
     num_search_batches: int = 0
@@ -59,15 +61,16 @@ class Batch(NamedTuple):
     slots: np.ndarray  # [S] int64
     token_ids: np.ndarray  # [T] int64
     lengths: np.ndarray  # [S] int64, adding up to T
-    copies: list[PromptCopy]
+    copies: list[PrefixCopy]  # before the forward pass
 
 
-class PromptCopy(NamedTuple):
-    """A sequence gets the cache of `length` prompt tokens from one that has the same prompt."""
+class PrefixCopy(NamedTuple):
+    """A sequence gets places `start` to `end` of its cache from one whose tokens are the same up to there."""
 
     source: int  # slot
     target: int  # slot
-    length: int
+    start: int
+    end: int
 
 
 class SlotTable:
@@ -76,6 +79,7 @@ class SlotTable:
     def __init__(self, num_slots: int, max_turn_tokens: int) -> None:
         self.occupants: list[Sequence | None] = [None] * num_slots
         self.free = list(range(num_slots))[::-1]
+        self.prefixes = PrefixTree()
         self.num_cached = np.zeros(num_slots, dtype=np.int64)  # [C]
         self.last_token = np.zeros(num_slots, dtype=np.int64)  # [C]
         self.stop_state = np.zeros(num_slots, dtype=np.uint8)  # [C]
@@ -107,13 +111,15 @@ class SlotTable:
         """Make a sequence's slot free, its cache forgotten."""
         self.occupants[sequence.slot] = None
         self.free.append(sequence.slot)
+        self.prefixes.remove(sequence.slot)
+        self.num_cached[sequence.slot] = 0
         sequence.slot, sequence.num_cached = None, 0
 
 
 class Engine:
     """Continuous batching over cache slots. `sampling` and `statistics` may be replaced between runs."""
 
-    share_prompts = True
+    share_prefixes = True
 
     def __init__(
         self,
@@ -170,7 +176,6 @@ class Engine:
         """Forget every sequence; the memory stays."""
         self._waiting: deque[Sequence] = deque()  # hold no slot
         self._resumed: deque[Sequence] = deque()  # hold one
-        self._prompt_holders: dict[str, Sequence] = {}
         self._running = np.empty(0, dtype=np.int64)  # [S] slots, in the order in which they joined
         self._slots = SlotTable(len(self._slots), self.config.max_turn_tokens)
 
@@ -210,7 +215,7 @@ class Engine:
         sizes = np.array([len(piece) for piece in pieces], dtype=np.int64)
         self.statistics.num_prefill_tokens += int(sizes.sum())
         self.statistics.num_recomputed_tokens += sum(max(0, s.num_computed - s.num_cached) for s in joining)
-        self.statistics.num_shared_tokens += sum(copy.length for copy in copies)
+        self.statistics.num_shared_tokens += sum(copy.end - copy.start for copy in copies)
         return Batch(
             slots=np.concatenate((running, np.array([sequence.slot for sequence in joining], dtype=np.int64))),
             token_ids=np.concatenate((last_tokens, *pieces)),
@@ -218,49 +223,59 @@ class Engine:
             copies=copies,
         )
 
-    def _admit(self) -> tuple[list[Sequence], list[PromptCopy]]:
+    def _admit(self) -> tuple[list[Sequence], list[PrefixCopy]]:
         """Resumed sequences, then waiting ones, as the token budget and the free slots allow.
 
-        A new sequence whose prompt joins at this very step stays behind, and runs its last prompt token at the next.
+        Of a sequence's beginning is copied what another slot had before this step: copies come before the forward pass.
         """
-        table, budget = self._slots, MAX_PREFILL_TOKENS
-        joining: list[Sequence] = []
-        copies: list[PromptCopy] = []
+        table, budget, num_reserved = self._slots, MAX_PREFILL_TOKENS, 0
+        had = table.num_cached.tolist()  # [C]
+        joining: dict[int, Sequence] = {}  # by slot
+        copies: list[PrefixCopy] = []
         behind: list[Sequence] = []
-        while self._resumed or (self._waiting and len(behind) < len(table.free)):
+        while self._resumed or (self._waiting and num_reserved < len(table.free)):
             queue = self._resumed or self._waiting
             sequence = queue[0]
-            holder = self._prompt_holder(sequence)
-            if holder is not None and table.num_cached[holder.slot] == 0:
+            matches = self._match(sequence)
+            num_shared, holder = longest_cached(matches, had)
+            start, end = sequence.num_cached, max(sequence.num_cached, num_shared)
+            if _stays_behind(sequence, end, matches, joining):
+                sequence.stayed_behind = True
+                num_reserved += sequence.slot is None
                 behind.append(queue.popleft())
                 continue
-            num_tokens = 1 if holder is not None else sequence.length - sequence.num_cached
-            if joining and num_tokens > budget:
+            if joining and sequence.length - end > budget:
                 break
-            budget -= num_tokens
-            joining.append(queue.popleft())
-            sequence.num_cached = sequence.length - num_tokens
-            table.begin_turn(sequence)
-            sequence.status = SequenceStatus.RUNNING
-            if holder is not None:
-                copies.append(PromptCopy(holder.slot, sequence.slot, sequence.num_cached))
-        self._waiting.extendleft(reversed(behind))
-        return joining, copies
+            budget -= sequence.length - end
+            sequence.num_cached = end
+            table.begin_turn(queue.popleft())
+            self._register(sequence)
+            sequence.status, sequence.stayed_behind = SequenceStatus.RUNNING, False
+            joining[sequence.slot] = sequence
+            if end > start:
+                copies.append(PrefixCopy(holder, sequence.slot, start, end))
+        for sequence in reversed(behind):
+            (self._waiting if sequence.slot is None else self._resumed).appendleft(sequence)
+        return list(joining.values()), copies
 
-    def _prompt_holder(self, sequence: Sequence) -> Sequence | None:
-        """For a new sequence one that holds a slot and the same prompt; where there is none it becomes that itself."""
-        if sequence.slot is not None or not self.share_prompts:
-            return None
-        holder = self._prompt_holders.get(sequence.request.prompt)
-        if holder is None or holder.slot is None:
-            self._prompt_holders[sequence.request.prompt] = sequence
-            return None
-        return holder
+    def _match(self, sequence: Sequence) -> list[Match]:
+        """Who shares how much with a sequence. Its last token is left out: what follows it must be predicted."""
+        if not self.share_prefixes:
+            return []
+        prefixes = self._slots.prefixes
+        matches = prefixes.match(sequence.slot, sequence.tokens_from(prefixes.num_tokens(sequence.slot)))
+        return [(min(length, sequence.length - 1), slots) for length, slots in matches]
+
+    def _register(self, sequence: Sequence) -> None:
+        """Let others find what a sequence's slot holds or will hold after this step."""
+        if self.share_prefixes:
+            prefixes = self._slots.prefixes
+            prefixes.append(sequence.slot, sequence.tokens_from(prefixes.num_tokens(sequence.slot)))
 
     def _run(self, batch: Batch) -> torch.Tensor:  # [S, D]
         """The hidden states that predict each sequence's next token."""
         if batch.copies:
-            self._copy_prompts(batch.copies)
+            self._copy_prefixes(batch.copies)
         cu_seqlens = np.zeros(len(batch.slots) + 1, dtype=np.int64)
         np.cumsum(batch.lengths, out=cu_seqlens[1:])
         hidden = self.model.forward_cached(
@@ -273,13 +288,14 @@ class Engine:
         self._slots.num_cached[batch.slots] += batch.lengths
         return hidden
 
-    def _copy_prompts(self, copies: list[PromptCopy]) -> None:
-        """Up to the longest: what a shorter one gets beyond its length it will write before it reads."""
-        length = max(copy.length for copy in copies)
-        sources, targets, _ = (
-            torch.tensor(column, device=self.model.head_weight.device) for column in zip(*copies, strict=True)
-        )
-        self._cache.copy(sources, targets, length)
+    def _copy_prefixes(self, copies: list[PrefixCopy]) -> None:
+        """All at once, a row of the cache per token."""
+        sources, targets, starts, ends = np.array(copies, dtype=np.int64).T
+        lengths = ends - starts
+        offsets = np.repeat(starts - (np.cumsum(lengths) - lengths), lengths)
+        positions = np.arange(len(offsets)) + offsets
+        rows = (np.repeat(sources, lengths), np.repeat(targets, lengths), positions)
+        self._cache.copy(*map(self._to_device, rows))
 
     @torch.no_grad()
     def _sample(self, batch: Batch, hidden: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:  # [S] int64, [S] fp32
@@ -325,11 +341,24 @@ class Engine:
         sequence.append_turn(table.turn_tokens[slot, :count].copy(), table.turn_logprobs[slot, :count].copy())
         num_cached = int(table.num_cached[slot])
         sequence.num_computed = max(sequence.num_computed, min(num_cached, sequence.length))
-        sequence.num_cached = min(num_cached, sequence.length - 1)
+        sequence.num_cached = table.num_cached[slot] = min(num_cached, sequence.length - 1)
+        self._register(sequence)
         return sequence
 
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self.model.head_weight.device, non_blocking=True)
+
+
+def _stays_behind(sequence: Sequence, num_cached: int, matches: list[Match], joining: dict[int, Sequence]) -> bool:
+    """Whether a sequence of which all but the last token joins at this very step waits until they can be copied.
+
+    It does so once, whatever becomes of the other. One that shares less joins at once: it has tokens of its own to
+    compute, and others may want to copy them.
+    """
+    last = sequence.length - 1
+    if sequence.stayed_behind or num_cached == last:
+        return False
+    return any(length == last and not joining.keys().isdisjoint(slots) for length, slots in matches)
 
 
 def _logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:  # [S, D], [V, D] -> [S, V] fp32

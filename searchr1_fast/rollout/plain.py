@@ -15,7 +15,7 @@ from searchr1_fast.rollout.sequence import Sequence
 class PlainEngine(Engine):
     """Generates turn by turn, all sequences abreast, keeping nothing between turns."""
 
-    share_prompts = False
+    share_prefixes = False
 
     def step(self) -> list[Sequence]:
         """One turn of every sequence that has something to say, in the order in which they ended it."""

@@ -1,8 +1,8 @@
 """One rollout while it grows: its tokens, and where it stands.
 
 Who writes what: `SearchLoop` makes sequences, appends what the environment says and sets SEARCHING and FINISHED; the
-engine appends what the policy says, sets WAITING and RUNNING, and owns `slot`, `num_cached` and `num_computed`.
-The mask is written here, together with the tokens, and nowhere else.
+engine appends what the policy says, sets WAITING and RUNNING, and owns `slot`, `num_cached`, `num_computed` and
+`stayed_behind`. The mask is written here, together with the tokens, and nowhere else.
 
 Shape legend
     n  tokens of one piece    L  tokens of the trajectory
@@ -53,7 +53,8 @@ class Sequence:
     finish_reason: FinishReason | None = None
     slot: int | None = None  # place in the KV cache
     num_cached: int = 0  # tokens whose keys and values are in the slot
-    num_computed: int = 0  # tokens that the model has seen at least once
+    num_computed: int = 0  # tokens that were cached at least once
+    stayed_behind: bool = False  # for one step, to copy from another that joined at it
     token_pieces: list[np.ndarray] = field(default_factory=list)  # [n] int64 each
     logprob_pieces: list[np.ndarray] = field(default_factory=list)  # [n] fp32 each
     policy_pieces: list[bool] = field(default_factory=list)
@@ -81,16 +82,20 @@ class Sequence:
         self.policy_pieces.append(logprobs is not None)
         self.length += len(token_ids)
 
-    def uncached_tokens(self) -> np.ndarray:  # [n] int64
-        """What the model must see before it can go on; never empty, as a turn's last token is not cached."""
-        pieces, missing = [], self.length - self.num_cached
-        assert missing > 0
+    def tokens_from(self, start: int) -> np.ndarray:  # [length - start] int64
+        """All but the first `start` tokens."""
+        pieces, missing = [], self.length - start
         for piece in reversed(self.token_pieces):
             pieces.append(piece[max(0, len(piece) - missing) :])
             missing -= len(piece)
             if missing <= 0:
                 break
         return np.concatenate(pieces[::-1])
+
+    def uncached_tokens(self) -> np.ndarray:  # [n] int64
+        """What the model must see before it can go on; never empty, as a turn's last token is not cached."""
+        assert self.num_cached < self.length
+        return self.tokens_from(self.num_cached)
 
     def to_trajectory(self) -> Trajectory:
         """The finished rollout."""

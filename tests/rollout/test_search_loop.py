@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections import Counter
@@ -14,6 +15,13 @@ from searchr1_fast.rollout import Engine, PlainEngine, SamplingParams, SearchLoo
 from searchr1_fast.types import Action, FinishReason
 
 GREEDY = SamplingParams(temperature=0.0)
+COOL = SamplingParams(temperature=0.5)  # many samples of a group write the same first turn, few the same trajectory
+
+
+class SharingPlainEngine(PlainEngine):
+    """Loses every slot after every turn, and shares with the sequences that run."""
+
+    share_prefixes = True
 
 
 def check_same(trajectories, others):
@@ -134,18 +142,81 @@ def test_prefill_is_split_when_prompts_exceed_the_token_budget(
     assert any(len(lengths) > 1 for lengths in joined)
 
 
-def test_a_prompt_is_computed_once_for_its_group(make_model, tokenizer, config, make_requests, fake_search):
-    model, requests = make_model(4), make_requests(16, group_size=8)
-    prompt = [len(tokenizer.encode(request.prompt)) for request in requests[::8]]
-    for max_num_seqs in (64, 9, 5):
-        changed = config.model_copy(update={"max_num_seqs": max_num_seqs})
-        loop = SearchLoop(Engine(model, tokenizer, changed), fake_search)
-        shared = loop.run(requests)
-        if max_num_seqs > 8:
-            assert loop.statistics.num_shared_tokens == 7 * sum(length - 1 for length in prompt)
-        loop.engine.share_prompts = False
-        check_same(shared, loop.run(requests))
-        assert loop.statistics.num_shared_tokens == 0
+def test_a_prompt_is_computed_once_for_its_group(make_model, tokenizer, config, make_requests):
+    config = config.model_copy(update={"max_num_seqs": 64, "max_searches": 0})
+    requests = make_requests(16, group_size=8)
+    prompts = [len(tokenizer.encode(request.prompt)) for request in requests[::8]]
+    loop = SearchLoop(Engine(make_model(4), tokenizer, config), None)
+    shared = loop.run(requests)
+    # both groups' first samples join at the first step, where the other's beginning is not there yet
+    assert loop.statistics.num_prefill_tokens == sum(prompts) + 7 * 2
+    assert loop.statistics.num_shared_tokens == 7 * sum(length - 1 for length in prompts)
+    loop.engine.share_prefixes = False
+    check_same(shared, loop.run(requests))
+    assert loop.statistics.num_shared_tokens == 0
+
+
+def test_a_group_that_writes_the_same_is_prefilled_once(make_model, tokenizer, config, make_requests, fake_search):
+    """Greedy: whenever they join, seven of eight compute one token, the first one everything."""
+    config = config.model_copy(update={"max_num_seqs": 64})
+    num_turns = 0
+    for seed in (3, 4, 5):
+        loop = SearchLoop(Engine(make_model(seed), tokenizer, config, GREEDY), fake_search)
+        requests = make_requests(1, seed=seed) * 8
+        (alone,) = loop.run(requests[:1])
+        prefilled, turns = loop.statistics.num_prefill_tokens, len(alone.turns)
+        assert (
+            prefilled == len(alone.token_ids) - alone.loss_mask.sum() + turns - 1
+        )  # the last token of each turn but one
+        check_same([alone] * 8, loop.run(requests))
+        assert loop.statistics.num_prefill_tokens == prefilled + 7 * turns
+        assert loop.statistics.num_shared_tokens == 7 * (prefilled - turns)
+        num_turns += turns
+    assert num_turns > 3  # there were observations
+
+
+@pytest.mark.parametrize("engine_class", [Engine, SharingPlainEngine])
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("stop_at_tags", [True, False])
+@pytest.mark.parametrize("max_num_seqs", [3, 64])  # 3: slots are released and taken by others all the time
+def test_sharing_changes_nothing(
+    make_model, tokenizer, config, make_requests, fake_search, engine_class, overlap, stop_at_tags, max_num_seqs
+):
+    config = config.model_copy(update={"overlap": overlap, "max_num_seqs": max_num_seqs})
+    model, requests = make_model(4), make_requests(16, group_size=8, seed=4)
+    loop = SearchLoop(engine_class(model, tokenizer, config, COOL, stop_at_tags=stop_at_tags), fake_search)
+    copies = watch_copies(loop.engine)
+    trajectories, sharing = loop.run(requests), loop.statistics
+    # the comparison is worth something only if samples shared observations and then parted
+    assert any(copy.end > 80 for copy in copies)  # a prompt has fewer than 30 tokens, a turn 24
+    assert num_parted_after_a_turn(trajectories) > 0
+    loop.engine.share_prefixes = False
+    check_same(trajectories, loop.run(requests))
+    assert loop.statistics.num_shared_tokens == 0 < sharing.num_shared_tokens
+    assert loop.statistics.num_prefill_tokens == sharing.num_prefill_tokens + sharing.num_shared_tokens
+
+
+def watch_copies(engine):
+    """The copies that an engine makes from now on, as they are made."""
+    copies, copy_prefixes = [], engine._copy_prefixes
+
+    def watched(batch):
+        copies.extend(batch)
+        copy_prefixes(batch)
+
+    engine._copy_prefixes = watched
+    return copies
+
+
+def num_parted_after_a_turn(trajectories):
+    """Pairs that have the first turn and its observation in common, and not the rest."""
+    count = 0
+    for one, other in itertools.combinations(trajectories, 2):
+        if len(one.turns) > 1 and len(other.turns) > 1:
+            start = one.turns[1].start
+            alike = np.array_equal(one.token_ids[:start], other.token_ids[:start])
+            count += alike and not np.array_equal(one.token_ids, other.token_ids)
+    return count
 
 
 def test_runs_repeat_bit_for_bit(make_model, tokenizer, config, make_requests, fake_search):
