@@ -31,11 +31,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from dataclasses import replace
 
+    from searchr1_fast.distributed import process
     from searchr1_fast.pretraining import RECIPES, pretrain
 
     recipe = RECIPES[arguments.variant]
     recipe = recipe if arguments.steps is None else replace(recipe, num_steps=arguments.steps)
-    pretrain(arguments.variant, arguments.output, recipe, arguments.start)
+    with process("cpu", seed=recipe.seed) as ranks:
+        pretrain(arguments.variant, arguments.output, recipe, arguments.start, ranks=ranks)
 
 
 if __name__ == "__main__":

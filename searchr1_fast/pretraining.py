@@ -2,7 +2,8 @@
 
 Generated text (world/traces.py, split "pretrain") → byte-level BPE → next-token prediction on what the policy writes.
 Data of a step is a pure function of (seed, step), and model, optimizer and step are saved now and then: started again,
-it goes on where it was. Left out: validation during training (`searchr1 eval` measures the result), more than one rank.
+it goes on where it was. A step's text comes in parts that ranks share, so one rank and two (`torchrun`) train alike.
+Left out: validation during training (`searchr1 eval` measures the result).
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ from searchr1_kernels import linear_logprob
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from searchr1_fast.config import WorldConfig
+from searchr1_fast.distributed import Ranks
 from searchr1_fast.models import Decoder, DecoderConfig, TextTokenizer, load_model, load_tokenizer, save_model
 from searchr1_fast.world import build_world
 from searchr1_fast.world.names import name_words
 from searchr1_fast.world.traces import BASE_MIX, INSTRUCT_MIX, Document, TraceMix, TraceWriter, documents
 
 EOS_TOKEN = "<|endoftext|>"
+ALONE = Ranks(0, 1, torch.device("cpu"))
 
 # Qwen2's way of splitting text before BPE, so that tags come apart as they do there: "</", "search", ">\n\n".
 _SPLIT = (
@@ -44,9 +47,10 @@ class Recipe:
     matrix_learning_rate: float  # Muon, on the blocks' matrices
     warmup_steps: int
     rich_share: float = 0.4  # of documents about the rich world, at the end of the curriculum
-    reading_share: tuple[float, float] = (0.45, 0.35)  # of reading exercises, at the curriculum's start and end
-    recall_share: tuple[float, float] = (0.25, 0.05)  # likewise of exercises in recall
-    curriculum: tuple[float, float] = (0.2, 0.37)  # parts of the training at which it starts to move and ends
+    reading_share: tuple[float, float] = (0.15, 0.45)  # of reading exercises, at the curriculum's start and end
+    recall_share: tuple[float, float] = (0.7, 0.05)  # likewise of exercises in recall
+    curriculum: tuple[float, float] = (0.06, 0.25)  # parts of the training at which it starts to move and ends
+    num_parts: int = 2  # of a step's tokens; ranks take turns
     num_entities: int = 20_000
     num_chains: int = 30_000
     hops: tuple[float, ...] = (2.0, 3.0, 4.0, 3.0)
@@ -66,6 +70,7 @@ ARCHITECTURE = DecoderConfig(
     num_attention_heads=4,
     num_key_value_heads=4,
     max_position_embeddings=4096,
+    rope_theta=1e6,
     tie_word_embeddings=True,
 )
 
@@ -93,14 +98,14 @@ def train_tokenizer(writers: list[TraceWriter], chains: list[list], vocab_size: 
 
 
 class Batches:
-    """Packed training batches: step -> (token_ids [T], cu_seqlens [S+1], rows [P], targets [P])."""
+    """Packed training batches: (step, part) -> (token_ids [T], cu_seqlens [S+1], rows [P], targets [P])."""
 
     def __init__(
         self, recipe: Recipe, tokenizer: TextTokenizer, writers: list[TraceWriter], chains: list[list]
     ) -> None:
         self.recipe, self.tokenizer, self.writers, self.chains = recipe, tokenizer, writers, chains
 
-    def __call__(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def __call__(self, step: int, part: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Documents until the token budget is full; segments are encoded apart, as they are in a rollout."""
         start, end = self.recipe.curriculum
         progress = 1.0 if end <= 0 else min(1.0, max(0.0, (step / self.recipe.num_steps - start) / (end - start)))
@@ -110,18 +115,18 @@ class Batches:
         token_ids: list[int] = []
         learned: list[bool] = []
         ends = [0]
-        part = 0
-        while len(token_ids) < self.recipe.tokens_per_step:
+        chunk = 0
+        while len(token_ids) < self.recipe.tokens_per_step // self.recipe.num_parts:
             batch = documents(
                 self.writers,
                 self.chains,
                 [1 - rich_share, rich_share],
-                f"{self.recipe.seed}/{step}/{part}",
+                f"{self.recipe.seed}/{step}/{part}/{chunk}",
                 16,
                 reading_share=reading,
                 recall_share=recall,
             )
-            part += 1
+            chunk += 1
             for document, encodings in zip(batch, self._encode(batch), strict=True):
                 for (kind, _), ids in zip(document, encodings, strict=True):
                     token_ids += ids
@@ -181,57 +186,83 @@ def make_optimizers(model: Decoder, recipe: Recipe) -> list[torch.optim.Optimize
     ]
 
 
-def pretrain(variant: str, output: Path, recipe: Recipe, start: Path | None, save_every: int = 200) -> None:
+def pretrain(
+    variant: str,
+    output: Path,
+    recipe: Recipe,
+    start: Path | None,
+    save_every: int = 200,
+    ranks: Ranks = ALONE,
+) -> None:
     """Train `variant` into `output`; goes on from `output/state.pt` where there is one of the same recipe."""
-    output.mkdir(parents=True, exist_ok=True)
+    if recipe.num_parts % ranks.world_size:
+        raise ValueError(f"pretrain-base: {ranks.world_size} ranks cannot share {recipe.num_parts} parts evenly")
     writers, chains = _make_writers(recipe)
     state_path = output / "state.pt"
-    torch.manual_seed(recipe.seed)
-    if start is None and not (output / "tokenizer.json").is_file():
-        train_tokenizer(writers, chains, ARCHITECTURE.vocab_size, recipe.seed).save(output)
-    elif start is not None:
-        load_tokenizer(start).save(output)
+    if ranks.is_main:
+        output.mkdir(parents=True, exist_ok=True)
+        if start is not None:
+            load_tokenizer(start).save(output)
+        elif not (output / "tokenizer.json").is_file():
+            train_tokenizer(writers, chains, ARCHITECTURE.vocab_size, recipe.seed).save(output)
+    ranks.barrier()
     tokenizer = load_tokenizer(output)
+    torch.manual_seed(recipe.seed)
     model = load_model(start) if start is not None else Decoder(ARCHITECTURE)
     if start is None:
         look_back(model)
     optimizers = make_optimizers(model, recipe)
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
-    first = 0
-    if state_path.is_file():
-        state = torch.load(state_path, weights_only=True)
-        if state["recipe"] != _identity(recipe):
-            raise ValueError(f"{state_path} is of another recipe; remove {output} to begin anew")
-        model.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        first = state["step"]
-        print(f"going on from step {first} of {recipe.num_steps}")
+    first = _load_state(state_path, recipe, model, optimizers) if state_path.is_file() else 0
     bf16_model = Decoder(model.config).bfloat16()
     batches = Batches(recipe, tokenizer, writers, chains)
+    parts = range(ranks.rank, recipe.num_parts, ranks.world_size)
     started, num_tokens, window = time.monotonic(), 0, []
     with ThreadPoolExecutor(1) as ahead:
-        pending = ahead.submit(batches, first)
+        pending = [ahead.submit(batches, first, part) for part in parts]
         for step in range(first, recipe.num_steps):
-            token_ids, cu_seqlens, rows, targets = pending.result()
-            pending = ahead.submit(batches, step + 1)
+            ready = [future.result() for future in pending]
+            pending = [ahead.submit(batches, step + 1, part) for part in parts]
             for optimizer, peak in zip(optimizers, peaks, strict=True):
                 optimizer.param_groups[0]["lr"] = peak * learning_rate_factor(step, recipe)
-            loss = _backward(model, bf16_model, token_ids, cu_seqlens, rows, targets)
+            loss, tokens = _gradients(model, bf16_model, ready, ranks)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
-            num_tokens += len(token_ids)
-            window = [*window[-19:], loss.item()]
-            if (step + 1) % 20 == 0:
+            num_tokens += tokens
+            window = [*window[-19:], loss]
+            if (step + 1) % 20 == 0 and ranks.is_main:
                 rate = num_tokens / (time.monotonic() - started)
                 mean = sum(window) / len(window)
-                print(f"{variant} step {step + 1}/{recipe.num_steps}  loss {mean:.4f}  {rate:,.0f} tokens/s")
-            if (step + 1) % save_every == 0 or step + 1 == recipe.num_steps:
+                print(
+                    f"{variant} step {step + 1}/{recipe.num_steps}  loss {mean:.4f}  {rate:,.0f} tokens/s", flush=True
+                )
+            if ((step + 1) % save_every == 0 or step + 1 == recipe.num_steps) and ranks.is_main:
                 _save_state(state_path, step + 1, recipe, model, optimizers)
-    save_model(model, output, dtype=torch.bfloat16)
-    print(f"{variant}: {num_tokens:,} tokens, weights in {output}; remove {state_path.name} before shipping")
+    if ranks.is_main:
+        save_model(model, output, dtype=torch.bfloat16)
+        print(f"{variant}: {num_tokens:,} tokens, weights in {output}; remove {state_path.name} before shipping")
+    ranks.barrier()
+
+
+def _gradients(model: Decoder, bf16_model: Decoder, ready: list[tuple], ranks: Ranks) -> tuple[float, int]:
+    """Of the mean loss over all targets of the step, into `model`; that loss, and the step's tokens, of all ranks."""
+    with torch.no_grad():
+        for master, working in zip(model.parameters(), bf16_model.parameters(), strict=True):
+            working.copy_(master)
+    loss = sum(_backward(model, bf16_model, *batch) for batch in ready)
+    counts = (
+        torch.tensor([len(batch[3]) for batch in ready]).sum(),
+        torch.tensor([len(batch[0]) for batch in ready]).sum(),
+    )
+    gradients = [parameter.grad for parameter in model.parameters()]
+    sums = torch.cat([torch.stack([loss, *counts]).float(), *(gradient.flatten() for gradient in gradients)])
+    loss, num_targets, num_tokens = ranks.all_reduce(sums)[:3].tolist()
+    pieces = sums[3:].div_(num_targets).split([gradient.numel() for gradient in gradients])
+    for gradient, piece in zip(gradients, pieces, strict=True):
+        gradient.copy_(piece.view_as(gradient))
+    return loss / num_targets, int(num_tokens)
 
 
 def _backward(
@@ -241,15 +272,14 @@ def _backward(
     cu_seqlens: torch.Tensor,  # [S+1] int64
     rows: torch.Tensor,  # [P] int64
     targets: torch.Tensor,  # [P] int64
-) -> torch.Tensor:  # [] fp32: mean loss per target
-    with torch.no_grad():
-        for master, working in zip(model.parameters(), bf16_model.parameters(), strict=True):
-            working.copy_(master)
-    hidden = bf16_model.hidden(token_ids, cu_seqlens)
-    loss = -linear_logprob(hidden[rows].float(), bf16_model.head_weight.float(), targets).mean()
+) -> torch.Tensor:  # [] fp32: summed over targets
+    """Add the gradients of one part."""
+    hidden = bf16_model.hidden(token_ids, cu_seqlens, rows)
+    loss = -linear_logprob(hidden.float(), bf16_model.head_weight.float(), targets).sum()
     loss.backward()
     for master, working in zip(model.parameters(), bf16_model.parameters(), strict=True):
-        master.grad, working.grad = working.grad.float(), None
+        gradient, working.grad = working.grad.float(), None
+        master.grad = gradient if master.grad is None else master.grad.add_(gradient)
     return loss.detach()
 
 
@@ -275,6 +305,18 @@ def _make_writers(recipe: Recipe) -> tuple[list[TraceWriter], list[list]]:
 def _identity(recipe: Recipe) -> str:
     """What a saved state must agree in to be gone on with."""
     return json.dumps(asdict(recipe) | {"architecture": asdict(ARCHITECTURE)})
+
+
+def _load_state(path: Path, recipe: Recipe, model: Decoder, optimizers: list[torch.optim.Optimizer]) -> int:
+    """Model and optimizers as they were; the number of steps done."""
+    state = torch.load(path, weights_only=True)
+    if state["recipe"] != _identity(recipe):
+        raise ValueError(f"{path} is of another recipe; remove {path.parent} to begin anew")
+    model.load_state_dict(state["model"])
+    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
+    print(f"going on from step {state['step']} of {recipe.num_steps}")
+    return state["step"]
 
 
 def _save_state(path: Path, step: int, recipe: Recipe, model: Decoder, optimizers: list[torch.optim.Optimizer]) -> None:

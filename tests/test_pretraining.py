@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from searchr1_fast import pretraining
 from searchr1_fast.config import WorldConfig
+from searchr1_fast.distributed import Ranks
 from searchr1_fast.models import Decoder, DecoderConfig, load_model, load_tokenizer
 from searchr1_fast.models.decoder import apply_rotary, rotary_embedding
 from searchr1_fast.pretraining import EOS_TOKEN, RECIPES, Batches, learning_rate_factor, pretrain, train_tokenizer
@@ -84,15 +85,15 @@ def test_the_tokenizer_is_a_function_of_its_seed(world_writers, tokenizer):
 # ---------------------------------------------------------------------------------------------------------- batches
 
 
-def expected_batch(step: int, rich_share: float, end: int, tokenizer, writers, chains):
-    """ids and targets of a step, written out document by document."""
+def expected_batch(step: int, part: int, rich_share: float, end: int, tokenizer, writers, chains):
+    """ids and targets of a part of a step, written out document by document."""
     ids: list[int] = []
     targets: list[int | None] = []
     starts = []
-    part = 0
-    while len(ids) < RECIPE.tokens_per_step:
-        shares, seed = [1 - rich_share, rich_share], f"{RECIPE.seed}/{step}/{part}"
-        part += 1
+    chunk = 0
+    while len(ids) < RECIPE.tokens_per_step // 2:
+        shares, seed = [1 - rich_share, rich_share], f"{RECIPE.seed}/{step}/{part}/{chunk}"
+        chunk += 1
         exercises = {"reading_share": RECIPE.reading_share[end], "recall_share": RECIPE.recall_share[end]}
         for document in documents(writers, chains, shares, seed, 16, **exercises):
             starts.append(len(ids))
@@ -107,13 +108,13 @@ def expected_batch(step: int, rich_share: float, end: int, tokenizer, writers, c
 
 
 @pytest.mark.parametrize(
-    ("step", "rich_share", "end"),
-    [(0, 0.0, 0), (8, RECIPE.rich_share, 1)],  # the curriculum's start and its end
+    ("step", "part", "rich_share", "end"),
+    [(0, 0, 0.0, 0), (0, 1, 0.0, 0), (8, 1, RECIPE.rich_share, 1)],  # the curriculum's start and its end
 )
-def test_targets_are_what_the_policy_writes_and_the_end(tokenizer, world_writers, step, rich_share, end):
+def test_targets_are_what_the_policy_writes_and_the_end(tokenizer, world_writers, step, part, rich_share, end):
     writers, chains = world_writers
-    token_ids, cu_seqlens, rows, targets = Batches(RECIPE, tokenizer, writers, chains)(step)
-    ids, wanted, starts = expected_batch(step, rich_share, end, tokenizer, writers, chains)
+    token_ids, cu_seqlens, rows, targets = Batches(RECIPE, tokenizer, writers, chains)(step, part)
+    ids, wanted, starts = expected_batch(step, part, rich_share, end, tokenizer, writers, chains)
     assert token_ids.tolist() == ids
     assert cu_seqlens.tolist() == [*starts, len(ids)]
     places = [place for place, target in enumerate(wanted) if target is not None]
@@ -125,15 +126,16 @@ def test_targets_are_what_the_policy_writes_and_the_end(tokenizer, world_writers
 
 def test_a_batch_is_a_function_of_its_step(tokenizer, world_writers):
     batches = Batches(RECIPE, tokenizer, *world_writers)
-    late, early = batches(5), batches(1)
-    for first, second in ((early, batches(1)), (late, Batches(RECIPE, tokenizer, *world_writers)(5))):
+    late, early = batches(5, 0), batches(1, 1)
+    for first, second in ((early, batches(1, 1)), (late, Batches(RECIPE, tokenizer, *world_writers)(5, 0))):
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert early[0].tolist() != late[0].tolist()
+    assert early[0].tolist() != batches(1, 0)[0].tolist()
 
 
 def test_the_curriculum_begins_plain_and_ends_rich(tokenizer, world_writers):
     recipe = replace(RECIPE, tokens_per_step=4000)
-    texts = [tokenizer.decode(Batches(recipe, tokenizer, *world_writers)(step)[0].tolist()) for step in (0, 8)]
+    texts = [tokenizer.decode(Batches(recipe, tokenizer, *world_writers)(step, 0)[0].tolist()) for step in (0, 8)]
     assert "also called" not in texts[0]
     assert "also called" in texts[1]
 
@@ -216,6 +218,40 @@ def test_it_learns_and_instruct_goes_on_from_base(tiny, tokenizer, tmp_path, cap
     pretrain("instruct", instruct, recipe, base)
     assert_same(load_file(instruct / "model.safetensors"), load_file(base / "model.safetensors"))
     assert (instruct / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
+
+
+def test_two_ranks_train_as_one_does(tiny, tokenizer, world_writers):
+    """A rank's gradients are its parts' sums; added up and divided by all targets they are those of one rank."""
+    batches = Batches(RECIPE, tokenizer, *world_writers)
+    parts = [batches(3, part) for part in range(2)]
+    assert len(parts[0][3]) != len(parts[1][3])  # a mean of means would be another number
+    model, working = Decoder(ARCHITECTURE), Decoder(ARCHITECTURE).bfloat16()
+    loss, num_tokens = pretraining._gradients(model, working, parts, pretraining.ALONE)
+    whole = [parameter.grad.clone() for parameter in model.parameters()]
+    assert num_tokens == sum(len(part[0]) for part in parts)
+
+    class Peer:
+        """Adds what the other rank would send."""
+
+        def all_reduce(self, tensor):
+            self.sent = tensor.clone()
+            return tensor if other is None else tensor.add_(other)
+
+    other, peer = None, Peer()
+    model.zero_grad()
+    pretraining._gradients(model, working, parts[1:], peer)
+    other = peer.sent
+    model.zero_grad()
+    again, _ = pretraining._gradients(model, working, parts[:1], peer)
+    assert again == pytest.approx(loss, rel=1e-5)
+    for parameter, gradient in zip(model.parameters(), whole, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_ranks_that_cannot_share_the_parts_are_told_so(tmp_path):
+    with pytest.raises(ValueError, match="3 ranks cannot share 2 parts"):
+        pretrain("base", tmp_path / "none", RECIPE, None, ranks=Ranks(0, 3, torch.device("cpu")))
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_folder_holds_one_recipe_and_its_tokenizer(tiny, tmp_path):

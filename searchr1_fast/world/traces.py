@@ -154,9 +154,9 @@ class TraceWriter:
 
         Nothing but looking for the word helps. The whole list once more does not teach that: it is copied by counting.
         """
-        words = generator.sample(name_words(), generator.randint(8, 60))
+        words = generator.sample(name_words(), generator.randint(6, 48))
         document = [("prompt", f"List: {' '.join(words)}.\n")]
-        for _ in range(max(3, len(words) // 4)):
+        for _ in range(max(4, len(words) // 2)):
             length = generator.choice((2, 2, 2, 3, 4))
             start = generator.randrange(len(words) - length + 1)
             followed = " ".join(words[start + 1 : start + length])
