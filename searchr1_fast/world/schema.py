@@ -204,3 +204,10 @@ REGION = Kind(
 
 KINDS = (PERSON, CITY, COMPANY, BOOK, REGION)
 KIND_NAMES = tuple(kind.name for kind in KINDS)
+
+# How a rich passage says its subject's other name once more; {a} is the alias.
+ALIAS_SENTENCES = (
+    "To many, {s} is {a}.",
+    "Older papers speak of {s} as {a}.",
+    "{a} is but another name for {s}.",
+)

@@ -17,9 +17,14 @@ from functools import cached_property
 from searchr1_fast.config import WorldConfig
 from searchr1_fast.types import Passage, Question
 from searchr1_fast.world.names import name_capacity, word_tuple
-from searchr1_fast.world.schema import KIND_NAMES, KINDS, Kind, Relation
+from searchr1_fast.world.schema import ALIAS_SENTENCES, KIND_NAMES, KINDS, Kind, Relation
 
 _FIRST_YEAR, _NUM_YEARS = 1500, 500
+
+# Names are made of the same words, and of two words nearly every order names something in a large world: to a lexical
+# retriever an alias of two words is somebody else's name (100,000 entities: found in the best five for none of 233).
+# With three, said twice in its own passage, it is found.
+_ALIAS_WORDS = 3
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,7 @@ class World:
         )
         alias = ""
         if self.rich:
-            alias_words = word_tuple(self.config.split, f"{self._salt}/{kind.name}/alias", number, self._num_words)
+            alias_words = word_tuple(self.config.split, f"{self._salt}/{kind.name}/alias", number, _ALIAS_WORDS)
             alias = " ".join((kind.epithet, *alias_words))
         return Entity(kind, number, " ".join((*words, *suffix)), alias)
 
@@ -127,6 +132,11 @@ class World:
                 entity = self.entity(kind_index, number)
                 yield Passage(str(next(row)), entity.name, self.describe(entity))
 
+    @property
+    def corpus_key(self) -> tuple[str, int, int, str]:
+        """What decides the passages: worlds with the same key differ in their questions alone."""
+        return self.config.split, self.config.seed, self.config.num_entities, self.config.style
+
     @cached_property
     def passages(self) -> list[Passage]:
         """All passages in memory."""
@@ -139,7 +149,7 @@ class World:
             return " ".join(_plain_sentence(entity, fact) for fact in facts)
         generator = random.Random(self._hash("text", entity.kind.name, entity.number))
         sentences = [_rich_sentence(entity, fact, generator) for fact in facts]
-        sentences.append(self._filler(entity, generator))
+        sentences += [self._filler(entity, generator), _also_called(entity, generator)]
         generator.shuffle(sentences)
         return " ".join((_opening(entity), *sentences))
 
@@ -155,6 +165,8 @@ class World:
             sentences = [_rich_sentence(entity, fact, generator) for fact in facts]
             if generator.random() < 0.6:
                 sentences.append(self._filler(entity, generator))
+            if generator.random() < 0.6:
+                sentences.append(_also_called(entity, generator))
         generator.shuffle(sentences)
         return " ".join((_opening(entity), *sentences) if self.rich else sentences)
 
@@ -173,15 +185,14 @@ class World:
         """The questions with the way to their answers."""
         generator = random.Random(f"{self._salt}/questions")
         num_comparison = round(self.config.num_questions * self.config.comparison)
+        hops = [0] * num_comparison + apportion(self.config.num_questions - num_comparison, self.config.hops)
         chains: dict[str, Chain] = {}
-        hop_numbers = range(1, len(self.config.hops) + 1)
         for number in range(self.config.num_questions):
             for _attempt in range(200):
-                if number < num_comparison:
+                if hops[number] == 0:
                     chain = self._comparison(generator, f"c{number}")
                 else:
-                    hops = generator.choices(hop_numbers, self.config.hops)[0]
-                    chain = self._compositional(generator, hops, f"q{number}")
+                    chain = self._compositional(generator, hops[number], f"q{number}")
                 if chain is not None and chain.question.text not in chains:
                     chains[chain.question.text] = chain
                     break
@@ -249,12 +260,26 @@ def build_world(config: WorldConfig) -> World:
     return World(config)
 
 
+def apportion(num_questions: int, weights: Sequence[float]) -> list[int]:
+    """The number of hops of each question, ascending: shares as exact as whole numbers can be (largest remainders)."""
+    exact = [num_questions * weight / sum(weights) for weight in weights]
+    counts = [int(share) for share in exact]
+    by_remainder = sorted(range(len(weights)), key=lambda i: counts[i] - exact[i])
+    for i in by_remainder[: num_questions - sum(counts)]:
+        counts[i] += 1
+    return [hops for hops, count in enumerate(counts, start=1) for _ in range(count)]
+
+
 def _plain_sentence(entity: Entity, fact: Fact) -> str:
     return f"The {fact.relation.name} of {entity.name} is {fact.mention}."
 
 
 def _rich_sentence(entity: Entity, fact: Fact, generator: random.Random) -> str:
     return generator.choice(fact.relation.sentences).format(s=entity.name, o=fact.mention)
+
+
+def _also_called(entity: Entity, generator: random.Random) -> str:
+    return generator.choice(ALIAS_SENTENCES).format(s=entity.name, a=entity.alias)
 
 
 def _opening(entity: Entity) -> str:

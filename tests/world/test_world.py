@@ -4,11 +4,15 @@ import itertools
 import tracemalloc
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from searchr1_fast.config import WorldConfig
+from searchr1_fast.retrieval.bm25 import BM25Retriever
 from searchr1_fast.reward import normalize_answer
 from searchr1_fast.world import build_world
 from searchr1_fast.world.names import SPLIT_RESIDUES, name_capacity, name_words, word_tuple
+from searchr1_fast.world.world import apportion
 
 
 def make_world(**changes):
@@ -86,14 +90,29 @@ def test_same_seed_same_world_other_seed_other_facts():
     assert not {q.text for q in first.questions} & {q.text for q in other.questions}
 
 
-def test_question_mix_follows_the_weights():
+def test_question_mix_is_exactly_the_weights():
     questions = make_world(num_entities=2000, num_questions=2000, hops=(1, 2, 1), comparison=0.1).questions
     count = {kind: sum(q.kind == kind for q in questions) for kind in ("1-hop", "2-hop", "3-hop", "comparison")}
-    assert count["comparison"] == 200
-    assert abs(count["2-hop"] - 900) < 90
-    assert abs(count["1-hop"] - 450) < 80
+    assert count == {"1-hop": 450, "2-hop": 900, "3-hop": 450, "comparison": 200}
     assert len({q.text for q in questions}) == 2000
     assert len({q.id for q in questions}) == 2000
+
+
+@given(st.integers(0, 500), st.lists(st.floats(0.01, 10), min_size=1, max_size=6))
+def test_shares_are_as_exact_as_whole_numbers_can_be(num_questions, weights):
+    hops = apportion(num_questions, weights)
+    assert len(hops) == num_questions
+    for hop, weight in enumerate(weights, start=1):
+        assert abs(hops.count(hop) - num_questions * weight / sum(weights)) < 1 + 1e-9
+
+
+def test_who_asks_for_an_alias_finds_its_passage():
+    """In a corpus so large that most pairs of words name something, for a retriever that knows no word order."""
+    world = make_world(num_entities=12_000, style="rich")
+    retriever = BM25Retriever(world.passages)
+    entities = [world.entity(kind, number) for kind in range(5) for number in range(0, 400, 20)]
+    found = retriever.search([entity.alias for entity in entities], 2)
+    assert all(e.name in {p.title for p in passages} for e, passages in zip(entities, found, strict=True))
 
 
 def test_an_answer_is_hard_to_guess():
