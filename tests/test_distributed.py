@@ -149,3 +149,26 @@ def test_shares_join_to_the_whole(monkeypatch, world_size, count):
 def test_a_gpu_that_is_not_there_is_one_sentence():
     with pytest.raises(ValueError, match="run.device=cuda, but torch sees no GPU"), process("cuda"):
         raise AssertionError("not reached")
+
+
+ARITHMETIC = """
+import torch
+from searchr1_fast.distributed import process
+with process("cpu", num_threads=1):
+    print(torch.get_num_threads(), (torch.full((64,), 1e-30) * 1e-9).count_nonzero().item())
+"""
+
+
+def test_a_rank_has_the_threads_it_was_given_and_no_denormals():
+    """In a process of its own: numba's threads start once, and it is their start that would undo torch's setting."""
+    root = Path(__file__).parent.parent
+    path = os.pathsep.join([str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")])
+    result = subprocess.run(
+        [sys.executable, "-c", ARITHMETIC],
+        env=os.environ | {"PYTHONPATH": path, "NUMBA_NUM_THREADS": "2"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert result.stdout.split() == ["1", "0"]
