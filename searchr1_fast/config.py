@@ -7,6 +7,7 @@ What a field is checked for is checked here, once, with a sentence that names th
 from __future__ import annotations
 
 import difflib
+import re
 import types
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -194,8 +195,16 @@ class TrainConfig(Section):
 
 class EvalConfig(Section):
     sets: dict[str, DataSet] = {}
+    """By name: letters, digits, `_`, `.` and `-`."""
     temperature: Annotated[float, Field(ge=0)] = 0.0
     """0: greedy."""
+
+    @model_validator(mode="after")
+    def _plain_names(self) -> EvalConfig:
+        for name in self.sets:
+            if not re.fullmatch(r"[\w.-]+", name):  # metrics.jsonl has it between slashes
+                raise ValueError(f"sets: the name {name!r} may hold letters, digits, `_`, `.` and `-` only")
+        return self
 
 
 class CheckpointConfig(Section):

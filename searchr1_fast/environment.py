@@ -30,8 +30,14 @@ class Environment:
         return self.retriever.search(queries, self.topk)
 
 
-def build_environment(data: DataSet, retrieval: RetrievalConfig, shared: Retriever | None = None) -> Environment:
-    """Build what `data` describes. `shared` serves a file of questions that names no corpus."""
+def build_environment(
+    data: DataSet,
+    retrieval: RetrievalConfig,
+    shared: Retriever | None = None,
+    opened: dict[tuple, Retriever] | None = None,
+) -> Environment:
+    """Build what `data` describes. `shared` serves a file of questions that names no corpus; `opened` remembers the
+    retrievers of worlds, for others that differ in their questions alone."""
     if data.world is not None:
         if retrieval.backend == "remote":
             raise ValueError(
@@ -40,8 +46,11 @@ def build_environment(data: DataSet, retrieval: RetrievalConfig, shared: Retriev
             )
         world = build_world(data.world)
         questions: list[Question] = world.questions
-        corpus = world.passages if retrieval.backend == "bm25" else None
-        return Environment(_limited(questions, data.limit), open_retriever(retrieval, corpus), retrieval.topk)
+        opened = {} if opened is None else opened
+        if world.corpus_key not in opened:
+            corpus = world.passages if retrieval.backend == "bm25" else None
+            opened[world.corpus_key] = open_retriever(retrieval, corpus)
+        return Environment(_limited(questions, data.limit), opened[world.corpus_key], retrieval.topk)
     questions = read_questions(data.questions, limit=data.limit)
     if data.corpus is None and shared is not None:
         return Environment(questions, shared, retrieval.topk)
@@ -56,7 +65,8 @@ def build_environments(config: Config) -> tuple[Environment, dict[str, Environme
 
 def evaluation_environments(config: Config, shared: Retriever | None = None) -> dict[str, Environment]:
     """One environment per evaluation set. `shared`: the training retriever, where it is open already."""
-    return {name: build_environment(data, config.retrieval, shared) for name, data in config.eval.sets.items()}
+    opened: dict[tuple, Retriever] = {}
+    return {name: build_environment(data, config.retrieval, shared, opened) for name, data in config.eval.sets.items()}
 
 
 def _limited(questions: list[Question], limit: int) -> list[Question]:

@@ -156,7 +156,13 @@ def wilson_interval(successes: float, count: int, z: float = 1.959964) -> Interv
 
 
 def build_engine(model: Decoder, tokenizer: TextTokenizer, config: Config) -> Engine:
-    """The engine that `rollout.engine` names."""
+    """The engine that `rollout.engine` names. ValueError where a sequence may outgrow the model's positions."""
+    known = model.config.max_position_embeddings
+    if config.rollout.max_sequence_tokens > known:
+        raise ValueError(
+            f"rollout.max_sequence_tokens: {config.rollout.max_sequence_tokens} is more than the model was made for; "
+            f"give at most {known} (max_position_embeddings in its config.json)"
+        )
     engine_class = {"native": Engine, "plain": PlainEngine}[config.rollout.engine]
     return engine_class(model, tokenizer, config.rollout)
 

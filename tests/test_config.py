@@ -161,3 +161,8 @@ def test_every_shipped_recipe_loads():
         pytest.skip("no configs/ beside the package: an installed copy, not a checkout")
     for recipe in recipes:
         load_config(recipe)
+
+
+def test_an_evaluation_set_needs_a_name_that_plots_and_keys_can_carry():
+    with pytest.raises(ValueError, match=r"`eval`: sets: the name 'dev/small' may hold letters"):
+        load_config(None, ["eval={sets: {dev/small: {questions: x.jsonl}}}"])

@@ -7,7 +7,7 @@ import torch
 
 from searchr1_fast.config import Config, DataSet, RetrievalConfig
 from searchr1_fast.distributed import Ranks
-from searchr1_fast.environment import build_environment, build_environments
+from searchr1_fast.environment import build_environment, build_environments, evaluation_environments
 from searchr1_fast.evaluate import EvalResult, build_engine, evaluate, score, wilson_interval
 from searchr1_fast.models import load_model, load_tokenizer
 from searchr1_fast.types import Action, Turn
@@ -123,6 +123,26 @@ def test_a_world_brings_its_own_corpus():
     (found,) = environment.search([question.text])
     assert 1 <= len(found) <= config.retrieval.topk
     assert build_environment(config.data, RetrievalConfig(backend="none")).search(["anything"]) == [[]]
+
+
+def test_worlds_that_differ_in_their_questions_alone_share_a_retriever():
+    world = {"num_entities": 40, "num_questions": 10}
+    sets = {"one": world, "two": world | {"comparison": 1.0}, "other": world | {"seed": 1}}
+    config = Config.model_validate({"eval": {"sets": {name: {"world": values} for name, values in sets.items()}}})
+    opened = evaluation_environments(config)
+    assert opened["one"].retriever is opened["two"].retriever
+    assert opened["one"].questions != opened["two"].questions
+    assert opened["one"].search(["Hill"]) != opened["other"].search(["Hill"])
+
+
+def test_a_model_made_for_fewer_positions_is_named(opened):
+    config, model, tokenizer, _ = opened
+    known = model.config.max_position_embeddings
+    changed = config.model_copy(
+        update={"rollout": config.rollout.model_copy(update={"max_sequence_tokens": known + 1})}
+    )
+    with pytest.raises(ValueError, match=f"rollout.max_sequence_tokens: {known + 1} .* at most {known}"):
+        build_engine(model, tokenizer, changed)
 
 
 def test_a_missing_file_is_one_sentence(tmp_path):

@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
+
+from searchr1_fast.models.weights import resolve
 
 
 @functools.cache
@@ -21,12 +25,24 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 class TextTokenizer:
-    """A `tokenizers.Tokenizer` with exact token bytes, an end-of-sequence id, and an optional chat template."""
+    """A `tokenizers.Tokenizer` with exact token bytes, what ends a turn, and an optional chat template.
 
-    def __init__(self, tokenizer: Tokenizer, eos_token: str | None = None, chat_template: str | None = None) -> None:
+    `eos_ids` are all the tokens that end a turn, `eos_id` (None: there is none) the first. A Qwen base model has
+    "<|endoftext|>" for its own and ends a chat's turn with "<|im_end|>": generation_config.json lists both.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        eos_token: str | None = None,
+        chat_template: str | None = None,
+        more_eos_ids: Sequence[int] = (),
+    ) -> None:
         self.backend = tokenizer
         self.eos_token = eos_token
-        self.eos_id = tokenizer.token_to_id(eos_token) if eos_token is not None else None
+        own = [] if eos_token is None else [tokenizer.token_to_id(eos_token)]
+        self.eos_ids = tuple(dict.fromkeys(i for i in (*own, *more_eos_ids) if i is not None))
+        self.eos_id = self.eos_ids[0] if self.eos_ids else None
         self.chat_template = chat_template
         self._is_byte_level = '"ByteLevel"' in json.dumps(json.loads(tokenizer.to_str()).get("decoder"))
         self._added = {i: token.content.encode() for i, token in tokenizer.get_added_tokens_decoder().items()}
@@ -81,12 +97,14 @@ class TextTokenizer:
         )
 
     def save(self, directory: Path) -> None:
-        """Write tokenizer.json and tokenizer_config.json."""
+        """Write tokenizer.json, tokenizer_config.json, and generation_config.json where something ends a turn."""
         self.backend.save(str(directory / "tokenizer.json"))
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.eos_token}
         if self.chat_template is not None:
             settings["chat_template"] = self.chat_template
-        (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        _write_json(directory / "tokenizer_config.json", settings)
+        if self.eos_ids:
+            _write_json(directory / "generation_config.json", {"eos_token_id": list(self.eos_ids)})
 
 
 def _raise_template_error(message: str) -> None:
@@ -94,18 +112,26 @@ def _raise_template_error(message: str) -> None:
 
 
 def load_tokenizer(directory: Path | str) -> TextTokenizer:
-    """Read a Hugging Face directory's tokenizer. ValueError where tokenizer.json is missing."""
-    directory = Path(directory)
+    """Read a Hugging Face directory's tokenizer, or a built-in one's. ValueError where tokenizer.json is missing."""
+    directory = resolve(directory) if str(directory).startswith("builtin:") else Path(directory)
     path = directory / "tokenizer.json"
     if not path.is_file():
         raise ValueError(f"{directory} has no tokenizer.json; save the tokenizer with transformers' save_pretrained")
-    settings_path = directory / "tokenizer_config.json"
-    settings = json.loads(settings_path.read_text(encoding="utf-8")) if settings_path.is_file() else {}
-    eos = settings.get("eos_token")
+    settings = _read_json(directory / "tokenizer_config.json")
+    eos, listed = settings.get("eos_token"), _read_json(directory / "generation_config.json").get("eos_token_id", [])
     template_path = directory / "chat_template.jinja"  # where transformers 5 puts it
     template = template_path.read_text(encoding="utf-8") if template_path.is_file() else settings.get("chat_template")
     return TextTokenizer(
         Tokenizer.from_file(str(path)),
         eos_token=eos["content"] if isinstance(eos, dict) else eos,
         chat_template=template,
+        more_eos_ids=listed if isinstance(listed, list) else [listed],
     )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

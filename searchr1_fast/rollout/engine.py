@@ -145,7 +145,8 @@ class Engine:
         self.statistics = RolloutStatistics()
         self.token_bytes = vocabulary_bytes(tokenizer, vocab_size)
         self._matcher = StopMatcher(self.token_bytes)
-        self.eos_id = -1 if tokenizer.eos_id is None else tokenizer.eos_id  # -1: no token ends a turn by itself
+        self.is_eos = np.zeros(vocab_size, dtype=bool)  # [V]: ends a turn by itself
+        self.is_eos[list(tokenizer.eos_ids)] = True
         self._cache: KVCache | None = None
         self._slots = SlotTable(0, 0)
         self.reset()
@@ -321,7 +322,7 @@ class Engine:
         table.last_token[slots] = token_ids
         table.turn_count[slots] = count + 1
         table.stop_state[slots] = states = self._matcher.advance(table.stop_state[slots], token_ids)
-        ended = (count + 1 == table.turn_limit[slots]) | (token_ids == self.eos_id)
+        ended = (count + 1 == table.turn_limit[slots]) | self.is_eos[token_ids]
         if self.stop_at_tags:
             ended |= states == self._matcher.matched
         if not ended.any():

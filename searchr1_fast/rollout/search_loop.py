@@ -164,7 +164,7 @@ class SearchLoop:
     def _record_turn(self, sequence: Sequence) -> Turn:
         """Read the turn that the engine appended. An end-of-sequence token is part of its tokens, not of its text."""
         token_ids = sequence.token_pieces[-1]
-        written = token_ids[token_ids != self.engine.eos_id].tolist()
+        written = token_ids[~self.engine.is_eos[token_ids]].tolist()
         text = b"".join(self.engine.token_bytes[i] for i in written).decode(errors="replace")
         action, content = parse_action(text)
         turn = Turn(sequence.length - len(token_ids), sequence.length, action, content)

@@ -1,5 +1,7 @@
 """Token bytes are exact, special tokens are read only where they are meant, and a directory round-trips."""
 
+import json
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -52,6 +54,27 @@ def test_round_trip_through_a_directory(tokenizer, tmp_path):
     assert again.encode(TEXTS[1]) == tokenizer.encode(TEXTS[1])
     assert (again.eos_id, again.vocab_size) == (tokenizer.eos_id, tokenizer.vocab_size)
     assert again.apply_chat_template("hi") == "<|end|>user: hi|"
+
+
+def test_everything_that_ends_a_turn_is_read_and_kept(tokenizer, tmp_path):
+    """As Qwen's directories have it: the tokenizer names one token, the generation settings list another before it."""
+    tokenizer.save(tmp_path)
+    (added,) = tokenizer.encode("<é>")
+    settings = tmp_path / "generation_config.json"
+    settings.write_text(json.dumps({"eos_token_id": [added, tokenizer.eos_id]}))
+    both = load_tokenizer(tmp_path)
+    assert both.eos_ids == (tokenizer.eos_id, added)
+    both.save(tmp_path)
+    assert load_tokenizer(tmp_path).eos_ids == both.eos_ids
+    settings.write_text(json.dumps({"eos_token_id": added}))
+    assert load_tokenizer(tmp_path).eos_ids == both.eos_ids
+    settings.unlink()
+    assert load_tokenizer(tmp_path).eos_ids == (tokenizer.eos_id,)
+    assert TextTokenizer(tokenizer.backend).eos_ids == ()
+
+
+def test_built_in_names_are_resolved():
+    assert load_tokenizer("builtin:base").eos_token == "<|endoftext|>"
 
 
 def test_mistakes_are_named(tokenizer, tmp_path):

@@ -129,6 +129,15 @@ def test_eos_ends_a_turn_and_is_a_policy_token(play, tokenizer):
     assert trajectory.finish_reason is FinishReason.ANSWER
 
 
+def test_every_token_that_ends_a_turn_does(play, tokenizer, monkeypatch):
+    (other,) = tokenizer.encode("!")
+    monkeypatch.setattr(tokenizer, "eos_ids", (tokenizer.eos_id, other))
+    trajectory, _ = play([tokenizer.encode("hm") + [other], [tokenizer.eos_id], ANSWER])
+    assert kinds(trajectory) == ["hm", INVALID_ACTION_MESSAGE, "", INVALID_ACTION_MESSAGE, ANSWER]
+    assert trajectory.token_ids[trajectory.turns[0].end - 1] == other
+    assert trajectory.loss_mask[trajectory.turns[0].end - 1]
+
+
 def test_a_turn_ends_at_its_budget(play, tokenizer):
     size = len(tokenizer.encode(ANSWER))
     cut, _ = play([ANSWER, ANSWER, ANSWER], max_turn_tokens=size - 1)
