@@ -15,17 +15,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Read the arguments, then import what takes seconds."""
     parser = command_parser(
         "pretrain-base",
-        "searchr1 pretrain-base --output models/base\n"
-        "searchr1 pretrain-base --variant instruct --start models/base --output models/instruct",
+        "searchr1 pretrain-base --variant stem --output models/stem\n"
+        "searchr1 pretrain-base --variant base --from models/stem --output models/base\n"
+        "searchr1 pretrain-base --variant instruct --from models/base --output models/instruct",
         "Goes on from OUTPUT/state.pt where an earlier call was stopped.",
     )
-    parser.add_argument("--variant", choices=("base", "instruct"), default="base", help="which recipe (default: base)")
+    parser.add_argument("--variant", choices=("stem", "base", "instruct"), required=True, help="which recipe")
     parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="the model's directory")
-    parser.add_argument("--start", metavar="DIR", type=Path, help="model to go on from; the instruct variant needs one")
+    parser.add_argument("--from", dest="start", metavar="DIR", type=Path, help="model to go on from: a stem, or a base")
     parser.add_argument("--steps", metavar="N", type=int, help="instead of the recipe's number of steps")
     arguments = parser.parse_args(argv)
-    if (arguments.variant == "instruct") != (arguments.start is not None):
-        parser.error("--start belongs to --variant instruct, and it needs one")
+    if (arguments.variant == "stem") != (arguments.start is None):
+        parser.error("--variant base and instruct go on --from a model, and stem begins anew")
     if arguments.steps is not None and arguments.steps < 1:
         parser.error("--steps: at least 1")
 

@@ -25,7 +25,15 @@ from searchr1_fast.distributed import Ranks
 from searchr1_fast.models import Decoder, DecoderConfig, TextTokenizer, load_model, load_tokenizer, save_model
 from searchr1_fast.world import build_world
 from searchr1_fast.world.names import name_words
-from searchr1_fast.world.traces import BASE_MIX, INSTRUCT_MIX, Document, TraceMix, TraceWriter, documents
+from searchr1_fast.world.traces import (
+    BASE_MIX,
+    INSTRUCT_MIX,
+    STEM_MIX,
+    Document,
+    TraceMix,
+    TraceWriter,
+    documents,
+)
 
 EOS_TOKEN = "<|endoftext|>"
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -46,7 +54,7 @@ class Recipe:
     learning_rate: float  # AdamW, on embedding, norms and biases
     matrix_learning_rate: float  # Muon, on the blocks' matrices
     warmup_steps: int
-    rich_share: float = 0.4  # of documents about the rich world, at the end of the curriculum
+    rich_share: float = 0.55  # of documents about the rich world, at the end of the curriculum
     reading_share: tuple[float, float] = (0.15, 0.45)  # of reading exercises, at the curriculum's start and end
     recall_share: tuple[float, float] = (0.7, 0.05)  # likewise of exercises in recall
     curriculum: tuple[float, float] = (0.06, 0.25)  # parts of the training at which it starts to move and ends
@@ -58,8 +66,9 @@ class Recipe:
 
 
 RECIPES = {
-    "base": Recipe(BASE_MIX, 4000, 8192, 3e-3, 2e-2, 50),
-    "instruct": Recipe(INSTRUCT_MIX, 150, 8192, 6e-4, 4e-3, 20, curriculum=(0.0, 0.0)),
+    "stem": Recipe(STEM_MIX, 4000, 8192, 3e-3, 2e-2, 50),
+    "base": Recipe(BASE_MIX, 1400, 8192, 1.5e-3, 1e-2, 50, rich_share=0.65, curriculum=(0.0, 0.0), seed=1),
+    "instruct": Recipe(INSTRUCT_MIX, 150, 8192, 6e-4, 4e-3, 20, curriculum=(0.0, 0.0), seed=2),
 }
 
 ARCHITECTURE = DecoderConfig(

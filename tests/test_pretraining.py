@@ -23,7 +23,7 @@ from searchr1_fast.world.names import name_words
 from searchr1_fast.world.traces import BASE_MIX, TraceWriter, documents
 
 TAGS = [f"<{slash}{name}>" for name in ("think", "search", "information", "answer") for slash in ("", "/")]
-RECIPE = replace(RECIPES["base"], num_steps=8, tokens_per_step=400, warmup_steps=2, num_entities=120, num_chains=80)
+RECIPE = replace(RECIPES["stem"], num_steps=8, tokens_per_step=400, warmup_steps=2, num_entities=120, num_chains=80)
 ARCHITECTURE = DecoderConfig(pretraining.ARCHITECTURE.vocab_size, 32, 48, 1, 2, 1, tie_word_embeddings=True)
 
 
@@ -160,7 +160,7 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(tiny, tokenizer, tmp_path, mo
     for name in ("whole", "halves"):  # a tokenizer that is there is not made again
         (tmp_path / name).mkdir()
         tokenizer.save(tmp_path / name)
-    pretrain("base", tmp_path / "whole", RECIPE, None, save_every=3)
+    pretrain("stem", tmp_path / "whole", RECIPE, None, save_every=3)
     backward, calls = pretraining._backward, itertools.count(1)
 
     def backward_until_killed(*arguments):
@@ -171,10 +171,10 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(tiny, tokenizer, tmp_path, mo
     with monkeypatch.context() as patch:
         patch.setattr(pretraining, "_backward", backward_until_killed)
         with pytest.raises(Killed):
-            pretrain("base", tmp_path / "halves", RECIPE, None, save_every=3)
+            pretrain("stem", tmp_path / "halves", RECIPE, None, save_every=3)
     assert not (tmp_path / "halves" / "model.safetensors").exists()  # nothing that looks finished
     capsys.readouterr()
-    pretrain("base", tmp_path / "halves", RECIPE, None, save_every=3)
+    pretrain("stem", tmp_path / "halves", RECIPE, None, save_every=3)
     assert "going on from step 3 of 8" in capsys.readouterr().out
 
     states = [torch.load(tmp_path / name / "state.pt", weights_only=True) for name in ("whole", "halves")]
@@ -202,22 +202,22 @@ def assert_same(first, second) -> None:
         assert first == second
 
 
-def test_it_learns_and_instruct_goes_on_from_base(tiny, tokenizer, tmp_path, capsys):
-    base, instruct = tmp_path / "base", tmp_path / "instruct"
-    base.mkdir()
-    tokenizer.save(base)
-    pretrain("base", base, replace(RECIPE, num_steps=60), None)
+def test_it_learns_and_the_next_goes_on_from_it(tiny, tokenizer, tmp_path, capsys):
+    stem, base = tmp_path / "stem", tmp_path / "base"
+    stem.mkdir()
+    tokenizer.save(stem)
+    pretrain("stem", stem, replace(RECIPE, num_steps=60), None)
     losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", capsys.readouterr().out)]
     assert len(losses) == 3
     assert losses[-1] < losses[0] - 1.0
 
-    assert load_model(base).config.tie_word_embeddings
+    assert load_model(stem).config.tie_word_embeddings
 
     settings = {"tokens_per_step": 400, "num_entities": 120, "num_chains": 80}
-    recipe = replace(RECIPES["instruct"], num_steps=1, learning_rate=0.0, matrix_learning_rate=0.0, **settings)
-    pretrain("instruct", instruct, recipe, base)
-    assert_same(load_file(instruct / "model.safetensors"), load_file(base / "model.safetensors"))
-    assert (instruct / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
+    recipe = replace(RECIPES["base"], num_steps=1, learning_rate=0.0, matrix_learning_rate=0.0, **settings)
+    pretrain("base", base, recipe, stem)
+    assert_same(load_file(base / "model.safetensors"), load_file(stem / "model.safetensors"))
+    assert (base / "tokenizer.json").read_bytes() == (stem / "tokenizer.json").read_bytes()
 
 
 def test_two_ranks_train_as_one_does(tiny, tokenizer, world_writers):
@@ -250,17 +250,17 @@ def test_two_ranks_train_as_one_does(tiny, tokenizer, world_writers):
 
 def test_ranks_that_cannot_share_the_parts_are_told_so(tmp_path):
     with pytest.raises(ValueError, match="3 ranks cannot share 2 parts"):
-        pretrain("base", tmp_path / "none", RECIPE, None, ranks=Ranks(0, 3, torch.device("cpu")))
+        pretrain("stem", tmp_path / "none", RECIPE, None, ranks=Ranks(0, 3, torch.device("cpu")))
     assert not (tmp_path / "none").exists()
 
 
 def test_a_folder_holds_one_recipe_and_its_tokenizer(tiny, tmp_path):
-    pretrain("base", tmp_path, replace(RECIPE, num_steps=1), None)
+    pretrain("stem", tmp_path, replace(RECIPE, num_steps=1), None)
     tokenizer, model = load_tokenizer(tmp_path), load_model(tmp_path)
     assert tokenizer.vocab_size <= model.config.vocab_size == ARCHITECTURE.vocab_size
     assert tokenizer.eos_token == EOS_TOKEN
     with pytest.raises(ValueError, match="another recipe; remove"):
-        pretrain("base", tmp_path, replace(RECIPE, num_steps=1, learning_rate=1e-3), None)
+        pretrain("stem", tmp_path, replace(RECIPE, num_steps=1, learning_rate=1e-3), None)
 
 
 def test_first_layer_heads_begin_by_looking_back_as_far_as_their_number():

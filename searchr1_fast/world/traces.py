@@ -26,20 +26,24 @@ PROMPT = "Question: {question}\n"
 
 @dataclass(frozen=True)
 class TraceMix:
-    """Shares of the kinds of traces; they add up to 1."""
+    """Shares of the kinds of traces, which add up to 1, and how they go about an alias."""
 
     complete: float
     first_hop_only: float
     guess: float
     wrong_search: float
+    resolve_aliases: bool = False
+    """Whose alias it is is said first, then the fact is looked for under the name: two small steps in place of one that
+    a model of four layers hardly makes."""
 
     def __post_init__(self) -> None:
         total = self.complete + self.first_hop_only + self.guess + self.wrong_search
         assert abs(total - 1) < 1e-9, f"shares add up to {total}"
 
 
-BASE_MIX = TraceMix(complete=0.25, first_hop_only=0.45, guess=0.15, wrong_search=0.15)
-INSTRUCT_MIX = TraceMix(complete=0.60, first_hop_only=0.30, guess=0.05, wrong_search=0.05)
+STEM_MIX = TraceMix(complete=0.25, first_hop_only=0.45, guess=0.15, wrong_search=0.15)
+BASE_MIX = TraceMix(complete=0.25, first_hop_only=0.45, guess=0.15, wrong_search=0.15, resolve_aliases=True)
+INSTRUCT_MIX = TraceMix(complete=0.60, first_hop_only=0.30, guess=0.05, wrong_search=0.05, resolve_aliases=True)
 
 
 class TraceWriter:
@@ -67,8 +71,14 @@ class TraceWriter:
         for entity, fact in zip(chain.entities, chain.facts, strict=True):
             thought = f"{known}I need the {fact.relation.name} of {name}."
             document += self._search(generator, thought, name, fact.relation.name, entity)
-            known, name = f"The {fact.relation.name} of {name} is {fact.mention}. ", fact.mention
+            known, name = f"{self._found(entity, fact, name)} ", fact.mention
         return [*document, ("policy", _answer(known.rstrip(), name))]
+
+    def _found(self, entity: Entity, fact: Fact, name: str) -> str:
+        """What the passage said of the entity, which was looked for as `name`."""
+        if self.mix.resolve_aliases and name != entity.name:
+            return f"{name} is {entity.name}. The {fact.relation.name} of {entity.name} is {fact.mention}."
+        return f"The {fact.relation.name} of {name} is {fact.mention}."
 
     def _complete_comparison(self, generator: random.Random, chain: Chain) -> Document:
         first, second = chain.entities
@@ -85,7 +95,7 @@ class TraceWriter:
         name = entity.name if chain.question.kind == "comparison" else _asked_name(chain)
         relation = fact.relation.name
         document = self._search(generator, f"I need the {relation} of {name}.", name, relation, entity)
-        return [*document, ("policy", _answer(f"The {relation} of {name} is {fact.mention}.", fact.mention))]
+        return [*document, ("policy", _answer(self._found(entity, fact, name), fact.mention))]
 
     def _guess(self, generator: random.Random, chain: Chain) -> Document:
         thought = generator.choice(("I know this.", "I have read about this.", "That is well known."))
@@ -145,6 +155,9 @@ class TraceWriter:
         pairs = [(entity, fact) for entity, facts in told for fact in facts]
         for entity, fact in generator.sample(pairs, min(8, len(pairs))):
             name = entity.alias if entity.alias and generator.random() < 0.3 else entity.name
+            if self.mix.resolve_aliases and name != entity.name:
+                document += [("prompt", f"{name} is"), ("policy", f" {entity.name}.\n")]
+                name = entity.name
             document.append(("prompt", f"The {fact.relation.name} of {name} is"))
             document.append(("policy", f" {fact.mention}.\n"))
         return document

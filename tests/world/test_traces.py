@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -103,6 +104,25 @@ def test_first_hop_only_stops_at_the_first_fact(style):
             assert not is_right or chain.facts[0].answers == chain.facts[-1].answers
 
 
+@pytest.mark.parametrize("resolve", [False, True])
+def test_whose_an_alias_is_is_said_before_the_fact_where_the_mix_wants_it(resolve):
+    mix = replace(ONLY["complete"], resolve_aliases=resolve)
+    writer, chains = make_writer("rich", mix)
+    generator, num_aliases = random.Random(6), 0
+    for chain in chains:
+        if chain.question.kind == "comparison":
+            continue
+        text = policy_text(writer.trace(generator, chain))
+        asked = chain.entities[0].name if chain.entities[0].name in chain.question.text else chain.entities[0].alias
+        for entity, fact in zip(chain.entities, chain.facts, strict=True):
+            is_alias = asked == entity.alias
+            resolved = f"{entity.alias} is {entity.name}. The {fact.relation.name} of {entity.name} is {fact.mention}."
+            assert (resolved in text) == (resolve and is_alias)
+            num_aliases += is_alias
+            asked = fact.mention
+    assert num_aliases > 50
+
+
 def test_guesses_do_not_search_and_wrong_searches_do_not_find(style):
     for name, searches in (("guess", 0), ("wrong_search", 1)):
         writer, chains = make_writer(style, ONLY[name])
@@ -177,7 +197,10 @@ def test_reading_exercises_state_what_the_passages_say(style):
         assert lines
         for (asks, question), (states, value) in zip(lines[::2], lines[1::2], strict=True):
             assert (asks, states) == ("prompt", "policy")
-            assert question.removesuffix(" is").partition(" of ")[2] in observation
+            subject = question.removesuffix(" is")
+            assert subject.partition(" of ")[2] in observation
+            if " of " not in subject:  # whose alias it is
+                assert f"{value.strip(' .' + chr(10))}, also called {subject}," in observation
             assert value.removesuffix(".\n") in observation
             assert style == "rich" or f"{question}{value}".strip() in observation
 
