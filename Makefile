@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+TESTABLE := $(VENV)/.testable
+OLDEST_TRITON := $(if $(filter Linux,$(shell uname -s)),build/triton-3.6)
 
 .PHONY: demo hard test bench install clean
 
@@ -14,7 +16,7 @@ demo: install
 hard: install
 	$(BIN)/searchr1 train configs/hard.yaml
 
-test: $(INSTALLED)
+test: $(TESTABLE) $(OLDEST_TRITON)
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -q
 
@@ -26,8 +28,16 @@ install: $(INSTALLED)
 # Made anew when what is installed changes; sources need nothing, the install is editable.
 $(INSTALLED): setup.py pyproject.toml
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+$(TESTABLE): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	touch $@
+
+# The kernels are compiled ahead of time by the newest Triton, which the install brings, and by the oldest supported.
+build/triton-3.6: | $(TESTABLE)
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ triton==3.6.0
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -29,9 +29,17 @@ from typing import Any, TypeVar
 import torch
 
 RESULTS = Path(__file__).resolve().parent / "results"
-PACKAGES = ("torch", "triton", "numba", "numpy", "transformers", "tokenizers", "bm25s", "flash-attn", "vllm", "cupy")
+PACKAGES = (
+    *("torch", "triton", "numba", "numpy", "transformers", "tokenizers", "bm25s", "flash-attn", "vllm", "cupy"),
+    *("faiss-cpu", "liger-kernel", "cut-cross-entropy"),
+)
 
 Name = TypeVar("Name")
+
+
+# A script's folder is first on the import path, where transformers would find kernels.py, and run it, in search of the
+# package of that name.
+sys.modules.setdefault("kernels", None)
 
 
 def interleaved(names: Sequence[Name], repetitions: int) -> Iterator[tuple[int, Name]]:

@@ -14,7 +14,6 @@ from plain import PlainPolicy, Variant, pad
 
 from searchr1_fast.distributed import full
 from searchr1_fast.evaluate import score
-from searchr1_fast.losses import policy_loss
 from searchr1_fast.policy import Learner
 from searchr1_fast.run import Run
 from searchr1_fast.train import add_references, baselines, make_minibatches, sample, update
@@ -196,16 +195,8 @@ def agreement(ours: Run, twin: PlainPolicy, step: Step, *, padding: bool = True)
     our_loss = 0.0
     for minibatch in minibatches:
         for index, batch in enumerate(minibatch.batches):
-            logprobs, entropy = ours.policy.logprobs(batch, with_entropy=True)
-            loss, _ = policy_loss(
-                logprobs,
-                batch,
-                algorithm=config.algorithm,
-                ref_logprobs=minibatch.ref_logprobs[index] if minibatch.ref_logprobs else None,
-                entropy=entropy,
-                denominator=denominator,
-                on_policy=True,
-            )
+            references = minibatch.ref_logprobs[index] if minibatch.ref_logprobs else None
+            loss, _ = ours.policy.loss(batch, denominator, references)
             ours.policy.backward(loss)
             our_loss += loss.item()
     batches = pad(step.trajectories, advantages, np.flatnonzero(kept), config, ours.ranks.device, padding=padding)

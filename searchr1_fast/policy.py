@@ -1,8 +1,9 @@
 """The policy: a decoder with its optimizer, and the frozen reference it may be held to.
 
 `TokenScorer` is the forward pass of training: hidden states of packed sequences, the rows that predict policy tokens,
-and the fused head on those alone. `Learner` is what policy and critic share: gradient accumulation over micro-batches
-and ranks, clipping, warm-up, and a guard that never lets a non-finite gradient into the weights.
+and the fused head on those alone, in an update with the whole loss inside. `Learner` is what policy and critic share:
+gradient accumulation over micro-batches and ranks, clipping, warm-up, and a guard that never lets a non-finite gradient
+into the weights.
 
 The whole update reads the device once per optimizer step, for the gradient norm; the metrics stay there until the step
 of the run ends. Every rank must bring as many micro-batches as the others, because FSDP gathers parameters in step:
@@ -16,19 +17,19 @@ Shape legend
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import fields, replace
 from typing import Any
 
 import torch
-from searchr1_kernels import linear_logprob
+from searchr1_kernels import linear_logprob, linear_policy_loss
 from torch import nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from searchr1_fast.checkpoint import optimizer_tensors
-from searchr1_fast.config import AlgorithmConfig, Config, OptimizerConfig
+from searchr1_fast.config import Config, OptimizerConfig
 from searchr1_fast.distributed import Ranks, copy_parameters, full, reshard, shard
-from searchr1_fast.losses import accumulate_metrics, policy_loss
+from searchr1_fast.losses import accumulate_metrics, policy_objective
 from searchr1_fast.models import Decoder
 from searchr1_fast.types import PackedBatch
 
@@ -36,27 +37,18 @@ MAX_SKIPPED_IN_A_ROW = 3
 
 
 class TokenScorer(nn.Module):
-    """A decoder seen as a scorer of policy tokens. One module, so that FSDP's hooks see the head's use."""
+    """A decoder and its head on the rows that predict policy tokens. One module, so that FSDP's hooks see both."""
 
     def __init__(self, decoder: Decoder, temperature: float) -> None:
         super().__init__()
         self.decoder, self.temperature = decoder, temperature
 
-    def forward(
-        self, batch: PackedBatch, with_entropy: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:  # logprobs [P] fp32, entropy [P] fp32
-        """Log-probability of every policy token at the sampler's temperature."""
+    def forward(self, batch: PackedBatch, head: Callable[..., Any], **arguments: Any) -> Any:
+        """What `head` (`linear_logprob` or `linear_policy_loss`) makes of rows, weight and targets, at the sampler's
+        temperature. Without rows too (`padding_batch`): FSDP expects a gradient, if of zero, for every parameter."""
         hidden = self.decoder.hidden(batch.token_ids, batch.cu_seqlens, batch.scored_rows, batch.prefixes)  # [R, D]
         weight = self.decoder.head_weight  # [V, D]
-        if batch.num_policy_tokens == 0:
-            # `padding_batch`: the matrix product of nothing gives every parameter a gradient of zero, as FSDP expects.
-            nothing = (hidden @ weight.T).sum(-1).float()
-            return nothing, nothing
-        options = {"temperature": self.temperature, "return_entropy": with_entropy}
-        scores = linear_logprob(hidden, weight, batch.scored_targets, **options)
-        if with_entropy:
-            return batch.spread(scores[0]), batch.spread(scores[1])
-        return batch.spread(scores), None
+        return head(hidden, weight, batch.scored_targets, temperature=self.temperature, **arguments)
 
 
 class TrainingDiverged(ValueError):
@@ -156,7 +148,7 @@ class Policy(Learner):
             self.replica = empty_replica(decoder, dtype, ranks.device)
         shard(scorer, decoder.layers, ranks, dtype)
         super().__init__("policy", scorer, config.optimizer.learning_rate, config.optimizer, ranks)
-        self.algorithm: AlgorithmConfig = config.algorithm
+        self.objective = policy_objective(config.algorithm)
         self.reference: TokenScorer | None = None
         if config.algorithm.kl_coefficient > 0:
             assert reference is not None, "a KL needs a reference"
@@ -164,17 +156,31 @@ class Policy(Learner):
             shard(self.reference, reference.layers, ranks, dtype)
         self.sync_replica()
 
-    def logprobs(
-        self, batch: PackedBatch, model: TokenScorer | None = None, with_entropy: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:  # [P] fp32, [P] fp32
-        """Under the policy, or under `model`."""
-        return (model or self.module)(batch, with_entropy)
+    def loss(
+        self,
+        batch: PackedBatch,
+        denominator: int,
+        ref_logprobs: torch.Tensor | None = None,  # [P] fp32
+        on_policy: bool = True,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """-> `linear_policy_loss`'s loss and metrics, all 0-d; `denominator`: policy tokens of the optimizer step."""
+        return self.module(
+            batch,
+            linear_policy_loss,
+            rollout_logprobs=batch.rollout_logprobs,
+            advantages=batch.advantages,
+            ref_logprobs=ref_logprobs,
+            loss=self.objective,
+            denominator=denominator,
+            on_policy=on_policy,
+            token_rows=batch.token_rows,
+        )
 
     @torch.no_grad()
     def reference_logprobs(self, batches: list[PackedBatch]) -> list[torch.Tensor]:  # [P] fp32 each
         """Of every batch under the reference."""
         assert self.reference is not None
-        logprobs = [self.logprobs(batch, self.reference)[0] for batch in batches]
+        logprobs = [batch.spread(self.reference(batch, linear_logprob)) for batch in batches]
         reshard(self.reference)
         return logprobs
 
@@ -187,20 +193,12 @@ class Policy(Learner):
     ) -> tuple[dict[str, torch.Tensor], float]:
         """One optimizer step over micro-batches; `denominator`: policy tokens of the step, all ranks together.
 
-        Returns `policy_loss`'s metrics over this rank's tokens, on the device, and the gradient's norm.
+        Returns the loss's metrics over this rank's tokens, on the device, and the gradient's norm.
         """
         totals: dict[str, torch.Tensor] = {}
         for index, batch in enumerate(batches):
-            logprobs, entropy = self.logprobs(batch, with_entropy=True)
-            loss, metrics = policy_loss(
-                logprobs,
-                batch,
-                algorithm=self.algorithm,
-                ref_logprobs=ref_logprobs[index] if ref_logprobs is not None else None,
-                entropy=entropy,
-                denominator=denominator,
-                on_policy=on_policy,
-            )
+            references = ref_logprobs[index] if ref_logprobs is not None else None
+            loss, metrics = self.loss(batch, denominator, references, on_policy)
             self.backward(loss)
             accumulate_metrics(totals, metrics)
         return totals, self.step()

@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from searchr1_kernels.policy_objective import MAX_METRICS, MIN_METRICS
 from torch.distributed import ReduceOp
 
 from searchr1_fast.advantage import grpo_advantages, ppo_advantages, token_rewards
@@ -35,7 +36,7 @@ from searchr1_fast.cli import train_parser
 from searchr1_fast.config import Config, load_config
 from searchr1_fast.errors import INTERRUPTED, entry_point
 from searchr1_fast.evaluate import score, trajectory_seed
-from searchr1_fast.losses import MAX_METRICS, accumulate_metrics
+from searchr1_fast.losses import accumulate_metrics
 from searchr1_fast.packing import assign_to_ranks, in_order, pack, shared_lengths
 from searchr1_fast.policy import padding_batch, to_device
 from searchr1_fast.rollout import RolloutRequest
@@ -199,7 +200,7 @@ class Updates:
     """What the optimizer steps of one step of the run reported."""
 
     num_tokens: int = 0  # policy tokens, all ranks together
-    metrics: dict[str, torch.Tensor] = field(default_factory=dict)  # this rank's sums over tokens, and maxima; 0-d
+    metrics: dict[str, torch.Tensor] = field(default_factory=dict)  # this rank's sums over tokens, and extremes; 0-d
     grad_norms: list[float] = field(default_factory=list)
     critic_grad_norms: list[float] = field(default_factory=list)
 
@@ -255,8 +256,10 @@ def describe(
 
 def means(run: Run, updates: Updates) -> dict[str, Any]:
     """Sums of all ranks as means over policy tokens: the one place where metrics leave the device."""
-    sums = reduced(run, updates.metrics.keys() - MAX_METRICS, updates, ReduceOp.SUM)
-    maxima = reduced(run, updates.metrics.keys() & MAX_METRICS, updates, ReduceOp.MAX)
+    names = updates.metrics.keys()
+    sums = reduced(run, names - {*MAX_METRICS, *MIN_METRICS}, updates, ReduceOp.SUM)
+    maxima = reduced(run, names & MAX_METRICS, updates, ReduceOp.MAX)
+    minima = reduced(run, names & MIN_METRICS, updates, ReduceOp.MIN)
     norms = [norm for norm in updates.grad_norms if math.isfinite(norm)]
     critic_norms = [norm for norm in updates.critic_grad_norms if math.isfinite(norm)]
     critic = {"critic_grad_norm": _mean(critic_norms)} if run.critic is not None else {}
@@ -265,6 +268,7 @@ def means(run: Run, updates: Updates) -> dict[str, Any]:
         **dict.fromkeys(("entropy", "kl_ref", "rollout_policy_kl", "clip_fraction")),  # null where nothing was updated
         **{key: total / updates.num_tokens for key, total in sums.items()},
         **maxima,
+        **minima,
         "grad_norm": _mean(norms),
         **critic,
         "lr": run.policy.last_learning_rate,

@@ -173,6 +173,11 @@ class PackedBatch:
         """[R] int64: what they predict."""
         return self.targets if self.prefixes is None else self.targets[self.prefixes.distinct]
 
+    @property
+    def token_rows(self) -> torch.Tensor | None:
+        """[P] int64: which of the R rows predicts each policy token; None: one each, in order."""
+        return None if self.prefixes is None else self.prefixes.distinct_inverse
+
     def spread(self, scores: torch.Tensor) -> torch.Tensor:  # [R] -> [P]
         """Every policy token's score. As an embedding, whose gradient adds in a fixed order on every device."""
         if self.prefixes is None:

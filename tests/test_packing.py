@@ -9,9 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from searchr1_kernels import PolicyLoss, linear_logprob, linear_policy_loss
 
-from searchr1_fast.config import AlgorithmConfig
-from searchr1_fast.losses import policy_loss
 from searchr1_fast.packing import assign_to_ranks, in_order, pack, plan, shared_lengths
 from searchr1_fast.policy import TokenScorer
 from searchr1_fast.types import FinishReason, PackedBatch, Question, Trajectory
@@ -128,7 +127,8 @@ def test_sharing_changes_no_score_and_no_gradient(make_decoder, budget):
         decoder.zero_grad()
         scores, num_tokens = {}, 0
         for batch in pack(trajectories, advantages, budget, share_prefixes=share_prefixes):
-            logprobs, entropy = TokenScorer(decoder, 0.7)(batch, with_entropy=True)
+            outputs = TokenScorer(decoder, 0.7)(batch, linear_logprob, return_entropy=True)
+            logprobs, entropy = map(batch.spread, outputs)
             ((logprobs + 0.3 * entropy) * batch.advantages).sum().backward()
             for index, part in zip(batch.trajectory_index, logprobs.split(batch.policy_cu_seqlens.diff().tolist()),
                                    strict=True):  # fmt: skip
@@ -166,6 +166,7 @@ def load(lengths: list[int], shared: list[int], begin: int, end: int) -> int:
     return lengths[begin] + sum(lengths[begin + 1 : end]) - sum(shared[begin + 1 : end])
 
 
+@settings(deadline=None)
 @given(sequences=sorted_lengths(), budget=st.integers(1, 100))
 def test_plan_keeps_the_budget_and_wastes_no_run(sequences, budget):
     lengths, shared = sequences
@@ -185,6 +186,7 @@ def test_plan_balances():
     assert plan([30, 30, 30, 30], [0, 20, 0, 20], 45) == [(0, 2), (2, 4)]
 
 
+@settings(deadline=None)
 @given(sequences=sorted_lengths(5000), world_size=st.integers(1, 9))
 def test_ranks_share_everything_evenly(sequences, world_size):
     lengths, shared = sequences
@@ -217,7 +219,7 @@ def test_loss_and_gradients_do_not_depend_on_the_cut(make_decoder, budget, on_po
     tiny_decoder = make_decoder()
     trajectories = some(12, seed=3)
     advantages = np.random.default_rng(0).normal(size=12).tolist()
-    algorithm = AlgorithmConfig(kl_coefficient=0.1, entropy_coefficient=0.01)
+    objective = PolicyLoss(kl_coefficient=0.1, entropy_coefficient=0.01, importance_cap=2.0)
 
     def step(budget: int) -> tuple[float, dict[str, float], list[torch.Tensor]]:
         tiny_decoder.zero_grad()
@@ -225,10 +227,10 @@ def test_loss_and_gradients_do_not_depend_on_the_cut(make_decoder, budget, on_po
         batches = pack(trajectories, advantages, budget)
         denominator = sum(batch.num_policy_tokens for batch in batches)
         for batch in batches:
-            logprobs, entropy = TokenScorer(tiny_decoder, 1.0)(batch, with_entropy=True)
-            loss, metrics = policy_loss(
-                logprobs, batch, algorithm=algorithm, ref_logprobs=batch.rollout_logprobs - 0.1, entropy=entropy,
-                denominator=denominator, on_policy=on_policy,
+            loss, metrics = TokenScorer(tiny_decoder, 1.0)(
+                batch, linear_policy_loss, rollout_logprobs=batch.rollout_logprobs, advantages=batch.advantages,
+                ref_logprobs=batch.rollout_logprobs - 0.1, loss=objective, denominator=denominator,
+                on_policy=on_policy, token_rows=batch.token_rows,
             )  # fmt: skip
             loss.backward()
             total += float(loss.detach())

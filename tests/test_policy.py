@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from searchr1_kernels import linear_logprob, reference
 
 from searchr1_fast.critic import Critic
 from searchr1_fast.distributed import Ranks, process
@@ -87,7 +88,7 @@ def assert_same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 def test_logprobs_are_those_of_the_full_softmax(make_policy, trajectories, temperature):
     policy = make_policy(rollout={"temperature": temperature})
     (batch,) = pack(trajectories, ADVANTAGES, 1000)
-    logprobs, entropy = policy.logprobs(batch, with_entropy=True)
+    logprobs, entropy = policy.module(batch, linear_logprob, return_entropy=True)
     decoder = policy.module.decoder
     table = torch.log_softmax(decoder.logits(batch.token_ids, batch.cu_seqlens) / temperature, -1)[batch.policy_index]
     torch.testing.assert_close(logprobs, table.gather(1, batch.targets[:, None])[:, 0])
@@ -146,6 +147,32 @@ def test_kl_gradient_is_that_of_k3_to_the_reference(make_policy, trajectories):
     assert all(parameter.grad is None for parameter in reference.parameters())
 
 
+@pytest.mark.parametrize("mask_observations", [True, False])
+@pytest.mark.parametrize("on_policy", [True, False])
+def test_the_loss_is_that_of_the_plain_head(monkeypatch, make_policy, make_trajectory, on_policy, mask_observations):
+    """Gradients formed in the forward pass, of rows that several sequences share, against autograd over all logits."""
+    policy = make_policy(kl_coefficient=0.1, entropy_coefficient=0.01, rollout={"temperature": 0.7})
+    trajectories = [make_trajectory(seed, PIECES) for seed in range(4)]
+    for trajectory in trajectories[1:]:  # all the same up to the second turn
+        trajectory.token_ids[:-3] = trajectories[0].token_ids[:-3]
+        trajectory.rollout_logprobs[trajectory.loss_mask] -= 0.2
+    (batch,) = pack(trajectories, ADVANTAGES[:4], 1000, mask_observations=mask_observations)
+    assert len(batch.scored_rows) < batch.num_policy_tokens
+    (references,) = policy.reference_logprobs([batch])
+    results = []
+    for fused in (True, False):
+        if not fused:
+            monkeypatch.setattr("searchr1_fast.policy.linear_policy_loss", reference.linear_policy_loss)
+        loss, metrics = policy.loss(batch, 19, references, on_policy)
+        policy.backward(loss)
+        gradients = {name: parameter.grad.clone() for name, parameter in policy.parameters.items()}
+        policy.optimizer.zero_grad()
+        results.append((float(loss.detach()), {name: float(value) for name, value in metrics.items()}, gradients))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
+    assert results[0][1] == pytest.approx(results[1][1], rel=1e-4, abs=1e-5)
+    assert_same(results[0][2], results[1][2])
+
+
 def test_without_a_kl_there_is_no_reference(make_policy):
     assert make_policy().reference is None
 
@@ -198,9 +225,9 @@ def test_bf16_computes_in_bf16_over_fp32_masters(make_config, make_decoder, traj
         policy = Policy(make_decoder(0), make_config(model={"dtype": "bfloat16"}), ranks)
         exact = Policy(make_decoder(0), make_config(), ranks)
         for batch in batches:
-            logprobs = policy.logprobs(batch)[0]
+            logprobs = policy.module(batch, linear_logprob)
             assert logprobs.dtype == torch.float32
-            torch.testing.assert_close(logprobs, exact.logprobs(batch)[0], atol=0.05, rtol=0)
+            torch.testing.assert_close(logprobs, exact.module(batch, linear_logprob), atol=0.05, rtol=0)
         assert {p.dtype for p in policy.replica.parameters()} == {torch.bfloat16}
         assert exact.replica is exact.module.decoder
         norm, expected = policy.update(batches, 19)[1], exact.update(batches, 19)[1]

@@ -13,11 +13,15 @@ from typing import Any
 
 _HOME = {
     "linear_logprob": "linear_logprob",
+    "linear_policy_loss": "linear_policy_loss",
+    "PolicyLoss": "policy_objective",
     "masked_kl": "masked_kl",
     "gae": "gae",
     "group_advantages": "group",
     "masked_moments": "group",
     "masked_whiten": "group",
+    "topk_inner_product": "topk",
+    "TopKIndex": "topk",
 }
 _MODULES = ("reference",)
 

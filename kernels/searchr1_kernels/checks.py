@@ -53,6 +53,14 @@ def check_mask(mask: torch.Tensor | None, like_name: str, like: torch.Tensor) ->
         check_device("mask", mask, like_name, like)
 
 
+def check_indices(name: str, indices: torch.Tensor, bound: int) -> None:
+    """All from 0 to below `bound`. The values are read on the CPU only, where it costs nothing."""
+    if indices.device.type == "cpu" and indices.numel():
+        low, high = int(indices.min()), int(indices.max())
+        if low < 0 or high >= bound:
+            raise ValueError(f"{name}: expected ids from 0 to {bound - 1}, got {low} to {high}")
+
+
 def check_cu_seqlens(cu_seqlens: torch.Tensor, total: int) -> None:
     """Offsets `[S+1]` from 0 to `total`, never falling. The values are read on the CPU only, where it costs nothing."""
     check_shape("cu_seqlens", cu_seqlens, ("S+1",))

@@ -3,7 +3,8 @@
 Statistics are fp64 and are given out as sums, so that a caller can add those of other micro-batches and ranks before
 they are used. Standard deviations are unbiased, as Search-R1's are.
 
-Left out: anything that waits for a GPU on purpose, except `torch.unique` over the group ids.
+Nothing here waits for a GPU, and no sum depends on the order in which threads happen to run: sums over groups are
+taken by doubling spans of the sorted samples, log2(N) passes, not by atomic additions.
 
 Shape legend: N samples or tokens, G distinct groups.
 """
@@ -13,45 +14,71 @@ from __future__ import annotations
 import torch
 
 from searchr1_kernels import checks
+from searchr1_kernels.registration import register
 
 
 @torch.no_grad()
 def group_advantages(
     rewards: torch.Tensor,  # [N]
-    groups: torch.Tensor,  # [N] int64: samples of one question share a number, in any order
+    groups: torch.Tensor,  # [N] int64 or int32: samples of one question share a number, in any order
     *,
     normalize_std: bool = True,
     eps: float = 1e-6,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """-> advantages [N] fp32 `(r - mean) / (std + eps)` (without `normalize_std`: `r - mean`), and keep [N] bool.
 
-    keep is False, and the advantage exactly 0, where a group's rewards are all the same: it has nothing to compare,
-    whether it has one sample or many, and rounding in the mean must not become a direction.
+    GRPO's advantage (Shao et al., 2024, section 4.1.2), without the division Dr. GRPO's (Liu et al., 2025). keep is
+    False, and the advantage exactly 0, where a group's rewards are all the same: it has nothing to compare, whether it
+    has one sample or many, and rounding in the mean must not become a direction. A group's outputs are the same bits
+    whatever other groups there are. ValueError where a shape, type or device is not as above.
     """
+    return _GROUP_ADVANTAGES(rewards.detach(), groups, normalize_std, eps)
+
+
+def _group_advantages(rewards, groups, normalize_std, eps):
     checks.check_shape("rewards", rewards, ("N",))
     checks.check_shape("groups", groups, (rewards.shape[0],))
     checks.check_floating("rewards", rewards)
     checks.check_dtype("groups", groups, torch.int64, torch.int32)
     checks.check_device("groups", groups, "rewards", rewards)
-    unique, member = torch.unique(groups, return_inverse=True)  # [G], [N]
-    values = rewards.double()
-    zeros = values.new_zeros(unique.shape[0])  # [G]
-    count = zeros.index_add(0, member, torch.ones_like(values))
-    mean = zeros.index_add(0, member, values) / count
-    centred = values - mean[member]
-    lowest = zeros.scatter_reduce(0, member, values, "amin", include_self=False)
-    highest = zeros.scatter_reduce(0, member, values, "amax", include_self=False)
-    keep = (lowest != highest)[member]
+    if rewards.shape[0] == 0:
+        return rewards.new_empty(0, dtype=torch.float32), rewards.new_empty(0, dtype=torch.bool)
+    groups, order = torch.sort(groups.long(), stable=True)
+    values = rewards.double()[order]
+    first, last = (torch.searchsorted(groups, groups, right=right) for right in (False, True))
+    last = last - 1  # [N]: of each sample's group
+    count = (last - first + 1).double()
+    differs = (values != values[first]).double()
+    totals = _sums(torch.stack([values, differs]), groups)[:, last]  # [2, N]
+    centred, keep = values - totals[0] / count, totals[1] > 0
     advantages = centred
     if normalize_std:
-        variance = zeros.index_add(0, member, centred.square()) / (count - 1).clamp(min=1)
-        advantages = centred / (variance.sqrt()[member] + eps)
-    return advantages.masked_fill(~keep, 0.0).float(), keep
+        variance = _sums(centred.square()[None], groups)[0, last] / (count - 1).clamp(min=1)
+        advantages = centred / (variance.sqrt() + eps)
+    advantages = advantages.masked_fill(~keep, 0.0).float()
+    return tuple(torch.empty_like(output).scatter(0, order, output) for output in (advantages, keep))
+
+
+def _sums(values: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+    """values [C,N] fp64 by sorted groups [N] -> sums from the first sample of a group up to each, [C,N]."""
+    span = 1
+    while span < groups.shape[0]:
+        reached = torch.where(groups[span:] == groups[:-span], values[:, :-span], 0.0)
+        values = torch.cat([values[:, :span], values[:, span:] + reached], dim=1)
+        span *= 2
+    return values
 
 
 @torch.no_grad()
 def masked_moments(values: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """[N] -> [3] fp64: count, sum, sum of squares of the unmasked values. Adding two results joins two sets."""
+    """[N] -> [3] fp64: count, sum, sum of squares of the unmasked values. Adding two results joins two sets.
+
+    ValueError where a shape, type or device is not as above.
+    """
+    return _MASKED_MOMENTS(values.detach(), mask)
+
+
+def _masked_moments(values, mask):
     checks.check_shape("values", values, ("N",))
     checks.check_floating("values", values)
     checks.check_mask(mask, "values", values)
@@ -72,9 +99,14 @@ def masked_whiten(
 ) -> torch.Tensor:
     """-> `(x - mean) / sqrt(variance + eps)` as [N] fp32, 0 where masked. Without `moments` those of `values` are used.
 
-    Fewer than two values have no variance; they become 0.
+    The variance is unbiased. Fewer than two values have none; they become 0. ValueError where a shape, type or device
+    is not as above.
     """
-    own = masked_moments(values, mask)  # also checks the arguments
+    return _MASKED_WHITEN(values.detach(), mask, moments, eps)
+
+
+def _masked_whiten(values, mask, moments, eps):
+    own = _masked_moments(values, mask)  # also checks the arguments
     moments = own if moments is None else moments.to(own)
     checks.check_shape("moments", moments, (3,))
     count, total, squares = moments.unbind()
@@ -82,3 +114,13 @@ def masked_whiten(
     variance = ((squares - count * mean.square()) / (count - 1).clamp(min=1)).clamp(min=0)
     whitened = (values.double() - mean) * torch.rsqrt(variance + eps)
     return (whitened if mask is None else whitened.masked_fill(~mask, 0.0)).float()
+
+
+_GROUP_ADVANTAGES = register(
+    "group_advantages(Tensor rewards, Tensor groups, bool normalize_std, float eps) -> (Tensor, Tensor)",
+    _group_advantages,
+)
+_MASKED_MOMENTS = register("masked_moments(Tensor values, Tensor? mask) -> Tensor", _masked_moments)
+_MASKED_WHITEN = register(
+    "masked_whiten(Tensor values, Tensor? mask, Tensor? moments, float eps) -> Tensor", _masked_whiten
+)

@@ -6,33 +6,32 @@ Rows are taken in chunks that share one workspace; the backward pass recomputes 
 them. So the memory is one chunk, and on a CPU the chunk is sized to stay in cache, which is where the speed is from:
 the plain way writes and re-reads [N,V] several times through memory that the operating system has to map first.
 
+On CUDA with Triton the passes over a chunk's logits are fused (`_linear_rows_triton`), and without a gradient to come
+bf16 and fp16 rows take one kernel that keeps no logits at all (`_linear_forward_triton`).
+
 Precision: logits, log-probabilities, entropy and the gradient of the logits are fp32 whatever the inputs are (fp64 for
-fp64 inputs). Low-precision inputs are multiplied with fp32 results on CUDA and upcast on a CPU.
+fp64 inputs); on CUDA the gradient of bf16 rows is rounded to bf16 before its products. Low-precision inputs are
+multiplied with fp32 results on CUDA and upcast on a CPU.
+
+Repeats bit for bit: nothing is added in an order that varies. How many rows are beside it may show in a row's last
+bits, because the libraries' matrix products take few rows in another order (MKL on an AMD EPYC: one to three rows); in
+the kernel without logits nothing shows.
 
 Left out: a bias (no language-model head in use here has one), and gradients of gradients.
 
-Shape legend: N rows, D hidden size, V vocabulary, C rows of a chunk.
+Shape legend: N rows, D hidden size, V vocabulary, K rows kept for the backward pass.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from searchr1_kernels import checks
-
-# Bytes of one chunk of logits. CPU: small enough for the cache. CUDA: large enough for the matrix products.
-_CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 1 << 30}
-# Below this many rows the weight and its gradient would be re-read too often to be worth a smaller workspace.
-_MIN_CHUNK_ROWS = 256
-# Chunks of logits up to so many bytes are kept for the backward pass, whatever N is; the others are recomputed.
-_KEEP_BYTES = {"cpu": 32 << 20, "cuda": 0}
-# With a smaller share of rows than this to differentiate, recomputing only those beats using what was kept of all.
-_LIVE_SHARE = 0.6
+from searchr1_kernels._linear_chunks import compute_dtype, gradient_chunks, has_triton, rows_class, score_chunks
+from searchr1_kernels.registration import register
 
 
 def linear_logprob(
@@ -46,13 +45,15 @@ def linear_logprob(
     return_entropy: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """`log_softmax(cap(hidden @ weight.T) / temperature)[targets]` as [N] fp32, and with `return_entropy` also the
-    entropy of each row's distribution, [N] fp32. Differentiable in `hidden` and `weight`, through both outputs.
+    entropy of each row's distribution in nats, [N] fp32. Differentiable in `hidden` and `weight`, through both outputs.
 
     Rows where `mask` is False cost nothing, return 0 and get no gradient; their targets may be anything. Selecting rows
     waits for the GPU once, so select before the call where the selection is known to the host.
-    fp64 inputs give fp64 outputs.
+    fp64 inputs give fp64 outputs. Any strides will do.
+
+    Raises ValueError for shapes, types, devices or options that do not fit, and on a CPU for targets outside [0, V).
     """
-    _check(hidden, weight, targets, temperature, softcap, mask)
+    check_head(hidden, weight, targets, temperature, softcap, mask)
     if mask is None:
         return _apply(hidden, weight, targets, temperature, softcap, return_entropy)
     rows = mask.nonzero().squeeze(1)  # [M]
@@ -63,17 +64,16 @@ def linear_logprob(
 
 
 def _apply(hidden, weight, targets, temperature, softcap, return_entropy):
-    """Check what the mask may excuse, then the differentiable part. Shapes as above, all rows wanted."""
-    if targets.device.type == "cpu" and targets.numel():
-        low, high = int(targets.min()), int(targets.max())
-        if low < 0 or high >= weight.shape[0]:
-            raise ValueError(f"targets: expected ids from 0 to {weight.shape[0] - 1}, got {low} to {high}")
-    keep = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    logprobs, entropy = _LinearLogprob.apply(hidden, weight, targets.long(), temperature, softcap, return_entropy, keep)
+    """The registered operation. Shapes as above, all rows wanted."""
+    differentiable = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    logprobs, entropy, _ = _OPERATOR(
+        hidden, weight, targets.long(), temperature, softcap, return_entropy, differentiable
+    )
     return (logprobs, entropy) if return_entropy else logprobs
 
 
-def _check(hidden, weight, targets, temperature, softcap, mask) -> None:
+def check_head(hidden, weight, targets, temperature, softcap, mask) -> None:
+    """Arguments that every operation on the head has; shapes as in `linear_logprob`."""
     checks.check_shape("hidden", hidden, ("N", "D"))
     checks.check_shape("weight", weight, ("V", hidden.shape[1]))
     checks.check_shape("targets", targets, (hidden.shape[0],))
@@ -90,196 +90,99 @@ def _check(hidden, weight, targets, temperature, softcap, mask) -> None:
         raise ValueError("weight: expected at least one vocabulary row, got none")
 
 
-class _LinearLogprob(torch.autograd.Function):
-    """(hidden [N,D], weight [V,D], targets [N]) -> (logprobs [N], entropy [N] or None)."""
+def score_tokens(hidden, weight, targets, temperature, softcap, return_entropy, differentiable):
+    """-> logprobs [N], entropy [N] or None, and what a backward pass wants saved."""
+    checks.check_indices("targets", targets, weight.shape[0])
+    if not differentiable and hidden.device.type == "cuda" and has_triton():
+        from searchr1_kernels import _linear_forward_triton
 
-    @staticmethod
-    def forward(ctx: Any, hidden, weight, targets, temperature, softcap, return_entropy, keep):
-        keep_bytes = _KEEP_BYTES.get(hidden.device.type, 0) if keep and softcap is None else 0
-        logprobs, entropy, ctx.kept = _forward_chunks(
-            hidden, weight, targets, temperature, softcap, return_entropy, keep_bytes
-        )
-        ctx.save_for_backward(hidden, weight, targets, entropy)
-        ctx.temperature, ctx.softcap = temperature, softcap
-        ctx.set_materialize_grads(False)
-        return logprobs, entropy
+        if _linear_forward_triton.takes(hidden, weight):
+            outputs = _linear_forward_triton.score_without_logits(
+                hidden, weight, targets, temperature, softcap, return_entropy
+            )  # fmt: skip
+            return *outputs, outputs[0].new_empty(_saved_shape(hidden, weight, softcap, False))
+    return score_chunks(hidden, weight, targets, temperature, softcap, return_entropy, differentiable)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_logprobs, grad_entropy):
-        nothing = (None,) * 7
-        kept, ctx.kept = ctx.kept, {}  # used up in place; a second backward pass recomputes
-        if grad_logprobs is None and grad_entropy is None:
-            return nothing
-        hidden, weight, targets, entropy = ctx.saved_tensors
-        if grad_logprobs is None:
-            grad_logprobs = torch.zeros_like(grad_entropy)
-        want_hidden, want_weight = ctx.needs_input_grad[:2]
-        rows = _live_rows(grad_logprobs, grad_entropy)
-        if rows is not None:
-            kept = {}
-            hidden_all, hidden, targets, grad_logprobs = hidden, hidden[rows], targets[rows], grad_logprobs[rows]
-            if grad_entropy is not None:
-                grad_entropy, entropy = grad_entropy[rows], entropy[rows]
-        grad_hidden, grad_weight = _backward_chunks(
-            hidden, weight, targets, grad_logprobs, grad_entropy, entropy, kept,
-            ctx.temperature, ctx.softcap, want_hidden, want_weight,
+
+def _saved_shape(hidden, weight, softcap, differentiable) -> tuple[int, int]:
+    return rows_class(hidden).saved_shape(hidden, weight, softcap, differentiable)
+
+
+def _forward(hidden, weight, targets, temperature, softcap, return_entropy, differentiable):
+    """The schema's, on any device."""
+    with torch.cuda.device_of(hidden):  # Triton launches on the current device, whatever that of the tensors is
+        logprobs, entropy, saved = score_tokens(
+            hidden, weight, targets, temperature, softcap, return_entropy, differentiable
         )  # fmt: skip
-        if rows is not None and want_hidden:
-            grad_hidden = torch.zeros_like(hidden_all).index_copy_(0, rows, grad_hidden)
-        return grad_hidden, grad_weight, *nothing[2:]
+    return logprobs, logprobs.new_empty(0) if entropy is None else entropy, saved
 
 
-def _live_rows(grad_logprobs: torch.Tensor, grad_entropy: torch.Tensor | None) -> torch.Tensor | None:
-    """[M] int64: rows with any gradient at all (clipped tokens have none); None where that is nearly every row.
-
-    On CUDA always None: finding out would wait for the GPU.
-    """
-    if grad_logprobs.device.type != "cpu":
-        return None
-    live = grad_logprobs != 0
-    if grad_entropy is not None:
-        live |= grad_entropy != 0
-    return None if int(live.sum()) >= _LIVE_SHARE * live.numel() else live.nonzero().squeeze(1)
+def _forward_fake(hidden, weight, targets, temperature, softcap, return_entropy, differentiable):
+    """Shapes and types of `_forward`'s outputs."""
+    logprobs = hidden.new_empty(hidden.shape[0], dtype=compute_dtype(hidden))
+    saved = logprobs.new_empty(_saved_shape(hidden, weight, softcap, differentiable))
+    return logprobs, torch.empty_like(logprobs) if return_entropy else logprobs.new_empty(0), saved
 
 
-def _forward_chunks(hidden, weight, targets, temperature, softcap, return_entropy, keep_bytes):
-    """-> logprobs [N], entropy [N] or None, and kept {first row: log-probabilities [C,V]}; fp32 (fp64 for fp64)."""
-    compute = _compute_dtype(hidden)
-    num_rows, chunks = hidden.shape[0], _chunks(hidden, weight, compute)
-    logprobs = hidden.new_empty(num_rows, dtype=compute)
-    entropy = hidden.new_empty(num_rows, dtype=compute) if return_entropy else None
-    weight = _operand(weight)
-    logits_buffer = _workspace(hidden, weight, chunks, compute)
-    product_buffer = torch.empty_like(logits_buffer) if return_entropy else None
-    kept: dict[int, torch.Tensor] = {}
-    for begin, end in chunks:
-        logits = logits_buffer[: end - begin]  # [C, V]
-        keep_bytes -= logits.nbytes
-        if keep_bytes >= 0:
-            logits = kept[begin] = torch.empty_like(logits)
-        _logits(_operand(hidden[begin:end]), weight, temperature, softcap, out=logits, tanh=logits)
-        torch.log_softmax(logits, dim=-1, out=logits)
-        torch.gather(logits, 1, targets[begin:end, None], out=logprobs[begin:end, None])
-        if return_entropy:
-            product = product_buffer[: end - begin]
-            torch.exp(logits, out=product).mul_(logits)
-            torch.sum(product, dim=-1, out=entropy[begin:end]).neg_()
-    return logprobs, entropy, kept
-
-
-def _backward_chunks(
-    hidden, weight, targets, grad_logprobs, grad_entropy, entropy, kept, temperature, softcap, want_hidden, want_weight
+def _backward(
+    grad_logprobs, grad_entropy, hidden, weight, targets, entropy, saved, temperature, softcap, want_hidden, want_weight
 ):
-    """-> grad_hidden [N,D] or None, grad_weight [V,D] or None, in the dtypes of hidden and weight.
-
-    With p the probabilities, g and e the gradients of log-probability and entropy H:
-        d logits = (g * (1[target] - p)  -  e * p * (log p + H)) / temperature,  times 1 - tanh^2 under a softcap
-    """
-    compute = _compute_dtype(hidden)
-    chunks = _chunks(hidden, weight, compute)
-    grad_hidden = torch.empty_like(hidden) if want_hidden else None
-    grad_weight = torch.zeros_like(weight, dtype=compute) if want_weight else None
-    operand = _operand(weight)
-    logits_buffer = _workspace(hidden, operand, chunks, compute)
-    tanh_buffer = torch.empty_like(logits_buffer) if softcap is not None else logits_buffer
-    product_buffer = torch.empty_like(logits_buffer) if grad_entropy is not None else None
-    for begin, end in chunks:
-        logits, tanh = logits_buffer[: end - begin], tanh_buffer[: end - begin]  # [C, V]
-        rows = _operand(hidden[begin:end])
-        if begin in kept:
-            logits = kept.pop(begin)  # log-probabilities differ from logits by a constant, which what follows ignores
-        else:
-            _logits(rows, operand, temperature, softcap, out=logits, tanh=tanh)
-        g = grad_logprobs[begin:end, None] / temperature  # [C, 1]
-        if grad_entropy is None:
-            _logprob_gradient(logits, targets[begin:end, None], g)
-        else:
-            e = grad_entropy[begin:end, None] / temperature
-            _entropy_gradient(logits, targets[begin:end, None], g, e, entropy[begin:end, None],
-                              product_buffer[: end - begin])  # fmt: skip
-        if softcap is not None:
-            logits.addcmul_(logits, tanh.square_(), value=-1)
-        gradient = logits.to(operand.dtype)
-        if want_hidden:
-            _multiply(gradient, operand, out=grad_hidden[begin:end])
-        if want_weight:
-            _multiply_add(gradient.t(), rows, out=grad_weight)
-    return grad_hidden, grad_weight.to(weight.dtype) if want_weight else None
+    """The schema's, on any device."""
+    with torch.cuda.device_of(hidden):
+        grad_hidden, grad_weight = gradient_chunks(
+            hidden, weight, targets, grad_logprobs, grad_entropy, entropy, saved,
+            temperature, softcap, want_hidden, want_weight,
+        )  # fmt: skip
+    return (
+        grad_hidden.to(hidden.dtype) if want_hidden else hidden.new_empty(0),
+        grad_weight.to(weight.dtype) if want_weight else weight.new_empty(0),
+    )
 
 
-def _logprob_gradient(logits: torch.Tensor, targets: torch.Tensor, g: torch.Tensor) -> None:
-    """[C,V] logits become g * (1[target] - p), in place; targets, g [C,1]."""
-    torch.softmax(logits, dim=-1, out=logits)
-    logits.scatter_(1, targets, logits.gather(1, targets) - 1).mul_(-g)
+def _backward_fake(
+    grad_logprobs, grad_entropy, hidden, weight, targets, entropy, saved, temperature, softcap, want_hidden, want_weight
+):
+    """Shapes and types of `_backward`'s outputs."""
+    return (
+        hidden.new_empty(hidden.shape if want_hidden else 0),
+        weight.new_empty(weight.shape if want_weight else 0),
+    )
 
 
-def _entropy_gradient(logits, targets, g, e, entropy, probabilities) -> None:
-    """[C,V] logits become g * (1[target] - p) - e * p * (log p + H), in place; targets, g, e, entropy [C,1]."""
-    torch.log_softmax(logits, dim=-1, out=logits)
-    torch.exp(logits, out=probabilities)
-    logits.mul_(-e).sub_(g + e * entropy).mul_(probabilities)
-    logits.scatter_(1, targets, logits.gather(1, targets) + g)
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    hidden, weight, targets, ctx.temperature, ctx.softcap, return_entropy, _ = inputs
+    _, entropy, saved = output
+    ctx.save_for_backward(hidden, weight, targets, entropy, saved)
+    ctx.mark_non_differentiable(*([saved] if return_entropy else [entropy, saved]))
+    ctx.set_materialize_grads(False)
 
 
-def _logits(rows, weight, temperature, softcap, *, out: torch.Tensor, tanh: torch.Tensor) -> None:
-    """Logits of some rows after softcap and temperature into `out`; under a softcap tanh(logits / softcap) is left in
-    `tanh`, which may be `out` where nobody needs it."""
-    _multiply(rows, weight.t(), out=out, scale=1.0 / (temperature if softcap is None else softcap))
-    if softcap is not None:
-        torch.tanh(out, out=tanh)
-        torch.mul(tanh, softcap / temperature, out=out)
+@once_differentiable
+def _differentiate(ctx: Any, grad_logprobs, grad_entropy, _):
+    nothing = (None,) * 7
+    if grad_logprobs is None and grad_entropy is None:
+        return nothing
+    if grad_logprobs is None:
+        grad_logprobs = torch.zeros_like(grad_entropy)
+    want_hidden, want_weight = ctx.needs_input_grad[:2]
+    grad_hidden, grad_weight = _BACKWARD_OPERATOR(
+        grad_logprobs, grad_entropy, *ctx.saved_tensors, ctx.temperature, ctx.softcap, want_hidden, want_weight
+    )
+    return grad_hidden if want_hidden else None, grad_weight if want_weight else None, *nothing[2:]
 
 
-def _multiply(left: torch.Tensor, right: torch.Tensor, *, out: torch.Tensor, scale: float = 1.0) -> None:
-    """out = scale * left @ right, summed in at least fp32 and rounded at most once."""
-    if left.dtype == out.dtype:
-        torch.addmm(out, left, right, beta=0, alpha=scale, out=out)  # beta 0: `out` is not read
-    elif out.dtype == torch.float32:
-        torch.mm(left, right, out_dtype=out.dtype, out=out)
-        if scale != 1.0:
-            out.mul_(scale)
-    else:
-        out.copy_(torch.mm(left, right).mul_(scale))
-
-
-def _multiply_add(left: torch.Tensor, right: torch.Tensor, *, out: torch.Tensor) -> None:
-    """out += left @ right."""
-    if left.dtype == out.dtype:
-        out.addmm_(left, right)
-    else:
-        torch.addmm(out, left, right, out_dtype=out.dtype, out=out)
-
-
-def _compute_dtype(tensor: torch.Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
-def _operand(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor as the matrix products take it: bf16 stays so on CUDA, which multiplies it with fp32 results. A CPU
-    would round the logits to bf16, and fp16 cannot hold gradients divided by a large number of tokens."""
-    if tensor.device.type == "cuda" and tensor.dtype == torch.bfloat16:
-        return tensor
-    return tensor.to(_compute_dtype(tensor))
-
-
-def _workspace(hidden, weight, chunks: list[tuple[int, int]], compute: torch.dtype) -> torch.Tensor:
-    """[C, V] uninitialised, for the largest chunk."""
-    rows = max((end - begin for begin, end in chunks), default=0)
-    return hidden.new_empty(rows, weight.shape[0], dtype=compute)
-
-
-def _chunks(hidden: torch.Tensor, weight: torch.Tensor, compute: torch.dtype) -> list[tuple[int, int]]:
-    """Row ranges of nearly equal size that cover [0, N)."""
-    return list(_ranges(hidden.shape[0], _chunk_rows(hidden.device.type, weight.shape[0] * compute.itemsize)))
-
-
-def _chunk_rows(device_type: str, row_bytes: int) -> int:
-    budget = _CHUNK_BYTES.get(device_type, _CHUNK_BYTES["cuda"])
-    return max(_MIN_CHUNK_ROWS, budget // row_bytes)
-
-
-def _ranges(total: int, most: int) -> Iterator[tuple[int, int]]:
-    size = math.ceil(total / math.ceil(total / most)) if total else 1
-    for begin in range(0, total, size):
-        yield begin, min(begin + size, total)
+# An output that is not wanted is empty: operators cannot return None.
+_OPERATOR = register(
+    "linear_logprob(Tensor hidden, Tensor weight, Tensor targets, float temperature, float? softcap, "
+    "bool return_entropy, bool differentiable) -> (Tensor logprobs, Tensor entropy, Tensor saved)",
+    _forward,
+    _forward_fake,
+)
+_BACKWARD_OPERATOR = register(
+    "linear_logprob_backward(Tensor grad_logprobs, Tensor? grad_entropy, Tensor hidden, Tensor weight, Tensor targets, "
+    "Tensor entropy, Tensor saved, float temperature, float? softcap, bool want_hidden, bool want_weight) "
+    "-> (Tensor grad_hidden, Tensor grad_weight)",
+    _backward,
+    _backward_fake,
+)
+torch.library.register_autograd(_OPERATOR, _differentiate, setup_context=_setup_context)

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 
 from searchr1_kernels import checks
+from searchr1_kernels.registration import register
 
 KLKind = Literal["k1", "k2", "k3"]
 
@@ -32,8 +33,14 @@ def masked_kl(
 ) -> torch.Tensor:
     """Estimate per token, [N] fp32 (fp64 for fp64), 0 where `mask` is False. The reference gets no gradient.
 
-    Finite values and gradients for finite inputs; what stands at masked tokens is never looked at, not even a NaN.
+    The estimators are those of Schulman, "Approximating KL divergence" (2020). Finite values and gradients for finite
+    inputs; what stands at masked tokens is never looked at, not even a NaN. ValueError where a shape, type or device
+    is not as above, or `kind` is none of the three.
     """
+    return _OPERATOR(logprobs, ref_logprobs, kind, mask)
+
+
+def _masked_kl(logprobs, ref_logprobs, kind, mask):
     checks.check_shape("logprobs", logprobs, ("N",))
     checks.check_shape("ref_logprobs", ref_logprobs, (logprobs.shape[0],))
     checks.check_floating("logprobs", logprobs)
@@ -53,3 +60,9 @@ def masked_kl(
     # Only q >> p overflows; q << p is nearly linear and keeps its gradient.
     log_ratio = -difference.clamp(-EXPONENT_LIMIT, _DIFFERENCE_LIMIT)
     return torch.expm1(log_ratio) - log_ratio
+
+
+_OPERATOR = register(
+    "masked_kl(Tensor logprobs, Tensor ref_logprobs, str kind, Tensor? mask) -> Tensor",
+    _masked_kl,
+)

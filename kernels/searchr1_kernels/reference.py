@@ -23,6 +23,67 @@ def linear_logprob(hidden, weight, targets, *, temperature=1.0, softcap=None, ma
     return tuple(outputs) if return_entropy else outputs[0]
 
 
+def linear_policy_loss(
+    hidden, weight, targets, rollout_logprobs, advantages, *, ref_logprobs=None, old_logprobs=None, loss, denominator,
+    on_policy=False, token_weights=None, token_rows=None, cu_seqlens=None, temperature=1.0, softcap=None, mask=None,
+):  # fmt: skip
+    """Shapes as the fast one -> loss 0-d, metrics; the objective as the papers write it, its gradient by autograd."""
+    if token_rows is not None:
+        hidden, targets = hidden[token_rows], targets[token_rows]
+    keep = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask
+    head = {"temperature": temperature, "softcap": softcap, "return_entropy": True}
+    logprob, entropy = linear_logprob(hidden[keep], weight, targets[keep], **head)
+    rollout, advantage = rollout_logprobs[keep], advantages[keep]
+    current, cap = logprob.detach(), loss.importance_cap or float("inf")
+    token_weight = torch.ones_like(current) if token_weights is None else token_weights[keep]
+    anchor = current if old_logprobs is None else old_logprobs[keep]
+    rollout = torch.where(rollout.isnan(), anchor, rollout)
+    to_sampler = old_logprobs is None and not on_policy and loss.kind != "reinforce"
+    log_ratio = logprob - (rollout if to_sampler else anchor)
+    if loss.kind == "gspo":
+        sequence = torch.arange(len(cu_seqlens) - 1).to(keep.device).repeat_interleave(cu_seqlens.diff().long())[keep]
+        means = [log_ratio[sequence == s].detach().mean() for s in sequence.tolist()]
+        log_ratio = torch.stack([*means, current.new_zeros(())])[:-1] + logprob - current
+    ratio, importance = torch.exp(log_ratio), torch.ones_like(current)
+    truncated = torch.zeros_like(keep[keep])
+    if to_sampler:
+        ratio, truncated = ratio.clamp(max=cap), ratio > cap
+    elif loss.importance_cap:
+        importance, truncated = torch.exp(anchor - rollout).clamp(max=cap), torch.exp(anchor - rollout) > cap
+    unclipped, clipped = advantage * ratio, advantage * ratio.clamp(1 - loss.clip_low, 1 + loss.clip_high)
+    if loss.kind == "reinforce":
+        objective, was_clipped = advantage * logprob, torch.zeros_like(truncated)
+    elif loss.kind == "cispo":
+        bound = 1 + loss.clip_high
+        objective, was_clipped = ratio.detach().clamp(max=bound) * advantage * logprob, ratio > bound
+    else:
+        objective, was_clipped = torch.minimum(unclipped, clipped), clipped < unclipped
+        if loss.dual_clip:
+            bound = torch.where(advantage < 0, loss.dual_clip * advantage, -torch.inf)
+            was_clipped = was_clipped | (objective < bound)
+            objective = torch.maximum(objective, bound)
+    policy = -(token_weight * importance * objective).sum()
+    kl = torch.zeros_like(logprob) if ref_logprobs is None else masked_kl(logprob, ref_logprobs[keep], loss.kl_kind)
+    total = policy + loss.kl_coefficient * (token_weight * kl).sum()
+    total = total - loss.entropy_coefficient * (token_weight * entropy).sum()
+    drift = torch.exp(current - rollout)
+    metrics = {
+        "policy_loss": policy.detach(),
+        "clip_fraction": was_clipped.sum(),
+        "truncated_fraction": truncated.sum(),
+        "ratio": drift.sum(),
+        "importance_weight": importance.sum(),
+        "rollout_policy_kl": masked_kl(rollout, current, "k3").sum(),
+        "entropy": entropy.detach().sum(),
+        "logprob_difference_max": max((current - rollout).abs().tolist(), default=0.0),
+        "ratio_max": max(drift.tolist(), default=0.0),
+        "ratio_min": min(drift.tolist(), default=float("inf")),
+    }
+    if ref_logprobs is not None:
+        metrics["kl_ref"] = kl.detach().sum()
+    return total / denominator, {name: float(value) for name, value in metrics.items()}
+
+
 def masked_kl(logprobs, ref_logprobs, kind="k3", mask=None):
     """[N], [N] -> [N]; no limits."""
     keep = torch.ones_like(logprobs, dtype=torch.bool) if mask is None else mask
@@ -75,3 +136,12 @@ def masked_whiten(values, mask=None, *, eps=1e-8):
     if sample.numel() < 2:
         return torch.zeros_like(values)
     return torch.zeros_like(values).masked_scatter(keep, (sample - sample.mean()) / (sample.var() + eps).sqrt())
+
+
+def topk_inner_product(queries, corpus, k, *, scales=None):
+    """queries [Q,D], corpus [M,D], scales [M] -> scores, ids [Q,k]; all scores in fp64, rounded to fp32, sorted."""
+    scores = queries.double() @ corpus.double().T
+    if scales is not None:
+        scores = scores * scales.double()
+    ordered = scores.float().sort(dim=1, descending=True, stable=True)
+    return ordered.values[:, :k], ordered.indices[:, :k]

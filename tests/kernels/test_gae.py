@@ -1,6 +1,12 @@
-"""Both scans (compiled loop, device scan) against the plain loop, over ragged segments and masks."""
+"""The scans (compiled loop, doubling, Triton) against the plain loop, over ragged segments and masks."""
 
 from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +15,8 @@ from hypothesis import strategies as st
 from searchr1_kernels import gae, reference
 from searchr1_kernels.gae import _scan_torch
 
+INTERPRETED = Path(__file__).with_name("gae_interpreted.py")
+
 
 @pytest.fixture(autouse=True)
 def _seed():
@@ -16,7 +24,7 @@ def _seed():
 
 
 def device_scan(rewards, values, cu_seqlens, *, gamma=1.0, lam=1.0, mask=None):
-    """What runs on a GPU, on the CPU."""
+    """What runs on devices without Triton, on the CPU."""
     return _scan_torch(rewards, values, cu_seqlens, gamma, lam, mask, torch.promote_types(values.dtype, torch.float32))
 
 
@@ -89,12 +97,24 @@ def test_undiscounted_advantage_is_return_minus_value(implementation):
 
 
 @IMPLEMENTATIONS
+def test_long_sequences_match_the_oracle(implementation):
+    """Longer than what is worked on at once, and as long."""
+    lengths = [4096, 1, 8200, 4097]
+    rewards, values = torch.randn(2, sum(lengths), dtype=torch.float64)
+    options = {"gamma": 0.99, "lam": 0.97, "mask": torch.rand(sum(lengths)) < 0.4}
+    want = reference.gae(rewards, values, offsets(lengths), **options)
+    for have, wanted in zip(implementation(rewards, values, offsets(lengths), **options), want, strict=True):
+        torch.testing.assert_close(have, wanted, rtol=1e-11, atol=1e-11)
+
+
+@IMPLEMENTATIONS
 def test_a_sequence_alone_equals_the_sequence_in_a_batch(implementation):
-    rewards, values, lengths = torch.randn(40), torch.randn(40), [7, 13, 20]
-    together = implementation(rewards, values, offsets(lengths), gamma=0.9, lam=0.8)
+    lengths = [7, 4100, 13, 9000, 20]
+    rewards, values, mask = torch.randn(sum(lengths)), torch.randn(sum(lengths)), torch.rand(sum(lengths)) < 0.7
+    together = implementation(rewards, values, offsets(lengths), gamma=0.9, lam=0.8, mask=mask)
+    pieces = (tensor.split(lengths) for tensor in (rewards, values, mask))
     alone = [
-        implementation(r, v, offsets([len(r)]), gamma=0.9, lam=0.8)
-        for r, v in zip(rewards.split(lengths), values.split(lengths), strict=True)
+        implementation(r, v, offsets([len(r)]), gamma=0.9, lam=0.8, mask=m) for r, v, m in zip(*pieces, strict=True)
     ]
     for output in range(2):
         assert torch.equal(together[output], torch.cat([pair[output] for pair in alone]))
@@ -127,6 +147,8 @@ def test_outputs_are_precise_constants(dtype):
         ({"cu_seqlens": torch.tensor([0.0, 4.0])}, "cu_seqlens: expected torch.int32"),
         ({"cu_seqlens": torch.zeros(0, dtype=torch.int32)}, "cu_seqlens: expected at least one"),
         ({"mask": torch.ones(4)}, "mask: expected torch.bool"),
+        ({"values": torch.zeros(4, device="meta")}, r"values: expected the device of rewards \(cpu\), got meta"),
+        ({"mask": torch.ones(4, dtype=torch.bool, device="meta")}, "mask: expected the device of rewards"),
         ({"gamma": 1.5}, "gamma: expected a number from 0 to 1, got 1.5"),
         ({"lam": -0.1}, "lam: expected a number from 0 to 1"),
     ],
@@ -135,3 +157,35 @@ def test_wrong_arguments_are_named(change, message):
     arguments = {"rewards": torch.zeros(4), "values": torch.zeros(4), "cu_seqlens": torch.tensor([0, 4])}
     with pytest.raises(ValueError, match=message):
         gae(**(arguments | change))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+def test_in_the_interpreter():
+    """In a process of its own: the choice is made when Triton is imported, for good."""
+    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(INTERPRETED)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("lengths", [[1_000_003], [150_000, 1, 1023, 1024, 1025, 0, 70_000], [3] * 5000])
+def test_a_gpu_and_a_cpu_agree(lengths, masked):
+    total = sum(lengths)
+    rewards, values, mask = torch.randn(total), torch.randn(total), torch.rand(total) < 0.4 if masked else None
+    want = gae(rewards, values, offsets(lengths), gamma=0.99, lam=0.95, mask=mask)
+    moved = (tensor.cuda() for tensor in (rewards, values, offsets(lengths)))
+    have = gae(*moved, gamma=0.99, lam=0.95, mask=None if mask is None else mask.cuda())
+    for left, right in zip(have, want, strict=True):
+        torch.testing.assert_close(left.cpu(), right, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_compiled():
+    """The interpreted cases on a GPU."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(INTERPRETED)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr

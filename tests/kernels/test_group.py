@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from searchr1_kernels import group_advantages, masked_moments, masked_whiten, reference
 
@@ -19,6 +19,7 @@ rewards_and_groups = st.lists(
 ).map(lambda pairs: (torch.tensor([r for r, _ in pairs]), torch.tensor([g for _, g in pairs], dtype=torch.int64)))
 
 
+@settings(deadline=None)
 @given(sample=rewards_and_groups, normalize_std=st.booleans())
 def test_matches_the_oracle(sample, normalize_std):
     rewards, groups = sample
@@ -47,6 +48,19 @@ def test_equal_rewards_do_not_become_a_direction():
     assert (advantages == 0).all()
 
 
+def test_a_group_alone_equals_the_group_in_a_batch():
+    """Bit for bit, wherever its samples stand, and the same every time."""
+    rewards, groups = torch.randn(300), torch.randint(9, (300,))
+    together, keep = group_advantages(rewards, groups)
+    assert torch.equal(group_advantages(rewards, groups)[0], together)
+    for group in range(9):
+        members = groups == group
+        alone, _ = group_advantages(rewards[members], groups[members])
+        assert torch.equal(alone, together[members])
+        assert keep[members].all()
+
+
+@settings(deadline=None)
 @given(
     values=st.lists(st.floats(-1e3, 1e3), max_size=50),
     cut=st.integers(0, 50),
@@ -86,6 +100,8 @@ def test_wrong_arguments_are_named():
         group_advantages(torch.zeros(2), groups)
     with pytest.raises(ValueError, match="groups: expected .*int64"):
         group_advantages(torch.zeros(3), groups.float())
+    with pytest.raises(ValueError, match=r"groups: expected the device of rewards \(cpu\), got meta"):
+        group_advantages(torch.zeros(3), groups.to("meta"))
     with pytest.raises(ValueError, match="moments: expected shape"):
         masked_whiten(torch.zeros(3), moments=torch.zeros(2))
     with pytest.raises(ValueError, match="values: expected a floating-point"):

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from searchr1_kernels import linear_logprob, reference
-from searchr1_kernels.linear_logprob import _ranges
+from searchr1_kernels import _linear_chunks, linear_logprob, reference
 from torch.utils._python_dispatch import TorchDispatchMode
-
-# As an attribute `searchr1_kernels.linear_logprob` is the function; the constants live in the module of that name.
-MODULE = sys.modules["searchr1_kernels.linear_logprob"]
 
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Several chunks at test sizes, some kept for the backward pass and some recomputed."""
-    monkeypatch.setattr(MODULE, "_MIN_CHUNK_ROWS", 7)
-    monkeypatch.setitem(MODULE._CHUNK_BYTES, "cpu", 1)
-    monkeypatch.setitem(MODULE._KEEP_BYTES, "cpu", 3000)
+    monkeypatch.setattr(_linear_chunks, "_MIN_CHUNK_ROWS", 7)
+    monkeypatch.setitem(_linear_chunks._CHUNK_BYTES, "cpu", 1)
+    monkeypatch.setitem(_linear_chunks._KEEP_BYTES, "cpu", 3000)
 
 
 def problem(rows, size, vocabulary, seed=0, dtype=torch.float64, scale=1.0):
@@ -159,7 +153,7 @@ def test_repeats_bit_for_bit():
 @pytest.mark.parametrize("coefficients", [(1.0, 0.0), (1.0, 0.4)])
 @pytest.mark.parametrize("keep_bytes", [0, 3000, 1 << 20])
 def test_kept_and_recomputed_chunks_agree(monkeypatch, keep_bytes, coefficients):
-    monkeypatch.setitem(MODULE._KEEP_BYTES, "cpu", keep_bytes)
+    monkeypatch.setitem(_linear_chunks._KEEP_BYTES, "cpu", keep_bytes)
     hidden, weight, targets = problem(50, 8, 30)
     ours = run(linear_logprob, hidden, weight, targets, coefficients)
     assert_close(ours, run(reference.linear_logprob, hidden, weight, targets, coefficients), 1e-11)
@@ -221,22 +215,36 @@ def test_logits_of_all_rows_are_never_alive_at_once(monkeypatch):
                 self.largest = max(self.largest, result.untyped_storage().nbytes())
             return result
 
-    monkeypatch.setitem(MODULE._CHUNK_BYTES, "cpu", 64 << 10)
-    monkeypatch.setitem(MODULE._KEEP_BYTES, "cpu", 128 << 10)
+    monkeypatch.setitem(_linear_chunks._CHUNK_BYTES, "cpu", 64 << 10)
+    monkeypatch.setitem(_linear_chunks._KEEP_BYTES, "cpu", 128 << 10)
     hidden, weight, targets = problem(1000, 4, 512, dtype=torch.float32)
     with Sizes() as sizes:
         output = linear_logprob(hidden.requires_grad_(), weight.requires_grad_(), targets)
-        kept = output.grad_fn.kept
         output.sum().backward()
-    assert sum(tensor.nbytes for tensor in kept.values()) <= 128 << 10
-    assert sizes.largest <= 64 << 10 < 1000 * 512 * 4 / 10
+    assert sizes.largest <= 128 << 10 < 1000 * 512 * 4 / 10
 
 
-@given(total=st.integers(0, 500), most=st.integers(1, 100))
-def test_ranges_cover_everything_once(total, most):
-    ranges = list(_ranges(total, most))
+def test_a_gpu_without_triton_is_told_what_to_install(monkeypatch):
+    monkeypatch.setattr(_linear_chunks.importlib.util, "find_spec", lambda name: None)
+    _linear_chunks.has_triton.cache_clear()
+    with pytest.warns(UserWarning, match="Triton is not installed.*pip install triton"):
+        assert not _linear_chunks.has_triton()
+    _linear_chunks.has_triton.cache_clear()
+
+
+@settings(deadline=None)
+@given(total=st.integers(0, 500), most=st.integers(1, 100), kept=st.integers(0, 600))
+def test_chunks_cover_everything_once(total, most, kept):
+    """And what is kept is whole chunks, as many as the budget of bytes holds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_linear_chunks, "_chunk_rows", lambda device, row_bytes: most)
+        patch.setitem(_linear_chunks._KEEP_BYTES, "cpu", kept * 8)
+        hidden, weight = torch.empty(total, 1), torch.empty(2, 1)
+        ranges = _linear_chunks.chunk_ranges(hidden, weight, for_gradient=True)
+        saved = _linear_chunks.PlainRows.saved_shape(hidden, weight, None, True)
     assert [row for begin, end in ranges for row in range(begin, end)] == list(range(total))
     assert all(0 < end - begin <= most for begin, end in ranges)
+    assert saved == (max([end for _, end in ranges if end <= kept], default=0), 2)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,285 @@
+"""Each kernel beside other ways to the same result: eager and compiled torch, peers where installed, and the floor.
+
+    python bench/kernels.py                                 everything, on a GPU where there is one
+    python bench/kernels.py gae topk --repetitions 7 --output --plot
+    taskset -c 0 env OMP_NUM_THREADS=1 python bench/kernels.py topk      one thread each
+
+Kernels: head (loss and gradients from hidden states), score (log-probabilities without), gae, group, kl, topk. The
+problems and providers are in kernel_cases.py.
+
+Where the time can go. The head is matrix products, so its floor is the bare products of the rows that count; what is
+above it is row passes, chunking, and products of rows that do not count. Scans, group statistics and KL move a few
+bytes per token, and are bound by launches or by Python. Search reads the corpus once per batch, up to the batch at
+which the products take longer.
+
+Every provider's result is compared with ours before anything is timed; the largest relative difference is in the row,
+which may be large where a provider rounds to 16 bits. Times are medians of interleaved repetitions, each of as many
+calls as fill two milliseconds. On a GPU a repetition is timed by events, with the queue kept full: short kernels show
+what a loop of calls costs, and `device_seconds` what the device itself was busy (from the profiler). `cpu_seconds` is
+the process's CPU time: on one thread, what a quiet machine would take. "roofline" is the time that matrix units at the
+rate of a large product, or memory at the rate of a large copy, would need, over the time taken; integer products may
+pass 100 %.
+
+Peak memory is what a call adds at its highest: the allocator's count on a GPU, the resident set's on Linux.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import harness
+import torch
+from kernel_cases import OURS, Case, Provider, cases
+from rich import box
+from rich.table import Table
+
+from searchr1_fast.console import make_console
+from searchr1_fast.errors import entry_point
+
+KERNELS = ("head", "score", "gae", "group", "kl", "topk")
+_FILL_SECONDS = 2e-3
+
+
+class Clock:
+    """Runs a provider so many times, and says what one run took."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def measure(self, provider: Provider, calls: int) -> dict[str, float]:
+        """Seconds per call."""
+        if self.device.type != "cuda":
+            cpu, wall = time.process_time(), time.perf_counter()
+            for _ in range(calls):
+                provider.run()
+            return {
+                "seconds": (time.perf_counter() - wall) / calls,
+                "cpu_seconds": (time.process_time() - cpu) / calls,
+            }
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        cpu = time.process_time()
+        begin.record()
+        for _ in range(calls):
+            provider.run()
+        end.record()
+        torch.cuda.synchronize()
+        return {
+            "seconds": begin.elapsed_time(end) / 1e3 / calls,
+            "cpu_seconds": (time.process_time() - cpu) / calls,
+        }
+
+    def device_seconds(self, provider: Provider, calls: int = 10) -> float | None:
+        """Seconds per call that the GPU's kernels take, without the gaps between them."""
+        if self.device.type != "cuda":
+            return None
+        activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities) as profile:
+            for _ in range(calls):
+                provider.run()
+            torch.cuda.synchronize()
+        return sum(event.self_device_time_total for event in profile.key_averages()) / 1e6 / calls
+
+    def peak_bytes(self, provider: Provider) -> int | None:
+        """What a run adds to the memory in use at its highest; None where nobody counts."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            provider.run()
+            return torch.cuda.max_memory_allocated() - before
+        reset = Path("/proc/self/clear_refs")
+        if not reset.exists():
+            return None
+        reset.write_text("5", encoding="ascii")  # the high-water mark starts again from here
+        before = resident("VmRSS")
+        provider.run()
+        return max(0, resident("VmHWM") - before)
+
+
+def resident(name: str) -> int:
+    """Bytes, from the kernel's account of this process."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    (line,) = (line for line in lines if line.startswith(name + ":"))
+    return int(line.split()[1]) * 1024
+
+
+def copy_rate(device: torch.device) -> float:
+    """Bytes per second of a large copy, read and written, the best of some."""
+    source = torch.empty((1 << 30 if device.type == "cuda" else 1 << 28) // 4, device=device).fill_(1)
+    copy, clock = torch.empty_like(source), Clock(device)
+    provider = Provider(lambda: copy.copy_(source))
+    return 2 * source.nbytes / min(clock.measure(provider, 1)["seconds"] for _ in range(5))
+
+
+def difference(have: Sequence[torch.Tensor], want: Sequence[torch.Tensor]) -> float:
+    """The largest over outputs of |have - want| / |want|, as norms."""
+    pairs = [(a.detach().double(), b.detach().double()) for a, b in zip(have, want, strict=True)]
+    return max(float((a - b).norm() / b.norm().clamp(min=1e-30)) for a, b in pairs)
+
+
+def measure(case: Case, clock: Clock, repetitions: int, rates: dict[str, float]) -> dict[str, Any]:
+    """The measured part of a row."""
+    systems: dict[str, dict[str, Any]] = {name: {} for name in case.providers}
+    wanted = None
+    for name, provider in case.providers.items():
+        output = provider.run()
+        if provider.answer is not None:
+            answer = provider.answer(output)
+            wanted = answer if wanted is None else wanted
+            systems[name]["difference"] = difference(answer, wanted)
+        del output
+        systems[name]["peak_bytes"] = clock.peak_bytes(provider)  # compiled by now, and what it keeps is there
+        once = clock.measure(provider, 1)["seconds"]
+        systems[name]["calls"] = max(1, math.ceil(_FILL_SECONDS / max(once, 1e-7)))
+    del wanted
+    samples: dict[str, list[dict[str, float]]] = {name: [] for name in case.providers}
+    for _, name in harness.interleaved(list(case.providers), repetitions):
+        samples[name].append(clock.measure(case.providers[name], systems[name]["calls"]))
+    floor = max(case.flops / rates["matmul_flops"], case.bytes / rates["copy_bytes"])
+    for name, system in systems.items():
+        system |= harness.medians(samples[name])
+        system["all_seconds"] = [sample["seconds"] for sample in samples[name]]
+        system["device_seconds"] = clock.device_seconds(case.providers[name])
+        system["roofline"] = floor / system["seconds"]
+    for system in systems.values():
+        for key in ("seconds", "cpu_seconds"):
+            system[f"{key}_over_ours"] = system[key] / systems[OURS][key]
+    return {"repetitions": repetitions, "rates": rates, "left_out": case.left_out, "providers": systems}
+
+
+# ------------------------------------------------------------------------------------------------------------ report
+
+
+def table(case: Case, row: dict[str, Any]) -> Table:
+    """One case for a person."""
+    shown = Table(title=f"{case.kernel}: {case.label}", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    shown.add_column("")
+    for heading in ("time", "over ours", "CPU time", "over ours", "roofline", "peak memory", "difference"):
+        shown.add_column(heading, justify="right", no_wrap=True)
+    for name, system in row["providers"].items():
+        peak, apart = system["peak_bytes"], system.get("difference")
+        shown.add_row(
+            name,
+            milliseconds(system["seconds"]),
+            f"{system['seconds_over_ours']:.2f}x",
+            milliseconds(system["cpu_seconds"]),
+            f"{system['cpu_seconds_over_ours']:.2f}x",
+            f"{system['roofline']:.0%}",
+            "" if peak is None else f"{peak / 1e6:,.0f} MB",
+            "" if apart is None else f"{apart:.0e}",
+            style="bold" if name == OURS else None,
+        )
+    for name, reason in case.left_out.items():
+        shown.add_row(name, reason, style="dim")
+    return shown
+
+
+def milliseconds(seconds: float) -> str:
+    """With three digits that mean something."""
+    return f"{1e3 * seconds:,.{max(0, 2 - math.floor(math.log10(max(1e3 * seconds, 1e-6))))}f} ms"
+
+
+def plot(kernel: str, rows: Sequence[dict[str, Any]], folder: Path) -> Path:
+    """Bars of time by shape and provider, in a file of its own; CPU time where no GPU is: a clock also sees others."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = list(dict.fromkeys(name for row in rows for name in row["providers"]))
+    on_gpu = rows[0]["providers"][OURS]["device_seconds"] is not None
+    key, label = ("seconds", "ms per call") if on_gpu else ("cpu_seconds", "ms of CPU time per call")
+    figure, axes = pyplot.subplots(figsize=(2 + 1.6 * len(rows), 4.5), layout="constrained")
+    width = 0.85 / len(names)
+    for place, name in enumerate(names):
+        drawn = [(i, row["providers"][name][key]) for i, row in enumerate(rows) if name in row["providers"]]
+        where = [i + (place - len(names) / 2 + 0.5) * width for i, _ in drawn]
+        axes.bar(where, [1e3 * seconds for _, seconds in drawn], width, label=name)
+    varied = [key for key in rows[0]["shape"] if len({str(row["shape"].get(key)) for row in rows}) > 1]
+    labels = ["\n".join(f"{key} {row['shape'][key]}" for key in varied) for row in rows]
+    axes.set_xticks(range(len(rows)), labels, fontsize=8)
+    axes.set_yscale("log")
+    axes.set_ylabel(label)
+    fixed = ", ".join(f"{key} {value}" for key, value in rows[0]["shape"].items() if key not in varied)
+    axes.set_title(f"{kernel} ({fixed})\n{rows[0]['device']}, {rows[0]['threads']} threads, {rows[0]['date'][:10]}")
+    axes.legend(fontsize=8)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"kernels_{kernel}.png"
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return path
+
+
+# -------------------------------------------------------------------------------------------------------------- main
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments."""
+    parser = argparse.ArgumentParser(
+        prog="kernels.py", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Each kernel beside other ways to the same result.",
+        epilog="example:\n  python bench/kernels.py gae topk --output --plot",
+    )  # fmt: skip
+    parser.add_argument("kernels", nargs="*", metavar="KERNEL", help=f"{', '.join(KERNELS)} (default: all)")
+    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    parser.add_argument("--repetitions", type=int, default=5, help="of every provider (default: 5)")
+    parser.add_argument(
+        "--plot", metavar="DIR", type=Path, nargs="?", const=harness.RESULTS,
+        help="write kernels_KERNEL.png into DIR (without a name: bench/results)",
+    )  # fmt: skip
+    harness.add_output_argument(parser, "kernels")
+    arguments = parser.parse_args(argv)
+    unknown = [name for name in arguments.kernels if name not in KERNELS]
+    if unknown:
+        raise ValueError(f"{unknown[0]!r} is none of {', '.join(KERNELS)}")
+    if arguments.repetitions < 1:
+        raise ValueError(f"--repetitions {arguments.repetitions}: give at least 1")
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"--device {device}: give cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no CUDA device here")
+    arguments.device, arguments.kernels = torch.device(device), arguments.kernels or list(KERNELS)
+    return arguments
+
+
+@entry_point
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print, and leave a row per case, the last one as the last line."""
+    arguments = parse_arguments(argv)
+    console, clock = make_console(), Clock(arguments.device)
+    dtype = torch.bfloat16 if arguments.device.type == "cuda" else torch.float32
+    rates = {
+        "matmul_flops": statistics.median(harness.matmul_flops(arguments.device, dtype) for _ in range(3)),
+        "copy_bytes": copy_rate(arguments.device),
+    }
+    circumstances = harness.circumstances(arguments.device)
+    console.print(
+        f"{circumstances['device']}, {circumstances['threads']} threads (load {circumstances['load']}): products of "
+        f"{rates['matmul_flops'] / 1e12:.3f} TFLOP/s, copies of {rates['copy_bytes'] / 1e9:.1f} GB/s"
+    )
+    rows = []
+    for case in cases(arguments.device, arguments.kernels):
+        row = {"benchmark": "kernels", "kernel": case.kernel, "shape": case.shape, **circumstances}
+        row |= measure(case, clock, arguments.repetitions, rates)
+        console.print(table(case, row))
+        harness.emit(row, arguments.output)
+        rows.append(row)
+        torch.compiler.reset()  # a new shape is compiled for itself, not for any shape
+    if arguments.plot is not None:
+        for kernel in dict.fromkeys(row["kernel"] for row in rows):
+            path = plot(kernel, [row for row in rows if row["kernel"] == kernel], arguments.plot)
+            print(path, file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

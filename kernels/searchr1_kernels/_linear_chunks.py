@@ -1,0 +1,327 @@
+"""What `linear_logprob` and `linear_policy_loss` share: hidden states through the head, chunk by chunk.
+
+All chunks use one workspace of logits, so its size is that of a chunk, whatever N is. Two classes know what happens to
+a chunk's logits: `PlainRows` here, in torch, and its faster twin `FusedRows` in `_linear_rows_triton`. Both offer
+
+    scores(rows, …)     logits, then log-probability and entropy of every row
+    recall(rows, …)     logits again, for a backward pass
+    gradient(…)         after either: the gradient of the logits, for the two matrix products that remain
+
+Left out: skipping rows without a gradient on CUDA. Only the device knows how many they are, and the shape of a matrix
+product is given by the host, which would have to wait. `FusedRows` saves reading such rows' logits, no more.
+
+Shape legend: N rows, D hidden size, V vocabulary, C rows of a chunk, K rows kept for the backward pass.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import warnings
+from typing import Any
+
+import torch
+
+# Bytes of one chunk's logits and their gradient. CPU: small enough for the cache. CUDA: large enough for the matrix
+# products, but at most a quarter of the free memory.
+_CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 1 << 30}
+# Below this many rows the weight and its gradient would be re-read too often to be worth a smaller workspace.
+_MIN_CHUNK_ROWS = 256
+# Chunks on CUDA are multiples of so many rows, so that no tile of a matrix product is left half empty.
+_TILE_ROWS = 128
+# Chunks of logits up to so many bytes are kept for the backward pass, whatever N is; the others are recomputed.
+_KEEP_BYTES = {"cpu": 32 << 20, "cuda": 0}
+# With a smaller share of rows than this to differentiate, recomputing only those beats using what was kept of all.
+_LIVE_SHARE = 0.6
+
+
+class PlainRows:
+    """The passes in torch. Logits are overwritten by log-probabilities, and those by the gradient."""
+
+    def __init__(self, hidden, weight, temperature, softcap, num_rows: int, *, for_gradient: bool) -> None:
+        """`weight` [V,D] as `operand` gives it; the workspace is for chunks of up to `num_rows`."""
+        self.weight, self.temperature, self.softcap, self.for_gradient = weight, temperature, softcap, for_gradient
+        self.logits = hidden.new_empty(num_rows, weight.shape[0], dtype=compute_dtype(hidden))
+        self._spares: dict[str, torch.Tensor] = {}
+
+    @staticmethod
+    def saved_shape(hidden, weight, softcap, differentiable: bool) -> tuple[int, int]:
+        """[K,V]: log-probabilities of the first chunks, as many as may be kept."""
+        num_rows, vocabulary = hidden.shape[0], weight.shape[0]
+        row_bytes = vocabulary * compute_dtype(hidden).itemsize
+        budget = _KEEP_BYTES.get(hidden.device.type, 0) // row_bytes if differentiable and softcap is None else 0
+        if num_rows <= budget:
+            return num_rows, vocabulary
+        if budget == 0:
+            return 0, vocabulary
+        size = chunk_size(num_rows, _chunk_rows(hidden.device, row_bytes))
+        return budget // size * size, vocabulary
+
+    def scores(self, rows, targets, logprobs, entropy, saved=None) -> None:
+        """rows [C,D], targets [C] -> fills logprobs [C] and, where not None, entropy [C].
+
+        `saved` [C,V] or None gets what `recall` wants. With entropy `gradient` may follow.
+        """
+        log_p = self._products(rows, self.logits[: len(rows)] if saved is None else saved)
+        torch.log_softmax(log_p, dim=-1, out=log_p)
+        torch.gather(log_p, 1, targets[:, None], out=logprobs[:, None])
+        if entropy is not None:
+            self._weigh(log_p)
+            torch.sum(self._weighted, dim=-1, out=entropy).neg_()
+
+    def recall(self, rows, saved, with_entropy: bool) -> None:
+        """rows [C,D] and what `scores` saved of them, [C,V] or None."""
+        workspace = self.logits[: len(rows)]
+        log_p = self._products(rows, workspace) if saved is None else saved
+        if not with_entropy:
+            self._p = torch.softmax(log_p, dim=-1, out=workspace)  # of logits or log-probabilities alike
+            return
+        if saved is None:
+            torch.log_softmax(log_p, dim=-1, out=log_p)
+        self._weigh(log_p)
+
+    def select(self, index: torch.Tensor, with_entropy: bool) -> None:
+        """Go on with the rows at `index` [L] of the chunk alone."""
+        length = len(index)
+        self._p = torch.index_select(self._p, 0, index, out=self._spare("selected")[:length])
+        if with_entropy:
+            self._weighted = torch.index_select(self._weighted, 0, index, out=self._spare("p")[:length])
+        if self.softcap is not None:
+            self._tanh = self._tanh[index]
+
+    def gradient(self, targets, g, e, entropy) -> torch.Tensor:  # [C,V] in the dtype of the operand
+        """targets [C]; g, e [C] the gradients of log-probability and entropy H [C], e None where there is none.
+
+        With p the probabilities
+            d logits = (g * (1[target] - p)  -  e * p * (log p + H)) / temperature,  times 1 - tanh^2 under a softcap
+        """
+        g, targets = g[:, None] / self.temperature, targets[:, None]
+        if e is None:
+            gradient = self._p
+            gradient.scatter_(1, targets, gradient.gather(1, targets) - 1).mul_(-g)
+        else:
+            e = e[:, None] / self.temperature
+            gradient = self._weighted.mul_(-e).sub_(self._p.mul_(g + e * entropy[:, None]))
+            gradient.scatter_add_(1, targets, g)
+        if self.softcap is not None:
+            gradient.addcmul_(gradient, self._tanh.square_(), value=-1)
+        return gradient.to(self.weight.dtype)
+
+    def _products(self, rows: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """Logits after softcap and temperature. A gradient wants the tanh as well."""
+        multiply(rows, self.weight.t(), out=out, scale=1.0 / (self.softcap or self.temperature))
+        if self.softcap is not None:
+            self._tanh = torch.tanh(out, out=self._spare("tanh")[: len(rows)] if self.for_gradient else out)
+            torch.mul(self._tanh, self.softcap / self.temperature, out=out)
+        return out
+
+    def _weigh(self, log_p: torch.Tensor) -> None:
+        """[C,V] log p -> p and p log p. Overwrites `log_p` where that lies in the workspace."""
+        self._p = torch.softmax(log_p, dim=-1, out=self._spare("p")[: len(log_p)])  # a third faster than exp
+        self._weighted = torch.mul(log_p, self._p, out=self.logits[: len(log_p)])
+
+    def _spare(self, name: str) -> torch.Tensor:
+        """[C,V] more, made when first wanted."""
+        if name not in self._spares:
+            self._spares[name] = torch.empty_like(self.logits)
+        return self._spares[name]
+
+
+def rows_class(hidden: torch.Tensor) -> Any:
+    """The passes for tensors of this kind."""
+    if hidden.device.type == "cuda" and hidden.dtype != torch.float64 and has_triton():
+        from searchr1_kernels._linear_rows_triton import FusedRows
+
+        return FusedRows
+    return PlainRows
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Asked for CUDA tensors: installed? Not loaded by asking."""
+    installed = importlib.util.find_spec("triton") is not None
+    if not installed:
+        warnings.warn(
+            "searchr1_kernels: Triton is not installed, so the logits of CUDA tensors take several passes of torch "
+            "instead of one; pip install triton",
+            stacklevel=2,
+        )
+    return installed
+
+
+def score_chunks(
+    hidden: torch.Tensor,  # [N, D]
+    weight: torch.Tensor,  # [V, D]
+    targets: torch.Tensor,  # [N]
+    temperature: float,
+    softcap: float | None,
+    return_entropy: bool,
+    differentiable: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """-> logprobs [N], entropy [N] or None, both fp32 (fp64 for fp64), and what `gradient_chunks` wants saved."""
+    rows_type = rows_class(hidden)
+    logprobs = hidden.new_empty(hidden.shape[0], dtype=compute_dtype(hidden))
+    entropy = torch.empty_like(logprobs) if return_entropy else None
+    saved = logprobs.new_empty(rows_type.saved_shape(hidden, weight, softcap, differentiable))
+    weight = operand(weight)
+    chunks = chunk_ranges(hidden, weight, for_gradient=False)
+    passes = rows_type(hidden, weight, temperature, softcap, longest(chunks), for_gradient=False)
+    for begin, end in chunks:
+        passes.scores(
+            operand(hidden[begin:end]),
+            targets[begin:end],
+            logprobs[begin:end],
+            entropy[begin:end] if return_entropy else None,
+            saved[begin:end] if end <= len(saved) else None,
+        )
+    return logprobs, entropy, saved
+
+
+def gradient_chunks(
+    hidden: torch.Tensor,  # [N, D]
+    weight: torch.Tensor,  # [V, D]
+    targets: torch.Tensor,  # [N]
+    grad_logprobs: torch.Tensor,  # [N]
+    grad_entropy: torch.Tensor | None,  # [N]
+    entropy: torch.Tensor | None,  # [N]: where grad_entropy is given
+    saved: torch.Tensor,  # by `score_chunks`
+    temperature: float,
+    softcap: float | None,
+    want_hidden: bool,
+    want_weight: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """-> grad_hidden [N,D], grad_weight [V,D]: None where not wanted, else of the types `Gradients` says."""
+    num_rows, live = hidden.shape[0], live_rows(grad_logprobs, grad_entropy, _LIVE_SHARE)
+    if live is not None:
+        hidden, targets, grad_logprobs, saved = hidden[live], targets[live], grad_logprobs[live], saved[:0]
+        if grad_entropy is not None:
+            grad_entropy, entropy = grad_entropy[live], entropy[live]
+    gradients = Gradients(hidden, weight, want_hidden, want_weight)
+    chunks = chunk_ranges(hidden, gradients.operand, for_gradient=True)
+    rows_type = rows_class(hidden)
+    passes = rows_type(hidden, gradients.operand, temperature, softcap, longest(chunks), for_gradient=True)
+    for begin, end in chunks:
+        rows = operand(hidden[begin:end])
+        passes.recall(rows, saved[begin:end] if end <= len(saved) else None, grad_entropy is not None)
+        g, e, h = (None if x is None else x[begin:end] for x in (grad_logprobs, grad_entropy, entropy))
+        gradients.add(passes.gradient(targets[begin:end], g, e, h), rows, slice(begin, end))
+    grad_hidden, grad_weight = gradients.results()
+    if live is not None and want_hidden:
+        grad_hidden = grad_hidden.new_zeros(num_rows, hidden.shape[1]).index_copy_(0, live, grad_hidden)
+    return grad_hidden, grad_weight
+
+
+def live_rows(slope: torch.Tensor, entropy_slope: torch.Tensor | None, share: float) -> torch.Tensor | None:
+    """[N] each -> [L] int64: rows with any gradient at all (clipped tokens have none); None where that is more than a
+    share of them. On CUDA always None: finding out would wait for the GPU."""
+    if slope.device.type != "cpu":
+        return None
+    live = slope != 0
+    if entropy_slope is not None:
+        live |= entropy_slope != 0
+    return None if int(live.sum()) >= share * live.numel() else live.nonzero().squeeze(1)
+
+
+class Gradients:
+    """The sums that the two matrix products of every chunk add to: grad_hidden [N,D], in fp32 where hidden is fp16,
+    whose range ends at 6e-8; grad_weight [V,D], in fp32 (fp64 for fp64)."""
+
+    def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, want_hidden: bool, want_weight: bool) -> None:
+        self.operand = operand(weight)
+        hidden_dtype, compute = gradient_dtype(hidden), compute_dtype(hidden)
+        self._hidden = hidden.new_zeros(hidden.shape, dtype=hidden_dtype) if want_hidden else None
+        self._weight = weight.new_empty(weight.shape, dtype=compute) if want_weight else None
+        self._weight_written = False
+
+    def add(self, gradient: torch.Tensor, rows: torch.Tensor, where: slice | torch.Tensor) -> None:
+        """gradient [C,V] of the logits of rows [C,D], as `operand` gives them, which are those `where` in N."""
+        if self._hidden is not None and isinstance(where, slice):
+            multiply(gradient, self.operand, out=self._hidden[where])
+        elif self._hidden is not None:
+            part = self._hidden.new_empty(len(rows), self._hidden.shape[1])
+            multiply(gradient, self.operand, out=part)
+            self._hidden[where] = part
+        if self._weight is not None and self._weight_written:
+            multiply_add(gradient.t(), rows, out=self._weight)
+        elif self._weight is not None:
+            multiply(gradient.t(), rows, out=self._weight)
+            self._weight_written = True
+
+    def results(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """grad_hidden, grad_weight; None where not wanted."""
+        if self._weight is not None and not self._weight_written:
+            self._weight.zero_()
+        return self._hidden, self._weight
+
+
+def multiply(left: torch.Tensor, right: torch.Tensor, *, out: torch.Tensor, scale: float = 1.0) -> None:
+    """out = scale * left @ right, summed in at least fp32 and rounded at most once. Products into a given tensor are
+    left alone by autocast, which would round the operands of all others."""
+    if left.dtype == out.dtype:
+        torch.addmm(out, left, right, beta=0, alpha=scale, out=out)  # beta 0: `out` is not read
+    elif out.dtype == torch.float32:
+        torch.mm(left, right, out_dtype=out.dtype, out=out)
+        if scale != 1.0:
+            out.mul_(scale)
+    else:
+        out.copy_(torch.mm(left, right, out=left.new_empty(out.shape)).mul_(scale))
+
+
+def multiply_add(left: torch.Tensor, right: torch.Tensor, *, out: torch.Tensor) -> None:
+    """out += left @ right."""
+    if left.dtype == out.dtype:
+        out.addmm_(left, right)
+    else:
+        torch.addmm(out, left, right, out_dtype=out.dtype, out=out)
+
+
+def compute_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """Of everything but the operands of matrix products."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def gradient_dtype(hidden: torch.Tensor) -> torch.dtype:
+    """Of `Gradients`' grad_hidden."""
+    return torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
+
+
+def operand(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor as the matrix products take it: bf16 stays so on CUDA, which multiplies it with fp32 results. A CPU
+    would round the logits to bf16, and fp16 cannot hold gradients divided by a large number of tokens."""
+    if tensor.device.type == "cuda" and tensor.dtype == torch.bfloat16:
+        return tensor
+    return tensor.to(compute_dtype(tensor))
+
+
+def chunk_ranges(hidden: torch.Tensor, weight: torch.Tensor, *, for_gradient: bool) -> list[tuple[int, int]]:
+    """Row ranges that cover [0, N), of equal size but for the last. `weight` as an operand."""
+    compute = compute_dtype(hidden)
+    bytes_per_logit = compute.itemsize
+    if for_gradient and weight.dtype != compute:
+        bytes_per_logit += weight.dtype.itemsize  # the gradient has a buffer of its own
+    total = hidden.shape[0]
+    size = chunk_size(total, _chunk_rows(hidden.device, weight.shape[0] * bytes_per_logit))
+    if hidden.device.type == "cuda":
+        size = -(-size // _TILE_ROWS) * _TILE_ROWS
+    return [(begin, min(begin + size, total)) for begin in range(0, total, size)]
+
+
+def chunk_size(total: int, most: int) -> int:
+    """Rows of a chunk when `total` are cut into as few equal chunks as hold at most `most`; 1 for none."""
+    return -(-total // -(-total // most)) if total else 1
+
+
+def longest(chunks: list[tuple[int, int]]) -> int:
+    """Rows of the first, which is the largest."""
+    return chunks[0][1] if chunks else 0
+
+
+def _chunk_rows(device: torch.device, row_bytes: int) -> int:
+    """Rows that a chunk may have. On CUDA free memory counts in powers of two and up to a limit: where it is plenty the
+    chunks, and with them the order of sums, do not depend on what else is in memory."""
+    budget = _CHUNK_BYTES.get(device.type, _CHUNK_BYTES["cuda"])
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        budget = min(budget, 1 << (free // 4).bit_length() >> 1)
+    return max(_MIN_CHUNK_ROWS, budget // row_bytes)

@@ -1,0 +1,217 @@
+"""Log-probability and entropy without logits in memory: the matrix product folds each tile into running statistics.
+
+`scan_vocabulary` gives each program some rows and one span of the vocabulary, and writes three numbers per row and
+span. `merge_spans` joins the spans in order and computes the target's logit by a dot product of its own. No locks and
+no atomics. Spans and tiles do not depend on N or on where a row stands, and a row of a tile does not see its
+neighbours; so a row's result has the same bits alone and in any batch.
+
+For passes without a gradient: a reference, a scorer. A training pass has use for the logits and keeps a chunk of them,
+because the products of a library are faster than those here (`_linear_chunks`). Weights beyond V never count: what the
+last tile reads past the end is replaced by the identity of the maximum before any exponential.
+
+Shape legend: N rows, D hidden size, V vocabulary, S spans of it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from searchr1_kernels._linear_rows_triton import _LN_2, _LOG2_E, _LOWEST, fold, tanh
+
+# Rows, columns and depth of a tile, warps, pipeline stages. Without multicast the width of a tile decides how often the
+# caches are read, and this is the widest without a spill: 172 registers, 255 with a softcap (Triton 3.6 and 3.9,
+# sm_90 and sm_100, 2026-11-24).
+_TILE = (128, 256, 64, 8, 3)
+# GPUs with descriptor loads and the shared memory that the tile wants. Before sm_90 the loads are not pipelined.
+ARCHITECTURES = (90, 100)
+# Columns of a span, a multiple of the tile's. More spans keep a GPU busy with few rows, and cost 12 bytes a row each.
+_SPAN = 2048
+# Row tiles that take a span together, which then stays in the L2 cache while they do.
+_GROUP = 32
+# Rows of one launch; bounds the partial results.
+_MAX_ROWS = 32768
+# Rows and depth of a program of `merge_spans`.
+_MERGE_ROWS, _MERGE_DEPTH = 16, 128
+
+
+@triton.jit(do_not_specialize=["N"])  # one kernel for every number of rows, and the same bits
+def scan_vocabulary(
+    hidden_desc,  # [N, D]
+    weight_desc,  # [V, D]
+    partial_ptr,  # [S, 3, N] fp32: maximum, sum and weighted sum of `fold`
+    N,
+    V,
+    D,
+    scale,  # log2(e) / temperature
+    softcap,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    SPAN: tl.constexpr,
+    GROUP: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
+    """Statistics of ROWS rows over one span of the vocabulary."""
+    program = tl.program_id(0)
+    row_tiles, spans = tl.cdiv(N, ROWS), tl.cdiv(V, SPAN)
+    group = program // (GROUP * spans)
+    width = tl.minimum(row_tiles - group * GROUP, GROUP)
+    within = program - group * GROUP * spans
+    row, span = (group * GROUP + within % width) * ROWS, within // width
+    highest = tl.full([ROWS], _LOWEST, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    weighted = tl.zeros([ROWS], tl.float32)
+    for column in range(span * SPAN, tl.minimum(span * SPAN + SPAN, V), COLUMNS):
+        z = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for depth in range(0, D, DEPTH):
+            left = hidden_desc.load([row, depth])
+            right = weight_desc.load([column, depth])
+            z = tl.dot(left, right.T, z, input_precision="ieee")
+        if SOFTCAP:
+            z = softcap * tanh(z / softcap)
+        if column + COLUMNS > V:  # a mask on every tile would spill
+            z = tl.where((column + tl.arange(0, COLUMNS))[None, :] < V, z, _LOWEST)
+        highest, total, weighted = fold(z, scale, highest, total, weighted, 1)
+    rows = row + tl.arange(0, ROWS)
+    partial_ptr += span.to(tl.int64) * 3 * N + rows
+    tl.store(partial_ptr, highest, mask=rows < N)
+    tl.store(partial_ptr + N, total, mask=rows < N)
+    tl.store(partial_ptr + 2 * N, weighted, mask=rows < N)
+
+
+@triton.jit(do_not_specialize=["N"])
+def merge_spans(
+    partial_ptr,  # [S, 3, N] fp32
+    hidden_ptr,  # [N, D]
+    weight_ptr,  # [V, D]
+    targets_ptr,  # [N] int64
+    logprobs_ptr,  # [N] fp32
+    entropy_ptr,  # [N] fp32
+    N,
+    V,
+    D,
+    spans,
+    hidden_stride,
+    weight_stride,
+    scale,
+    softcap,
+    ROWS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+):
+    """The spans of ROWS rows joined, first to last, and the target's logit against them."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = rows < N
+    highest = tl.full([ROWS], _LOWEST, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    weighted = tl.zeros([ROWS], tl.float32)
+    for _ in range(spans):
+        other = tl.load(partial_ptr + rows, mask=inside, other=0.0)
+        other_total = tl.load(partial_ptr + N + rows, mask=inside, other=1.0)
+        other_weighted = tl.load(partial_ptr + 2 * N + rows, mask=inside, other=0.0)
+        new = tl.maximum(highest, other)
+        shift, other_shift = (highest - new) * scale, (other - new) * scale
+        shrink, other_shrink = tl.exp2(shift), tl.exp2(other_shift)
+        weighted = shrink * (weighted + shift * total) + other_shrink * (other_weighted + other_shift * other_total)
+        total = shrink * total + other_shrink * other_total
+        highest = new
+        partial_ptr += 3 * N
+    target = tl.load(targets_ptr + rows, mask=inside, other=0)
+    known = inside & (target >= 0) & (target < V)
+    products = tl.zeros([ROWS, DEPTH], tl.float32)
+    for depth in range(0, D, DEPTH):
+        columns = depth + tl.arange(0, DEPTH)
+        mask = known[:, None] & (columns < D)[None, :]
+        left = tl.load(hidden_ptr + rows.to(tl.int64)[:, None] * hidden_stride + columns[None, :], mask=mask, other=0.0)
+        right = tl.load(weight_ptr + target[:, None] * weight_stride + columns[None, :], mask=mask, other=0.0)
+        products += left.to(tl.float32) * right.to(tl.float32)
+    logit = tl.sum(products, 1)
+    if SOFTCAP:
+        logit = softcap * tanh(logit / softcap)
+    log_total = tl.log2(total)
+    # This dot product adds in another order than the tiles: rounding must not make a probability exceed 1.
+    logprob = tl.minimum(((logit - highest) * scale - log_total) * _LN_2, 0.0)
+    tl.store(logprobs_ptr + rows, tl.where(known, logprob, float("nan")), mask=inside)
+    if ENTROPY:
+        tl.store(entropy_ptr + rows, (log_total - weighted / total) * _LN_2, mask=inside)
+
+
+def score_without_logits(
+    hidden: torch.Tensor,  # [N, D] bf16 or fp16, rows of whole 16 bytes
+    weight: torch.Tensor,  # [V, D], likewise
+    targets: torch.Tensor,  # [N] int64
+    temperature: float,
+    softcap: float | None,
+    return_entropy: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """-> logprobs [N] fp32, NaN where the target is no token; and entropy [N] fp32 or None."""
+    num_rows, vocabulary, targets = hidden.shape[0], weight.shape[0], targets.contiguous()
+    logprobs = hidden.new_empty(num_rows, dtype=torch.float32)
+    entropy = torch.empty_like(logprobs) if return_entropy else None
+    spans = triton.cdiv(vocabulary, _SPAN)
+    partial = logprobs.new_empty(spans * 3 * min(num_rows, _MAX_ROWS))
+    tile_rows, tile_columns, tile_depth, warps, stages = _TILE
+    weight_descriptor = TensorDescriptor.from_tensor(weight, [tile_columns, tile_depth])
+    numbers = {"scale": _LOG2_E / temperature, "softcap": softcap or 1.0, "SOFTCAP": softcap is not None}
+    for begin in range(0, num_rows, _MAX_ROWS):
+        chunk = hidden[begin : begin + _MAX_ROWS]
+        n, where = len(chunk), slice(begin, begin + len(chunk))
+        scan_vocabulary[(triton.cdiv(n, tile_rows) * spans,)](
+            TensorDescriptor.from_tensor(chunk, [tile_rows, tile_depth]), weight_descriptor, partial,
+            n, vocabulary, hidden.shape[1], ROWS=tile_rows, COLUMNS=tile_columns, DEPTH=tile_depth, SPAN=_SPAN,
+            GROUP=_GROUP, num_warps=warps, num_stages=stages, **numbers,
+        )  # fmt: skip
+        merge_spans[(triton.cdiv(n, _MERGE_ROWS),)](
+            partial, chunk, weight, targets[where], logprobs[where],
+            logprobs[where] if entropy is None else entropy[where], n, vocabulary, hidden.shape[1], spans,
+            chunk.stride(0), weight.stride(0), ROWS=_MERGE_ROWS, DEPTH=_MERGE_DEPTH, ENTROPY=return_entropy,
+            num_warps=4, **numbers,
+        )  # fmt: skip
+    return logprobs, entropy
+
+
+def takes(hidden: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether `score_without_logits` can take CUDA tensors [N,D] and [V,D] of one type."""
+    return (
+        hidden.dtype in (torch.bfloat16, torch.float16)
+        and torch.version.cuda is not None
+        and torch.cuda.get_device_capability(hidden.device)[0] * 10 in ARCHITECTURES
+        and all(
+            tensor.stride(1) == 1
+            and tensor.stride(0) >= tensor.shape[1]
+            and tensor.stride(0) % 8 == 0
+            and tensor.data_ptr() % 16 == 0
+            for tensor in (hidden, weight)
+        )
+    )
+
+
+def compile_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int, int, set[str]]]:
+    """Kernels as they are launched on `ARCHITECTURES`: name, kernel, signature, constants, warps, stages, arguments
+    divisible by 16."""
+    rows, columns, depth, warps, stages = _TILE
+    cases = []
+    scan = {
+        "hidden_desc": f"tensordesc<bf16[{rows},{depth}]>", "weight_desc": f"tensordesc<bf16[{columns},{depth}]>",
+        "partial_ptr": "*fp32", "N": "i32", "V": "i32", "D": "i32", "scale": "fp32", "softcap": "fp32",
+    }  # fmt: skip
+    merge = {
+        "partial_ptr": "*fp32", "hidden_ptr": "*bf16", "weight_ptr": "*bf16", "targets_ptr": "*i64",
+        "logprobs_ptr": "*fp32", "entropy_ptr": "*fp32", "N": "i32", "V": "i32", "D": "i32", "spans": "i32",
+        "hidden_stride": "i32", "weight_stride": "i32", "scale": "fp32", "softcap": "fp32",
+    }  # fmt: skip
+    aligned = {name for name in merge if name.endswith("_ptr")} | {"V", "D", "hidden_stride", "weight_stride"}
+    for suffix, softcap in (("", False), ("_softcap", True)):
+        constants = {"ROWS": rows, "COLUMNS": columns, "DEPTH": depth, "SPAN": _SPAN, "GROUP": _GROUP}
+        constants["SOFTCAP"] = softcap
+        name = f"scan_vocabulary{suffix}"
+        cases.append((name, scan_vocabulary, scan, constants, warps, stages, aligned & set(scan)))
+    constants = {"ROWS": _MERGE_ROWS, "DEPTH": _MERGE_DEPTH, "SOFTCAP": True, "ENTROPY": True}
+    cases.append(("merge_spans", merge_spans, merge, constants, 4, 3, aligned))
+    return cases

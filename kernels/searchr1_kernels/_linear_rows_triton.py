@@ -1,0 +1,216 @@
+"""The passes over a chunk's logits on a GPU, one program per row: each reads its row once and keeps fp32 statistics.
+
+`PlainRows` in `_linear_chunks` is the plain twin, with the formulas in one place each. Here the logits stay as the
+matrix product left them: softcap and temperature are applied on the way in, and the gradient on the way out.
+
+Exponents are taken to base 2, and of differences to the row's maximum only: a logit of 1e4 times a factor would have
+lost what the difference to its neighbour says. The identity of the maximum is finite, so no difference is a NaN.
+
+Shape legend: C rows of a chunk, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from searchr1_kernels._linear_chunks import compute_dtype, multiply
+
+# Columns that a program holds at a time, and its warps: 40 to 120 registers, no spill (Triton 3.6 and 3.9, 2026-11-24).
+_BLOCK = 8192
+_WARPS = 8
+_LOG2_E = 1.4426950408889634
+# Below every logit, and its square is finite.
+_LOWEST = tl.constexpr(-1e18)
+_LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def tanh(x):
+    """From one exponential, which cannot overflow; absolute error 1e-7."""
+    t = tl.exp2(tl.abs(x) * -2.8853900817779268)
+    y = (1.0 - t) / (1.0 + t)
+    return tl.where(x < 0, -y, y)
+
+
+@triton.jit
+def fold(z, scale, highest, total, weighted, axis: tl.constexpr):
+    """Join logits along an axis to running statistics: the maximum m, the sum of p = 2^((z - m) scale), and the sum of
+    p (z - m) scale."""
+    new = tl.maximum(highest, tl.max(z, axis))
+    shift = (highest - new) * scale
+    shrink = tl.exp2(shift)
+    d = (z - tl.expand_dims(new, axis)) * scale
+    p = tl.exp2(d)
+    weighted = shrink * (weighted + shift * total) + tl.sum(p * d, axis)
+    return new, shrink * total + tl.sum(p, axis), weighted
+
+
+@triton.jit
+def score_rows(
+    logits_ptr,  # [C, V]
+    targets_ptr,  # [C] int64
+    logprobs_ptr,  # [C] fp32
+    entropy_ptr,  # [C] fp32
+    normalizer_ptr,  # [C, 2] fp32: maximum after the softcap, log2 of the sum of exponentials
+    V,
+    scale,  # log2(e) / temperature
+    softcap,
+    BLOCK: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+):
+    """Log-probability of the target and entropy of a row, and what `differentiate_rows` wants to know of it."""
+    row = tl.program_id(0).to(tl.int64)  # C * V passes 2^31
+    logits_ptr += row * V
+    highest, total, weighted = _LOWEST + 0.0, 0.0, 0.0
+    for begin in tl.range(0, V, BLOCK, num_stages=2):
+        columns = begin + tl.arange(0, BLOCK)
+        z = tl.load(logits_ptr + columns, mask=columns < V, other=0.0).to(tl.float32)
+        if SOFTCAP:
+            z = softcap * tanh(z / softcap)
+        z = tl.where(columns < V, z, _LOWEST)
+        highest, total, weighted = fold(z, scale, highest, total, weighted, 0)
+    column = tl.load(targets_ptr + row)
+    target = tl.load(logits_ptr + column, mask=(column >= 0) & (column < V), other=float("nan")).to(tl.float32)
+    if SOFTCAP:
+        target = softcap * tanh(target / softcap)
+    log_total = tl.log2(total)
+    tl.store(logprobs_ptr + row, ((target - highest) * scale - log_total) * _LN_2)
+    if ENTROPY:
+        tl.store(entropy_ptr + row, (log_total - weighted / total) * _LN_2)
+    tl.store(normalizer_ptr + 2 * row, highest)
+    tl.store(normalizer_ptr + 2 * row + 1, log_total)
+
+
+@triton.jit
+def differentiate_rows(
+    logits_ptr,  # [C, V]
+    gradient_ptr,  # [C, V]: may be the logits
+    targets_ptr,  # [C] int64
+    g_ptr,  # [C] fp32: gradient of the log-probability
+    e_ptr,  # [C] fp32: of the entropy
+    entropy_ptr,  # [C] fp32
+    normalizer_ptr,  # [C, 2] fp32
+    V,
+    scale,  # log2(e) / temperature
+    softcap,
+    BLOCK: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+):
+    """Gradient of a row's logits. A row whose g and e are 0 is not read."""
+    row = tl.program_id(0).to(tl.int64)
+    logits_ptr += row * V
+    gradient_ptr += row * V
+    target = tl.load(targets_ptr + row)
+    inverse_temperature = scale * _LN_2
+    g = tl.load(g_ptr + row) * inverse_temperature
+    e, entropy = 0.0, 0.0
+    if ENTROPY:
+        e = tl.load(e_ptr + row) * inverse_temperature
+        entropy = tl.load(entropy_ptr + row)
+    highest = tl.load(normalizer_ptr + 2 * row)
+    log_total = tl.load(normalizer_ptr + 2 * row + 1)
+    readable = tl.where((g != 0) | (e != 0), V, 0)
+    for begin in tl.range(0, V, BLOCK, num_stages=2):
+        columns = begin + tl.arange(0, BLOCK)
+        z = tl.load(logits_ptr + columns, mask=columns < readable, other=0.0).to(tl.float32)
+        slope = 1.0
+        if SOFTCAP:
+            t = tanh(z / softcap)
+            slope = 1.0 - t * t
+            z = softcap * t
+        log2_p = (z - highest) * scale - log_total
+        p = tl.exp2(log2_p)
+        if ENTROPY:
+            gradient = tl.where(columns == target, g, 0.0) - p * (g + e * (log2_p * _LN_2 + entropy))
+        else:
+            gradient = g * (tl.where(columns == target, 1.0, 0.0) - p)
+        gradient = tl.where(columns < readable, gradient * slope, 0.0)
+        tl.store(gradient_ptr + columns, gradient.to(gradient_ptr.dtype.element_ty), mask=columns < V)
+
+
+class FusedRows:
+    """The passes of a chunk, as `PlainRows` has them. The gradient overwrites the logits where it is of their type."""
+
+    def __init__(self, hidden, weight, temperature, softcap, num_rows: int, *, for_gradient: bool) -> None:
+        """`weight` [V,D] as `operand` gives it; the workspace is for chunks of up to `num_rows`."""
+        self.weight, self.softcap = weight, softcap
+        self.logits = hidden.new_empty(num_rows, weight.shape[0], dtype=compute_dtype(hidden))
+        self.gradients = self.logits
+        if for_gradient and weight.dtype != self.logits.dtype:
+            self.gradients = torch.empty_like(self.logits, dtype=weight.dtype)
+        self.normalizers = self.logits.new_empty(num_rows, 2)
+        self.options = {
+            "scale": _LOG2_E / temperature,
+            "softcap": softcap or 1.0,
+            "BLOCK": min(_BLOCK, triton.next_power_of_2(weight.shape[0])),
+            "SOFTCAP": softcap is not None,
+            "num_warps": _WARPS,
+        }
+
+    @staticmethod
+    def saved_shape(hidden, weight, softcap, differentiable: bool) -> tuple[int, int]:
+        """[N,2]: normalizers."""
+        return (hidden.shape[0] if differentiable else 0), 2
+
+    def scores(self, rows, targets, logprobs, entropy, saved=None) -> None:
+        """rows [C,D], targets [C] -> fills logprobs [C] and, where not None, entropy [C]; `saved` [C,2] or None gets
+        what `recall` wants."""
+        self.normalizer = self.normalizers[: len(rows)] if saved is None else saved
+        self._products(rows)
+        score_rows[(len(rows),)](
+            self.chunk, targets.contiguous(), logprobs, logprobs if entropy is None else entropy, self.normalizer,
+            self.weight.shape[0], ENTROPY=entropy is not None, **self.options,
+        )  # fmt: skip
+
+    def recall(self, rows, saved, with_entropy: bool) -> None:
+        """rows [C,D] and what `scores` saved of them, [C,2]."""
+        self.normalizer = saved
+        self._products(rows)
+
+    def gradient(self, targets, g, e, entropy) -> torch.Tensor:  # [C,V] in the dtype of the operand
+        """targets [C]; g, e [C] the gradients of log-probability and entropy H [C], e None where there is none."""
+        gradient = self.gradients[: len(targets)]
+        with_entropy = e is not None
+        g = g.contiguous()  # of a sum it is one number, repeated by a stride of 0
+        e, entropy = (g, g) if e is None else (e.contiguous(), entropy)
+        differentiate_rows[(len(targets),)](
+            self.chunk, gradient, targets.contiguous(), g, e, entropy, self.normalizer, self.weight.shape[0],
+            ENTROPY=with_entropy, **self.options,
+        )  # fmt: skip
+        return gradient
+
+    def _products(self, rows: torch.Tensor) -> None:
+        self.chunk = self.logits[: len(rows)]
+        multiply(rows, self.weight.t(), out=self.chunk)
+
+
+def compile_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int, int, set[str]]]:
+    """Kernels as they are launched: name, kernel, signature, constants, warps, stages, arguments divisible by 16."""
+    score = {
+        "logits_ptr": "*fp32", "targets_ptr": "*i64", "logprobs_ptr": "*fp32", "entropy_ptr": "*fp32",
+        "normalizer_ptr": "*fp32", "V": "i32", "scale": "fp32", "softcap": "fp32",
+    }  # fmt: skip
+    differentiate = {
+        "logits_ptr": "*fp32", "gradient_ptr": "*bf16", "targets_ptr": "*i64", "g_ptr": "*fp32", "e_ptr": "*fp32",
+        "entropy_ptr": "*fp32", "normalizer_ptr": "*fp32", "V": "i32", "scale": "fp32", "softcap": "fp32",
+    }  # fmt: skip
+    in_place = differentiate | {"gradient_ptr": "*fp32"}
+    cases = []
+    for name, kernel, signature, entropy, softcap in (
+        ("score_rows", score_rows, score, True, False),
+        ("score_rows_softcap", score_rows, score, True, True),
+        ("differentiate_rows", differentiate_rows, differentiate, False, False),
+        ("differentiate_rows_entropy", differentiate_rows, differentiate, True, False),
+        ("differentiate_rows_entropy_softcap", differentiate_rows, differentiate, True, True),
+        ("differentiate_rows_in_place", differentiate_rows, in_place, True, True),
+    ):
+        constants = {"BLOCK": _BLOCK, "SOFTCAP": softcap, "ENTROPY": entropy}
+        aligned = {argument for argument in signature if argument.endswith("_ptr")} | {"V"}
+        cases.append((name, kernel, signature, constants, _WARPS, 3, aligned))
+    return cases

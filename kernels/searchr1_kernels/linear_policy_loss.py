@@ -1,0 +1,305 @@
+"""The policy's loss straight from hidden states: the head, the ratio, the clip, KL and entropy in one pass.
+
+How a row's loss depends on its log-probability is known in closed form (`policy_objective`), so the gradient of a
+chunk's logits can be formed as soon as its log-probabilities are, while the logits are still there. Against
+`linear_logprob` with a loss behind it that saves the backward pass's recomputation: 6 N D V operations instead of 8.
+What autograd sees is a sum with two ready gradients, which the backward pass scales.
+
+GSPO's ratio is known only after the last row of a sequence; it takes the two passes of `linear_logprob`.
+
+A row without gradient (zero advantage and no KL, or clipped) is left out of the matrix products on a CPU. On CUDA it is
+not, see `_linear_chunks`: leave out before the call what the host knows to be zero, such as groups of equal rewards.
+
+Sequences may begin alike: then one row predicts a token of each, goes through the head once, and its slopes add up.
+
+Shape legend: N tokens, R rows that predict them (R = N, one each, without `token_rows`), D hidden size, V vocabulary,
+S sequences, M rows that a mask keeps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from searchr1_kernels import checks
+from searchr1_kernels._linear_chunks import (
+    Gradients,
+    chunk_ranges,
+    compute_dtype,
+    gradient_chunks,
+    gradient_dtype,
+    live_rows,
+    longest,
+    operand,
+    rows_class,
+)
+from searchr1_kernels._segments import TokenRows
+from searchr1_kernels.linear_logprob import check_head, score_tokens
+from searchr1_kernels.policy_objective import (
+    MAX_METRICS,
+    MIN_METRICS,
+    SUM_METRICS,
+    PolicyLoss,
+    PolicyRows,
+    entropy_slope,
+    row_terms,
+    total_and_metrics,
+)
+from searchr1_kernels.registration import register
+
+# With a larger share of a chunk's rows to differentiate, copying them together costs what the products would save.
+_LIVE_SHARE = 0.9
+
+
+def linear_policy_loss(
+    hidden: torch.Tensor,  # [R, D]
+    weight: torch.Tensor,  # [V, D], the dtype of hidden
+    targets: torch.Tensor,  # [R] int64 or int32
+    rollout_logprobs: torch.Tensor,  # [N]
+    advantages: torch.Tensor,  # [N]
+    *,
+    ref_logprobs: torch.Tensor | None = None,  # [N]
+    old_logprobs: torch.Tensor | None = None,  # [N]
+    loss: PolicyLoss | None = None,
+    denominator: float | torch.Tensor,
+    on_policy: bool = False,
+    token_weights: torch.Tensor | None = None,  # [N]
+    token_rows: torch.Tensor | None = None,  # [N] int64 or int32
+    cu_seqlens: torch.Tensor | None = None,  # [S+1] int32 or int64
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    mask: torch.Tensor | None = None,  # [N] bool
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """-> loss (0-d fp32, fp64 for fp64 inputs), differentiable in `hidden` and `weight`, and metrics (0-d, constants).
+
+        loss = sum over tokens of token_weight * (policy + kl_coefficient * KL - entropy_coefficient * H) / denominator
+
+    `loss`: the objective, `PolicyLoss()` by default; its terms are written out in `policy_objective`. Its ratio is
+
+    - to the sampler, exp(log p - rollout_logprobs), at most `importance_cap`; there is no importance weight;
+    - with `on_policy`, 1: these weights sampled. The importance weight, a constant, is min(p / p_sampler,
+      importance_cap): what sampler and trainer disagree by in arithmetic;
+    - with `old_logprobs`, of the trainer's weights before the step: exp(log p - old_logprobs), and the importance
+      weight is min(p_old / p_sampler, importance_cap).
+
+    With `importance_cap` 0 there is neither cap nor weight. REINFORCE has no ratio, only the weight, as on policy.
+    A NaN in `rollout_logprobs` marks a token that nobody sampled: it counts as on-policy.
+
+    `token_weights` and `denominator` make the mean: none and the number of policy tokens of the whole optimizer step
+    (DAPO, and this project); 1 / length of the row's sequence and the number of sequences (GRPO, GSPO); none and
+    sequences times a constant length (Dr. GRPO). Losses of micro-batches with one denominator add up to that of the
+    whole.
+
+    `token_rows`: the row that predicts each token, where several tokens (of sequences that begin alike) share one.
+    `cu_seqlens`: where sequences begin in N; for gspo, which needs whole sequences. Rows where `mask` is False count
+    for nothing, whatever they hold; selecting the others waits for the GPU once. Not with `token_rows`, which already
+    lists what counts.
+
+    Metrics are sums over tokens, so that those of micro-batches and ranks add up, except `logprob_difference_max`,
+    `ratio_max` and `ratio_min`: policy_loss (weighted, not divided), clip_fraction (tokens whose gradient the clip
+    took), truncated_fraction (tokens that the cap bound), ratio (p / p_sampler), importance_weight, rollout_policy_kl
+    (k3 of KL(sampler || policy)), entropy, and with `ref_logprobs` kl_ref. Nothing waits for the device.
+
+    Raises ValueError as `linear_logprob`, for settings that lack their inputs, and for inputs nothing would read.
+    """
+    loss = PolicyLoss() if loss is None else loss
+    check_head(hidden, weight, targets, temperature, softcap, mask)
+    compute = compute_dtype(hidden)
+    given = PolicyRows(rollout_logprobs, advantages, ref_logprobs, old_logprobs, token_weights)
+    _check(hidden, given, loss, denominator, on_policy, token_rows, mask, cu_seqlens)
+    rows = PolicyRows(*(None if tensor is None else tensor.detach().to(compute) for tensor in given))
+    if mask is not None:
+        kept = mask.nonzero().squeeze(1)  # [M]
+        hidden, targets = hidden[kept], targets[kept]
+        rows = PolicyRows(*(None if tensor is None else tensor[kept] for tensor in rows))
+        if cu_seqlens is not None:
+            cu_seqlens = torch.cat([mask.new_zeros(1, dtype=torch.long), mask.cumsum(0)])[cu_seqlens.long()]
+    tracked = torch.is_grad_enabled()
+    total, metrics, _, _ = _OPERATOR(
+        hidden, weight, targets.long(), *rows, None if token_rows is None else token_rows.long(), cu_seqlens,
+        *_settings(loss), on_policy, temperature, softcap, tracked and hidden.requires_grad,
+        tracked and weight.requires_grad,
+    )  # fmt: skip
+    named = dict(zip((*SUM_METRICS, *MAX_METRICS, *MIN_METRICS), metrics.unbind(), strict=True))
+    if ref_logprobs is None:
+        del named["kl_ref"]
+    return total / denominator, named
+
+
+def _settings(loss: PolicyLoss) -> tuple[str | float, ...]:
+    """In the order of the fields."""
+    return (
+        loss.kind, loss.clip_low, loss.clip_high, loss.dual_clip, loss.importance_cap, loss.kl_kind,
+        loss.kl_coefficient, loss.entropy_coefficient,
+    )  # fmt: skip
+
+
+def _check(hidden, rows: PolicyRows, loss: PolicyLoss, denominator, on_policy: bool, token_rows, mask, cu_seqlens):
+    """What `check_head` has not looked at; shapes as in `linear_policy_loss`."""
+    num_tokens = hidden.shape[0]
+    if token_rows is not None:
+        num_tokens = _check_token_rows(token_rows, hidden, mask)
+    for name, tensor in rows._asdict().items():
+        if tensor is not None:
+            checks.check_shape(name, tensor, (num_tokens,))
+            checks.check_floating(name, tensor)
+            checks.check_device(name, tensor, "hidden", hidden)
+    if not isinstance(denominator, torch.Tensor):
+        checks.check_positive("denominator", denominator)
+    elif denominator.dim() != 0:
+        raise ValueError(f"denominator: expected a number or a 0-d tensor, got shape {list(denominator.shape)}")
+    if loss.kl_coefficient and rows.ref_logprobs is None:
+        raise ValueError(f"ref_logprobs: expected [N] for a kl_coefficient of {loss.kl_coefficient}, got None")
+    if on_policy and rows.old_logprobs is not None:
+        raise ValueError("old_logprobs: expected None on policy, where the ratio is 1, got a tensor")
+    if (loss.kind == "gspo") != (cu_seqlens is not None):
+        got = "None" if cu_seqlens is None else "a tensor"
+        raise ValueError(f"cu_seqlens: expected [S+1] for gspo and None for the others, got {got} for {loss.kind}")
+    if cu_seqlens is not None:
+        if not torch.compiler.is_compiling():  # reads the values on a CPU
+            checks.check_cu_seqlens(cu_seqlens, num_tokens)
+        checks.check_device("cu_seqlens", cu_seqlens, "hidden", hidden)
+
+
+def _check_token_rows(token_rows, hidden, mask) -> int:
+    """-> N."""
+    checks.check_shape("token_rows", token_rows, ("N",))
+    checks.check_dtype("token_rows", token_rows, torch.int64, torch.int32)
+    checks.check_device("token_rows", token_rows, "hidden", hidden)
+    if mask is not None:
+        raise ValueError("mask: expected None with token_rows, which leaves tokens out by not listing them")
+    return token_rows.shape[0]
+
+
+@dataclass(frozen=True)
+class _Objective:
+    """What the log-probabilities of the rows are put to."""
+
+    loss: PolicyLoss
+    tokens: PolicyRows  # [N] each
+    sharing: TokenRows | None
+    on_policy: bool
+    cu_seqlens: torch.Tensor | None  # [S+1]
+
+    def slopes(self, logprobs: torch.Tensor, begin: int, end: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """logprobs [R] -> derivatives by the log-probabilities and by the entropies of rows `begin` to `end`, summed
+        over a row's tokens. Of `logprobs` those rows are read, and for gspo all."""
+        tokens = self.tokens
+        if self.sharing is not None:
+            # Which tokens are of these rows only the device knows: all are looked at, and the others ignored.
+            logprobs = self.sharing.to_tokens(logprobs)
+        elif self.cu_seqlens is None:
+            tokens, logprobs = tokens.slice(begin, end), logprobs[begin:end]
+        terms = row_terms(self.loss, tokens, logprobs, self.on_policy, self.cu_seqlens)
+        slopes = (terms.slope, entropy_slope(self.loss, tokens, logprobs))
+        if self.sharing is not None:
+            slopes = tuple(None if slope is None else self.sharing.to_rows(slope)[begin:end] for slope in slopes)
+        return slopes
+
+    def value(self, logprobs: torch.Tensor, entropy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both [R] -> `total_and_metrics`."""
+        if self.sharing is not None:
+            logprobs, entropy = self.sharing.to_tokens(logprobs), self.sharing.to_tokens(entropy)
+        terms = row_terms(self.loss, self.tokens, logprobs, self.on_policy, self.cu_seqlens)
+        return total_and_metrics(self.loss, self.tokens, terms, entropy)
+
+
+def _one_pass(hidden, weight, targets, objective: _Objective, temperature, softcap, wanted):
+    """Log-probability, slope and gradient of one chunk after the other -> logprobs, entropy [R], the two gradients."""
+    gradients = Gradients(hidden, weight, *wanted)
+    chunks = chunk_ranges(hidden, gradients.operand, for_gradient=True)
+    rows_type = rows_class(hidden)
+    passes = rows_type(hidden, gradients.operand, temperature, softcap, longest(chunks), for_gradient=True)
+    logprobs = hidden.new_zeros(hidden.shape[0], dtype=compute_dtype(hidden))
+    entropy = torch.empty_like(logprobs)
+    for begin, end in chunks:
+        chunk, where = operand(hidden[begin:end]), slice(begin, end)
+        passes.scores(chunk, targets[where], logprobs[where], entropy[where])
+        slopes = objective.slopes(logprobs, begin, end)
+        live = live_rows(*slopes, _LIVE_SHARE)
+        inputs = (targets[where], *slopes, entropy[where])
+        if live is not None:
+            passes.select(live, with_entropy=slopes[1] is not None)
+            inputs = tuple(None if tensor is None else tensor[live] for tensor in inputs)
+            chunk, where = chunk[live], begin + live
+        gradients.add(passes.gradient(*inputs), chunk, where)
+    return logprobs, entropy, gradients.results()
+
+
+def _two_passes(hidden, weight, targets, objective: _Objective, temperature, softcap, wanted):
+    """All log-probabilities, then all gradients -> as `_one_pass`."""
+    logprobs, entropy, saved = score_tokens(hidden, weight, targets, temperature, softcap, True, any(wanted))
+    gradients = (None, None)
+    if any(wanted):
+        slopes = objective.slopes(logprobs, 0, len(logprobs))
+        gradients = gradient_chunks(
+            hidden, weight, targets, *slopes, entropy, saved, temperature, softcap, *wanted
+        )  # fmt: skip
+    return logprobs, entropy, gradients
+
+
+def _forward(hidden, weight, targets, *rest):
+    """The schema's, on any device."""
+    tokens, (token_rows, cu_seqlens), loss = PolicyRows(*rest[:5]), rest[5:7], PolicyLoss(*rest[7:15])
+    on_policy, temperature, softcap, *wanted = rest[15:]
+    checks.check_indices("targets", targets, weight.shape[0])
+    sharing = None
+    if token_rows is not None:
+        checks.check_indices("token_rows", token_rows, hidden.shape[0])
+        sharing = TokenRows(token_rows, hidden.shape[0])
+    objective = _Objective(loss, tokens, sharing, on_policy, cu_seqlens)
+    passes = _two_passes if loss.kind == "gspo" or not any(wanted) else _one_pass
+    with torch.cuda.device_of(hidden):  # Triton launches on the current device, whatever that of the tensors is
+        logprobs, entropy, gradients = passes(hidden, weight, targets, objective, temperature, softcap, wanted)
+    total, metrics = objective.value(logprobs, entropy)
+    return total, metrics, *(total.new_empty(0) if gradient is None else gradient for gradient in gradients)
+
+
+def _forward_fake(hidden, weight, targets, *rest):
+    """Shapes and types of `_forward`'s outputs."""
+    compute, (want_hidden, want_weight) = compute_dtype(hidden), rest[-2:]
+    total = hidden.new_empty((), dtype=compute)
+    return (
+        total,
+        total.new_empty(len(SUM_METRICS) + len(MAX_METRICS) + len(MIN_METRICS)),
+        hidden.new_empty(hidden.shape, dtype=gradient_dtype(hidden)) if want_hidden else total.new_empty(0),
+        weight.new_empty(weight.shape, dtype=compute) if want_weight else total.new_empty(0),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    hidden, weight = inputs[:2]
+    _, metrics, grad_hidden, grad_weight = output
+    ctx.dtypes = (hidden.dtype, weight.dtype)
+    ctx.num_inputs = len(inputs)
+    ctx.save_for_backward(grad_hidden, grad_weight)
+    ctx.mark_non_differentiable(metrics, grad_hidden, grad_weight)
+    ctx.set_materialize_grads(False)
+
+
+@once_differentiable
+def _differentiate(ctx: Any, grad_total, *_):
+    if grad_total is None:
+        return (None,) * ctx.num_inputs
+    gradients = tuple(
+        torch.mul(gradient, grad_total, out=gradient.new_empty(gradient.shape, dtype=dtype)) if wanted else None
+        for gradient, dtype, wanted in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:2], strict=True)
+    )
+    return *gradients, *(None,) * (ctx.num_inputs - 2)
+
+
+# The gradients are of the sum, before the denominator. One that is not wanted is empty: operators cannot return None.
+_OPERATOR = register(
+    "linear_policy_loss(Tensor hidden, Tensor weight, Tensor targets, Tensor rollout_logprobs, Tensor advantages, "
+    "Tensor? ref_logprobs, Tensor? old_logprobs, Tensor? token_weights, Tensor? token_rows, Tensor? cu_seqlens, "
+    "str kind, float clip_low, float clip_high, float dual_clip, float importance_cap, str kl_kind, "
+    "float kl_coefficient, float entropy_coefficient, bool on_policy, float temperature, float? softcap, "
+    "bool want_hidden, bool want_weight) "
+    "-> (Tensor total, Tensor metrics, Tensor grad_hidden, Tensor grad_weight)",
+    _forward,
+    _forward_fake,
+)
+torch.library.register_autograd(_OPERATOR, _differentiate, setup_context=_setup_context)

@@ -1,0 +1,142 @@
+"""Exact search by inner product: for each query the k rows of a corpus with the largest `query . row`.
+
+    score(query, row) = fp32(sum in fp64 of query_d * row_d, in one fixed order)  [* the row's scale]
+
+A score is a function of its query and its row alone, and the order is total (score descending, then id ascending). So a
+query's result does not depend on what else is in the batch, on where a row stands, or on how the corpus is cut: merge
+the results of parts by (score, -id) and the result is that of the whole, bit for bit.
+
+Both devices find the k rows in the same way: cheap products (8-bit codes, or 16-bit floats) with a bound on their error
+give the maximum of each block of rows; the best blocks are scored exactly; what the bound cannot exclude is scored too.
+
+`TopKIndex` keeps codes and bounds of a corpus that is searched again and again; given a bare tensor, a search makes
+them on the way. Left out: distances other than the inner product, and approximate search.
+
+Shape legend: Q queries, M rows, D components.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from searchr1_kernels import checks
+from searchr1_kernels.registration import register
+
+Coarse = Literal["int8", "float"]
+
+_ROW_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
+_QUERY_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class TopKIndex:
+    """A corpus prepared for `topk_inner_product`. It holds `corpus` itself, which must not change afterwards.
+
+    `coarse` says what proposes candidates: "int8" codes (one more byte per component; on a GPU half the reading of
+    16-bit rows), or "float", the rows as they are (only on a GPU, where it needs no more than their norms). Results are
+    the same bits either way. A corpus of int8 is its own code.
+    """
+
+    def __init__(
+        self,
+        corpus: torch.Tensor,  # [M, D] fp32, fp16, bf16 or int8
+        *,
+        scales: torch.Tensor | None = None,  # [M] fp32: what each row of an int8 corpus is multiplied by
+        coarse: Coarse = "int8",
+    ) -> None:
+        _check_corpus(corpus, scales)
+        if coarse not in ("int8", "float"):
+            raise ValueError(f"coarse: expected 'int8' or 'float', got {coarse!r}")
+        if coarse == "float" and corpus.device.type == "cpu":
+            raise ValueError("coarse: 'float' is for a corpus on a GPU; a CPU multiplies int8 fastest")
+        self.corpus = corpus  # [M, D]
+        self.scales = scales  # [M] or None
+        self.parts = _prepare(corpus, scales, coarse)
+
+    def __len__(self) -> int:
+        return self.corpus.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the corpus and of what was made for it."""
+        tensors = {tensor.data_ptr(): tensor for tensor in (self.corpus, *self.parts)}
+        return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def topk_inner_product(
+    queries: torch.Tensor,  # [Q, D] fp32, fp16 or bf16
+    corpus: torch.Tensor | TopKIndex,  # [M, D] fp32, fp16, bf16 or int8
+    k: int,
+    *,
+    scales: torch.Tensor | None = None,  # [M] fp32: what each row of an int8 corpus is multiplied by
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """-> scores [Q,k] fp32, ids [Q,k] int64: the k rows of largest inner product per query, best first, ties by id.
+
+    Exact: see the module. All numbers must be finite (ValueError on a CPU; undefined on a GPU), and M >= k >= 1.
+    Nothing here is differentiable. On a GPU the host waits once, to see whether every query's result is proven.
+    """
+    if isinstance(corpus, TopKIndex):
+        if scales is not None:
+            raise ValueError("scales: give them to TopKIndex; here the corpus has been prepared already")
+        corpus, scales, parts = corpus.corpus, corpus.scales, corpus.parts
+    else:
+        _check_corpus(corpus, scales)
+        parts = []
+    checks.check_shape("queries", queries, ("Q", corpus.shape[1]))
+    checks.check_dtype("queries", queries, *_QUERY_DTYPES)
+    checks.check_device("queries", queries, "corpus", corpus)
+    if not 1 <= k <= corpus.shape[0]:
+        raise ValueError(f"k: expected from 1 to {corpus.shape[0]}, the rows of corpus, got {k}")
+    return _OPERATOR(queries.detach(), corpus.detach(), k, scales, parts)
+
+
+def _check_corpus(corpus: torch.Tensor, scales: torch.Tensor | None) -> None:
+    checks.check_shape("corpus", corpus, ("M", "D"))
+    checks.check_dtype("corpus", corpus, *_ROW_DTYPES)
+    if corpus.shape[1] == 0:
+        raise ValueError(f"corpus: expected at least one component, got shape {list(corpus.shape)}")
+    if not corpus.is_contiguous():
+        raise ValueError(f"corpus: expected a contiguous tensor, got strides {tuple(corpus.stride())}")
+    if corpus.shape[0] >= 1 << 32:
+        raise ValueError(f"corpus: expected fewer than 2^32 rows, got {corpus.shape[0]}; search it in parts")
+    if scales is not None:
+        if corpus.dtype != torch.int8:
+            raise ValueError(f"scales: they are for an int8 corpus, and this one is {corpus.dtype}")
+        checks.check_shape("scales", scales, (corpus.shape[0],))
+        checks.check_dtype("scales", scales, torch.float32)
+        checks.check_device("scales", scales, "corpus", corpus)
+
+
+@torch.no_grad()
+def _prepare(corpus: torch.Tensor, scales: torch.Tensor | None, coarse: Coarse) -> list[torch.Tensor]:
+    """What the search on this device wants to know of every row; see there."""
+    if corpus.device.type == "cpu":
+        from searchr1_kernels import _topk_cpu as device
+    else:
+        from searchr1_kernels import _topk_cuda as device
+    return device.prepare(corpus, scales, coarse)
+
+
+def _search(
+    queries: torch.Tensor, corpus: torch.Tensor, k: int, scales: torch.Tensor | None, parts: list[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if queries.device.type == "cpu":
+        from searchr1_kernels import _topk_cpu as device
+    else:
+        from searchr1_kernels import _topk_cuda as device
+    return device.search(queries, corpus, k, scales, parts)
+
+
+def _fake(queries, corpus, k, scales, parts):
+    return (
+        queries.new_empty(queries.shape[0], k, dtype=torch.float32),
+        queries.new_empty(queries.shape[0], k, dtype=torch.int64),
+    )
+
+
+_OPERATOR = register(
+    "topk_inner_product(Tensor queries, Tensor corpus, int k, Tensor? scales, Tensor[] parts) -> (Tensor, Tensor)",
+    _search,
+    _fake,
+)

@@ -1,0 +1,91 @@
+"""The Triton scan of `gae`. Run by `test_gae`, not collected by itself.
+
+Without a GPU it runs in Triton's interpreter, which has to be chosen before Triton is imported: hence a process of its
+own. With one (`pytest tests/kernels/gae_interpreted.py`) it is compiled.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from searchr1_kernels import _gae_triton, reference
+from searchr1_kernels.gae import _scan_triton
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_tiles():
+    """Several tiles per sequence, and several loads of what comes in from others."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_gae_triton, "TILE", 16)
+        patch.setattr(_gae_triton, "NUM_WARPS", 1)
+        patch.setattr(_gae_triton, "_TILES_AT_ONCE", 4)
+        yield
+
+
+def problem(lengths, policy_share, dtype=torch.float64, seed=0):
+    """rewards [N], values [N], cu_seqlens [S+1], mask [N] or None."""
+    generator, total = torch.Generator().manual_seed(seed), sum(lengths)
+    rewards, values = (torch.randn(total, generator=generator).to(DEVICE, dtype) for _ in range(2))
+    mask = None if policy_share is None else (torch.rand(total, generator=generator) < policy_share).to(DEVICE)
+    return rewards, values, torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0).to(DEVICE), mask
+
+
+def scan(rewards, values, cu_seqlens, mask, gamma=0.97, lam=0.9):
+    dtype = torch.promote_types(values.dtype, torch.float32)
+    return _scan_triton(rewards, values, cu_seqlens, gamma, lam, mask, dtype)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    lengths=st.lists(st.sampled_from([0, 1, 2, 15, 16, 17, 40, 150]), max_size=6),
+    gamma=st.sampled_from([0.0, 0.9, 1.0]),
+    lam=st.sampled_from([0.0, 0.95, 1.0]),
+    policy_share=st.sampled_from([None, 0.0, 0.1, 0.5, 1.0]),
+    seed=st.integers(0, 1000),
+)
+def test_matches_the_oracle(lengths, gamma, lam, policy_share, seed):
+    rewards, values, cu_seqlens, mask = problem(lengths, policy_share, seed=seed)
+    wanted = reference.gae(rewards, values, cu_seqlens, gamma=gamma, lam=lam, mask=mask)
+    for have, want in zip(scan(rewards, values, cu_seqlens, mask, gamma, lam), wanted, strict=True):
+        torch.testing.assert_close(have, want, rtol=1e-11, atol=1e-11)
+        assert mask is None or (have[~mask] == 0).all()
+
+
+def test_a_sequence_alone_equals_the_sequence_in_a_batch():
+    lengths = [100, 7, 33, 16]
+    rewards, values, cu_seqlens, mask = problem(lengths, 0.7, torch.float32)
+    together = scan(rewards, values, cu_seqlens, mask)
+    pieces = (tensor.split(lengths) for tensor in (rewards, values, mask))
+    alone = [
+        scan(r, v, torch.tensor([0, len(r)], device=DEVICE), m) for r, v, m in zip(*pieces, strict=True)
+    ]  # 64-bit offsets
+    for output in range(2):
+        assert torch.equal(together[output], torch.cat([pair[output] for pair in alone]))
+
+
+def test_what_stands_at_masked_tokens_does_not_matter():
+    rewards, values, cu_seqlens, mask = problem([60, 40], 0.5)
+    want = scan(rewards, values, cu_seqlens, mask)
+    values[~mask] = torch.nan
+    for left, right in zip(scan(rewards, values, cu_seqlens, mask), want, strict=True):
+        assert torch.equal(left, right)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_any_type_and_any_view(dtype):
+    rewards, values, cu_seqlens, mask = problem([50, 30], 0.5, dtype)
+    want = scan(rewards.double(), values.double(), cu_seqlens, mask)
+    views = (torch.stack([tensor, tensor], dim=1)[:, 0] for tensor in (rewards, values))
+    for have, exact in zip(scan(*views, cu_seqlens, mask), want, strict=True):
+        assert have.dtype == torch.float32
+        assert torch.equal(have, exact.float())
+
+
+@pytest.mark.parametrize("lengths", [[], [0, 0]])
+def test_no_tokens(lengths):
+    for output in scan(*problem(lengths, None)):
+        assert output.shape == (0,)

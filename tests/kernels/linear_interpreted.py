@@ -1,0 +1,199 @@
+"""The head's Triton kernels against fp64. Run by `test_linear_triton`, not collected by itself.
+
+Without a GPU they run in Triton's interpreter, which has to be chosen before Triton is imported: hence a process of
+their own. With one (`pytest tests/kernels/linear_interpreted.py`) they are compiled. bf16 products are left to a GPU:
+the interpreter multiplies bf16 bit patterns as integers, and gets nonsense without a word.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from searchr1_kernels import PolicyLoss, _linear_chunks, linear_logprob, linear_policy_loss, reference
+from searchr1_kernels import _linear_forward_triton as forward_kernels
+from searchr1_kernels import _linear_rows_triton as row_kernels
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# No shrinking: an example takes the interpreter up to a second.
+LIMITED = settings(max_examples=12, deadline=None, derandomize=True, phases=[Phase.generate])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_tiles():
+    """Several blocks, chunks, spans, groups and launches at test sizes; the fused passes wherever the tensors are."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("_linear_chunks", "linear_logprob", "linear_policy_loss"):
+            module = sys.modules[f"searchr1_kernels.{name}"]
+            patch.setattr(module, "rows_class", lambda hidden: row_kernels.FusedRows)
+            patch.setattr(module, "live_rows", lambda *_: None, raising=False)  # as on CUDA
+        patch.setattr(_linear_chunks, "_MIN_CHUNK_ROWS", 7)
+        patch.setitem(_linear_chunks._CHUNK_BYTES, DEVICE, 1)
+        patch.setattr(row_kernels, "_BLOCK", 16)
+        for name, value in (("_TILE", (16, 16, 16, 4, 2)), ("_SPAN", 32), ("_GROUP", 2), ("_MAX_ROWS", 48)):
+            patch.setattr(forward_kernels, name, value)
+        for name, value in (("_MERGE_ROWS", 8), ("_MERGE_DEPTH", 8)):
+            patch.setattr(forward_kernels, name, value)
+        yield
+
+
+def problem(rows, size, vocabulary, seed=0, dtype=torch.float32, scale=1.0):
+    """hidden [N,D], weight [V,D], targets [N]; the last target is the last token."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(rows, size, generator=generator).to(DEVICE, dtype)
+    weight = (torch.randn(vocabulary, size, generator=generator) * scale).to(DEVICE, dtype)
+    targets = torch.randint(vocabulary, (rows,), generator=generator)
+    targets[-1:] = vocabulary - 1
+    return hidden, weight, targets.to(DEVICE)
+
+
+def gradients(function, hidden, weight, targets, entropy_share, **options):
+    """logprob, entropy, d hidden, d weight."""
+    hidden, weight = hidden.detach().clone().requires_grad_(), weight.detach().clone().requires_grad_()
+    logprob, entropy = function(hidden, weight, targets, return_entropy=True, **options)
+    a, b = torch.randn(2, len(targets), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    a[::3], b[::3] = 0.0, 0.0  # rows that are not read
+    loss = (a * logprob).sum()
+    if entropy_share:
+        loss = loss + entropy_share * (b * entropy).sum()
+    loss.backward()
+    return logprob.detach(), entropy.detach(), hidden.grad, weight.grad
+
+
+def assert_close(ours, oracle, tolerance):
+    for name, have, want in zip(("logprob", "entropy", "d hidden", "d weight"), ours, oracle, strict=False):
+        scale = max(1.0, float(want.abs().max())) if want.numel() else 1.0
+        error = float((have.double() - want).abs().max()) if want.numel() else 0.0
+        assert error <= tolerance * scale, f"{name}: {error} of {scale}"
+
+
+shapes = given(
+    rows=st.integers(0, 20),
+    size=st.integers(1, 6).map(lambda n: 4 * n),
+    vocabulary=st.sampled_from([1, 15, 16, 17, 32, 33, 70]),
+    scale=st.sampled_from([0.2, 3.0]),  # a flat head and a peaky one
+    head=st.sampled_from([(1.0, None), (0.6, None), (1.5, 5.0)]),
+    seed=st.integers(0, 100),
+)
+
+
+@LIMITED
+@shapes
+def test_row_kernels_match_the_oracle(rows, size, vocabulary, scale, head, seed):
+    hidden, weight, targets = problem(rows, size, vocabulary, seed, scale=scale)
+    options = {"temperature": head[0], "softcap": head[1]}
+    for entropy_share in (0.0, 0.5):
+        ours = gradients(linear_logprob, hidden, weight, targets, entropy_share, **options)
+        exact = (hidden.double(), weight.double(), targets, entropy_share)
+        assert_close(ours, gradients(reference.linear_logprob, *exact, **options), 2e-5)
+
+
+@LIMITED
+@shapes
+def test_forward_without_logits_matches_the_oracle(rows, size, vocabulary, scale, head, seed):
+    for dtype in (torch.float32, torch.float16):
+        hidden, weight, targets = problem(rows, 2 * size, vocabulary, seed, dtype, scale)
+        ours = forward_kernels.score_without_logits(hidden, weight, targets, *head, True)
+        options = {"temperature": head[0], "softcap": head[1], "return_entropy": True}
+        assert_close(ours, reference.linear_logprob(hidden.double(), weight.double(), targets, **options), 2e-5)
+        assert (ours[0] <= 0).all()
+        (alone,) = {forward_kernels.score_without_logits(hidden, weight, targets, *head, False)[1]}
+        assert alone is None
+
+
+def test_forward_over_several_launches_and_groups():
+    hidden, weight, targets = problem(100, 16, 70)
+    ours = forward_kernels.score_without_logits(hidden, weight, targets, 1.0, None, True)
+    assert_close(ours, reference.linear_logprob(hidden.double(), weight.double(), targets, return_entropy=True), 2e-5)
+
+
+def test_a_row_alone_has_the_bits_of_the_row_in_a_batch():
+    hidden, weight, targets = problem(60, 16, 70)
+    together = torch.stack(forward_kernels.score_without_logits(hidden, weight, targets, 1.0, None, True))
+    for rows in (slice(0, 1), slice(17, 18), slice(59, 60), slice(5, 41)):
+        some = forward_kernels.score_without_logits(hidden[rows], weight, targets[rows], 1.0, None, True)
+        assert torch.equal(torch.stack(some), together[:, rows])
+
+
+@pytest.mark.parametrize("magnitude", [1e4, -1e4])
+def test_extreme_logits(magnitude):
+    """One logit far from the others, as target and not; and all of them equally far."""
+    weight = torch.zeros(19, 8, device=DEVICE)
+    weight[:3, 0] = torch.tensor([magnitude, 0.0, 1.0])
+    hidden, targets = torch.ones(3, 8, device=DEVICE), torch.tensor([0, 1, 2], device=DEVICE)
+    oracle = gradients(reference.linear_logprob, hidden.double(), weight.double(), targets, 1.0)
+    ours = gradients(linear_logprob, hidden, weight, targets, 1.0)
+    assert all(tensor.isfinite().all() for tensor in ours)
+    assert_close(ours, oracle, 1e-6)
+    assert_close(forward_kernels.score_without_logits(hidden, weight, targets, 1.0, None, True), oracle, 1e-6)
+    flat = torch.full((19, 8), magnitude / 8, device=DEVICE)
+    for logprob, entropy in (
+        linear_logprob(hidden, flat, targets, return_entropy=True),
+        forward_kernels.score_without_logits(hidden, flat, targets, 1.0, None, True),
+    ):
+        expected = torch.full((3,), 19.0, device=DEVICE).log()
+        torch.testing.assert_close(logprob, -expected)
+        torch.testing.assert_close(entropy, expected)
+
+
+def test_inputs_need_not_be_contiguous():
+    hidden, weight, targets = problem(6, 8, 37)
+    strided = torch.stack([targets, targets.flip(0)], 1)[:, 0]
+    want = gradients(linear_logprob, hidden, weight, targets, 0.5)
+    have = gradients(linear_logprob, hidden.T.contiguous().T, weight.T.contiguous().T, strided, 0.5)
+    assert_close(have, [tensor.double() for tensor in want], 1e-6)
+    assert torch.equal(
+        forward_kernels.score_without_logits(hidden, weight, strided, 1.0, None, False)[0],
+        forward_kernels.score_without_logits(hidden, weight, targets, 1.0, None, False)[0],
+    )
+
+
+def test_a_target_that_is_no_token_is_loud():
+    hidden, weight, targets = problem(4, 8, 19)
+    targets[1], targets[2] = -100, 19
+    passes = row_kernels.FusedRows(hidden, weight, 1.0, None, 4, for_gradient=False)
+    rows = torch.empty(4, device=DEVICE)
+    passes.scores(hidden, targets, rows, None)
+    for logprob in (rows, forward_kernels.score_without_logits(hidden, weight, targets, 1.0, None, False)[0]):
+        assert logprob.isnan().tolist() == [False, True, True, False]
+
+
+@pytest.mark.parametrize(("kind", "shared"), [("ppo", False), ("ppo", True), ("cispo", True), ("gspo", False)])
+def test_policy_loss_on_the_row_kernels(kind, shared):
+    hidden, weight, targets = problem(25, 8, 37)
+    token_rows = (torch.arange(40) * 7 % 25 if shared else torch.arange(25)).to(DEVICE)
+    rollout = reference.linear_logprob(hidden, weight, targets)[token_rows]
+    rollout += 0.3 * torch.randn(len(rollout)).to(DEVICE)
+    advantages = torch.randn(len(rollout)).to(DEVICE)
+    advantages[::4] = 0.0
+    options = {"loss": PolicyLoss(kind=kind, entropy_coefficient=0.1), "denominator": 5.0, "softcap": 8.0}
+    if shared:
+        options["token_rows"] = token_rows
+    if kind == "gspo":
+        options["cu_seqlens"] = torch.tensor([0, 9, 25], device=DEVICE)
+    results = []
+    for function, dtype in ((linear_policy_loss, torch.float32), (reference.linear_policy_loss, torch.float64)):
+        sides = [tensor.to(dtype).clone().requires_grad_() for tensor in (hidden, weight)]
+        loss, _ = function(*sides, targets, rollout.to(dtype), advantages.to(dtype), **options)
+        loss.backward()
+        results.append((loss.detach(), sides[0].grad, sides[1].grad))
+    assert_close(results[0], results[1], 2e-5)
+
+
+def test_the_gradient_may_be_of_another_type_than_the_logits():
+    """As on a GPU for bf16 rows: logits in fp32, their gradient in the operand's type, in a buffer of its own."""
+    hidden, weight, targets = problem(6, 8, 37)
+    g, e = torch.randn(2, 6, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    logprob, entropy = torch.empty(2, 6, device=DEVICE)
+    results = []
+    for dtype in (torch.float32, torch.float16):
+        passes = row_kernels.FusedRows(hidden, weight, 1.0, None, 6, for_gradient=True)
+        if dtype != torch.float32:
+            passes.gradients = torch.empty_like(passes.logits, dtype=dtype)
+        passes.scores(hidden, targets, logprob, entropy)
+        results.append(passes.gradient(targets, g, e, entropy))
+        assert results[-1].dtype == dtype
+    torch.testing.assert_close(results[0].half(), results[1], rtol=2e-3, atol=1e-6)

@@ -1,0 +1,101 @@
+"""The kernels' benchmark: it runs without a GPU, its providers compute the same, and it says so where they do not."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from searchr1_kernels import TopKIndex
+
+BENCH = Path(__file__).parents[2] / "bench"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def cases(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    return importlib.import_module("kernel_cases")
+
+
+@pytest.fixture
+def bench(cases):
+    """The script, under another name: as `kernels` transformers would find it."""
+    spec = importlib.util.spec_from_file_location("bench_kernels", BENCH / "kernels.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_main_leaves_a_row_per_case_and_a_plot_per_kernel(bench, cases, monkeypatch, tmp_path, capsys):
+    corpus = cases.make_corpus(CPU, torch.float32, 3000, 32)
+    small = [
+        cases.gae_case(CPU, 2000, 16),
+        cases.gae_case(CPU, 2000, 4),
+        cases.group_case(CPU, 64, 8),
+        cases.topk_case(corpus, TopKIndex(corpus), 20),
+    ]
+    monkeypatch.setattr(bench, "cases", lambda device, kernels: (case for case in small if case.kernel in kernels))
+    monkeypatch.setattr(bench, "copy_rate", lambda device: 1e9)
+    monkeypatch.setattr(bench, "KERNELS", ("gae", "group", "topk"))
+    rows_file = tmp_path / "rows.jsonl"
+    assert bench.main(["--repetitions", "2", "--output", str(rows_file), "--plot", str(tmp_path)]) == 0
+    rows = [json.loads(line) for line in rows_file.read_text(encoding="utf-8").splitlines()]
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == rows[-1]
+    assert [row["kernel"] for row in rows] == ["gae", "gae", "group", "topk"]
+    for row in rows:
+        assert row["commit"] and row["date"] and row["device"] and row["versions"]["torch"]
+        for name, provider in row["providers"].items():
+            assert provider["difference"] < 1e-5, f"{row['kernel']}, {name}"
+            assert provider["seconds"] > 0 and len(provider["all_seconds"]) == 2
+        assert row["providers"]["ours"]["seconds_over_ours"] == 1
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == [
+        f"kernels_{k}.png" for k in ("gae", "group", "topk")
+    ]
+
+
+def test_a_provider_that_computes_something_else_shows(bench, cases):
+    case = cases.group_case(CPU, 64, 8)
+    honest = case.providers["Python loop over groups"].run
+    case.providers["Python loop over groups"].run = lambda: tuple(1.01 * output for output in honest())
+    row = bench.measure(case, bench.Clock(CPU), 1, {"matmul_flops": 1e9, "copy_bytes": 1e9})
+    assert row["providers"]["Python loop over groups"]["difference"] == pytest.approx(0.01, rel=1e-3)
+
+
+def test_heads_of_all_providers_agree(bench, cases, monkeypatch):
+    """Loss and both gradients; without torch.compile, which takes longer than the rest."""
+    monkeypatch.setattr(cases, "add_compiled", lambda *arguments: None)
+    for make in (cases.head_case, cases.score_case):
+        case = make(CPU, torch.float32, N=40, H=16, V=130, kept=0.5)
+        wanted = None
+        for name, provider in case.providers.items():
+            if provider.answer is not None:
+                answer = provider.answer(provider.run())
+                wanted = answer if wanted is None else wanted
+                assert bench.difference(answer, wanted) < 1e-5, name
+
+
+def test_wrong_arguments_are_one_sentence(bench, capsys):
+    for arguments, sentence in (
+        (["flash"], "'flash' is none of head, score, gae, group, kl, topk"),
+        (["--repetitions", "0"], "--repetitions 0: give at least 1"),
+        (["--device", "tpu"], "--device tpu: give cpu or cuda"),
+    ):
+        assert bench.main(arguments) != 0
+        assert sentence in capsys.readouterr().err
+
+
+def test_the_script_is_not_found_as_the_package_kernels(tmp_path):
+    """transformers looks for a package `kernels`, and a script's folder comes first on the path."""
+    code = "import importlib.util, harness; assert importlib.util.find_spec('kernels') is None"
+    environment = os.environ | {"PYTHONPATH": str(BENCH)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

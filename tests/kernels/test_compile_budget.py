@@ -1,0 +1,78 @@
+"""Every shipped kernel compiles for Ampere, Hopper and Blackwell with no more registers, shared memory and stack than
+its budget, on the installed Triton and on the oldest supported one. No GPU takes part.
+
+After a change that is meant, rewrite the budget and look at the difference:
+
+    python tests/kernels/compile_report.py --write
+    PYTHONPATH=build/triton-3.6 python tests/kernels/compile_report.py --write
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parent
+SCRIPT, BUDGET = FOLDER / "compile_report.py", FOLDER / "compile_budget.json"
+# pip install --no-deps --target build/triton-3.6 triton==3.6.0
+OLDEST = FOLDER.parents[1] / "build" / "triton-3.6"
+
+Usage = dict[str, dict[str, int]]  # by case: registers, shared, stack
+
+
+def compile_all(toolchain: str, architecture: int, cache: Path) -> tuple[str, Usage]:
+    """(Triton's version, what each case needs), from a fresh interpreter: a process has one Triton, in one mode."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(cache / toolchain)
+    if toolchain == "oldest":
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(OLDEST), environment.get("PYTHONPATH")]))
+    command = [sys.executable, str(SCRIPT), "--arch", str(architecture)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    ((version, report),) = json.loads(done.stdout.splitlines()[-1]).items()
+    return version, report[f"sm_{architecture}"]
+
+
+def violations(have: Usage, budget: Usage | None) -> list[str]:
+    """What is over the budget, or unknown to it. Without a budget (a Triton nobody has measured) only spills count."""
+    found = [f"{name}: {usage['stack']} bytes of stack: it spills" for name, usage in have.items() if usage["stack"]]
+    if budget is None:
+        return found
+    found += [f"{name}: in the budget or in compile_cases() only" for name in sorted(set(have) ^ set(budget))]
+    for name in have.keys() & budget.keys():
+        found += [f"{name}: {usage} {what}, {budget[name][what]} at most" for what, usage in have[name].items()
+                  if usage > budget[name][what]]  # fmt: skip
+    return found
+
+
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+@pytest.mark.parametrize("toolchain", ["installed", "oldest"])
+def test_kernels_stay_within_their_budget(toolchain, architecture, request):
+    if toolchain == "installed" and importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed: pip install --no-deps triton")
+    if toolchain == "oldest" and not (OLDEST / "triton").is_dir():
+        pytest.skip(f"no Triton 3.6: pip install --no-deps --target {OLDEST} triton==3.6.0")
+    version, have = compile_all(toolchain, architecture, request.config.cache.mkdir("triton"))
+    assert toolchain == "installed" or version == "3.6"
+    budget = json.loads(BUDGET.read_text(encoding="utf-8")).get(version, {}).get(f"sm_{architecture}")
+    found = violations(have, budget)
+    assert not found, "\n".join(found)
+
+
+def test_what_counts_as_a_violation():
+    budget = {"scan": {"registers": 64, "shared": 128, "stack": 0}}
+    assert violations(budget, budget) == []
+    assert violations({"scan": {"registers": 60, "shared": 0, "stack": 0}}, budget) == []
+    assert violations({"scan": {"registers": 65, "shared": 128, "stack": 0}}, budget)
+    assert violations({"scan": {"registers": 64, "shared": 129, "stack": 0}}, budget)
+    spilling = {"scan": {"registers": 64, "shared": 128, "stack": 8}}
+    assert violations(spilling, spilling)
+    assert violations(spilling, None)
+    assert violations({}, budget)
+    assert violations(budget | {"new": budget["scan"]}, budget)

@@ -1,0 +1,167 @@
+"""The head's operations as torch sees them: its own checks, whole-graph compilation, and no wait for a GPU."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from searchr1_kernels import PolicyLoss, _linear_chunks, linear_logprob, linear_policy_loss, policy_objective
+
+OPERATORS = torch.ops.searchr1_kernels
+GSPO = {"loss": PolicyLoss(kind="gspo"), "cu_seqlens": torch.tensor([0, 8, 8, 21])}
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    """Several chunks at test sizes, some kept for the backward pass and some recomputed."""
+    monkeypatch.setattr(_linear_chunks, "_MIN_CHUNK_ROWS", 7)
+    monkeypatch.setitem(_linear_chunks._CHUNK_BYTES, "cpu", 1)
+    monkeypatch.setitem(_linear_chunks._KEEP_BYTES, "cpu", 14 * 13 * 4)
+
+
+def problem(rows=21):
+    """hidden, weight, targets, rollout_logprobs, advantages."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(rows, 4, generator=generator), torch.randn(13, 4, generator=generator)
+    targets = torch.randint(13, (rows,), generator=generator)
+    rollout = torch.randn(rows, generator=generator) * 0.3 - 2.5
+    return hidden, weight, targets, rollout, torch.randn(rows, generator=generator)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("return_entropy", [False, True])
+def test_opcheck_linear_logprob(softcap, return_entropy):
+    hidden, weight, targets, *_ = problem()
+    arguments = (hidden.requires_grad_(), weight.requires_grad_(), targets, 0.7, softcap, return_entropy, True)
+    torch.library.opcheck(OPERATORS.linear_logprob.default, arguments)
+
+
+@pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True)])
+def test_opcheck_linear_logprob_backward(wanted):
+    hidden, weight, targets, *_ = problem()
+    _, entropy, saved = OPERATORS.linear_logprob(hidden, weight, targets, 0.7, None, True, True)
+    gradients = (torch.randn(21), torch.randn(21))
+    arguments = (*gradients, hidden, weight, targets, entropy, saved, 0.7, None, *wanted)
+    torch.library.opcheck(OPERATORS.linear_logprob_backward.default, arguments)
+
+
+SHARED = {"loss": PolicyLoss(entropy_coefficient=0.1), "token_rows": torch.tensor([3, 0, 3, 5, 9, *range(16)])}
+
+
+@pytest.mark.parametrize("options", [{"loss": PolicyLoss(entropy_coefficient=0.1)}, GSPO, SHARED])
+def test_opcheck_linear_policy_loss(options):
+    hidden, weight, targets, rollout, advantages = problem()
+    loss = options["loss"]
+    fields = [getattr(loss, name) for name in loss.__dataclass_fields__]
+    rows = (rollout, advantages, None, None, torch.rand(21), options.get("token_rows"), options.get("cu_seqlens"))
+    arguments = (
+        hidden.requires_grad_(),
+        weight.requires_grad_(),
+        targets,
+        *rows,
+        *fields,
+        False,
+        1.0,
+        None,
+        True,
+        True,
+    )
+    torch.library.opcheck(OPERATORS.linear_policy_loss.default, arguments)
+
+
+def with_gradients(function, *inputs):
+    """Outputs, and the gradients of the first two inputs."""
+    hidden, weight = (tensor.clone().requires_grad_() for tensor in inputs[:2])
+    outputs = function(hidden, weight, *inputs[2:])
+    sum(output.sum() for output in outputs if output.requires_grad).backward()
+    return *(output.detach() for output in outputs), hidden.grad, weight.grad
+
+
+def logprob_and_entropy(hidden, weight, targets):
+    return linear_logprob(hidden, weight, targets, temperature=0.7, return_entropy=True)
+
+
+def logprob_alone(hidden, weight, targets):
+    return (linear_logprob(hidden, weight, targets, softcap=4.0),)
+
+
+def ppo(hidden, weight, targets, rollout, advantages):
+    loss, metrics = linear_policy_loss(
+        hidden, weight, targets, rollout, advantages, ref_logprobs=rollout, denominator=9,
+        loss=PolicyLoss(kl_coefficient=0.2, importance_cap=2.0),
+    )  # fmt: skip
+    return loss, *metrics.values()
+
+
+def gspo(hidden, weight, targets, rollout, advantages):
+    loss, metrics = linear_policy_loss(hidden, weight, targets, rollout, advantages, denominator=9, **GSPO)
+    return loss, *metrics.values()
+
+
+@pytest.mark.parametrize("function", [logprob_and_entropy, logprob_alone, ppo, gspo])
+def test_whole_graph_compilation_gives_the_same_bits(function):
+    inputs = problem()[: 5 if function in (ppo, gspo) else 3]
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for ours, eager in zip(with_gradients(compiled, *inputs), with_gradients(function, *inputs), strict=True):
+        assert torch.equal(ours, eager)
+    with torch.no_grad():
+        assert all(torch.equal(a, b) for a, b in zip(compiled(*inputs), function(*inputs), strict=True))
+
+
+def test_compilation_does_not_depend_on_the_number_of_rows():
+    """One graph for every batch: tokens never come twice in the same number."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(logprob_and_entropy, fullgraph=True, backend=counter, dynamic=True)
+    for rows in (29, 43, 50):
+        inputs = problem(rows)[:3]
+        ours, eager = (with_gradients(function, *inputs) for function in (compiled, logprob_and_entropy))
+        assert all(torch.equal(a, b) for a, b in zip(ours, eager, strict=True))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("kind", ["ppo", "cispo", "reinforce", "gspo"])
+def test_nothing_reads_values_off_the_device(kind, shared):
+    """On tensors without values, where reading one or counting the entries of a mask raises. On a GPU it would wait."""
+    implementation = sys.modules["searchr1_kernels.linear_policy_loss"]._forward
+    loss = PolicyLoss(kind=kind, importance_cap=2.0, kl_coefficient=0.1, entropy_coefficient=0.1)
+    fields = [getattr(loss, name) for name in loss.__dataclass_fields__]
+    hidden, weight, *rows = (tensor.to("meta") for tensor in problem(300))
+    cu_seqlens = torch.tensor([0, 200, 300], device="meta") if kind == "gspo" else None
+    token_rows = torch.zeros(300, dtype=torch.int64, device="meta") if shared else None
+    rest = (*rows, rows[1], None, None, token_rows, cu_seqlens, *fields, False, 1.0, None, True, True)
+    total, metrics, grad_hidden, grad_weight = implementation(hidden, weight, *rest)
+    assert total.shape == () and grad_hidden.shape == hidden.shape and grad_weight.shape == weight.shape
+    names = (policy_objective.SUM_METRICS, policy_objective.MAX_METRICS, policy_objective.MIN_METRICS)
+    assert metrics.shape == (sum(map(len, names)),)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_changes_no_bit(dtype):
+    """It would round the operands of products to bf16."""
+    hidden, weight, targets, rollout, advantages = problem()
+    advantages[::2] = 0.0  # rows to be left out
+    inputs = (hidden.to(dtype), weight.to(dtype), targets)
+
+    def policy(hidden, weight, targets):
+        return linear_policy_loss(hidden, weight, targets, rollout, advantages, denominator=9)[:1]
+
+    for function in (logprob_and_entropy, policy):
+        plain = with_gradients(function, *inputs)
+        with torch.autocast("cpu", torch.bfloat16):
+            cast = with_gradients(function, *inputs)
+        assert all(torch.equal(a, b) for a, b in zip(plain, cast, strict=True))
+
+
+def test_gradients_of_gradients_are_refused():
+    hidden, weight, targets, rollout, advantages = problem()
+    for output in (
+        linear_logprob(hidden.requires_grad_(), weight, targets).sum(),
+        linear_policy_loss(hidden, weight, targets, rollout, advantages, denominator=1)[0],
+    ):
+        (gradient,) = torch.autograd.grad(output.square(), hidden, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiate twice"):
+            gradient.sum().backward()

@@ -1,0 +1,99 @@
+"""The head's Triton kernels, in Triton's interpreter on any machine and compiled where there is a GPU."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from searchr1_kernels import PolicyLoss, linear_logprob, linear_policy_loss, reference
+
+CASES = Path(__file__).with_name("linear_interpreted.py")
+
+
+def no_interpreter() -> bool:
+    """Triton 3.6's wants numpy to make numbers of arrays of one element, which numpy 2.4 has stopped doing."""
+    if importlib.util.find_spec("triton") is None:
+        return True
+    versions = [importlib.metadata.version(name).split(".")[:2] for name in ("triton", "numpy")]
+    triton, numpy = (tuple(map(int, version)) for version in versions)
+    return triton == (3, 6) and numpy >= (2, 4)
+
+
+@pytest.mark.skipif(no_interpreter(), reason="needs Triton, and where that is 3.6 a numpy before 2.4")
+def test_in_the_interpreter():
+    """In a process of its own: the choice is made when Triton is imported, for good."""
+    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_compiled():
+    """The same cases, compiled, in a process of their own because they make the tiles small."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("scale", [0.03, 0.3])  # flat and peaky heads
+def test_bf16_at_real_width(scale):
+    """Log-probabilities as exact as fp32 products of bf16 numbers; gradients not twice as far off as torch's."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    hidden = torch.randn(300, 1024, device="cuda", generator=generator).bfloat16()
+    weight = (torch.randn(151_936, 1024, device="cuda", generator=generator) * scale).bfloat16()
+    targets = torch.randint(151_936, (300,), device="cuda", generator=generator)
+    results = {}
+    for name, function, dtype in (
+        ("ours", linear_logprob, torch.bfloat16),
+        ("torch", reference.linear_logprob, torch.bfloat16),
+        ("exact", reference.linear_logprob, torch.float64),
+    ):
+        rows, head = (tensor.detach().to(dtype).requires_grad_() for tensor in (hidden, weight))
+        logprob, entropy = function(rows, head, targets, return_entropy=True)
+        (logprob.sum() - 0.1 * entropy.sum()).backward()
+        results[name] = [tensor.detach().double() for tensor in (logprob, entropy, rows.grad, head.grad)]
+    without_logits = linear_logprob(hidden, weight, targets, return_entropy=True)
+    for ours, fused, exact in zip(results["ours"], without_logits, results["exact"], strict=False):
+        assert float((ours - exact).abs().max()) <= 2e-5
+        assert float((fused.double() - exact).abs().max()) <= 2e-5
+    for ours, plain, exact in zip(*(results[name][2:] for name in ("ours", "torch", "exact")), strict=True):
+        assert float((ours - exact).norm()) <= 2 * float((plain - exact).norm())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", ["ppo", "cispo", "reinforce", "gspo"])
+def test_bf16_policy_loss_at_real_width(kind):
+    generator = torch.Generator("cuda").manual_seed(0)
+    hidden = torch.randn(300, 1024, device="cuda", generator=generator).bfloat16()
+    weight = (torch.randn(151_936, 1024, device="cuda", generator=generator) * 0.03).bfloat16()
+    targets = torch.randint(151_936, (300,), device="cuda", generator=generator)
+    noise, advantages = torch.randn(2, 300, device="cuda", generator=generator)
+    rollout = linear_logprob(hidden, weight, targets) + 0.1 * noise
+    options = {"loss": PolicyLoss(kind=kind, entropy_coefficient=0.01), "denominator": 300.0}
+    if kind == "gspo":
+        options["cu_seqlens"] = torch.tensor([0, 100, 300], device="cuda")
+    results = {}
+    for name, function, dtype in (
+        ("ours", linear_policy_loss, torch.bfloat16),
+        ("torch", reference.linear_policy_loss, torch.bfloat16),
+        ("exact", reference.linear_policy_loss, torch.float64),
+    ):
+        known = torch.float64 if dtype == torch.float64 else torch.float32
+        rows, head = (tensor.detach().to(dtype).requires_grad_() for tensor in (hidden, weight))
+        loss, _ = function(rows, head, targets, rollout.to(known), advantages.to(known), **options)
+        loss.backward()
+        results[name] = [tensor.detach().double() for tensor in (loss, rows.grad, head.grad)]
+    assert float((results["ours"][0] - results["exact"][0]).abs()) <= 2e-5
+    for ours, plain, exact in zip(*(results[name][1:] for name in ("ours", "torch", "exact")), strict=True):
+        assert float((ours - exact).norm()) <= 2 * float((plain - exact).norm())

@@ -1,0 +1,86 @@
+"""Operators in torch's registry: they pass torch's own checks, survive `torch.compile` in one graph with the same
+results, and give the same bits twice."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from searchr1_kernels import (
+    TopKIndex,
+    gae,
+    group_advantages,
+    masked_kl,
+    masked_moments,
+    masked_whiten,
+    topk_inner_product,
+)
+
+OPERATORS = torch.ops.searchr1_kernels
+
+
+def numbers(*shape, seed=0, grad=False):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).requires_grad_(grad)
+
+
+CU_SEQLENS = torch.tensor([0, 3, 3, 10], dtype=torch.int32)
+MASK = torch.tensor([True, False] * 5)
+GROUPS = torch.tensor([4, 4, 1, 1, 1, 4, -2, 7, 7, 7])
+CORPUS = numbers(100, 6)
+INDEX = TopKIndex(numbers(100, 5))
+
+CHECKED = {
+    "gae": (numbers(10), numbers(10, seed=1), CU_SEQLENS, 0.9, 0.8, MASK),
+    "masked_kl": (numbers(10, grad=True), numbers(10, seed=1), "k3", MASK),
+    "group_advantages": (numbers(10), GROUPS, True, 1e-6),
+    "masked_moments": (numbers(10), MASK),
+    "masked_whiten": (numbers(10), None, None, 1e-8),
+    "topk_inner_product": (numbers(4, 6), CORPUS, 3, None, TopKIndex(CORPUS).parts),
+}
+
+CALLED = {
+    "gae": lambda x: gae(x, x.cos(), CU_SEQLENS, gamma=0.9, lam=0.8, mask=MASK),
+    "masked_kl": lambda x: masked_kl(x, x.detach().cos(), "k3", MASK),
+    "group_advantages": lambda x: group_advantages(x, GROUPS),
+    "masked_moments": lambda x: masked_moments(x, MASK),
+    "masked_whiten": lambda x: masked_whiten(x, MASK),
+    "topk_inner_product": lambda x: topk_inner_product(x.view(2, 5), CORPUS[:, :5].contiguous(), 4),
+    "topk_inner_product, prepared": lambda x: topk_inner_product(x.view(2, 5), INDEX, 4),
+}
+
+
+@pytest.mark.parametrize("name", CHECKED)
+def test_passes_the_checks_of_torch(name):
+    torch.library.opcheck(getattr(OPERATORS, name).default, CHECKED[name])
+
+
+@pytest.mark.parametrize("name", CALLED)
+def test_compiles_into_one_graph(name):
+    """The numbers may differ in the last bit where torch fuses, so the backend that only traces is used."""
+    x = numbers(10, grad=True)
+    compiled = torch.compile(CALLED[name], fullgraph=True, backend="aot_eager")
+    have, want = compiled(x), CALLED[name](x)
+    for left, right in zip(as_tuple(have), as_tuple(want), strict=True):
+        assert left.dtype == right.dtype
+        assert torch.equal(left, right)
+        assert left.requires_grad == right.requires_grad
+
+
+def test_a_compiled_loss_has_the_same_gradient():
+    gradients = []
+    for function in (CALLED["masked_kl"], torch.compile(CALLED["masked_kl"], fullgraph=True, backend="aot_eager")):
+        x = numbers(10, grad=True)
+        (function(x) * numbers(10, seed=2)).sum().backward()
+        gradients.append(x.grad)
+    assert torch.equal(*gradients)
+    assert gradients[0].count_nonzero() == MASK.sum()
+
+
+@pytest.mark.parametrize("name", CALLED)
+def test_the_same_bits_twice(name):
+    x = numbers(10)
+    for left, right in zip(as_tuple(CALLED[name](x)), as_tuple(CALLED[name](x)), strict=True):
+        assert torch.equal(left, right)
+
+
+def as_tuple(outputs):
+    return outputs if isinstance(outputs, tuple) else (outputs,)
