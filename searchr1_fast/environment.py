@@ -40,7 +40,9 @@ def build_environment(data: DataSet, retrieval: RetrievalConfig, shared: Retriev
             )
         world = build_world(data.world)
         questions: list[Question] = world.questions
-        corpus = world.passages if retrieval.backend == "bm25" else None
+        if retrieval.index is not None:
+            raise ValueError("retrieval.index is over a corpus on disk, not over the world generated here; drop it")
+        corpus = world.passages if retrieval.backend in ("bm25", "dense") else None
         return Environment(_limited(questions, data.limit), open_retriever(retrieval, corpus), retrieval.topk)
     questions = read_questions(data.questions, limit=data.limit)
     if data.corpus is None and shared is not None:
