@@ -30,6 +30,7 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("k", &Ticket::k)
       .def_property_readonly("outcome", &Ticket::outcome)
       .def_property_readonly("is_pending", [](const Ticket& ticket) { return ticket.outcome() == Outcome::pending; })
+      .def_property_readonly("is_done", [](const Ticket& ticket) { return ticket.outcome() == Outcome::done; })
       .def_property_readonly("error", &Ticket::error)
       .def("__len__", &Ticket::num_queries)
       .def("wait", &wait_for_ticket)

@@ -38,7 +38,8 @@ bool Core::is_forked() const { return num_forks.load(std::memory_order_relaxed) 
 
 void Core::check_process() const {
   if (is_forked()) {
-    throw UsedAfterFork("this batcher was made before a fork, and its threads are not in this process; make another one here");
+    throw UsedAfterFork(
+        "this batcher was made before a fork, and its threads are not in this process; make another one here");
   }
 }
 
@@ -204,17 +205,16 @@ void Core::run_clock() {
   }
 }
 
-bool Core::wait(const Ticket::Parts& parts, Clock::duration patience, bool for_admission) {
+bool Core::wait(Ticket::Parts& parts, Clock::duration patience, bool for_admission) {
   const auto is_reached = [&] {
     return parts.outcome.load(std::memory_order_acquire) != Outcome::pending || (for_admission && parts.is_admitted);
   };
   std::unique_lock lock(mutex);
   if (is_reached()) return true;
   std::condition_variable news;
-  auto& sleepers = const_cast<Ticket::Parts&>(parts).sleepers;
-  sleepers.push_back(&news);
+  parts.sleepers.push_back(&news);
   const bool reached = news.wait_for(lock, patience, is_reached);
-  sleepers.erase(std::find(sleepers.begin(), sleepers.end(), &news));
+  parts.sleepers.erase(std::find(parts.sleepers.begin(), parts.sleepers.end(), &news));
   return reached;
 }
 
@@ -258,7 +258,8 @@ std::vector<std::shared_ptr<Flight>> Core::form_batch_locked() {
   return batch;
 }
 
-void Core::complete(const std::vector<std::shared_ptr<Flight>>& batch, std::vector<Hits> hits, Clock::time_point taken_at) {
+void Core::complete(const std::vector<std::shared_ptr<Flight>>& batch, std::vector<Hits> hits,
+                    Clock::time_point taken_at) {
   std::lock_guard lock(mutex);
   const Clock::time_point now = Clock::now();
   --batches_in_flight;

@@ -79,10 +79,10 @@ struct Core {
   void submit(Ticket& ticket, Clock::time_point deadline);
   void abandon(Ticket& ticket);
   std::vector<std::shared_ptr<Flight>> take(Clock::duration patience);
-  void complete(const std::vector<std::shared_ptr<Flight>>& flights, std::vector<Hits> hits, Clock::time_point taken_at);
+  void complete(const std::vector<std::shared_ptr<Flight>>& batch, std::vector<Hits> hits, Clock::time_point taken_at);
   void fail(const std::string& error);
   void close();
-  bool wait(const Ticket::Parts& parts, Clock::duration patience, bool for_admission);
+  bool wait(Ticket::Parts& parts, Clock::duration patience, bool for_admission);
 
   void admit_locked(Ticket& ticket);
   void admit_blocked_locked();

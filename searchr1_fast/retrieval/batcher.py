@@ -90,7 +90,7 @@ class BatchedRetriever:
             identity=identity,
         )
         self._failure = _Failure()
-        self._listeners: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Listener] = weakref.WeakKeyDictionary()
+        self._listeners: dict[int, _Listener] = {}  # by id of the loop; one that is collected takes its own away
         threads = _start_workers(self._batcher, backend, self._failure)
         # Also at the interpreter's exit, while threads still run. They hold the batcher, never this object.
         self.close = weakref.finalize(self, _close, self._batcher, threads)
@@ -125,12 +125,19 @@ class BatchedRetriever:
         """The same, for a coroutine."""
         check_k(k)
         loop = asyncio.get_running_loop()
-        listener = self._listeners.get(loop)
+        listener = self._listeners.get(id(loop))
         if listener is None:
-            listener = self._listeners[loop] = _Listener(loop)
+            listener = self._listeners[id(loop)] = _Listener(loop, self._listeners)
         ticket = self._submit(queries, k, timeout, listener.channel)
         if ticket.is_pending:
-            await listener.settled(ticket, loop)
+            # It settles in the batcher, which this loop hears of later: the future is never too late.
+            future = listener.waiting[ticket.id] = loop.create_future()
+            try:
+                await future
+            except asyncio.CancelledError:
+                listener.waiting.pop(ticket.id, None)
+                ticket.cancel()
+                raise
         return self._result(ticket)
 
     def _submit(
@@ -144,9 +151,9 @@ class BatchedRetriever:
             raise RetrievalError(f"a search in a forked process: {error}") from error
 
     def _result(self, ticket: _C.Ticket) -> tuple[np.ndarray, np.ndarray]:
-        outcome = ticket.outcome
-        if outcome is _C.Outcome.DONE:
+        if ticket.is_done:
             return ticket.result()
+        outcome = ticket.outcome
         count = "1 query" if len(ticket) == 1 else f"{len(ticket)} queries"
         if outcome is _C.Outcome.EXPIRED:
             raise RetrievalTimeout(f"a search for {count} did not end before its deadline; nothing was returned")
@@ -201,24 +208,16 @@ class _Listener:
     It must not hold the loop, which holds it: a loop that was closed is to be collected, with the descriptor.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, listeners: dict[int, _Listener]) -> None:
         self.channel = _C.Channel()
-        self._waiting: dict[int, asyncio.Future[None]] = {}
+        self.waiting: dict[int, asyncio.Future[None]] = {}  # by ticket
         loop.add_reader(self.channel.fileno(), self._wake)
-
-    async def settled(self, ticket: _C.Ticket, loop: asyncio.AbstractEventLoop) -> None:
-        """Return once the ticket is no longer pending. It settles in the batcher, so the future is set later."""
-        future = self._waiting[ticket.id] = loop.create_future()
-        try:
-            await future
-        except asyncio.CancelledError:
-            self._waiting.pop(ticket.id, None)
-            ticket.cancel()
-            raise
+        number = id(loop)
+        self._loop = weakref.ref(loop, lambda _: listeners.pop(number, None))
 
     def _wake(self) -> None:
         for number in self.channel.drain():
-            future = self._waiting.pop(number, None)
+            future = self.waiting.pop(number, None)
             if future is not None and not future.done():
                 future.set_result(None)
 

@@ -17,7 +17,7 @@ OPERATIONS = 60_000
 REPORTS = ("ThreadSanitizer", "AddressSanitizer", "LeakSanitizer", "runtime error")
 
 
-@pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
+@pytest.mark.parametrize("sanitizer", ["thread", "address"])
 def test_the_batcher_is_clean(sanitizer, tmp_path):
     """The second build signals through a pipe, as machines without eventfd do."""
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
@@ -29,7 +29,7 @@ def test_the_batcher_is_clean(sanitizer, tmp_path):
     built = compile_with(compiler, flags, [probe], tmp_path / "probe")
     if built.returncode != 0:
         pytest.skip(f"{compiler} cannot build with -fsanitize={sanitizer}: {built.stderr.strip().splitlines()[-1]}")
-    if "address" in sanitizer:
+    if sanitizer == "address":
         flags.append("-DSEARCHR1_USE_PIPE")
     built = compile_with(compiler, flags, SOURCES, tmp_path / "stress")
     assert built.returncode == 0, built.stderr
