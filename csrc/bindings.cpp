@@ -60,7 +60,8 @@ PYBIND11_MODULE(_C, m) {
       .def("gather", &gather_items, "rows"_a);
 
   py::class_<PassageStore>(m, "PassageStore")
-      .def(py::init(&open_passages), "contents"_a, "contents_offsets"_a, "ids"_a = py::none(), "ids_offsets"_a = py::none())
+      .def(py::init(&open_passages), "contents"_a, "contents_offsets"_a, "ids"_a = py::none(),
+           "ids_offsets"_a = py::none())
       .def("__len__", &PassageStore::size)
       .def("gather", &gather_passages, "rows"_a);
 

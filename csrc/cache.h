@@ -55,7 +55,8 @@ class ResultCache {
     Hits hits;
   };
   std::string serialize(const std::string& identity) const;
-  static std::vector<Entry> deserialize(const std::string& bytes, const std::string& identity, const std::string& where);
+  static std::vector<Entry> deserialize(const std::string& bytes, const std::string& identity,
+                                        const std::string& where);
 
  private:
   static int64_t cost(const Key& key, const Hits& hits);

@@ -213,14 +213,16 @@ py::tuple gather_items(const RecordFile& records, const Ids& rows) {
 }
 
 py::tuple merge_shards(const std::vector<Scores>& scores, const std::vector<Ids>& ids, int64_t k) {
-  CHECK_INPUT(!scores.empty() && scores.size() == ids.size(), "give as many arrays of ids as of scores, and at least one");
+  CHECK_INPUT(!scores.empty() && scores.size() == ids.size(),
+              "give as many arrays of ids as of scores, and at least one");
   CHECK_INPUT(k >= 1, "k must be at least 1, not ", k);
   std::vector<ShardHits> shards;
   for (size_t index = 0; index < scores.size(); ++index) {
     check_matrix(scores[index], "scores");
     check_matrix(ids[index], "ids");
-    const bool is_same = scores[index].shape(0) == ids[index].shape(0) && scores[index].shape(1) == ids[index].shape(1);
-    CHECK_INPUT(is_same && scores[index].shape(0) == scores[0].shape(0), "shard ", index,
+    const Scores& own = scores[index];
+    const bool is_same = own.shape(0) == ids[index].shape(0) && own.shape(1) == ids[index].shape(1);
+    CHECK_INPUT(is_same && own.shape(0) == scores[0].shape(0), "shard ", index,
                 " has scores and ids of different shapes, or another number of queries than shard 0");
     shards.push_back({scores[index].data(), ids[index].data(), scores[index].shape(1)});
   }

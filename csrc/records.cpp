@@ -20,15 +20,18 @@ RecordFile::RecordFile(std::string data_path, std::string offsets_path, int64_t 
     : data_(std::move(data_path)), offsets_(std::move(offsets_path)), item_size_(item_size) {
   CHECK_INPUT(item_size >= 1, "item_size must be at least 1, not ", item_size);
   const bool is_whole = offsets_.size() >= sizeof(uint64_t) && offsets_.size() % sizeof(uint64_t) == 0;
-  CHECK_INPUT(is_whole, offsets_.path(), " has ", offsets_.size(), " bytes; it must hold 8 for every record and 8 more");
+  CHECK_INPUT(is_whole, offsets_.path(), " has ", offsets_.size(),
+              " bytes; it must hold 8 for every record and 8 more");
   num_records_ = static_cast<int64_t>(offsets_.size() / sizeof(uint64_t)) - 1;
   const uint64_t num_bytes = offset_at(offsets_, num_records_) * static_cast<uint64_t>(item_size);
   CHECK_INPUT(offset_at(offsets_, 0) == 0 && num_bytes == data_.size(), data_.path(), " has ", data_.size(),
-              " bytes, but ", offsets_.path(), " ends at ", num_bytes, "; one of them is cut short or belongs to another index");
+              " bytes, but ", offsets_.path(), " ends at ", num_bytes,
+              "; one of them is cut short or belongs to another index");
 }
 
 std::string_view RecordFile::record(int64_t row) const {
-  CHECK_INPUT(row >= 0 && row < num_records_, "row ", row, " of ", data_.path(), ", which has ", num_records_, " records");
+  CHECK_INPUT(row >= 0 && row < num_records_, "row ", row, " of ", data_.path(), ", which has ", num_records_,
+              " records");
   const uint64_t begin = offset_at(offsets_, row) * static_cast<uint64_t>(item_size_);
   const uint64_t end = offset_at(offsets_, row + 1) * static_cast<uint64_t>(item_size_);
   CHECK_INPUT(begin <= end && end <= data_.size(), offsets_.path(), " is damaged: record ", row, " would be bytes ",

@@ -9,6 +9,7 @@
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
+#include <iostream>
 #include <map>
 #include <random>
 #include <string>
@@ -89,8 +90,9 @@ void settle_some(std::map<uint64_t, Open>& open, Channel& channel, Counts& count
   for (uint64_t id : channel.drain()) {
     auto found = open.find(id);
     if (found == open.end()) continue;  // settled before submit returned, or dropped
-    if (found->second.ticket->outcome() == Outcome::done) check(*found->second.ticket, found->second.queries, min_depth);
-    count(*found->second.ticket, counts);
+    const Ticket& ticket = *found->second.ticket;
+    if (ticket.outcome() == Outcome::done) check(ticket, found->second.queries, min_depth);
+    count(ticket, counts);
     open.erase(found);
   }
 }
@@ -159,7 +161,9 @@ void run(int64_t operations, uint64_t seed, bool ends_badly) {
     }
   });
   for (int index = 0; index < kProducers; ++index) {
-    producers.emplace_back([&, index] { produce(batcher, operations / kProducers, seed + index, options.min_depth, counts); });
+    producers.emplace_back([&, index] {
+      produce(batcher, operations / kProducers, seed + static_cast<uint64_t>(index), options.min_depth, counts);
+    });
   }
   for (auto& producer : producers) producer.join();
   is_over = true;
@@ -181,11 +185,10 @@ void run(int64_t operations, uint64_t seed, bool ends_badly) {
   other.join();
   for (auto& worker : workers) worker.join();
   REQUIRE(batcher.submit({"q1"}, 1, Clock::time_point::max())->outcome() == Outcome::failed);
-  std::printf("%lld submits: %lld done, %lld failed, %lld expired, %lld cancelled or dropped; %lld of %lld queries searched, in %lld batches\n",
-              static_cast<long long>(counts.submitted), static_cast<long long>(counts.done), static_cast<long long>(counts.failed),
-              static_cast<long long>(statistics.num_expired), static_cast<long long>(statistics.num_cancelled),
-              static_cast<long long>(statistics.num_unique), static_cast<long long>(statistics.num_queries),
-              static_cast<long long>(statistics.num_batches));
+  std::cout << counts.submitted << " submits: " << counts.done << " done, " << counts.failed << " failed, "
+            << statistics.num_expired << " expired, " << statistics.num_cancelled << " cancelled or dropped; "
+            << statistics.num_unique << " of " << statistics.num_queries << " queries searched, in "
+            << statistics.num_batches << " batches" << std::endl;
 }
 
 }  // namespace
