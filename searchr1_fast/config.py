@@ -102,7 +102,7 @@ class RetrievalConfig(Section):
     """`dense`: where the index's model lies now, if not where it lay when the index was built."""
     hashing_dimension: Annotated[int, Field(ge=64)] = 2048
     """`dense` without an index: components of a hashed vector."""
-    device: str = "cpu"
+    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"
     """`dense`: where vectors and encoder are: `cpu`, `cuda`, `cuda:1`, …"""
     url: str = "http://127.0.0.1:8000/retrieve"
     """`remote`: a server that speaks Search-R1's protocol."""

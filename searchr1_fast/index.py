@@ -48,6 +48,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_making(build)
     build.add_argument("--dimension", type=int, default=2048, help="of the hashing encoder (default: %(default)s)")
     build.add_argument("--device", default="cpu", help="where a model runs: cpu or cuda (default: %(default)s)")
+    build.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
+        help="what a model computes passages in (default: %(default)s)",
+    )  # fmt: skip
     build.set_defaults(action=_build)
     importing = actions.add_parser("import", help="take the vectors of a faiss flat file", allow_abbrev=False)
     importing.add_argument("files", metavar="FILE", nargs="+", type=Path, help="the file, or its pieces in order")
@@ -98,7 +102,7 @@ def _build(arguments: argparse.Namespace) -> int:
     else:
         from searchr1_fast.retrieval.encoder_bert import BertEncoder
 
-        encoder = BertEncoder(arguments.encoder, _settings(arguments), arguments.device)
+        encoder = BertEncoder(arguments.encoder, _settings(arguments), arguments.device, arguments.dtype)
     ui = Console()
     index = build_index(arguments.output, arguments.corpus, EncodingSource(encoder), ui, arguments.restart)
     ui.note(f"{arguments.output}: {len(index)} passages, {index.dimension} components")

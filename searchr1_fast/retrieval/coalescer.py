@@ -56,15 +56,15 @@ class Coalescer:
             self._on_batch(len(unique))
             try:
                 found = await asyncio.to_thread(self._retriever.search, unique, batch[0].k)
+                passages = dict(zip(unique, found, strict=True))
             except Exception as error:  # whatever it is: it belongs to those who wait
                 for waiting in batch:
                     if not waiting.future.done():
                         waiting.future.set_exception(error)
                 continue
-            passages = dict(zip(unique, found, strict=True))
             for waiting in batch:
                 if not waiting.future.done():
-                    waiting.future.set_result([passages[query] for query in waiting.queries])
+                    waiting.future.set_result([list(passages[query]) for query in waiting.queries])
 
     def _take(self) -> list[_Waiting]:
         """The next batch: those with the first one's k, up to a number of queries; who has gone is left out."""

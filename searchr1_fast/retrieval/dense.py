@@ -24,7 +24,7 @@ from searchr1_kernels import TopKIndex, topk_inner_product
 
 from searchr1_fast.data import passage_contents
 from searchr1_fast.retrieval.encoder_hashing import HashingEncoder
-from searchr1_fast.retrieval.encoders import Encoder, open_encoder
+from searchr1_fast.retrieval.encoders import Encoder, check_device, open_encoder
 from searchr1_fast.retrieval.index_format import Index, open_index
 from searchr1_fast.retrieval.protocol import check_k
 from searchr1_fast.types import Passage
@@ -50,10 +50,10 @@ class DenseSearch:
         self,
         encoder: Encoder,
         parts: Iterable[tuple[int, np.ndarray]],  # (first row, vectors [rows, D] fp16), consecutive
-        device: str | torch.device = "cpu",
+        device: str = "cpu",
     ) -> None:
         self.encoder = encoder
-        self._device = torch.device(device)
+        self._device = torch.device(check_device(device))
         self._parts: list[tuple[int, TopKIndex]] = []
         self.num_rows = 0
         for first, vectors in parts:
@@ -66,6 +66,7 @@ class DenseSearch:
         if not self._parts:
             raise ValueError("dense search needs at least one row of vectors")
         self._lock = threading.Lock()
+        self.search_ids(["a first search compiles, which takes seconds that no deadline allows for"], 1)
 
     def __len__(self) -> int:
         return self.num_rows

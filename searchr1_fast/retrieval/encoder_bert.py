@@ -25,22 +25,31 @@ Shape legend
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer
 
-from searchr1_fast.retrieval.index_format import Progress, TextColumn, combine, file_digests
+from searchr1_fast.retrieval.encoder_folder import (
+    FAMILY,
+    BertSettings,
+    Pooling,
+    complete_settings,
+    file_digest,
+    read_json,
+    read_tokenizer,
+    read_weights,
+    weights_file,
+)
+from searchr1_fast.retrieval.encoders import check_device
+from searchr1_fast.retrieval.index_format import Progress, TextColumn
 
-Pooling = Literal["mean", "cls"]
+DType = Literal["float32", "bfloat16", "float16"]
 
-_FAMILY = {"bert": 0, "roberta": 1, "xlm-roberta": 1, "camembert": 1}  # 1: positions begin after the padding token's id
 _ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
@@ -54,17 +63,6 @@ _SMALL_TILE = {"cpu": 32, "cuda": 256}
 _LARGE_TILE = {"cpu": 256, "cuda": 8192}
 
 
-@dataclass(frozen=True)
-class BertSettings:
-    """How texts become vectors. None: as the model's folder says."""
-
-    pooling: Pooling | None = None
-    normalize: bool | None = None
-    max_length: int | None = None  # tokens, special ones included
-    query_prefix: str | None = None
-    passage_prefix: str | None = None
-
-
 class BertEncoder:
     """Safe to call from several threads (nothing is changed by a call)."""
 
@@ -72,28 +70,33 @@ class BertEncoder:
         self,
         folder: str | Path,
         settings: BertSettings = BertSettings(),  # noqa: B008 (frozen)
-        device: str | torch.device = "cpu",
-        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        dtype: DType = "float32",
     ) -> None:
+        self.dtype = dtype
         self.folder = Path(folder)
         self.settings = complete_settings(self.folder, settings)
-        self._config = _read_json(self.folder / "config.json", required=True)
-        self._tokenizer = _read_tokenizer(self.folder, self.settings.max_length)
-        weights = _weights_file(self.folder)
+        self._config = read_json(self.folder / "config.json", required=True)
+        self._tokenizer = read_tokenizer(self.folder, self.settings.max_length)
+        weights = weights_file(self.folder)
         self._digests = {
-            "weights": _file_digest(weights),
-            "tokenizer": _file_digest(self.folder / "tokenizer.json"),
-            "config": _file_digest(self.folder / "config.json"),
+            "weights": file_digest(weights),
+            "tokenizer": file_digest(self.folder / "tokenizer.json"),
+            "config": file_digest(self.folder / "config.json"),
         }
-        self._model = _Bert(self._config, _read_weights(weights), torch.device(device), dtype, self.folder)
+        check_device(device)
+        self._model = _Bert(
+            self._config, read_weights(weights), torch.device(device), getattr(torch, dtype), self.folder
+        )
         self.dimension = self._model.hidden_size
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Kind, settings, and digests of weights, tokenizer and configuration. Not the folder: models move."""
+        """Kind, settings, digests of weights, tokenizer and configuration. Not the folder: models move."""
         return {
             "kind": "bert",
             "dimension": self.dimension,
+            "dtype": self.dtype,
             "pooling": self.settings.pooling,
             "normalize": self.settings.normalize,
             "max_length": self.settings.max_length,
@@ -104,17 +107,20 @@ class BertEncoder:
 
     @classmethod
     def open(cls, record: dict[str, Any], folder: str | Path | None, device: str = "cpu") -> BertEncoder:
-        """The encoder of an index: settings as recorded, and a model that is the recorded one to the byte."""
+        """The encoder of an index: settings as recorded, and a model that is the recorded one to the byte.
+
+        It computes in fp32 whatever its passages were encoded in: queries are few.
+        """
         folder = Path(record["path"] if folder is None else folder)
         if not folder.is_dir():
             raise ValueError(
                 f"the index was built with the model in {folder}, which is not there; say where it is now "
-                "(retrieval.encoder, or --encoder)"
+                "(retrieval.encoder)"
             )
         names = ("pooling", "normalize", "max_length", "query_prefix", "passage_prefix")
         encoder = cls(folder, BertSettings(**{name: record[name] for name in names}), device)
         for name, value in encoder.identity.items():
-            if record.get(name) != value:
+            if name != "dtype" and record.get(name) != value:
                 raise ValueError(f"{folder} is not the model that the index was built with: its {name} differs")
         return encoder
 
@@ -179,7 +185,7 @@ class _Bert:
         self._heads: int = config["num_attention_heads"]
         self._eps: float = config.get("layer_norm_eps", 1e-12)
         self._activation = _ACTIVATIONS[config["hidden_act"]]
-        self._first_position = (config["pad_token_id"] + 1) if _FAMILY[config["model_type"]] else 0
+        self._first_position = (config["pad_token_id"] + 1) if FAMILY[config["model_type"]] else 0
         self._device = device
         take = _Taker(weights, device, dtype, folder)
         words, types = take("embeddings.word_embeddings.weight"), take("embeddings.token_type_embeddings.weight")
@@ -313,115 +319,11 @@ def _groups(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
     return groups
 
 
-# -------------------------------------------------------------------------------------------------------- the folder
-
-
-def complete_settings(folder: Path, given: BertSettings) -> BertSettings:
-    """What the folder says where `given` does not; ValueError with the option to give where neither does."""
-    if not folder.is_dir():
-        raise ValueError(f"there is no model folder {folder}")
-    modules = _read_json(folder / "modules.json") or []
-    kinds = {str(module.get("type", "")).rpartition(".")[2]: module.get("path", "") for module in modules}
-    unknown = set(kinds) - {"Transformer", "Pooling", "Normalize"}
-    if unknown:
-        raise ValueError(f"{folder}/modules.json has a module {sorted(unknown)[0]}, which is not implemented")
-    prompts = (_read_json(folder / "config_sentence_transformers.json") or {}).get("prompts") or {}
-    limits = (
-        (_read_json(folder / "sentence_bert_config.json") or {}).get("max_seq_length"),
-        (_read_json(folder / "tokenizer_config.json") or {}).get("model_max_length"),
-    )
-    positions = (_read_json(folder / "config.json", required=True)).get("max_position_embeddings", 512)
-    found = BertSettings(
-        pooling=_read_pooling(folder / kinds["Pooling"] / "config.json") if "Pooling" in kinds else None,
-        normalize="Normalize" in kinds if modules else None,
-        max_length=next((limit for limit in limits if isinstance(limit, int) and limit <= positions), None),
-        query_prefix=prompts.get("query"),
-        passage_prefix=prompts.get("passage", prompts.get("document")),
-    )
-    changes = {name: value for name, value in vars(given).items() if value is not None}
-    settings = replace(found, **changes)
-    missing = [name for name, value in vars(settings).items() if value is None]
-    if missing:
-        options = ", ".join(_OPTIONS[name] for name in missing)
-        raise ValueError(
-            f"{folder} does not say how the model wants its texts; give {options} as its documentation has it"
-        )
-    if settings.pooling not in ("mean", "cls"):
-        raise ValueError(f"pooling {settings.pooling!r}: there are mean and cls")
-    if not 3 <= (settings.max_length or 0) <= positions:
-        raise ValueError(f"a maximum length of {settings.max_length} tokens: this model takes from 3 to {positions}")
-    return settings
-
-
-_OPTIONS = {
-    "pooling": "--pooling mean|cls",
-    "normalize": "--normalize or --no-normalize",
-    "max_length": "--max-length",
-    "query_prefix": "--query-prefix (may be empty)",
-    "passage_prefix": "--passage-prefix (may be empty)",
-}
-
-
-def _read_pooling(path: Path) -> Pooling:
-    modes = {name for name, value in (_read_json(path, required=True)).items()
-             if name.startswith("pooling_mode_") and value is True}  # fmt: skip
-    if modes == {"pooling_mode_mean_tokens"}:
-        return "mean"
-    if modes == {"pooling_mode_cls_token"}:
-        return "cls"
-    found = ", ".join(sorted(modes)) or "of no kind"
-    raise ValueError(f"{path}: pooling {found} is not implemented; there are mean and cls")
-
-
 def _check_config(config: dict[str, Any], folder: Path) -> None:
     kind = config.get("model_type")
-    if kind not in _FAMILY:
-        raise ValueError(f"{folder} holds a model of type {kind!r}; encoders may be {', '.join(_FAMILY)}")
+    if kind not in FAMILY:
+        raise ValueError(f"{folder} holds a model of type {kind!r}; encoders may be {', '.join(FAMILY)}")
     if config.get("position_embedding_type", "absolute") != "absolute":
         raise ValueError(f"{folder}: positions of type {config['position_embedding_type']!r} are not implemented")
     if config.get("hidden_act") not in _ACTIVATIONS:
         raise ValueError(f"{folder}: the activation {config.get('hidden_act')!r} is not implemented")
-
-
-def _read_json(path: Path, required: bool = False) -> Any:
-    if not path.is_file():
-        if required:
-            raise ValueError(f"there is no file {path}")
-        return None
-    try:
-        return json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-
-
-def _read_tokenizer(folder: Path, max_length: int | None) -> Tokenizer:
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise ValueError(f"there is no file {path}; save the model's fast tokenizer there")
-    tokenizer = Tokenizer.from_file(str(path))
-    tokenizer.no_padding()
-    tokenizer.enable_truncation(max_length)
-    return tokenizer
-
-
-def _weights_file(folder: Path) -> Path:
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        if (folder / name).is_file():
-            return folder / name
-    raise ValueError(f"{folder} holds no weights: neither model.safetensors nor pytorch_model.bin")
-
-
-def _read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Tensors by their names below the encoder: a classifier's file has them below `bert.`."""
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        tensors = load_file(path)
-    else:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    prefixes = ("bert.", "roberta.")
-    return {name.removeprefix(next(filter(name.startswith, prefixes), "")): value for name, value in tensors.items()}
-
-
-def _file_digest(path: Path) -> str:
-    return combine(list(file_digests(path, 2**24)))

@@ -1,6 +1,6 @@
 """Text to vectors: what an encoder is, and how the one that an index was built with is opened again.
 
-    encoder_bert.py     any Hugging Face folder of the BERT family: E5, BGE, MiniLM
+    encoder_bert.py     any Hugging Face folder of the BERT family: E5, BGE, MiniLM; encoder_folder.py reads its settings
     encoder_hashing.py  no model: words hashed into signed components, weighted by the corpus
 
 An index records its encoder completely (kind, prefixes, pooling, digests of weights and tokenizer), so that a query is
@@ -60,6 +60,15 @@ class EncodingSource:
     def rows(self, begin: int, end: int, texts: TextColumn) -> np.ndarray:
         """[N,D] fp32."""
         return self.encoder.encode_passages(texts.slice(begin, end))
+
+
+def check_device(device: str) -> str:
+    """`device`, if there is one."""
+    import torch
+
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"there is no device {device} on this machine: torch finds no CUDA GPU; use cpu")
+    return device
 
 
 def open_encoder(record: dict[str, Any], folder: Path, path: str | Path | None = None, device: str = "cpu") -> Encoder:

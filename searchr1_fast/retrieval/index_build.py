@@ -111,10 +111,10 @@ def build_index(target: Path, corpus: Path, source: VectorSource, show: Phases, 
             files=files,
         )
         _write_whole(partial / MANIFEST, manifest.dumps())
-        for name in _SCAFFOLDING:
-            (partial / name).unlink(missing_ok=True)
         os.rename(partial, target)
-        sync(target.parent)
+        sync(target.resolve().parent)
+        for name in _SCAFFOLDING:  # last: a run that is killed before the rename still finds them
+            (target / name).unlink(missing_ok=True)
     return open_index(target)
 
 
@@ -180,8 +180,8 @@ def _passages(partial: Path, corpus: Path, show: Phases) -> tuple[int, str, dict
         return state["num_rows"], state["ids"], files
     num_rows, ids_are_rows = 0, True
     with show.phase("passages", None) as progress, ExitStack() as stack:
-        texts = stack.enter_context(_column(partial, "passages"))
-        ids = stack.enter_context(_column(partial, "ids"))
+        texts = stack.enter_context(_ColumnWriter(partial, "passages"))
+        ids = stack.enter_context(_ColumnWriter(partial, "ids"))
         rows = read_corpus_rows(corpus)
         while part := list(islice(rows, _ROWS_AT_ONCE)):
             texts.add([_encoded(contents, number) for number, (_, contents) in enumerate(part, start=num_rows)])
@@ -212,7 +212,7 @@ def _record(values: dict[str, Any]) -> FileRecord:
     return FileRecord(values["num_bytes"], values["chunk_bytes"], tuple(values["digests"]))
 
 
-class _column:
+class _ColumnWriter:
     """Writes one text column, a batch of rows at a time; offsets go to the disk as they come."""
 
     def __init__(self, folder: Path, name: str) -> None:
@@ -220,7 +220,7 @@ class _column:
         self._offsets = (folder / f"{name}.u64").open("wb")
         self._size = 0
 
-    def __enter__(self) -> _column:
+    def __enter__(self) -> _ColumnWriter:
         self._offsets.write(np.zeros(1, dtype="<u8").tobytes())
         return self
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("searchr1_fast._C", reason="the batcher is not compiled")
 
@@ -148,6 +149,9 @@ def test_configurations_that_make_no_sense(index):
         open_retriever(RetrievalConfig(backend="dense", index=str(index.folder), encoder="model"), None)
     with pytest.raises(ValueError, match="there is no index nowhere"):
         open_retriever(RetrievalConfig(backend="dense", index="nowhere"), None)
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="there is no device cuda"):
+            open_retriever(RetrievalConfig(backend="dense", device="cuda"), [Passage("a", "b", "c")])
 
 
 # ------------------------------------------------------------------------------------------------------------- recall

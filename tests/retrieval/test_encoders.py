@@ -103,6 +103,21 @@ def test_a_vector_depends_on_its_text_alone(tmp_path):
     assert (encoder.encode_passages([contents[place] for place in order]) == together[order]).all()
 
 
+def test_sixteen_bits_come_close(tmp_path):
+    model, tokenizer = make_model(tmp_path)
+    contents = texts(60)
+    wanted = expected(model, tokenizer, ["passage: " + text for text in contents], "mean", 32)
+    for dtype in ("bfloat16", "float16"):
+        encoder = BertEncoder(tmp_path, GIVEN, dtype=dtype)
+        found = encoder.encode_passages(contents)
+        assert (found * wanted).sum(1).min() > 0.999
+        assert not (found == wanted).any()
+        assert (np.concatenate([encoder.encode_passages([text]) for text in contents]) == found).all()
+    record = encoder.fit(tmp_path, None, None)
+    assert record["dtype"] == "float16"
+    np.testing.assert_allclose(BertEncoder.open(record, None).encode_passages(contents), wanted, atol=2e-5)
+
+
 def test_batches_keep_to_their_tokens(tmp_path, monkeypatch):
     make_model(tmp_path)
     encoder = BertEncoder(tmp_path, GIVEN)
@@ -187,6 +202,7 @@ def test_settings_come_from_the_folder_and_are_never_guessed(tmp_path):
         (lambda f: change_config(f, position_embedding_type="relative_key"), "positions of type 'relative_key'"),
         (lambda f: change_config(f, hidden_act="swiglu"), "the activation 'swiglu'"),
         (lambda f: change_config(f, num_hidden_layers=3), r"the weights lack encoder\.layer\.2\."),
+        (lambda f: change_config(f, model_type="roberta", max_position_embeddings=32), "takes from 3 to 31"),
         (lambda f: change_config(f, max_position_embeddings=20), "a maximum length of 32 tokens: this model takes"),
     ],
 )

@@ -239,6 +239,23 @@ def test_what_a_power_cut_leaves(tmp_path, small_chunks, tear):
     index.verify()
 
 
+def test_a_kill_before_the_rename_costs_nothing(tmp_path, small_chunks, monkeypatch):
+    corpus, vectors = write_corpus(tmp_path / "c.jsonl", corpus_rows(100)), random_vectors(100)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(index_build.os, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        build_index(tmp_path / "i", corpus, Given(vectors), Silent())
+    monkeypatch.undo()
+    again = Given(vectors)
+    monkeypatch.setattr(index_format, "CHUNK_BYTES", 16 * 2 * DIMENSION)
+    monkeypatch.setattr(index_format, "FILE_BYTES", 3 * 16 * 2 * DIMENSION)
+    assert (stored(build_index(tmp_path / "i", corpus, again, Silent())) == vectors).all()
+    assert again.asked == []
+
+
 def test_going_on_with_something_else_is_refused(tmp_path, small_chunks):
     corpus, vectors = write_corpus(tmp_path / "c.jsonl", corpus_rows(100)), random_vectors(100)
     with pytest.raises(KeyboardInterrupt):

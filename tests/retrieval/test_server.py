@@ -229,6 +229,8 @@ class Moody:
             raise RetrievalError("the index is gone")
         if "worse" in queries:
             raise ZeroDivisionError("a bug")
+        if "short" in queries:
+            return []
         return [[Passage(query, "", "", 1.0)] for query in queries]
 
 
@@ -236,10 +238,11 @@ def test_after_a_failure_the_server_goes_on():
     with serving(Moody()) as server:
         assert request(server, {"queries": ["bad"]}) == (502, {"error": "the index is gone"})
         assert request(server, {"queries": ["worse"]}) == (500, {"error": "the server failed: ZeroDivisionError"})
+        assert request(server, {"queries": ["short"]}) == (500, {"error": "the server failed: ValueError"})
         assert request(server, {"queries": ["good"]})[0] == 200
         page = server.render_metrics()
     assert 'searchr1_requests_total{status="200"} 1' in page
-    assert 'searchr1_requests_total{status="500"} 1' in page
+    assert 'searchr1_requests_total{status="500"} 2' in page
     assert 'searchr1_requests_total{status="502"} 1' in page
 
 
