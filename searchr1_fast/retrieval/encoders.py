@@ -1,6 +1,6 @@
 """Text to vectors: what an encoder is, and how the one that an index was built with is opened again.
 
-    encoder_bert.py     any Hugging Face folder of the BERT family: E5, BGE, MiniLM; encoder_folder.py reads its settings
+    encoder_bert.py     any Hugging Face folder of the BERT family: E5, BGE, MiniLM (settings: encoder_folder.py)
     encoder_hashing.py  no model: words hashed into signed components, weighted by the corpus
 
 An index records its encoder completely (kind, prefixes, pooling, digests of weights and tokenizer), so that a query is
