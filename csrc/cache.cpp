@@ -65,10 +65,13 @@ const Hits* ResultCache::find(const Key& key) {
 
 void ResultCache::insert(const Key& key, Hits hits) {
   const int64_t bytes = cost(key, hits);
-  if (bytes > max_bytes_ || places_.count(key)) return;
+  if (bytes > max_bytes_) return;
   hits.shrink_to_fit();
   entries_.push_front({std::string(key.query), key.depth, std::move(hits)});
-  places_.emplace(Key{entries_.front().query, key.depth}, entries_.begin());
+  if (!places_.emplace(Key{entries_.front().query, key.depth}, entries_.begin()).second) {
+    entries_.pop_front();  // loaded from a file while it was searched
+    return;
+  }
   num_bytes_ += bytes;
   while (num_bytes_ > max_bytes_) {
     const Entry& oldest = entries_.back();

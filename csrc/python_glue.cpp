@@ -94,9 +94,12 @@ std::shared_ptr<Batcher> make_batcher(int64_t max_batch_rows, int64_t max_batch_
 std::shared_ptr<Ticket> submit_queries(Batcher& batcher, const py::sequence& queries, int32_t k,
                                        std::optional<double> deadline, std::shared_ptr<Channel> channel) {
   if (PyUnicode_Check(queries.ptr())) throw py::type_error("queries must be a list of texts, not one text");
+  const auto items = py::reinterpret_steal<py::object>(PySequence_Fast(queries.ptr(), "queries must be a list"));
+  if (!items) throw py::error_already_set();
+  const Py_ssize_t num_queries = PySequence_Fast_GET_SIZE(items.ptr());
   std::vector<std::string> texts;
-  texts.reserve(queries.size());
-  for (const py::handle query : queries) texts.push_back(utf8(query));
+  texts.reserve(static_cast<size_t>(num_queries));
+  for (Py_ssize_t row = 0; row < num_queries; ++row) texts.push_back(utf8(PySequence_Fast_GET_ITEM(items.ptr(), row)));
   const bool may_block = channel == nullptr;
   // The GIL is kept: the batcher's mutex is held for microseconds, and to ask for the GIL again may take 5 ms.
   auto ticket = batcher.submit(std::move(texts), k, time_point(deadline), std::move(channel));

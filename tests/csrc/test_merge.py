@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from searchr1_fast import _C
@@ -25,6 +25,7 @@ def plain_merge(scores, ids, k):
     return merged
 
 
+@settings(deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
     num_queries=st.integers(0, 4),
