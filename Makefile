@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 TESTABLE := $(VENV)/.testable
 OLDEST_TRITON := $(if $(filter Linux,$(shell uname -s)),build/triton-3.6)
 
-.PHONY: demo hard test bench install clean
+.PHONY: demo hard test bench stress install clean
 
 demo: install
 	$(BIN)/searchr1 train configs/demo.yaml
@@ -23,10 +23,20 @@ test: $(TESTABLE) $(OLDEST_TRITON)
 bench: install
 	$(BIN)/python bench/throughput.py
 
+# The batcher under ThreadSanitizer, then AddressSanitizer: so many submits, cancels and expiries each.
+OPERATIONS ?= 10000000
+STRESS := tests/csrc/stress.cpp $(addprefix csrc/,batcher.cpp core.cpp cache.cpp channel.cpp)
+stress:
+	mkdir -p build
+	$(CXX) -std=c++17 -O1 -g -fsanitize=thread -pthread -Icsrc $(STRESS) -o build/stress-thread
+	$(CXX) -std=c++17 -O1 -g -fsanitize=address,undefined -pthread -Icsrc $(STRESS) -o build/stress-address
+	build/stress-thread $(OPERATIONS)
+	build/stress-address $(OPERATIONS)
+
 install: $(INSTALLED)
 
-# Made anew when what is installed changes; sources need nothing, the install is editable.
-$(INSTALLED): setup.py pyproject.toml
+# Made anew when what is installed changes: the C++ is compiled, Python sources need nothing, the install is editable.
+$(INSTALLED): setup.py pyproject.toml $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable .
 	touch $@

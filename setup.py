@@ -1,11 +1,26 @@
-"""Packages and where they lie; everything else is in pyproject.toml.
+"""Packages, where they lie, and the C++ extension; everything else is in pyproject.toml.
 
 `kernels/` is a folder, not a package: an import name `kernels` would break transformers, which looks for one.
 """
 
+from glob import glob
+
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 from setuptools import find_packages, setup
+
+ParallelCompile(default=0).install()  # as many files at a time as there are cores
 
 setup(
     packages=[*find_packages(include=["searchr1_fast", "searchr1_fast.*"]), *find_packages("kernels")],
     package_dir={"searchr1_kernels": "kernels/searchr1_kernels"},
+    ext_modules=[
+        Pybind11Extension(
+            "searchr1_fast._C",
+            sorted(glob("csrc/*.cpp")),
+            depends=sorted(glob("csrc/*.h")),
+            cxx_std=17,
+            extra_compile_args=["-O2", "-g0", "-Wall", "-Wextra"],
+            extra_link_args=["-pthread"],
+        )
+    ],
 )

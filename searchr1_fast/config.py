@@ -94,11 +94,21 @@ class DataSet(Section):
 
 
 class RetrievalConfig(Section):
-    backend: Literal["bm25", "remote", "none"] = "bm25"
-    """`none`: a model that searches finds nothing (the R1 ablation)."""
+    backend: Literal["bm25", "dense", "remote", "none"] = "bm25"
+    """`dense`: exact search over vectors. `none`: a model that searches finds nothing (the R1 ablation)."""
     topk: Positive = 3
+    index: str | None = None
+    """`dense`: an index (`searchr1 index`), which brings its passages. Without one the corpus is hashed in memory."""
+    encoder: str | None = None
+    """`dense`: where the index's model lies now, if not where it lay when the index was built."""
+    hashing_dimension: Annotated[int, Field(ge=64)] = 2048
+    """`dense` without an index: components of a hashed vector."""
+    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"
+    """`dense`: where vectors and encoder are: `cpu`, `cuda`, `cuda:1`, …"""
     url: str = "http://127.0.0.1:8000/retrieve"
     """`remote`: a server that speaks Search-R1's protocol."""
+    token_variable: str = "SEARCHR1_TOKEN"
+    """`remote` and `serve`: the environment variable that holds the server's bearer token, where it wants one."""
     timeout_seconds: Annotated[float, Field(gt=0)] = 30.0
     max_retries: NonNegative = 4
     bm25_k1: Annotated[float, Field(ge=0)] = 0.9

@@ -109,6 +109,12 @@ def _from_search_r1(row: dict[str, Any], where: str) -> dict[str, Any]:
 
 def read_corpus(path: str | Path) -> Iterator[Passage]:
     """The passages of a JSONL file (`.gz`: compressed), read as they are asked for; row i <-> vector i of an index."""
+    for identifier, contents in read_corpus_rows(path):
+        yield parse_passage(identifier, contents)
+
+
+def read_corpus_rows(path: str | Path) -> Iterator[tuple[str, str]]:
+    """(id, contents to the letter) of the same rows: what an encoder reads and an index stores."""
     path = _existing(path)
     seen: set[str] = set()
     number = 0
@@ -120,7 +126,7 @@ def read_corpus(path: str | Path) -> Iterator[Passage]:
             if duplicate:
                 raise ValueError(f"{where}: the id {identifier!r} is already taken by an earlier passage")
             seen.add(identifier)
-        yield parse_passage(identifier, _text(row, "contents", where))
+        yield identifier, _text(row, "contents", where)
     if number == 0:
         raise ValueError(f"{path} holds no passages; give a file with one passage a line")
 

@@ -46,9 +46,11 @@ def build_environment(
             )
         world = build_world(data.world)
         questions: list[Question] = world.questions
+        if retrieval.index is not None:
+            raise ValueError("retrieval.index is over a corpus on disk, not over the world generated here; drop it")
         opened = {} if opened is None else opened
         if world.corpus_key not in opened:
-            corpus = world.passages if retrieval.backend == "bm25" else None
+            corpus = world.passages if retrieval.backend in ("bm25", "dense") else None
             opened[world.corpus_key] = open_retriever(retrieval, corpus)
         return Environment(_limited(questions, data.limit), opened[world.corpus_key], retrieval.topk)
     questions = read_questions(data.questions, limit=data.limit)

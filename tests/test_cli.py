@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import threading
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from searchr1_fast import cli
 from searchr1_fast.cli import COMMANDS, model_directory, run_config_path
 
 ROOT = Path(searchr1_fast.__file__).parent.parent
-OURS = ["train", "eval", "ask", "serve", "report"]
+OURS = ["train", "eval", "ask", "index", "serve", "report"]
 
 
 @pytest.fixture
@@ -390,30 +391,77 @@ def test_ask_needs_something_to_search(run):
 # ------------------------------------------------------------------------------------------------ serve
 
 
-def test_serve_answers_the_protocol(run, tmp_path, monkeypatch):
+@pytest.fixture
+def serve_once(run, monkeypatch):
+    """Arguments of `searchr1 serve` → (exit code, stdout, stderr, the reply to one request)."""
+    pytest.importorskip("uvicorn", reason="the server needs the extra `serve`")
     from searchr1_fast.retrieval import RetrievalServer
 
+    def run_once(*arguments, headers=None):
+        replies = []
+        serve_forever = RetrievalServer.serve_forever
+
+        def ask_once(server):
+            body = json.dumps({"queries": ["who founded Arden"], "topk": 1, "return_scores": True}).encode()
+            try:
+                with urllib.request.urlopen(urllib.request.Request(server.url, body, headers or {})) as response:
+                    replies.append(json.load(response))
+            except urllib.error.HTTPError as error:
+                replies.append(error.code)
+            server.shutdown()
+
+        def serve(server):
+            server._socket.listen()  # so that the client's connection waits rather than fails
+            client = threading.Thread(target=ask_once, args=(server,))
+            client.start()
+            serve_forever(server)
+            client.join()
+
+        monkeypatch.setattr(RetrievalServer, "serve_forever", serve)
+        result = run("serve", *arguments, "--port", "0")
+        monkeypatch.setattr(RetrievalServer, "serve_forever", serve_forever)
+        return (*result, replies[0])
+
+    return run_once
+
+
+def test_serve_answers_the_protocol(serve_once, tmp_path):
     corpus = write_jsonl(tmp_path / "corpus.jsonl", CORPUS)
-    answers = []
-    serve_forever = RetrievalServer.serve_forever
-
-    def ask_once(server):
-        body = json.dumps({"queries": ["who founded Arden"], "topk": 1, "return_scores": True}).encode()
-        with urllib.request.urlopen(urllib.request.Request(server.url, body)) as response:
-            answers.append(json.load(response))
-        server.shutdown()
-
-    def serve(server):
-        client = threading.Thread(target=ask_once, args=(server,))
-        client.start()
-        serve_forever(server)
-        client.join()
-
-    monkeypatch.setattr(RetrievalServer, "serve_forever", serve)
-    code, out, error = run("serve", "--corpus", corpus, "--port", "0")
+    code, out, error, reply = serve_once("--corpus", corpus)
     assert code == 0, error
     assert re.search(r"serving POST http://127\.0\.0\.1:\d+/retrieve", out)
-    assert answers[0]["result"][0][0]["document"] == CORPUS[1]
+    assert "whoever reaches" not in out
+    assert reply["result"][0][0]["document"] == CORPUS[1]
+
+
+def test_serve_an_index(run, serve_once, tmp_path):
+    pytest.importorskip("searchr1_fast._C", reason="the batcher is not compiled")
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", CORPUS)
+    assert run("index", "build", "--corpus", corpus, "--output", "made.index")[0] == 0
+    code, _, error, reply = serve_once("--index", "made.index")
+    assert code == 0, error
+    assert reply["result"][0][0]["document"] == CORPUS[1]
+
+
+def test_serve_wants_the_token_of_its_environment(serve_once, tmp_path, monkeypatch):
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", CORPUS)
+    monkeypatch.setenv("SEARCHR1_TOKEN", "s3cret")
+    assert serve_once("--corpus", corpus)[3] == 401
+    assert "result" in serve_once("--corpus", corpus, headers={"Authorization": "Bearer s3cret"})[3]
+    monkeypatch.delenv("SEARCHR1_TOKEN")
+    assert "whoever reaches 0.0.0.0 may search" in serve_once("--corpus", corpus, "--host", "0.0.0.0")[1]
+
+
+def test_serve_says_what_to_install(run, tmp_path, monkeypatch):
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", CORPUS)
+    monkeypatch.delitem(sys.modules, "searchr1_fast.retrieval.server_http", raising=False)
+    import searchr1_fast.retrieval
+
+    monkeypatch.delattr(searchr1_fast.retrieval, "server_http", raising=False)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    code, _, error = run("serve", "--corpus", corpus, "--port", "0")
+    assert code == 2
+    assert "needs uvicorn, which is not installed: pip install 'searchr1_fast[serve]'" in one_sentence(error)
 
 
 @pytest.mark.parametrize(
@@ -422,6 +470,7 @@ def test_serve_answers_the_protocol(run, tmp_path, monkeypatch):
         (["--corpus", "gone.jsonl", "--port", "0"], "gone.jsonl"),
         (["--corpus", "c.jsonl", "--port", "70000"], "--port 70000: a port is a number from 0 to 65535"),
         (["--corpus", "c.jsonl", "--port", "0", "retrieval.bm25_k=2"], "did you mean `bm25_k1`"),
+        (["--index", "gone.index", "--port", "0"], "there is no index gone.index"),
     ],
 )
 def test_serve_mistakes(run, arguments, message):
@@ -434,8 +483,10 @@ def test_serve_says_that_a_port_is_taken(run, tmp_path):
     from searchr1_fast.retrieval import RetrievalServer
 
     corpus = write_jsonl(tmp_path / "corpus.jsonl", CORPUS)
+    pytest.importorskip("uvicorn", reason="the server needs the extra `serve`")
     with RetrievalServer(None, port=0) as server:
-        port = server.server_address[1]
+        server._socket.listen()
+        port = server.address[1]
         code, _, error = run("serve", "--corpus", corpus, "--port", port)
     assert code == 2
     assert f"port {port}" in one_sentence(error)

@@ -6,6 +6,7 @@ An import counts wherever it stands, inside a function or under TYPE_CHECKING to
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,23 +19,24 @@ import searchr1_fast
 from searchr1_fast.config import Section
 
 ROOT = Path(searchr1_fast.__file__).parents[1]
-PACKAGE, KERNELS = ROOT / "searchr1_fast", ROOT / "kernels" / "searchr1_kernels"
+PACKAGE, KERNELS, CSRC = ROOT / "searchr1_fast", ROOT / "kernels" / "searchr1_kernels", ROOT / "csrc"
 
 # A module, or a folder of them, by its name below searchr1_fast. A new one must be given its place here.
 LAYERS = (
-    {"types", "config", "protocol"},
+    {"types", "config", "protocol", "_C"},  # _C: csrc/, compiled
     {"models", "retrieval", "data", "reward", "prompt", "world", "transcript"},
     {"rollout", "packing", "advantage", "losses", "policy", "critic", "checkpoint", "distributed"},
     {
         *("train", "run", "evaluate", "environment", "pretraining"),
-        *("cli", "eval", "ask", "serve", "report", "pretrain_base", "__main__", "world.__main__"),  # commands
+        *("cli", "eval", "ask", "serve", "report", "index", "pretrain_base", "__main__", "world.__main__"),  # commands
         *("console", "curves", "metrics", "errors"),  # what a person sees
     },
 )
 LAYER_OF = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 # Packages that some machines lack: importing must not need them.
-OPTIONAL = ("triton", "cupy", "vllm", "faiss", "flash_attn", "wandb", "pyarrow")
+OPTIONAL = ("triton", "cupy", "vllm", "faiss", "flash_attn", "wandb", "pyarrow", "starlette", "uvicorn")
+NEED_AN_EXTRA = {"retrieval.server_http"}  # its classes are those of uvicorn; server.py imports it when it is wanted
 
 
 def sources(*folders: Path) -> list[Path]:
@@ -81,7 +83,8 @@ def own_imports(path: Path) -> Iterator[tuple[int, str]]:
 
 def test_every_module_has_a_layer():
     assert [str(path) for path in sources(PACKAGE) if module_name(path) and place(module_name(path)) is None] == []
-    missing = [name for name in LAYER_OF if not (PACKAGE / f"{name.replace('.', '/')}.py").is_file()]
+    files = {name: PACKAGE / name.replace(".", "/") for name in LAYER_OF}
+    missing = [name for name, file in files.items() if not any(file.with_suffix(s).is_file() for s in (".py", ".pyi"))]
     assert [name for name in missing if not (PACKAGE / name / "__init__.py").is_file()] == []
 
 
@@ -116,6 +119,23 @@ def test_nobody_imports_the_trainer_the_benchmarks_or_the_tests():
             assert not (top == "searchr1_fast" and place(rest) == "train"), f"{path}:{line} imports {name}"
 
 
+def test_only_retrieval_uses_the_extension():
+    found = [(path.name, line) for path in sources(PACKAGE) for line, name in own_imports(path)
+             if name == "_C" and place(module_name(path)) != "retrieval"]  # fmt: skip
+    assert found == []
+
+
+def test_python_stays_at_the_edge_of_the_extension():
+    """The C++ below the bindings knows no Python, so that its threads cannot touch it; nothing there knows torch."""
+    files = [path for path in CSRC.glob("*") if path.is_file()]
+    headers = {path: re.findall(r'#include [<"](.*)[>"]', path.read_text()) for path in files}
+    assert len(headers) > 10
+    users = {path.name for path, names in headers.items() for name in names
+             if name.startswith(("Python.h", "pybind11/", "python_glue"))}  # fmt: skip
+    assert users == {"bindings.cpp", "python_glue.h", "python_glue.cpp"}
+    assert [name for names in headers.values() for name in names if name.startswith(("torch/", "ATen/", "c10/"))] == []
+
+
 def test_kernels_stand_alone():
     """Others import them without the trainer: nothing but torch, numpy, and the compilers."""
     allowed = {"torch", "numpy", "numba", "triton", "searchr1_kernels", *sys.stdlib_module_names}
@@ -137,7 +157,7 @@ def test_the_folder_kernels_is_no_package():
 def test_imports_need_no_optional_package():
     """Everything imports on a machine that has none of the packages for GPUs, as the CPU path needs none of them."""
     names = [module_name(path) for path in sources(PACKAGE)]
-    modules = [f"searchr1_fast.{name}" for name in names if name]
+    modules = [f"searchr1_fast.{name}" for name in names if name and name not in NEED_AN_EXTRA]
     code = f"""
 import sys, importlib
 sys.path[:0] = {[str(ROOT), str(KERNELS.parent)]!r}

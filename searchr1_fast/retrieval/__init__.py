@@ -1,14 +1,17 @@
 """Retrieval: the `Retriever` protocol and what stands behind it. Begin with `open_retriever`.
 
-    protocol.py  Retriever, RetrievalError      bm25.py     in memory, lexical
-    remote.py    Search-R1's HTTP, client       missing.py  a retriever that misses now and then
-    server.py    Search-R1's HTTP, server
+    protocol.py  Retriever, RetrievalError      bm25.py      in memory, lexical
+    remote.py    Search-R1's HTTP, client       dense.py     exact search over vectors
+    server.py    Search-R1's HTTP, server       batcher.py   many searches to few, in C++
+    index_*.py   indexes on disk                passages.py  their passages, in C++
+    encode*.py   text to vectors                missing.py   a retriever that misses now and then
 
 The names are resolved when first used: numba and bm25s cost a second that a remote client need not pay.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -19,6 +22,7 @@ from searchr1_fast.retrieval.protocol import NullRetriever, RetrievalError, Retr
 if TYPE_CHECKING:
     from searchr1_fast.config import RetrievalConfig
     from searchr1_fast.retrieval.bm25 import BM25Retriever
+    from searchr1_fast.retrieval.dense import DenseRetriever, DenseSearch
     from searchr1_fast.retrieval.missing import MissingRetriever
     from searchr1_fast.retrieval.remote import RemoteRetriever
     from searchr1_fast.retrieval.server import RetrievalServer
@@ -26,6 +30,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BM25Retriever",
+    "DenseRetriever",
+    "DenseSearch",
     "MissingRetriever",
     "NullRetriever",
     "RemoteRetriever",
@@ -37,6 +43,8 @@ __all__ = [
 
 _HOMES = {
     "BM25Retriever": "bm25",
+    "DenseRetriever": "dense",
+    "DenseSearch": "dense",
     "MissingRetriever": "missing",
     "RemoteRetriever": "remote",
     "RetrievalServer": "server",
@@ -50,14 +58,20 @@ def __getattr__(name: str) -> Any:
 
 
 def open_retriever(config: RetrievalConfig, corpus: str | Path | Sequence[Passage] | None) -> Retriever:
-    """The retriever that `config` asks for. `corpus`: a JSONL file or passages; only `bm25` reads it."""
+    """The retriever that `config` asks for.
+
+    `corpus`: a JSONL file or passages, for `bm25` and for `dense` without an index.
+    """
     retriever: Retriever
     if config.backend == "bm25":
         retriever = _open_bm25(config, corpus)
     elif config.backend == "remote":
         from searchr1_fast.retrieval.remote import RemoteRetriever
 
-        retriever = RemoteRetriever(config.url, timeout=config.timeout_seconds, max_retries=config.max_retries)
+        token = os.environ.get(config.token_variable, "")
+        retriever = RemoteRetriever(config.url, config.timeout_seconds, config.max_retries, token)
+    elif config.backend == "dense":
+        retriever = _open_dense(config, corpus)
     else:
         return NullRetriever()
     if config.miss_rate > 0:
@@ -75,3 +89,22 @@ def _open_bm25(config: RetrievalConfig, corpus: str | Path | Sequence[Passage] |
         raise ValueError("retrieval.backend bm25 searches a corpus; give one (data.corpus), or choose remote or none")
     passages = read_corpus(corpus) if isinstance(corpus, str | Path) else corpus
     return BM25Retriever(passages, k1=config.bm25_k1, b=config.bm25_b)
+
+
+def _open_dense(config: RetrievalConfig, corpus: str | Path | Sequence[Passage] | None) -> Retriever:
+    from searchr1_fast.data import read_corpus
+    from searchr1_fast.retrieval.batcher import BatchedRetriever
+    from searchr1_fast.retrieval.dense import hash_corpus, open_dense
+    from searchr1_fast.retrieval.passages import PassageStore
+
+    if config.index is not None:
+        search, index = open_dense(config.index, config.encoder, config.device)
+        identity = index.manifest.digest()
+        return BatchedRetriever(search, PassageStore(index.folder), timeout=config.timeout_seconds, identity=identity)
+    if config.encoder is not None:
+        raise ValueError("retrieval.encoder is for an index; build one (`searchr1 index build`), give retrieval.index")
+    if corpus is None:
+        raise ValueError("retrieval.backend dense searches an index (retrieval.index) or a corpus (data.corpus)")
+    passages = read_corpus(corpus) if isinstance(corpus, str | Path) else corpus
+    search, store = hash_corpus(passages, config.hashing_dimension, config.device)
+    return BatchedRetriever(search, store, timeout=config.timeout_seconds)

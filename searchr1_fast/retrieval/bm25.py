@@ -40,11 +40,11 @@ class BM25Retriever:
         if not self._passages:
             raise ValueError("BM25 needs at least one passage; the corpus is empty")
         vocabulary = _Vocabulary()
-        documents = [[vocabulary[word] for word in _words(f"{p.title}\n{p.text}")] for p in self._passages]
+        documents = [[vocabulary[word] for word in words_of(f"{p.title}\n{p.text}")] for p in self._passages]
         self._terms = vocabulary.terms
         if not self._terms:
             raise ValueError("BM25 needs words; no passage of the corpus holds a letter or a digit")
-        self._stop_words = frozenset(self._terms[term] for term in map(_term, STOPWORDS_EN) if term in self._terms)
+        self._stop_words = frozenset(self._terms[term] for term in STOP_TERMS if term in self._terms)
         index = bm25s.BM25(k1=k1, b=b, method="lucene")
         index.index((documents, self._terms), create_empty_token=False, show_progress=False)
         self._data: np.ndarray = index.scores["data"]  # [Z] fp32: score of the posting
@@ -68,7 +68,7 @@ class BM25Retriever:
 
     def _query_terms(self, query: str) -> tuple[int, ...]:
         """The known terms of a query, without stop words unless there is nothing else."""
-        known = [self._terms[term] for term in map(_term, _words(query)) if term in self._terms]
+        known = [self._terms[term] for term in map(term_of, words_of(query)) if term in self._terms]
         return tuple(number for number in known if number not in self._stop_words) or tuple(known)
 
     def _hits(self, scores: np.ndarray, rows: np.ndarray, count: int) -> list[Passage]:
@@ -87,15 +87,16 @@ class _Vocabulary(dict[str, int]):
         self.terms: dict[str, int] = {}
 
     def __missing__(self, word: str) -> int:
-        self[word] = number = self.terms.setdefault(_term(word), len(self.terms))
+        self[word] = number = self.terms.setdefault(term_of(word), len(self.terms))
         return number
 
 
-def _words(text: str) -> list[str]:
+def words_of(text: str) -> list[str]:
+    """The words of a text in their order, as written but for case."""
     return _WORD.findall(text.lower())
 
 
-def _term(word: str) -> str:
+def term_of(word: str) -> str:
     """What a word is indexed as."""
     if not word.isascii():
         word = unicodedata.normalize("NFKD", word).translate(_ACCENTS)
@@ -107,6 +108,9 @@ def _singular(word: str) -> str:
     if len(word) <= 3 or not word.endswith("s") or word.endswith("ss"):
         return word
     return f"{word[:-3]}y" if len(word) > 4 and word.endswith("ies") else word[:-1]
+
+
+STOP_TERMS = frozenset(map(term_of, STOPWORDS_EN))
 
 
 @numba.njit(nogil=True, cache=True)

@@ -12,6 +12,10 @@ class RetrievalError(RuntimeError):
     """A search that failed for good: what was asked of whom, how often, and the last cause, in one sentence."""
 
 
+class RetrievalTimeout(RetrievalError):
+    """A search whose deadline passed. What was found by then is not returned: it would change the reward."""
+
+
 class Retriever(Protocol):
     """Safe to call from several threads at once."""
 

@@ -40,9 +40,10 @@ class RemoteStatistics:
 
 
 class RemoteRetriever:
-    """One kept-alive connection per thread. `timeout` is for connecting and for every wait on the server."""
+    """One kept-alive connection per thread. `timeout` is for connecting and for every wait on the server; `token` goes
+    into every request, for servers that want one."""
 
-    def __init__(self, url: str, timeout: float = 30.0, max_retries: int = 4) -> None:
+    def __init__(self, url: str, timeout: float = 30.0, max_retries: int = 4, token: str = "") -> None:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"retrieval.url must look like http://host:8000/retrieve, not {url!r}")
@@ -52,6 +53,7 @@ class RemoteRetriever:
         self._connection_type = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         self._address = (parts.hostname, parts.port)
         self._target = (parts.path or "/retrieve") + (f"?{parts.query}" if parts.query else "")
+        self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
         self._timeout = timeout
         self._max_retries = max_retries
         self._jitter = random.Random()
@@ -121,7 +123,7 @@ class RemoteRetriever:
     def _send(self, connection: http.client.HTTPConnection, body: bytes) -> tuple[int, float, bytes]:
         self._local.connection = None
         try:
-            connection.request("POST", self._target, body, {"Content-Type": "application/json"})
+            connection.request("POST", self._target, body, self._headers)
             response = connection.getresponse()
             answer = response.read()
         except _CONNECTION_ERRORS:

@@ -1,23 +1,29 @@
-"""Search-R1's `POST /retrieve` over any retriever, on the standard library's HTTP server.
+"""Search-R1's `POST /retrieve` over any retriever, on Starlette and uvicorn (`pip install 'searchr1_fast[serve]'`).
 
     {"queries": ["…"], "topk": 3, "return_scores": true}
     -> {"result": [[{"document": {"id", "contents"}, "score"}, …], …]}
 
-Without scores (the protocol's default) the documents stand alone. A bad request is answered `{"error": "…"}` with 4xx,
-a failed search with 502. Connections have a thread each, so the retriever must be safe to call from several.
+Without scores (the protocol's default) the documents stand alone. What is wrong is answered `{"error": "…"}`: 400 not
+JSON, 401 no or another token, 404, 405, 413 too large, 422 JSON that asks for nonsense, 502 the search failed, 504 it
+took too long. `GET /health` is open to everyone; `GET /metrics` speaks Prometheus' text format.
 
-Left out: authentication. Whoever reaches the port may search.
+Requests of all clients are searched together: by the batcher where the retriever is one, else here, where whatever
+arrived during one search is the next. Whoever ends the server (SIGTERM) lets it finish what it has accepted.
+
+Left out: TLS and rates per client, which are a proxy's business.
 """
 
 from __future__ import annotations
 
+import hmac
 import json
-from collections.abc import Sequence
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+import socket
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from searchr1_fast.data import passage_contents
-from searchr1_fast.retrieval.protocol import RetrievalError, Retriever
+from searchr1_fast.retrieval.protocol import Retriever
+from searchr1_fast.retrieval.server_metrics import ServerMetrics
 from searchr1_fast.types import Passage
 
 MAX_BODY_BYTES = 64 * 2**20  # ten thousand queries are a few megabytes
@@ -31,92 +37,127 @@ class RequestError(Exception):
         self.status = status
 
 
-class RetrievalServer(ThreadingHTTPServer):
-    """`serve_forever()` answers until `shutdown()`; port 0 takes a free one, see `url`."""
+class RetrievalServer:
+    """`serve_forever()` answers until SIGTERM, Ctrl-C or `shutdown()`; port 0 takes a free one, see `url`.
 
-    daemon_threads = True
-    request_queue_size = 1024  # every rank of a run may connect at the same moment; the default is 5
+    The port is bound at once, so that it is known to be free before a corpus is loaded, and refuses connections until
+    `serve_forever`. `retriever` may be set until then.
+    """
 
-    def __init__(self, retriever: Retriever, host: str = "127.0.0.1", port: int = 8000, topk: int = 3) -> None:
+    def __init__(
+        self,
+        retriever: Retriever | None = None,
+        host: str = "127.0.0.1",
+        port: int = 8000,
+        topk: int = 3,
+        token: str = "",
+        max_body_bytes: int = MAX_BODY_BYTES,
+    ) -> None:
+        """`topk`: passages where a request does not say. `token`: what requests carry as `Authorization: Bearer …`,
+        if not empty. OSError: the port is taken. ValueError: the packages that serve are not installed."""
+        try:
+            from searchr1_fast.retrieval import server_http
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.partition(".")[0] not in ("starlette", "uvicorn"):
+                raise
+            raise ValueError(
+                f"serving over HTTP needs {error.name}, which is not installed: pip install 'searchr1_fast[serve]'"
+            ) from error
+        self._http = server_http
         self.retriever = retriever
+        self.metrics = ServerMetrics()
         self.topk = topk
-        super().__init__((host, port), _Handler)
+        self.max_body_bytes = max_body_bytes
+        self._token = token
+        self._socket = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+        try:
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            self._socket.bind((host, port))
+        except OSError:
+            self._socket.close()
+            raise
+        self._stopping = False
+        self._stop: Callable[[], None] | None = None
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port."""
+        host, port = self._socket.getsockname()[:2]
+        return host, port
 
     @property
     def url(self) -> str:
         """Where a client on this machine finds it."""
-        return f"http://{self.server_address[0]}:{self.server_address[1]}/retrieve"
+        host, port = self.address
+        return f"http://[{host}]:{port}/retrieve" if ":" in host else f"http://{host}:{port}/retrieve"
 
-    def answer(self, request: Any) -> dict[str, Any]:
-        """The reply to one decoded request body."""
-        queries, topk, return_scores = _read_request(request, self.topk)
-        try:
-            results = self.retriever.search(queries, topk) if queries else []
-        except RetrievalError as error:
-            raise RequestError(502, str(error)) from error
-        return {"result": [_render(hits, return_scores) for hits in results]}
+    def serve_forever(self) -> None:
+        """Answer until told to stop, then finish what was accepted. Ctrl-C raises KeyboardInterrupt afterwards."""
+        assert self.retriever is not None, "a server needs a retriever before it serves"
+        self._http.serve(self, self._socket)
 
+    def on_start(self, stop: Callable[[], None]) -> None:
+        """`server_http` hands in what ends it; a `shutdown` that came before counts."""
+        self._stop = stop
+        if self._stopping:
+            stop()
 
-class _Handler(BaseHTTPRequestHandler):
-    server: RetrievalServer
-    protocol_version = "HTTP/1.1"  # keeps connections alive
-    disable_nagle_algorithm = True  # else a reply's body waits for the client's delayed acknowledgement of its headers
+    def shutdown(self) -> None:
+        """Make `serve_forever` return once what was accepted is answered. From any thread."""
+        self._stopping = True
+        if self._stop is not None:
+            self._stop()
 
-    def do_POST(self) -> None:
-        try:
-            self._reply(200, self.server.answer(self._read_body()))
-        except RequestError as error:
-            self._reply(error.status, {"error": str(error)})
+    def close(self) -> None:
+        """Give the port back."""
+        self._socket.close()
 
-    def do_GET(self) -> None:
-        if self.path == "/health":
-            self._reply(200, {"status": "ok"})
-        else:
-            self._reply(405 if self.path == "/retrieve" else 404, {"error": "searches are POST /retrieve"})
+    def __enter__(self) -> RetrievalServer:
+        return self
 
-    def _read_body(self) -> Any:
-        length = self.headers.get("Content-Length", "")
-        if not length.isdigit() or int(length) > MAX_BODY_BYTES:
-            self.close_connection = True  # the body stays unread, so nothing after it on this connection makes sense
-            status = 413 if length.isdigit() else 411
-            raise RequestError(status, f"Content-Length must be given and at most {MAX_BODY_BYTES}")
-        body = self.rfile.read(int(length))
-        if self.path != "/retrieve":
-            raise RequestError(404, f"nothing is served at {self.path}; searches are POST /retrieve")
-        try:
-            return json.loads(body)
-        except ValueError as error:
-            raise RequestError(400, f"the body is not valid JSON: {error}") from error
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
-    def _reply(self, status: int, document: dict[str, Any]) -> None:
-        body = json.dumps(document).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
+    def authorise(self, header: str) -> None:
+        """RequestError unless the Authorization header carries the token. Takes as long for every wrong one."""
+        if self._token and not hmac.compare_digest(header.encode(), f"Bearer {self._token}".encode()):
+            raise RequestError(401, "this server wants its token as `Authorization: Bearer …`")
 
-    def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
-        """A line per request would be most of what the server does."""
+    def render_metrics(self) -> str:
+        """The page for Prometheus, with the retriever's own numbers where it has some."""
+        statistics = getattr(self.retriever, "statistics", None)
+        return self.metrics.render(statistics() if callable(statistics) else {})
 
 
-def _read_request(request: Any, default_topk: int) -> tuple[list[str], int, bool]:
+def read_body(body: bytes) -> Any:
+    """The JSON of a body."""
+    try:
+        return json.loads(body)
+    except ValueError as error:
+        raise RequestError(400, f"the body is not valid JSON: {error}") from error
+    except RecursionError as error:
+        raise RequestError(400, "the body is not valid JSON: it is nested too deeply") from error
+
+
+def read_request(request: Any, default_topk: int) -> tuple[list[str], int, bool]:
+    """(queries, passages per query, with scores) of a decoded body."""
     if not isinstance(request, dict):
-        raise RequestError(400, "the body must be an object with `queries`")
+        raise RequestError(422, "the body must be an object with `queries`")
     queries = request.get("queries")
     if not isinstance(queries, list) or not all(isinstance(query, str) for query in queries):
-        raise RequestError(400, "`queries` must be a list of texts")
+        raise RequestError(422, "`queries` must be a list of texts")
     topk = request.get("topk")
     topk = default_topk if topk is None else topk
     if isinstance(topk, bool) or not isinstance(topk, int) or topk < 1:
-        raise RequestError(400, f"`topk` must be a whole number of at least 1, or null for {default_topk}")
+        raise RequestError(422, f"`topk` must be a whole number of at least 1, or null for {default_topk}")
     return_scores = request.get("return_scores", False)
     if not isinstance(return_scores, bool):
-        raise RequestError(400, "`return_scores` must be true or false")
+        raise RequestError(422, "`return_scores` must be true or false")
     return queries, topk, return_scores
 
 
-def _render(hits: Sequence[Passage], return_scores: bool) -> list[dict[str, Any]]:
+def render(hits: Sequence[Passage], return_scores: bool) -> list[dict[str, Any]]:
+    """The passages of one query, as the protocol has them."""
     documents = [{"id": hit.id, "contents": passage_contents(hit)} for hit in hits]
     if not return_scores:
         return documents

@@ -1,0 +1,147 @@
+// The batcher: many searches at once become few calls of a backend that is fast in batches.
+//
+//   caller   submit(queries, k, deadline) -> Ticket: wait for it, or hear of it through a Channel
+//   worker   take() -> Batch; search; complete(scores, ids) or fail(error)
+//
+// A query that was found before comes from the cache; one that is under way is joined, not searched again; the others
+// queue. Dispatch is continuous: no timer, no waiting for a full batch. Whatever queued while the last batch ran is
+// the next one, up to a budget, so batches grow with the load by themselves. One more batch than is searched may be
+// taken, so that a backend of two stages prepares one while it searches the other.
+//
+// Every ticket settles, exactly once: done, failed, expired or cancelled. An error of the backend is final: it fails
+// all tickets, pending and future ones, with the first message. Deadlines are absolute and are kept by a thread of
+// their own, whatever the backend does. What is pending is bounded in bytes: a submission that does not fit waits in
+// line (a caller without a channel with it), and is never rejected.
+//
+// Locking: one mutex guards everything (core.h). A channel's own is taken below it; nothing is called back, and no
+// thread of this library ever touches Python. After a fork every call throws UsedAfterFork: the threads are not there.
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "cache.h"
+#include "channel.h"
+#include "statistics.h"
+
+namespace searchr1 {
+
+using Clock = std::chrono::steady_clock;  // on Linux the clock of Python's time.monotonic()
+
+struct BatcherOptions {
+  int64_t max_batch_rows = 256;           // an exact scan costs the same up to about 140 queries on an H200
+  int64_t max_batch_bytes = 1 << 16;      // of text: about 16k tokens of English; a longer query goes alone
+  int64_t max_pending_bytes = 64 << 20;   // texts and results of tickets that are admitted and not settled
+  int64_t max_cache_bytes = 64 << 20;
+  int32_t min_depth = 16;                 // hits that are searched for; doubled until it covers k
+  int32_t max_batches_in_flight = 2;      // one that is searched and one that is prepared
+  std::string identity;                   // of corpus and encoder: what a saved cache must have been saved from
+};
+
+enum class Outcome { pending, done, failed, expired, cancelled };
+
+struct Core;
+
+// One caller's search. Dropping it unsettled cancels it.
+class Ticket {
+ public:
+  Ticket(std::shared_ptr<Core> core, std::vector<std::string> queries, int32_t k, Clock::time_point deadline,
+         std::shared_ptr<Channel> channel);
+  ~Ticket();
+  Ticket(const Ticket&) = delete;
+  Ticket& operator=(const Ticket&) = delete;
+
+  uint64_t id() const;
+  int64_t num_queries() const;
+  int32_t k() const;
+  Outcome outcome() const;
+  std::string error() const;  // of one that failed
+
+  // False where the time ran out first. Admitted includes settled.
+  bool wait_admitted(Clock::duration patience) const;
+  bool wait_settled(Clock::duration patience) const;
+
+  // Nothing, where it is settled already. Others that wait for an equal query are not disturbed.
+  void cancel();
+
+  // Of one that is done, [num_queries, k]: best first; where there were fewer hits, the rest is -inf and -1.
+  const std::vector<float>& scores() const;
+  const std::vector<int64_t>& ids() const;
+
+ private:
+  friend struct Core;
+  friend class Batcher;
+  struct Parts;
+  std::shared_ptr<Core> core_;
+  std::unique_ptr<Parts> parts_;
+};
+
+// Different queries to search together, all to one depth. Dropping it unanswered fails everything, as an error does.
+class Batch {
+ public:
+  Batch(std::shared_ptr<Core> core, std::vector<std::shared_ptr<struct Flight>> flights, int32_t depth);
+  ~Batch();
+  Batch(const Batch&) = delete;
+  Batch& operator=(const Batch&) = delete;
+
+  int64_t size() const { return static_cast<int64_t>(flights_.size()); }
+  int32_t depth() const { return depth_; }
+  const std::string& query(int64_t row) const;
+
+  // scores, ids: [size, width], 1 <= width <= depth, best first; id -1 fills rows that have fewer hits. Throws
+  // InvalidInput for a row out of order, with a NaN, or with hits after its end; the batch is then still to answer.
+  void complete(const float* scores, const int64_t* ids, int64_t width);
+  void fail(const std::string& error);
+
+ private:
+  std::shared_ptr<Core> core_;
+  std::vector<std::shared_ptr<struct Flight>> flights_;
+  const int32_t depth_;
+  const Clock::time_point taken_at_;
+  bool is_answered_ = false;
+};
+
+// What is under way at this moment.
+struct Gauges {
+  int64_t queued = 0;   // different queries
+  int64_t blocked = 0;  // tickets in line for room
+  int64_t pending_bytes = 0;
+  int64_t batches_in_flight = 0;
+  int64_t cache_entries = 0;
+  int64_t cache_bytes = 0;
+  int64_t cache_evicted = 0;
+};
+
+class Batcher {
+ public:
+  explicit Batcher(BatcherOptions options);
+  ~Batcher();  // closes
+  Batcher(const Batcher&) = delete;
+  Batcher& operator=(const Batcher&) = delete;
+
+  // Never blocks: see Ticket::wait_admitted. Without a deadline: Clock::time_point::max().
+  std::shared_ptr<Ticket> submit(std::vector<std::string> queries, int32_t k, Clock::time_point deadline,
+                                 std::shared_ptr<Channel> channel = nullptr);
+
+  // Null where there was nothing to do in that time, or where there never will be (`is_finished`).
+  std::shared_ptr<Batch> take(Clock::duration patience);
+  bool is_finished() const;  // closed, or the backend failed
+
+  // Fails what is pending and everything after. Again: nothing.
+  void close();
+
+  Statistics statistics(bool reset = false);
+  Gauges gauges() const;
+
+  // Whole or not at all: a temporary file that is renamed. Loading adds to what is there, and returns how many.
+  void save_cache(const std::string& path) const;
+  int64_t load_cache(const std::string& path);
+
+ private:
+  std::shared_ptr<Core> core_;
+};
+
+}  // namespace searchr1

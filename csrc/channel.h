@@ -1,0 +1,36 @@
+// How an event loop learns that tickets settled: one file descriptor that becomes readable, and a list to drain.
+//
+// The descriptor is an eventfd on Linux and a pipe elsewhere. It is written only when the list stops being empty, so a
+// batch that settles a thousand tickets costs one system call and wakes the loop once.
+#pragma once
+
+#include <cstdint>
+#include <mutex>
+#include <vector>
+
+namespace searchr1 {
+
+class Channel {
+ public:
+  Channel();
+  ~Channel();
+  Channel(const Channel&) = delete;
+  Channel& operator=(const Channel&) = delete;
+
+  // Readable while `drain` would return something. Owned by the channel: watch it, do not close it.
+  int descriptor() const { return read_end_; }
+
+  // Called by the batcher, from any thread.
+  void push(uint64_t ticket_id);
+
+  // The tickets that settled since the last call, in the order they did.
+  std::vector<uint64_t> drain();
+
+ private:
+  std::mutex mutex_;
+  std::vector<uint64_t> settled_;
+  int read_end_ = -1;
+  int write_end_ = -1;  // equals read_end_ for an eventfd
+};
+
+}  // namespace searchr1

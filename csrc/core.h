@@ -1,0 +1,122 @@
+// What the batcher's handles share: the state behind the one mutex, and every transition of it.
+//
+//   Ticket --waits for--> Flight (one different query under way) --queued--> Batch --> hits --> cache and tickets
+//
+// Functions that end in `_locked` are called with the mutex held.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <list>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <unordered_map>
+#include <vector>
+
+#include "batcher.h"
+
+namespace searchr1 {
+
+// One row of a ticket, in the list of the flight that will answer it.
+struct Waiter {
+  Ticket* ticket;
+  int64_t row;
+};
+
+struct Flight {
+  std::string query;
+  int32_t depth;
+  uint64_t sequence;          // first come, first served
+  std::list<Waiter> waiters;  // empty: nobody wants it any more
+  bool is_queued;
+  std::list<std::shared_ptr<Flight>>::iterator place;  // in its queue
+  Key key() const { return {query, depth}; }
+};
+
+struct Ticket::Parts {
+  struct Row {
+    std::shared_ptr<Flight> flight;  // null: has its hits, or none was needed
+    std::list<Waiter>::iterator place;
+  };
+  uint64_t id;
+  int32_t k;
+  int32_t depth;
+  int64_t num_queries;
+  int64_t cost;  // bytes that it counts against max_pending_bytes
+  Clock::time_point submitted_at;
+  std::shared_ptr<Channel> channel;
+  std::atomic<Outcome> outcome{Outcome::pending};  // written last: whoever sees it settled may read the results
+  std::string error;
+  std::vector<float> scores;
+  std::vector<int64_t> ids;
+
+  // Guarded by the mutex, and of no meaning once it is settled.
+  std::vector<std::string> queries;  // until it is admitted
+  std::vector<Row> rows;
+  int64_t num_missing = 0;
+  bool is_admitted = false;
+  bool is_announced = false;  // its settling is news to the channel: submit has returned
+  bool has_deadline = false;
+  std::multimap<Clock::time_point, Ticket*>::iterator deadline;
+  bool is_blocked = false;
+  std::list<Ticket*>::iterator blocked_place;
+  std::vector<std::condition_variable*> sleepers;  // on the stacks of those who wait
+};
+
+struct Core {
+  explicit Core(BatcherOptions options);
+  ~Core();
+
+  // A condition variable cannot be destroyed in a forked child (it waits for sleepers that are not there), nor a mutex
+  // be locked (its holder is not there): the child keeps what it inherited and leaks it.
+  static std::shared_ptr<Core> make(BatcherOptions options);
+  bool is_forked() const;
+  void check_process() const;
+
+  void submit(Ticket& ticket, Clock::time_point deadline);
+  void abandon(Ticket& ticket);
+  std::vector<std::shared_ptr<Flight>> take(Clock::duration patience);
+  void complete(const std::vector<std::shared_ptr<Flight>>& batch, std::vector<Hits> hits, Clock::time_point taken_at);
+  void fail(const std::string& error);
+  void close();
+  bool wait(Ticket::Parts& parts, Clock::duration patience, bool for_admission);
+
+  void admit_locked(Ticket& ticket);
+  void admit_blocked_locked();
+  void search_locked(Ticket& ticket, int64_t row, std::string query);
+  void answer_locked(Ticket& ticket, int64_t row, const Hits& hits, Clock::time_point now);
+  void settle_locked(Ticket& ticket, Outcome outcome);
+  void leave_locked(Ticket::Parts::Row& row);
+  void expire_locked(Clock::time_point now);
+  void end_locked(const std::string& error);
+  std::vector<std::shared_ptr<Flight>> form_batch_locked();
+  bool has_room_locked(int64_t cost) const;
+  void run_clock();
+
+  const BatcherOptions options;
+  const unsigned fork_generation;
+
+  mutable std::mutex mutex;
+  std::condition_variable work;        // something queued, a batch came back, or it is over
+  std::condition_variable clock_news;  // an earlier deadline, or it is over
+  std::unordered_map<Key, std::shared_ptr<Flight>, KeyHash> flights;    // queued or in a batch; keys borrow from them
+  std::map<int32_t, std::list<std::shared_ptr<Flight>>> queues;         // by depth; none is empty
+  std::multimap<Clock::time_point, Ticket*> deadlines;
+  std::list<Ticket*> blocked;  // in line for room
+  ResultCache cache;
+  Statistics statistics;
+  int64_t pending_bytes = 0;
+  int64_t num_queued = 0;
+  int64_t batches_in_flight = 0;
+  uint64_t next_ticket = 0;
+  uint64_t next_flight = 0;
+  bool is_over = false;  // closed or failed: every ticket fails with `error`
+  std::string error;
+  std::thread clock;
+  std::mutex closing;  // one close joins the clock, the others wait for it
+};
+
+}  // namespace searchr1

@@ -1,0 +1,31 @@
+// A file mapped read-only, and an error instead of a crash where it is not what it was.
+#pragma once
+
+#include <cstddef>
+#include <string>
+
+namespace searchr1 {
+
+class MappedFile {
+ public:
+  MappedFile() = default;
+  explicit MappedFile(std::string path);
+  ~MappedFile();
+  MappedFile(MappedFile&& other) noexcept;
+  MappedFile& operator=(MappedFile&& other) noexcept;
+
+  const char* data() const { return data_; }
+  size_t size() const { return size_; }
+  const std::string& path() const { return path_; }
+
+  // Throws where the file was cut while it was open: to read past its new end would kill the process (SIGBUS).
+  void check_size() const;
+
+ private:
+  std::string path_;
+  int descriptor_ = -1;
+  const char* data_ = nullptr;
+  size_t size_ = 0;
+};
+
+}  // namespace searchr1

@@ -1,0 +1,42 @@
+// Records of different lengths, end to end in one file, and where each begins in another: passages as text, or as the
+// tokens of them. Both files are mapped, so a corpus of any size costs the memory of the pages that are read.
+//
+//   data     num_items items of item_size bytes
+//   offsets  num_records + 1 little-endian uint64, counted in items: 0 first, num_items last, none below the one before
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "mapped_file.h"
+
+namespace searchr1 {
+
+class RecordFile {
+ public:
+  RecordFile(std::string data_path, std::string offsets_path, int64_t item_size);
+
+  int64_t size() const { return num_records_; }
+
+  // The records of these rows one after the other, copied; `ends[i]` is where, in items, record i ends.
+  struct Gathered {
+    std::string bytes;
+    std::vector<int64_t> ends;
+    std::string_view operator[](size_t index) const;  // for items of one byte
+  };
+  Gathered gather(const int64_t* rows, int64_t num_rows) const;
+
+  const std::string& path() const { return data_.path(); }
+
+ private:
+  std::string_view record(int64_t row) const;
+
+  MappedFile data_;
+  MappedFile offsets_;
+  int64_t item_size_;
+  int64_t num_records_;
+};
+
+}  // namespace searchr1

@@ -1,0 +1,97 @@
+"""The C++ extension (csrc/), as Python sees it. Q queries, k hits of each, R rows, S shards."""
+
+from collections.abc import Sequence
+from enum import Enum
+from typing import Any
+
+import numpy as np
+
+class UsedAfterFork(RuntimeError): ...
+
+class Outcome(Enum):
+    PENDING = ...
+    DONE = ...
+    FAILED = ...
+    EXPIRED = ...
+    CANCELLED = ...
+
+class Channel:
+    """What an event loop watches: readable while tickets that were submitted with it settled."""
+
+    def fileno(self) -> int: ...
+    def drain(self) -> list[int]:
+        """Ids of the tickets that settled since the last call."""
+
+class Ticket:
+    """One search. Dropped while it is pending, it is cancelled."""
+
+    @property
+    def id(self) -> int: ...
+    @property
+    def k(self) -> int: ...
+    @property
+    def outcome(self) -> Outcome: ...
+    @property
+    def is_pending(self) -> bool: ...
+    @property
+    def is_done(self) -> bool: ...
+    @property
+    def error(self) -> str: ...
+    def __len__(self) -> int: ...
+    def wait(self) -> Outcome: ...
+    def cancel(self) -> None: ...
+    def result(self) -> tuple[np.ndarray, np.ndarray]:
+        """scores [Q,k] fp32, ids [Q,k] int64; -inf and -1 where there were fewer hits."""
+
+class Batch:
+    """Different queries to search together. Dropped without an answer, it fails every search."""
+
+    @property
+    def depth(self) -> int:
+        """Hits to search for."""
+    @property
+    def queries(self) -> list[str]: ...
+    def __len__(self) -> int: ...
+    def complete(self, scores: np.ndarray, ids: np.ndarray) -> None:
+        """scores [Q,k'] fp32, descending, ids [Q,k'] int64, -1 after the last hit of a row; k' <= depth."""
+    def fail(self, error: str) -> None: ...
+
+class Batcher:
+    def __init__(
+        self,
+        *,
+        max_batch_rows: int,
+        max_batch_bytes: int,
+        max_pending_bytes: int,
+        max_cache_bytes: int,
+        min_depth: int,
+        max_batches_in_flight: int,
+        identity: str,
+    ) -> None: ...
+    def submit(
+        self, queries: Sequence[str], k: int, deadline: float | None = None, channel: Channel | None = None
+    ) -> Ticket:
+        """`deadline` in seconds of time.monotonic(). Without a channel it blocks until there is room."""
+    def take(self) -> Batch | None:
+        """The next batch, when there is one; None: closed, or the backend failed."""
+    def close(self) -> None: ...
+    def statistics(self, reset: bool = False) -> dict[str, Any]: ...
+    def save_cache(self, path: str) -> None: ...
+    def load_cache(self, path: str) -> int: ...
+
+class RecordFile:
+    def __init__(self, data: str, offsets: str, item_size: int = 1) -> None: ...
+    def __len__(self) -> int: ...
+    def gather(self, rows: np.ndarray) -> tuple[bytes, np.ndarray]:
+        """rows [R] int64 -> the records end to end, and where each ends [R] int64, in items."""
+
+class PassageStore:
+    def __init__(
+        self, contents: str, contents_offsets: str, ids: str | None = None, ids_offsets: str | None = None
+    ) -> None: ...
+    def __len__(self) -> int: ...
+    def gather(self, rows: np.ndarray) -> list[tuple[str, str, str]]:
+        """rows [R] int64 -> (id, title, text) of each."""
+
+def merge_topk(scores: list[np.ndarray], ids: list[np.ndarray], k: int) -> tuple[np.ndarray, np.ndarray]:
+    """S arrays [Q,k_s] each -> scores [Q,k] fp32, ids [Q,k] int64: score descending, then id ascending."""

@@ -1,0 +1,329 @@
+"""Encoders of the BERT family (E5, BGE, MiniLM, …) from a Hugging Face folder, without padding and without a last-bit
+dependence on the batch.
+
+How a text becomes a vector is read from the folder, in the files that sentence-transformers writes (`modules.json`,
+the pooling module's `config.json`, `sentence_bert_config.json`, `prompts` in `config_sentence_transformers.json`), or
+given explicitly; what neither says is asked for. The original chooses prefixes by "e5" in the model's name, and an
+index built under another name loses them in silence.
+
+Texts are sorted by length and laid end to end, so no token is padding. Why a vector does not depend on the batch:
+
+- Products of tokens with weights are done in tiles of a fixed number of tokens (the last filled up with zeros), always
+  the same library call on the same shape. A library chooses its order of summation by shape, and fp32 MKL on this
+  project's machines gives other last bits for 1 and 2 rows than for 4 and more.
+- Attention runs over all texts of one length at once, [texts, heads, length, size], each matrix for itself.
+- All else (normalisation, activation, pooling) is done for each token or text by itself.
+
+Larger tiles are faster (weights are read less often), so a second tile size is used where a probe, when the model is
+loaded, finds its rows bit for bit equal to the small tile's. Equal bits hold on one machine with one number of threads.
+
+Left out: CUDA graphs (on a GPU the packed forward pass runs as it is), relative positions, other architectures.
+
+Shape legend
+    N  texts    T  tokens of a batch, end to end    H  hidden size    D = H  components
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from searchr1_fast.retrieval.encoder_folder import (
+    FAMILY,
+    BertSettings,
+    Pooling,
+    complete_settings,
+    file_digest,
+    read_json,
+    read_tokenizer,
+    read_weights,
+    weights_file,
+)
+from searchr1_fast.retrieval.encoders import check_device
+from searchr1_fast.retrieval.index_format import Progress, TextColumn
+
+DType = Literal["float32", "bfloat16", "float16"]
+
+_ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+}
+_TOKENS_AT_ONCE = 8192
+_TEXTS_AT_ONCE = 8192  # texts whose token ids are in memory at a time
+_SMALL_TILE = {"cpu": 32, "cuda": 256}
+_LARGE_TILE = {"cpu": 256, "cuda": 8192}
+
+
+class BertEncoder:
+    """Safe to call from several threads (nothing is changed by a call)."""
+
+    def __init__(
+        self,
+        folder: str | Path,
+        settings: BertSettings = BertSettings(),  # noqa: B008 (frozen)
+        device: str = "cpu",
+        dtype: DType = "float32",
+    ) -> None:
+        self.dtype = dtype
+        self.folder = Path(folder)
+        self.settings = complete_settings(self.folder, settings)
+        self._config = read_json(self.folder / "config.json", required=True)
+        self._tokenizer = read_tokenizer(self.folder, self.settings.max_length)
+        weights = weights_file(self.folder)
+        self._digests = {
+            "weights": file_digest(weights),
+            "tokenizer": file_digest(self.folder / "tokenizer.json"),
+            "config": file_digest(self.folder / "config.json"),
+        }
+        check_device(device)
+        self._model = _Bert(
+            self._config, read_weights(weights), torch.device(device), getattr(torch, dtype), self.folder
+        )
+        self.dimension = self._model.hidden_size
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Kind, settings, digests of weights, tokenizer and configuration. Not the folder: models move."""
+        return {
+            "kind": "bert",
+            "dimension": self.dimension,
+            "dtype": self.dtype,
+            "pooling": self.settings.pooling,
+            "normalize": self.settings.normalize,
+            "max_length": self.settings.max_length,
+            "query_prefix": self.settings.query_prefix,
+            "passage_prefix": self.settings.passage_prefix,
+            **self._digests,
+        }
+
+    @classmethod
+    def open(cls, record: dict[str, Any], folder: str | Path | None, device: str = "cpu") -> BertEncoder:
+        """The encoder of an index: settings as recorded, and a model that is the recorded one to the byte.
+
+        It computes in fp32 whatever its passages were encoded in: queries are few.
+        """
+        folder = Path(record["path"] if folder is None else folder)
+        if not folder.is_dir():
+            raise ValueError(
+                f"the index was built with the model in {folder}, which is not there; say where it is now "
+                "(retrieval.encoder)"
+            )
+        names = ("pooling", "normalize", "max_length", "query_prefix", "passage_prefix")
+        encoder = cls(folder, BertSettings(**{name: record[name] for name in names}), device)
+        for name, value in encoder.identity.items():
+            if name != "dtype" and record.get(name) != value:
+                raise ValueError(f"{folder} is not the model that the index was built with: its {name} differs")
+        return encoder
+
+    def fit(self, folder: Path, texts: TextColumn, progress: Progress) -> dict[str, Any]:
+        """Nothing is learned from the corpus."""
+        return self.identity | {"path": str(self.folder.resolve())}
+
+    def encode_queries(self, queries: Sequence[str]) -> np.ndarray:
+        """[N,D] fp32."""
+        assert self.settings.query_prefix is not None
+        return self._encode([self.settings.query_prefix + query for query in queries])
+
+    def encode_passages(self, contents: Sequence[str]) -> np.ndarray:
+        """[N,D] fp32."""
+        assert self.settings.passage_prefix is not None
+        return self._encode([self.settings.passage_prefix + text for text in contents])
+
+    def _encode(self, texts: Sequence[str]) -> np.ndarray:
+        vectors = np.empty((len(texts), self.dimension), dtype=np.float32)
+        for begin in range(0, len(texts), _TEXTS_AT_ONCE):
+            # Lone surrogates, which a policy's bytes may decode to, are no Unicode; the tokenizer would refuse them.
+            part = [text.encode("utf-8", "replace").decode() for text in texts[begin : begin + _TEXTS_AT_ONCE]]
+            token_ids = [encoding.ids for encoding in self._tokenizer.encode_batch_fast(part)]
+            order = np.argsort([len(ids) for ids in token_ids], kind="stable")
+            for rows in _batches(order, token_ids):
+                pooled = self._model.pooled([token_ids[row] for row in rows], self.settings.pooling)
+                if self.settings.normalize:
+                    pooled = F.normalize(pooled, dim=1)
+                vectors[begin + rows] = pooled.cpu().numpy()
+        return vectors
+
+
+def _batches(order: np.ndarray, token_ids: Sequence[Sequence[int]]) -> Iterator[np.ndarray]:
+    """Cut rows [N] into batches of at most _TOKENS_AT_ONCE tokens."""
+    begin = tokens = 0
+    for place, row in enumerate(order):
+        length = len(token_ids[row])
+        if tokens and tokens + length > _TOKENS_AT_ONCE:
+            yield order[begin:place]
+            begin, tokens = place, 0
+        tokens += length
+    if begin < len(order):
+        yield order[begin:]
+
+
+# --------------------------------------------------------------------------------------------------------- the model
+
+
+class _Bert:
+    """The forward pass over tokens laid end to end."""
+
+    def __init__(
+        self,
+        config: dict[str, Any],
+        weights: dict[str, torch.Tensor],
+        device: torch.device,
+        dtype: torch.dtype,
+        folder: Path,
+    ) -> None:
+        _check_config(config, folder)
+        self.hidden_size: int = config["hidden_size"]
+        self._heads: int = config["num_attention_heads"]
+        self._eps: float = config.get("layer_norm_eps", 1e-12)
+        self._activation = _ACTIVATIONS[config["hidden_act"]]
+        self._first_position = (config["pad_token_id"] + 1) if FAMILY[config["model_type"]] else 0
+        self._device = device
+        take = _Taker(weights, device, dtype, folder)
+        words, types = take("embeddings.word_embeddings.weight"), take("embeddings.token_type_embeddings.weight")
+        self._words = words
+        # One text, so every token is of the first type.
+        self._positions = take("embeddings.position_embeddings.weight") + types[0]
+        self._embedding_norm = take.norm("embeddings.LayerNorm")
+        self._layers = [take.layer(f"encoder.layer.{number}.") for number in range(config["num_hidden_layers"])]
+        self._small = _SMALL_TILE[device.type]
+        self._large = self._probe(_LARGE_TILE[device.type])
+
+    @torch.inference_mode()
+    def pooled(self, token_ids: Sequence[Sequence[int]], pooling: Pooling | None) -> torch.Tensor:
+        """[N,H] fp32 for texts in order of their length."""
+        lengths = [len(ids) for ids in token_ids]
+        num_tokens = sum(lengths)
+        flat = torch.tensor([token for ids in token_ids for token in ids], device=self._device)
+        positions = torch.cat([torch.arange(length, device=self._device) for length in lengths])
+        padded = -(-num_tokens // self._small) * self._small
+        hidden = self._words.new_zeros(padded, self.hidden_size)
+        hidden[:num_tokens] = self._words[flat] + self._positions[positions + self._first_position]
+        hidden = self._norm(hidden, self._embedding_norm)
+        groups = _groups(lengths)
+        for layer in self._layers:
+            hidden = self._norm(hidden + self._linear(self._attend(hidden, layer, groups), *layer.output), layer.norm)
+            inner = self._activation(self._linear(hidden, *layer.up))
+            hidden = self._norm(hidden + self._linear(inner, *layer.down), layer.last_norm)
+        pooled = []
+        for begin, count, length in groups:
+            states = hidden[begin : begin + count * length].view(count, length, -1).float()
+            pooled.append(states[:, 0] if pooling == "cls" else states.sum(1) / length)
+        return torch.cat(pooled)
+
+    def _attend(self, hidden: torch.Tensor, layer: _Layer, groups: list[tuple[int, int, int]]) -> torch.Tensor:
+        """[T,H] -> [T,H]."""
+        mixed = torch.zeros_like(hidden)
+        packed = self._linear(hidden, *layer.qkv)  # [T, 3H]
+        for begin, count, length in groups:
+            part = slice(begin, begin + count * length)
+            shaped = packed[part].view(count, length, 3, self._heads, -1)
+            query, key, value = (shaped[:, :, which].transpose(1, 2) for which in range(3))
+            found = F.scaled_dot_product_attention(query, key, value)  # [count, heads, length, size]
+            mixed[part] = found.transpose(1, 2).reshape(count * length, -1)
+        return mixed
+
+    def _linear(self, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        """inputs [T,·], T a multiple of the small tile; weight [in, out], bias [out]."""
+        outputs = inputs.new_empty(inputs.shape[0], weight.shape[1])
+        begin = 0
+        while begin < inputs.shape[0]:
+            tile = self._large if inputs.shape[0] - begin >= self._large else self._small
+            part = slice(begin, begin + tile)
+            torch.addmm(bias, inputs[part], weight, out=outputs[part])
+            begin += tile
+        return outputs
+
+    def _norm(self, hidden: torch.Tensor, norm: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        return F.layer_norm(hidden, (self.hidden_size,), *norm, self._eps)
+
+    @torch.inference_mode()
+    def _probe(self, large: int) -> int:
+        """The large tile if its rows have the small tile's bits for this model's shapes on this machine, else the
+        small one."""
+        self._large = self._small
+        generator = torch.Generator().manual_seed(0)
+        for weight, bias in self._layers[0].products if self._layers else ():
+            inputs = torch.randn(large, weight.shape[0], generator=generator).to(self._device, weight.dtype)
+            if not torch.equal(self._linear(inputs, weight, bias), torch.addmm(bias, inputs, weight)):
+                return self._small
+        return large
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """Weights [in, out] with their biases [out], and the two normalisations."""
+
+    qkv: tuple[torch.Tensor, torch.Tensor]
+    output: tuple[torch.Tensor, torch.Tensor]
+    norm: tuple[torch.Tensor, torch.Tensor]
+    up: tuple[torch.Tensor, torch.Tensor]
+    down: tuple[torch.Tensor, torch.Tensor]
+    last_norm: tuple[torch.Tensor, torch.Tensor]
+
+    @property
+    def products(self) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
+        return self.qkv, self.output, self.up, self.down
+
+
+class _Taker:
+    """Takes tensors out of a state dict by name, in the type that the computation has."""
+
+    def __init__(self, weights: dict[str, torch.Tensor], device: torch.device, dtype: torch.dtype, folder: Path):
+        self._weights, self._device, self._dtype, self._folder = weights, device, dtype, folder
+
+    def __call__(self, name: str) -> torch.Tensor:
+        if name not in self._weights:
+            raise ValueError(f"{self._folder}: the weights lack {name}; is this a model of the BERT family?")
+        return self._weights[name].to(self._device, self._dtype)
+
+    def norm(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        return self(f"{name}.weight"), self(f"{name}.bias")
+
+    def linear(self, *names: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Several layers side by side are one: weight [in, out], bias [out]."""
+        weight = torch.cat([self(f"{name}.weight") for name in names]).t().contiguous()
+        return weight, torch.cat([self(f"{name}.bias") for name in names])
+
+    def layer(self, prefix: str) -> _Layer:
+        own = f"{prefix}attention.self."
+        return _Layer(
+            qkv=self.linear(f"{own}query", f"{own}key", f"{own}value"),
+            output=self.linear(f"{prefix}attention.output.dense"),
+            norm=self.norm(f"{prefix}attention.output.LayerNorm"),
+            up=self.linear(f"{prefix}intermediate.dense"),
+            down=self.linear(f"{prefix}output.dense"),
+            last_norm=self.norm(f"{prefix}output.LayerNorm"),
+        )
+
+
+def _groups(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
+    """(first token, number of texts, length of each) of texts in order of their length."""
+    groups: list[tuple[int, int, int]] = []
+    token = 0
+    for length in lengths:
+        if groups and groups[-1][2] == length:
+            begin, count, _ = groups[-1]
+            groups[-1] = (begin, count + 1, length)
+        else:
+            groups.append((token, 1, length))
+        token += length
+    return groups
+
+
+def _check_config(config: dict[str, Any], folder: Path) -> None:
+    kind = config.get("model_type")
+    if kind not in FAMILY:
+        raise ValueError(f"{folder} holds a model of type {kind!r}; encoders may be {', '.join(FAMILY)}")
+    if config.get("position_embedding_type", "absolute") != "absolute":
+        raise ValueError(f"{folder}: positions of type {config['position_embedding_type']!r} are not implemented")
+    if config.get("hidden_act") not in _ACTIVATIONS:
+        raise ValueError(f"{folder}: the activation {config.get('hidden_act')!r} is not implemented")

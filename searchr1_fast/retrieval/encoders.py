@@ -1,0 +1,90 @@
+"""Text to vectors: what an encoder is, and how the one that an index was built with is opened again.
+
+    encoder_bert.py     any Hugging Face folder of the BERT family: E5, BGE, MiniLM (settings: encoder_folder.py)
+    encoder_hashing.py  no model: words hashed into signed components, weighted by the corpus
+
+An index records its encoder completely (kind, prefixes, pooling, digests of weights and tokenizer), so that a query is
+encoded as the passages were, or refused in one sentence. Nothing is concluded from the name of a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from searchr1_fast.retrieval.index_format import Progress, TextColumn
+
+
+class Encoder(Protocol):
+    """A vector is a function of its text alone: neither the batch nor its order change a bit of it."""
+
+    dimension: int
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What vectors depend on, as JSON. Vectors of equal identities may be compared."""
+        ...
+
+    def fit(self, folder: Path, texts: TextColumn, progress: Progress) -> dict[str, Any]:
+        """Learn from the corpus what is to be learned, keep it in `folder`; returns the record for the manifest."""
+        ...
+
+    def encode_queries(self, queries: Sequence[str]) -> np.ndarray:
+        """[len(queries), D] fp32."""
+        ...
+
+    def encode_passages(self, contents: Sequence[str]) -> np.ndarray:
+        """[len(contents), D] fp32; `contents` as the corpus has them, title and text."""
+        ...
+
+
+class EncodingSource:
+    """A `VectorSource` that encodes the corpus."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.encoder = encoder
+        self.dimension = encoder.dimension
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The encoder's."""
+        return {"encoder": self.encoder.identity}
+
+    def prepare(self, folder: Path, texts: TextColumn, progress: Progress) -> dict[str, Any]:
+        """Let the encoder see the corpus."""
+        return self.encoder.fit(folder, texts, progress)
+
+    def rows(self, begin: int, end: int, texts: TextColumn) -> np.ndarray:
+        """[N,D] fp32."""
+        return self.encoder.encode_passages(texts.slice(begin, end))
+
+
+def check_device(device: str) -> str:
+    """`device`, if there is one."""
+    import torch
+
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"there is no device {device} on this machine: torch finds no CUDA GPU; use cpu")
+    return device
+
+
+def open_encoder(record: dict[str, Any], folder: Path, path: str | Path | None = None, device: str = "cpu") -> Encoder:
+    """The encoder of an index in `folder` whose manifest holds `record`.
+
+    `path`: where the model lies now, if not where it lay when the index was built. ValueError if it is another model.
+    """
+    kind = record.get("kind")
+    if kind == "hashing":
+        from searchr1_fast.retrieval.encoder_hashing import HashingEncoder
+
+        if path is not None:
+            raise ValueError(f"{folder} was built with the hashing encoder, which has no model; leave the encoder out")
+        return HashingEncoder.open(record, folder)
+    if kind == "bert":
+        from searchr1_fast.retrieval.encoder_bert import BertEncoder
+
+        return BertEncoder.open(record, path, device)
+    raise ValueError(f"{folder} was built with an encoder of kind {kind!r}, which this program does not know")
