@@ -29,7 +29,7 @@
 
 namespace searchr1 {
 
-using Clock = std::chrono::steady_clock;  // on Linux the clock of Python's time.monotonic()
+using Clock = std::chrono::steady_clock;
 
 struct BatcherOptions {
   int64_t max_batch_rows = 256;           // an exact scan costs the same up to about 140 queries on an H200

@@ -47,7 +47,7 @@ PYBIND11_MODULE(_C, m) {
   py::class_<Batcher, std::shared_ptr<Batcher>>(m, "Batcher")
       .def(py::init(&make_batcher), py::kw_only(), "max_batch_rows"_a, "max_batch_bytes"_a, "max_pending_bytes"_a,
            "max_cache_bytes"_a, "min_depth"_a, "max_batches_in_flight"_a, "identity"_a)
-      .def("submit", &submit_queries, "queries"_a, "k"_a, "deadline"_a = py::none(), "channel"_a = nullptr)
+      .def("submit", &submit_queries, "queries"_a, "k"_a, "timeout"_a = py::none(), "channel"_a = nullptr)
       .def("take", &take_batch)
       .def("close", &Batcher::close, py::call_guard<py::gil_scoped_release>())
       .def("statistics", &batcher_statistics, "reset"_a = false)

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <new>
 #include <utility>
 
 #include "check.h"
@@ -91,13 +92,20 @@ void Core::admit_blocked_locked() {
 
 void Core::admit_locked(Ticket& ticket) {
   Ticket::Parts& parts = *ticket.parts_;
+  const size_t size = static_cast<size_t>(parts.num_queries) * static_cast<size_t>(parts.k);
+  try {  // to throw from here would end the process in the clock's thread, and leave a dead ticket in the lists
+    parts.rows.resize(static_cast<size_t>(parts.num_queries));
+    parts.scores.assign(size, -std::numeric_limits<float>::infinity());
+    parts.ids.assign(size, -1);
+  } catch (const std::bad_alloc&) {
+    parts.scores = {};
+    parts.error = message("there is no memory for ", parts.num_queries, " results of ", parts.k, " hits");
+    settle_locked(ticket, Outcome::failed);
+    return;
+  }
   parts.is_admitted = true;
   pending_bytes += parts.cost;
   statistics.num_queries += parts.num_queries;
-  parts.rows.resize(static_cast<size_t>(parts.num_queries));
-  const size_t size = static_cast<size_t>(parts.num_queries) * static_cast<size_t>(parts.k);
-  parts.scores.assign(size, -std::numeric_limits<float>::infinity());
-  parts.ids.assign(size, -1);
   parts.num_missing = parts.num_queries;
   if (parts.num_queries == 0) settle_locked(ticket, Outcome::done);
   std::vector<std::string> queries = std::move(parts.queries);

@@ -43,13 +43,15 @@ py::str decoded(std::string_view text) {
   return py::reinterpret_steal<py::str>(object);
 }
 
-Clock::time_point time_point(std::optional<double> seconds) {
-  if (!seconds) return Clock::time_point::max();
-  CHECK_INPUT(!std::isnan(*seconds), "the deadline is NaN");
-  const double largest = std::chrono::duration<double>(Clock::duration::max()).count();
-  if (*seconds >= largest) return Clock::time_point::max();
-  if (*seconds <= 0.0) return Clock::time_point::min();
-  return Clock::time_point(std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(*seconds)));
+// From now on, not a time of Python's: its clock and this one differ where a machine slept (macOS).
+Clock::time_point time_point(std::optional<double> timeout) {
+  if (!timeout) return Clock::time_point::max();
+  CHECK_INPUT(!std::isnan(*timeout), "the timeout is NaN");
+  if (*timeout <= 0.0) return Clock::time_point::min();
+  const Clock::time_point now = Clock::now();
+  const double largest = std::chrono::duration<double>(Clock::time_point::max() - now).count();
+  if (*timeout >= largest) return Clock::time_point::max();
+  return now + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(*timeout));
 }
 
 template <typename Number>
@@ -92,7 +94,7 @@ std::shared_ptr<Batcher> make_batcher(int64_t max_batch_rows, int64_t max_batch_
 }
 
 std::shared_ptr<Ticket> submit_queries(Batcher& batcher, const py::sequence& queries, int32_t k,
-                                       std::optional<double> deadline, std::shared_ptr<Channel> channel) {
+                                       std::optional<double> timeout, std::shared_ptr<Channel> channel) {
   if (PyUnicode_Check(queries.ptr())) throw py::type_error("queries must be a list of texts, not one text");
   const auto items = py::reinterpret_steal<py::object>(PySequence_Fast(queries.ptr(), "queries must be a list"));
   if (!items) throw py::error_already_set();
@@ -102,7 +104,7 @@ std::shared_ptr<Ticket> submit_queries(Batcher& batcher, const py::sequence& que
   for (Py_ssize_t row = 0; row < num_queries; ++row) texts.push_back(utf8(PySequence_Fast_GET_ITEM(items.ptr(), row)));
   const bool may_block = channel == nullptr;
   // The GIL is kept: the batcher's mutex is held for microseconds, and to ask for the GIL again may take 5 ms.
-  auto ticket = batcher.submit(std::move(texts), k, time_point(deadline), std::move(channel));
+  auto ticket = batcher.submit(std::move(texts), k, time_point(timeout), std::move(channel));
   if (may_block && !ticket->wait_admitted(Clock::duration::zero())) {
     wait_in_slices([&](Clock::duration slice) { return ticket->wait_admitted(slice); });
   }

@@ -27,9 +27,9 @@ std::shared_ptr<Batcher> make_batcher(int64_t max_batch_rows, int64_t max_batch_
                                       int64_t max_cache_bytes, int32_t min_depth, int32_t max_batches_in_flight,
                                       std::string identity);
 
-// Without a channel it blocks until there is room. `deadline`: seconds of time.monotonic().
+// Without a channel it blocks until there is room. `timeout`: seconds from now.
 std::shared_ptr<Ticket> submit_queries(Batcher& batcher, const py::sequence& queries, int32_t k,
-                                       std::optional<double> deadline, std::shared_ptr<Channel> channel);
+                                       std::optional<double> timeout, std::shared_ptr<Channel> channel);
 Outcome wait_for_ticket(const Ticket& ticket);
 py::tuple ticket_result(const Ticket& ticket);  // scores [Q, k] fp32, ids [Q, k] int64
 

@@ -69,9 +69,9 @@ class Batcher:
         identity: str,
     ) -> None: ...
     def submit(
-        self, queries: Sequence[str], k: int, deadline: float | None = None, channel: Channel | None = None
+        self, queries: Sequence[str], k: int, timeout: float | None = None, channel: Channel | None = None
     ) -> Ticket:
-        """`deadline` in seconds of time.monotonic(). Without a channel it blocks until there is room."""
+        """`timeout` in seconds. Without a channel it blocks until there is room."""
     def take(self) -> Batch | None:
         """The next batch, when there is one; None: closed, or the backend failed."""
     def close(self) -> None: ...

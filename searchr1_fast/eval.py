@@ -104,7 +104,7 @@ def _environments(config: Config, names: list[str]) -> dict[str, Environment]:
     sets = {name: config.eval.sets[name] for name in names}
     lacking = any(data.world is None and data.corpus is None for data in sets.values())
     shared = None
-    if lacking and config.retrieval.backend == "bm25":
+    if lacking and config.retrieval.backend in ("bm25", "dense"):
         shared = build_environment(config.data, config.retrieval).retriever
     return {name: build_environment(data, config.retrieval, shared) for name, data in sets.items()}
 

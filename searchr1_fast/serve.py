@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ValueError(f"--port {arguments.port}: a port is a number from 0 to 65535")
     first = ["retrieval.backend=bm25"]
     if arguments.index is not None:
-        first = ["retrieval.backend=dense", f"retrieval.index='{arguments.index}'"]
+        first = ["retrieval.backend=dense", f"retrieval.index={json.dumps(str(arguments.index), ensure_ascii=False)}"]
     config = load_config(None, [*first, *arguments.overrides]).retrieval
 
     from searchr1_fast.retrieval import RetrievalServer, open_retriever

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import searchr1_fast.eval as eval_command
 from searchr1_fast.config import Config, DataSet, RetrievalConfig
 from searchr1_fast.distributed import Ranks
 from searchr1_fast.environment import build_environment, build_environments, evaluation_environments
@@ -113,6 +114,15 @@ def test_sets_without_a_corpus_share_the_training_retriever(make_config):
     assert environments["letters"].retriever is training.retriever
     (found,) = training.search(["k3"])
     assert [passage.title for passage in found] == ["k3"]
+
+
+@pytest.mark.parametrize("backend", ["bm25", "dense"])
+def test_an_evaluation_alone_opens_the_training_corpus_once(make_config, backend):
+    config = make_config(retrieval={"backend": backend})
+    config.eval.sets["again"] = config.eval.sets["letters"]
+    environments = eval_command._environments(config, ["letters", "again"])
+    assert environments["letters"].retriever is environments["again"].retriever
+    assert environments["letters"].search(["k3"])[0][0].title == "k3"
 
 
 def test_a_world_brings_its_own_corpus():

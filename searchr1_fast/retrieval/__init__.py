@@ -98,6 +98,11 @@ def _open_dense(config: RetrievalConfig, corpus: str | Path | Sequence[Passage] 
     from searchr1_fast.retrieval.passages import PassageStore
 
     if config.index is not None:
+        if corpus is not None:
+            raise ValueError(
+                f"retrieval.index {config.index} brings its passages, so the corpus given too would not be searched; "
+                "drop one of them"
+            )
         search, index = open_dense(config.index, config.encoder, config.device)
         identity = index.manifest.digest()
         return BatchedRetriever(search, PassageStore(index.folder), timeout=config.timeout_seconds, identity=identity)

@@ -20,7 +20,6 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
-import time
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -80,6 +79,7 @@ class BatchedRetriever:
         """`timeout`: seconds that a search may take where the call says nothing else; None: as long as it takes."""
         self._passages = passages
         self._timeout = timeout
+        self._identity = identity
         self._batcher = _C.Batcher(
             max_batch_rows=max_batch_rows,
             max_batch_bytes=max_batch_bytes,
@@ -144,9 +144,9 @@ class BatchedRetriever:
         self, queries: Sequence[str], k: int, timeout: float | None, channel: _C.Channel | None
     ) -> _C.Ticket:
         timeout = self._timeout if timeout is None else timeout
-        deadline = None if timeout is None else time.monotonic() + timeout
         try:
-            return self._batcher.submit(queries, k, deadline, channel)
+            # C++ refuses any k above 2**20, in its own words; it cannot be handed more than 32 bits.
+            return self._batcher.submit(queries, min(k, 2**31 - 1), timeout, channel)
         except _C.UsedAfterFork as error:
             raise RetrievalError(f"a search in a forked process: {error}") from error
 
@@ -169,7 +169,10 @@ class BatchedRetriever:
         """One call for all: reading may wait for the disk."""
         is_hit = rows >= 0
         ends = is_hit.sum(axis=1).cumsum().tolist()
-        found = self._passages.passages(rows[is_hit].tolist(), scores[is_hit].tolist())
+        try:
+            found = self._passages.passages(rows[is_hit].tolist(), scores[is_hit].tolist())
+        except (ValueError, IndexError, OSError) as error:
+            raise RetrievalError(f"the passages of what a search found cannot be read: {error}") from error
         return [found[begin:end] for begin, end in zip([0, *ends], ends, strict=False)]
 
     # ---- what it knows --------------------------------------------------------------------------------------------
@@ -189,11 +192,18 @@ class BatchedRetriever:
 
     def save_cache(self, path: str | Path) -> None:
         """Write what is remembered, whole or not at all, next to a checkpoint."""
+        self._check_identity()
         self._batcher.save_cache(str(path))
 
     def load_cache(self, path: str | Path) -> int:
         """Remember what a file holds, too; how many results it had. ValueError: damaged, or of another identity."""
+        self._check_identity()
         return self._batcher.load_cache(str(path))
+
+    def _check_identity(self) -> None:
+        """Two corpora without a name would pass for one, and their rows mean other passages."""
+        if not self._identity:
+            raise ValueError("this retriever has no identity, so its cache cannot be told from others; give it one")
 
     def __enter__(self) -> BatchedRetriever:
         return self
@@ -295,6 +305,7 @@ def _checked(found: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarr
 def _close(batcher: _C.Batcher, threads: list[threading.Thread]) -> None:
     """What is pending fails; then the threads end, after the batch that they are at."""
     batcher.close()
+    if threading.current_thread() in threads:
+        return  # the garbage collector runs where it likes; the other worker may be waiting for this one
     for thread in threads:
-        if thread is not threading.current_thread():
-            thread.join()
+        thread.join()

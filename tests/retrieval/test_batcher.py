@@ -157,7 +157,7 @@ def test_it_is_a_retriever_under_others(make):
     assert 0 < sum(missed) < 40
 
 
-@pytest.mark.parametrize("k", [0, -1, 2**20 + 1])
+@pytest.mark.parametrize("k", [0, -1, 2**20 + 1, 2**40])
 def test_k_must_make_sense(make, k):
     with pytest.raises(ValueError, match=r"k is the number of"):
         make().search(["1"], k)
@@ -336,12 +336,12 @@ def test_saved_and_loaded(make, backend, tmp_path):
 
 def test_loading_keeps_the_bound_and_the_most_recent(make, backend, tmp_path):
     path = tmp_path / "cache.bin"
-    big = make(min_depth=4)
+    big = make(min_depth=4, identity="index a")
     for number in range(50):
         big.search([str(number)], 1)
     big.save_cache(path)
     other = Backend()
-    small = make(other, min_depth=4, cache_bytes=1500)
+    small = make(other, min_depth=4, cache_bytes=1500, identity="index a")
     small.load_cache(path)
     assert small.statistics()["cache_bytes"] <= 1500
     small.search(["49", "0"], 1)
@@ -356,6 +356,9 @@ def test_a_cache_of_other_searches_or_a_damaged_one_is_refused(make, backend, tm
     whole = path.read_bytes()
     with pytest.raises(ValueError, match=r"other searches \(index a, here index b\)"):
         make(identity="index b").load_cache(path)
+    for nameless in (make().load_cache, make().save_cache):
+        with pytest.raises(ValueError, match="has no identity"):
+            nameless(path)
     for length in (0, 5, 12, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])
         with pytest.raises(ValueError, match="cache.bin"):
@@ -668,6 +671,24 @@ def test_a_retriever_that_is_forgotten_ends_its_threads(backend):
     assert len(threads()) == before
 
 
+def test_closing_in_a_worker_waits_for_no_other(make):
+    """The garbage collector may run there, with the last reference in a cycle."""
+    has_closed = threading.Event()
+
+    class Closing(TwoStages):
+        def prepare(self, queries):
+            retriever.close()
+            has_closed.set()
+            return super().prepare(queries)
+
+    others = {thread for thread in threading.enumerate() if thread.name == "retrieval"}
+    retriever = make(Closing())
+    with pytest.raises(RetrievalError, match="closed"):
+        retriever.search(["2"], 1)
+    assert has_closed.wait(10.0)
+    eventually(lambda: {thread for thread in threading.enumerate() if thread.name == "retrieval"} <= others)
+
+
 def run(code: str, **names: object) -> str:
     """What a program prints that must end well."""
     tests = os.path.dirname(__file__)
@@ -681,9 +702,9 @@ def run(code: str, **names: object) -> str:
 
 
 def test_a_program_that_forgets_to_close_ends():
-    """With a search under way, in a thread that nobody joins."""
+    """Its thread is one that nobody joins."""
     code = """
-    import sys, threading
+    import sys
     sys.path.insert(0, {tests!r})
     from test_batcher import Backend, BatchedRetriever, Rows
     backend = Backend()
@@ -730,6 +751,38 @@ def test_a_fork_is_noticed_and_the_parent_goes_on():
     print("parent", found[0][0][0].id, ticket.wait().name)
     """
     assert run(code) == "child 60\nparent 40 DONE\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="address space is bounded on Linux alone")
+def test_results_that_no_memory_holds_fail_their_search_alone():
+    """Admitted at once, or later by the clock's thread; a ticket that is gone leaves no deadline behind."""
+    code = """
+    import resource, time
+    from searchr1_fast import _C
+    batcher = _C.Batcher(max_batch_rows=8, max_batch_bytes=100, max_pending_bytes=1, max_cache_bytes=0, min_depth=4,
+                         max_batches_in_flight=1, identity="")
+    resource.setrlimit(resource.RLIMIT_AS, (2**36, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    huge = (["1"] * 2**15, 2**20)  # 128 GiB of scores
+    ticket = batcher.submit(*huge, 0.05)
+    assert ticket.error == "there is no memory for 32768 results of 1048576 hits", ticket.outcome
+    del ticket
+    small = batcher.submit(["1"], 1, 0.2)
+    channel = _C.Channel()
+    blocked = batcher.submit(*huge, None, channel)
+    assert blocked.is_pending and small.is_pending
+    print(small.wait().name, blocked.wait().name, channel.drain() == [blocked.id])
+    assert batcher.statistics()["pending_bytes"] == 0
+    """
+    assert run(code) == "EXPIRED FAILED True\n"
+
+
+def test_passages_that_cannot_be_read_fail_the_search(backend):
+    class Gone:
+        def passages(self, rows, scores):
+            raise ValueError("passages.bin was cut short")
+
+    with BatchedRetriever(backend, Gone()) as retriever, pytest.raises(RetrievalError, match="was cut short"):
+        retriever.search(["1"], 1)
 
 
 # --------------------------------------------------------------------------------------------------------- asyncio

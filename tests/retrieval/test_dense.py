@@ -147,6 +147,8 @@ def test_configurations_that_make_no_sense(index):
         open_retriever(RetrievalConfig(backend="dense", encoder="model"), [])
     with pytest.raises(ValueError, match="has no model; leave the encoder out"):
         open_retriever(RetrievalConfig(backend="dense", index=str(index.folder), encoder="model"), None)
+    with pytest.raises(ValueError, match="the corpus given too would not be searched"):
+        open_retriever(RetrievalConfig(backend="dense", index=str(index.folder)), [Passage("a", "b", "c")])
     with pytest.raises(ValueError, match="there is no index nowhere"):
         open_retriever(RetrievalConfig(backend="dense", index="nowhere"), None)
     if not torch.cuda.is_available():

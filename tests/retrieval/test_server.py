@@ -19,6 +19,8 @@ pytest.importorskip("starlette", reason="the server needs the extra `serve`")
 pytest.importorskip("uvicorn", reason="the server needs the extra `serve`")
 
 from searchr1_fast.retrieval import BM25Retriever, RemoteRetriever, RetrievalError, RetrievalServer
+from searchr1_fast.retrieval.batcher import BatchedRetriever
+from searchr1_fast.retrieval.dense import hash_corpus
 from searchr1_fast.types import Passage
 
 CORPUS = [
@@ -175,6 +177,17 @@ def test_many_at_once(server):
 def test_more_than_there_is_gives_all_there_is(server):
     _, reply = request(server, {"queries": ["city"], "topk": 10**9})
     assert [document["id"] for document in reply["result"][0]] == ["b", "d", "a", "c"]
+
+
+def test_what_the_batcher_does_not_take_is_the_clients_mistake():
+    search, store = hash_corpus(CORPUS, 64)
+    with BatchedRetriever(search, store) as retriever, serving(retriever) as server:
+        for topk in (2**20 + 1, 2**40):
+            status, reply = request(server, {"queries": ["city"], "topk": topk})
+            assert status == 422 and "k is the number of hits" in reply["error"]
+        status, reply = request(server, {"queries": ["\ud800"]})
+        assert status == 422 and "surrogates" in reply["error"]
+        assert len(request(server, {"queries": ["city"], "topk": 2**20})[1]["result"][0]) == len(CORPUS)
 
 
 class Slow:
