@@ -101,6 +101,7 @@ class Chunks(NamedTuple):
 def find_chunks(slots: torch.Tensor, positions: torch.Tensor) -> Chunks:  # [T] int64 each, on the CPU
     """Consecutive tokens at consecutive places of one slot, where they are many."""
     slot, position = slots.numpy(), positions.numpy()
+    assert len(slot) > 0
     breaks = np.flatnonzero((slot[1:] != slot[:-1]) | (position[1:] != position[:-1] + 1)) + 1
     begins, ends = np.concatenate(([0], breaks)), np.concatenate((breaks, [len(slot)]))
     is_alone = np.ones(len(slot), dtype=bool)
@@ -125,7 +126,7 @@ def cached_attention(
     """Token t attends to places 0 … positions[t] of its slot. No gradient."""
     if query.device.type != "cpu" or query.dtype != torch.float32:
         return cached_attention_reference(query, keys, values, slots, positions)
-    chunks = chunks or find_chunks(slots, positions)
+    chunks = find_chunks(slots, positions) if chunks is None else chunks
     if not chunks.together:
         return _attend_alone(query, keys, values, slots, positions)
     output, alone = torch.empty_like(query), chunks.alone
