@@ -140,8 +140,8 @@ def head_case(device, dtype, N, H, V, kept) -> Case:
     }
     left_out: dict[str, str] = {}
     add_compiled(losses, "torch.compile", plain, left_out)
-    add_peer(losses, "Liger", "liger_kernel", liger_loss, left_out, targets, gpu_only=hidden)
-    add_peer(losses, "cut-cross-entropy", "cut_cross_entropy", cut_loss, left_out, targets, gpu_only=hidden)
+    add_peer(losses, "Liger", "liger_kernel", liger_loss, left_out, targets)
+    add_peer(losses, "cut-cross-entropy", "cut_cross_entropy", cut_loss, left_out, targets)
     providers = {name: Provider(step(loss)) for name, loss in losses.items()}
     providers["bare products"] = Provider(bare_products(hidden, weight, rows, backward=True), None)
     shape = {"N": N, "H": H, "V": V, "kept": kept, "dtype": str(dtype).removeprefix("torch.")}
@@ -190,11 +190,11 @@ def add_compiled(into: dict[str, Callable], name: str, function: Callable, left_
         left_out[name] = "no C++ compiler"
 
 
-def add_peer(into, name, package, make, left_out, targets, gpu_only) -> None:
-    """An optional package's loss of (hidden, weight)."""
+def add_peer(into, name, package, make, left_out, targets) -> None:
+    """An optional package's loss of (hidden, weight) for targets [N]; they all need a GPU."""
     if importlib.util.find_spec(package) is None:
         left_out[name] = f"{package} is not installed"
-    elif gpu_only.device.type != "cuda":
+    elif targets.device.type != "cuda":
         left_out[name] = "runs on a GPU only"
     else:
         into[name] = make(targets)

@@ -103,9 +103,9 @@ def process(device: str = "auto", num_threads: int = 0, seed: int = 0) -> Iterat
     """
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     place = _device(device, int(os.environ.get("LOCAL_RANK", "0")))
-    # Attention that has made up its mind leaves probabilities below 1e-38, and a CPU takes ten times as long over each
-    # (a step of pretrain-base took 0.4 s of CPU against 5 s, AMD EPYC, 2026-11-24). Before any pool of threads is made:
-    # threads inherit it.
+    # Attention that has made up its mind leaves probabilities below 1e-38, over which a CPU is so slow that a step of
+    # pretrain-base took 5 s of its time, and takes 0.4 s without them (AMD EPYC, 2026-11-24). Before any pool of
+    # threads is made: threads inherit it.
     torch.set_flush_denormal(True)
     num_threads = num_threads or torch.get_num_threads()  # torchrun's or the user's; numba alone would take every core
     numba.set_num_threads(min(num_threads, numba.config.NUMBA_NUM_THREADS))

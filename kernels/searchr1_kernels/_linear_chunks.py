@@ -7,6 +7,8 @@ a chunk's logits: `PlainRows` here, in torch, and its faster twin `FusedRows` in
     recall(rows, …)     logits again, for a backward pass
     gradient(…)         after either: the gradient of the logits, for the two matrix products that remain
 
+and `PlainRows`, before gradient(…), select(…), to go on with some of the rows.
+
 Left out: skipping rows without a gradient on CUDA. Only the device knows how many they are, and the shape of a matrix
 product is given by the host, which would have to wait. `FusedRows` saves reading such rows' logits, no more.
 
@@ -15,12 +17,11 @@ Shape legend: N rows, D hidden size, V vocabulary, C rows of a chunk, K rows kep
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import warnings
 from typing import Any
 
 import torch
+
+from searchr1_kernels._installed import has_triton
 
 # Bytes of one chunk's logits and their gradient. CPU: small enough for the cache. CUDA: large enough for the matrix
 # products, but at most a quarter of the free memory.
@@ -134,19 +135,6 @@ def rows_class(hidden: torch.Tensor) -> Any:
 
         return FusedRows
     return PlainRows
-
-
-@functools.cache
-def has_triton() -> bool:
-    """Asked for CUDA tensors: installed? Not loaded by asking."""
-    installed = importlib.util.find_spec("triton") is not None
-    if not installed:
-        warnings.warn(
-            "searchr1_kernels: Triton is not installed, so the logits of CUDA tensors take several passes of torch "
-            "instead of one; pip install triton",
-            stacklevel=2,
-        )
-    return installed
 
 
 def score_chunks(

@@ -65,13 +65,15 @@ def _row_norms(corpus: torch.Tensor, scales: torch.Tensor | None) -> torch.Tenso
 
 def _quantize(rows: torch.Tensor, center: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """rows [M,D] -> codes [M,D] int8, scales, residuals, magnitudes [M] fp32; norms from fp64."""
+    from searchr1_kernels._topk_numba import TINY
+
     centred = rows.double() - center.double()
     peaks = centred.abs().amax(1)
     scales = (peaks / 127).float()
     codes = (centred / scales.double().clamp(min=1e-45)[:, None]).round_().clamp_(-127, 127)
     magnitudes = torch.linalg.vector_norm(codes, dim=1) * scales
     residuals = torch.linalg.vector_norm(centred.addcmul_(codes, scales[:, None].double(), value=-1), dim=1)
-    return codes.to(torch.int8), scales, *((norm * (1 + 1e-6) + 1e-40).float() for norm in (residuals, magnitudes))
+    return codes.to(torch.int8), scales, *((norm * (1 + 1e-6) + TINY).float() for norm in (residuals, magnitudes))
 
 
 def _per_block(values: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,9 @@ ROUNDING = 2.5e-7
 # Sums may be reordered, so that they use vector registers; but NaN and infinity keep their meaning, as bounds need.
 _SUMS = {"reassoc", "nsz", "contract"}
 _LANES = 32
-_TINY = np.float32(1e-40)  # more than the rounding of what is so small that it has no exponent left
+# More than what is lost of numbers without an exponent left, also where the processor takes denormals for zero.
+TINY = 1e-33
+_TINY = np.float32(TINY)
 
 
 @numba.njit(cache=True, nogil=True, fastmath=_SUMS)

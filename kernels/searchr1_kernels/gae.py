@@ -14,14 +14,12 @@ Shape legend: N tokens of all sequences, S sequences.
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-
 import numba
 import numpy as np
 import torch
 
 from searchr1_kernels import checks
+from searchr1_kernels._installed import has_triton
 from searchr1_kernels.registration import register
 
 # Tokens of a pass on the CPU: fewer, and the next ones are not fetched ahead (512: 2.4 ms for 1 M tokens, 4096: 1.3).
@@ -63,7 +61,7 @@ def _gae(rewards, values, cu_seqlens, gamma, lam, mask):
     dtype = torch.promote_types(values.dtype, torch.float32)
     if rewards.device.type == "cpu":
         return _scan_cpu(rewards, values, cu_seqlens, gamma, lam, mask, dtype)
-    if rewards.device.type == "cuda" and _has_triton():
+    if rewards.device.type == "cuda" and has_triton():
         return _scan_triton(rewards, values, cu_seqlens, gamma, lam, mask, dtype)
     return _scan_torch(rewards, values, cu_seqlens, gamma, lam, mask, dtype)
 
@@ -78,11 +76,6 @@ _OPERATOR = register(
     _gae,
     _fake,
 )
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def _scan_cpu(rewards, values, cu_seqlens, gamma, lam, mask, dtype):

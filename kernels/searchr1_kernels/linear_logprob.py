@@ -30,7 +30,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from searchr1_kernels import checks
-from searchr1_kernels._linear_chunks import compute_dtype, gradient_chunks, has_triton, rows_class, score_chunks
+from searchr1_kernels._installed import has_triton
+from searchr1_kernels._linear_chunks import compute_dtype, gradient_chunks, rows_class, score_chunks
 from searchr1_kernels.registration import register
 
 

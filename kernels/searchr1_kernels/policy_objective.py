@@ -104,7 +104,7 @@ class RowTerms(NamedTuple):
 
     policy: torch.Tensor  # the policy's loss, token weight included
     slope: torch.Tensor  # derivative by the log-probability of policy and KL loss, token weight included
-    clipped: torch.Tensor  # bool: the clip took the gradient
+    clipped: torch.Tensor  # bool: the clip took the gradient, for cispo bounded it
     truncated: torch.Tensor  # bool: the cap took something
     difference: torch.Tensor  # log p - log p_sampler
     weight: torch.Tensor  # importance weight

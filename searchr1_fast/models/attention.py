@@ -6,11 +6,13 @@ Shape legend
     C  cache slots    M  cache length per slot
 
 `packed_attention` is differentiable. `cached_attention` is for generation: on the CPU a numba kernel reads each
-token's own slot in place, exactly as long as it is; `cached_attention_reference` is its plain twin and the path of
-every other device.
+token's own slot in place, exactly as long as it is, and tokens that join a sequence together go through matrix
+products; `cached_attention_reference` is its plain twin and the path of every other device.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import numba
 import numpy as np
@@ -18,6 +20,12 @@ import torch
 import torch.nn.functional as F
 
 _GATHERED_TOKENS = 512  # bounds what the plain twin gathers: [512, H, length, d]
+
+# Tokens that join one sequence are faster through matrix products than one by one where they meet many keys: 2.4 times
+# for 210 tokens behind 300, 1.4 for 8 behind 500; 0.6 times for 40 at the beginning (4 heads of 32, one core of an AMD
+# EPYC, 2026-11-25).
+_MIN_CHUNK_TOKENS = 4
+_MIN_CHUNK_PAIRS = 4096
 
 
 def packed_attention(
@@ -73,16 +81,70 @@ def gather_rows(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:  # [T, G, 
     return F.embedding(rows, x.flatten(1)).view(len(rows), *x.shape[1:])
 
 
+class Chunk(NamedTuple):
+    """Tokens `begin` to `end` of a step: places `length - (end - begin)` to `length` of one slot."""
+
+    begin: int
+    end: int
+    slot: int
+    length: int
+    mask: torch.Tensor | None  # [end - begin, length] bool; None: from place 0 on, plainly causal
+
+
+class Chunks(NamedTuple):
+    """The tokens of a step by how their attention is computed on a CPU."""
+
+    together: list[Chunk]
+    alone: torch.Tensor  # [U] int64: the other tokens
+
+
+def find_chunks(slots: torch.Tensor, positions: torch.Tensor) -> Chunks:  # [T] int64 each, on the CPU
+    """Consecutive tokens at consecutive places of one slot, where they are many."""
+    slot, position = slots.numpy(), positions.numpy()
+    assert len(slot) > 0
+    breaks = np.flatnonzero((slot[1:] != slot[:-1]) | (position[1:] != position[:-1] + 1)) + 1
+    begins, ends = np.concatenate(([0], breaks)), np.concatenate((breaks, [len(slot)]))
+    is_alone = np.ones(len(slot), dtype=bool)
+    together = []
+    counts, lengths = ends - begins, position[ends - 1] + 1
+    for i in np.flatnonzero((counts >= _MIN_CHUNK_TOKENS) & (counts * lengths >= _MIN_CHUNK_PAIRS)):
+        begin, end, length = int(begins[i]), int(ends[i]), int(lengths[i])
+        (mask,) = suffix_masks([end - begin], [length], slots.device)
+        together.append(Chunk(begin, end, int(slot[begin]), length, mask))
+        is_alone[begin:end] = False
+    return Chunks(together, torch.from_numpy(np.flatnonzero(is_alone)))
+
+
 def cached_attention(
     query: torch.Tensor,  # [T, H, d]
     keys: torch.Tensor,  # [C, G, M, d]
     values: torch.Tensor,  # [C, G, M, d]
     slots: torch.Tensor,  # [T] int64: the cache slot of each token
     positions: torch.Tensor,  # [T] int64: its place in the slot, already written
+    chunks: Chunks | None = None,  # of these slots and positions, where they are known; read on the CPU alone
 ) -> torch.Tensor:  # [T, H, d]
     """Token t attends to places 0 … positions[t] of its slot. No gradient."""
     if query.device.type != "cpu" or query.dtype != torch.float32:
         return cached_attention_reference(query, keys, values, slots, positions)
+    chunks = find_chunks(slots, positions) if chunks is None else chunks
+    if not chunks.together:
+        return _attend_alone(query, keys, values, slots, positions)
+    output, alone = torch.empty_like(query), chunks.alone
+    if len(alone):
+        output[alone] = _attend_alone(query[alone], keys, values, slots[alone], positions[alone])
+    group = query.shape[1] // keys.shape[1]
+    for chunk in chunks.together:
+        k, v = (cache[chunk.slot, :, : chunk.length] for cache in (keys, values))  # [G, length, d]
+        if group > 1:
+            k, v = k.repeat_interleave(group, dim=0), v.repeat_interleave(group, dim=0)
+        q, is_causal = query[chunk.begin : chunk.end].transpose(0, 1), chunk.mask is None
+        attended = F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=chunk.mask, is_causal=is_causal)
+        output[chunk.begin : chunk.end] = attended[0].transpose(0, 1)
+    return output
+
+
+def _attend_alone(query, keys, values, slots, positions) -> torch.Tensor:
+    """`cached_attention` by the compiled kernel: every token reads its slot for itself."""
     output = torch.empty_like(query)
     _cached_attention_cpu(
         query.numpy(),

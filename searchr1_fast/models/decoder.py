@@ -16,7 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from searchr1_fast.models.attention import cached_attention, gather_rows, packed_attention, suffix_masks
+from searchr1_fast.models.attention import (
+    cached_attention,
+    find_chunks,
+    gather_rows,
+    packed_attention,
+    suffix_masks,
+)
 from searchr1_fast.types import SharedPrefixes
 
 if TYPE_CHECKING:
@@ -218,12 +224,13 @@ class CachedContext:
     def __init__(self, slots: torch.Tensor, positions: torch.Tensor, cache: KVCache, config: DecoderConfig) -> None:
         self.cos, self.sin = rotary_embedding(positions, config.head_dim, config.rope_theta)
         self.slots, self.positions, self.cache = slots, positions, cache
+        self.chunks = find_chunks(slots, positions) if slots.device.type == "cpu" else None  # once for all layers
 
     def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """[T, H, d], [T, G, d], [T, G, d] -> [T, H, d]"""
         self.cache.write(layer, key, value, self.slots, self.positions)
         keys, values = self.cache.keys[layer], self.cache.values[layer]
-        return cached_attention(query, keys, values, self.slots, self.positions)
+        return cached_attention(query, keys, values, self.slots, self.positions, self.chunks)
 
 
 class Model(nn.Module):

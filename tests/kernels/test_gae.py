@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -159,13 +157,8 @@ def test_wrong_arguments_are_named(change, message):
         gae(**(arguments | change))
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
-def test_in_the_interpreter():
-    """In a process of its own: the choice is made when Triton is imported, for good."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(INTERPRETED)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_in_the_interpreter(run_in_interpreter):
+    run_in_interpreter(INTERPRETED)
 
 
 @pytest.mark.gpu

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from searchr1_kernels import _linear_chunks, linear_logprob, reference
+from searchr1_kernels import _installed, _linear_chunks, linear_logprob, reference
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -225,11 +225,11 @@ def test_logits_of_all_rows_are_never_alive_at_once(monkeypatch):
 
 
 def test_a_gpu_without_triton_is_told_what_to_install(monkeypatch):
-    monkeypatch.setattr(_linear_chunks.importlib.util, "find_spec", lambda name: None)
-    _linear_chunks.has_triton.cache_clear()
+    monkeypatch.setattr(_installed.importlib.util, "find_spec", lambda name: None)
+    _installed.has_triton.cache_clear()
     with pytest.warns(UserWarning, match="Triton is not installed.*pip install triton"):
-        assert not _linear_chunks.has_triton()
-    _linear_chunks.has_triton.cache_clear()
+        assert not _installed.has_triton()
+    _installed.has_triton.cache_clear()
 
 
 @settings(deadline=None)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,22 +13,8 @@ from searchr1_kernels import PolicyLoss, linear_logprob, linear_policy_loss, ref
 CASES = Path(__file__).with_name("linear_interpreted.py")
 
 
-def no_interpreter() -> bool:
-    """Triton 3.6's wants numpy to make numbers of arrays of one element, which numpy 2.4 has stopped doing."""
-    if importlib.util.find_spec("triton") is None:
-        return True
-    versions = [importlib.metadata.version(name).split(".")[:2] for name in ("triton", "numpy")]
-    triton, numpy = (tuple(map(int, version)) for version in versions)
-    return triton == (3, 6) and numpy >= (2, 4)
-
-
-@pytest.mark.skipif(no_interpreter(), reason="needs Triton, and where that is 3.6 a numpy before 2.4")
-def test_in_the_interpreter():
-    """In a process of its own: the choice is made when Triton is imported, for good."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_in_the_interpreter(run_in_interpreter):
+    run_in_interpreter(CASES)
 
 
 @pytest.mark.gpu

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -169,6 +167,21 @@ def test_codes_are_not_used_where_their_products_saturate(monkeypatch):
     assert not calls
 
 
+@pytest.fixture
+def no_denormals():
+    """As a trainer may have set it, whose attention leaves many."""
+    torch.set_flush_denormal(True)
+    yield
+    torch.set_flush_denormal(False)
+
+
+def test_bounds_of_tiny_codes_hold_without_denormals(no_denormals):
+    corpus = torch.randn(300, 50, generator=torch.Generator().manual_seed(3)) * 1e-37
+    center, codes, scales, residuals, _ = TopKIndex(corpus).parts
+    coded = scales.double()[:, None] * codes.double()
+    assert ((corpus.double() - center.double() - coded).norm(dim=1) <= residuals.double()).all()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_bounds_of_codes_hold(kind):
     """Residuals and magnitudes of codes are no less than the norms they bound, and little more."""
@@ -180,7 +193,7 @@ def test_bounds_of_codes_hold(kind):
         (coded.norm(dim=1), magnitudes),
     ):
         assert (norm <= bound.double()).all()
-        assert (bound.double() <= 1.001 * norm + 1e-6 * magnitudes.double() + 1e-39).all()
+        assert (bound.double() <= 1.001 * norm + 1e-6 * magnitudes.double() + 2e-33).all()
 
 
 def test_threads_share_the_queries(monkeypatch):
@@ -244,13 +257,8 @@ def test_wrong_ways_to_prepare_are_named():
         TopKIndex(torch.cat([CORPUS[:4], torch.full((1, 3), torch.inf)]))
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
-def test_in_the_interpreter():
-    """In a process of its own: the choice is made when Triton is imported, for good."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(INTERPRETED)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_in_the_interpreter(run_in_interpreter):
+    run_in_interpreter(INTERPRETED)
 
 
 @pytest.mark.gpu

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from searchr1_fast.models import Decoder, DecoderConfig, KVCache, load_model, save_model
-from searchr1_fast.models.attention import cached_attention, cached_attention_reference
+from searchr1_fast.models import Decoder, DecoderConfig, KVCache, attention, load_model, save_model
+from searchr1_fast.models.attention import cached_attention, cached_attention_reference, find_chunks
 
 SHAPES = {
     "grouped-tied": dict(num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True),
@@ -88,6 +88,33 @@ def test_cached_attention_equals_its_plain_twin():
         got = cached_attention(query, keys, values, slots, positions)
         expected = cached_attention_reference(query, keys, values, slots, positions)
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (6, 2)])
+def test_tokens_that_join_together_attend_as_they_would_alone(num_heads, num_kv_heads):
+    """A step as the engine has them: sequences that decode among prompts from place 0 on and observations."""
+    torch.manual_seed(5)
+    runs = [(2, 40, 1), (0, 0, 100), (4, 17, 1), (1, 50, 90), (3, 130, 3), (5, 8, 30), (6, 132, 8)]
+    slots = torch.cat([torch.full((count,), slot) for slot, _, count in runs])  # runs: slot, first place, count
+    positions = torch.cat([torch.arange(first, first + count) for _, first, count in runs])
+    keys, values = (torch.randn(7, num_kv_heads, 140, 16) for _ in range(2))
+    query = torch.randn(len(slots), num_heads, 16) * 3
+    chunks = find_chunks(slots, positions)
+    found = [(chunk.slot, chunk.end - chunk.begin, chunk.length) for chunk in chunks.together]
+    assert found == [(0, 100, 100), (1, 90, 140)]
+    expected = cached_attention_reference(query, keys, values, slots, positions)
+    for given in (chunks, None):
+        got = cached_attention(query, keys, values, slots, positions, given)
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_neighbours_of_another_slot_or_place_are_no_chunk(monkeypatch):
+    monkeypatch.setattr(attention, "_MIN_CHUNK_PAIRS", 1)
+    slots = torch.tensor([0] * 5 + [1] * 5 + [1] * 4 + [2] * 3)
+    positions = torch.tensor([*range(5), *range(5, 10), *range(11, 15), *range(3)])
+    chunks = find_chunks(slots, positions)
+    assert [chunk[:4] for chunk in chunks.together] == [(0, 5, 0, 5), (5, 10, 1, 10), (10, 14, 1, 15)]
+    assert chunks.alone.tolist() == [14, 15, 16]
 
 
 def test_wanted_rows_equal_those_rows_of_all():
