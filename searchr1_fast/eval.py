@@ -99,14 +99,15 @@ def _evaluate(config: Config, names: list[str], model_path: Path | str, temperat
 
 def _environments(config: Config, names: list[str]) -> dict[str, Environment]:
     """The chosen sets. The training corpus is opened only where a set of questions has none of its own."""
-    from searchr1_fast.environment import build_environment
+    from searchr1_fast.environment import build_environment, evaluation_environments
 
     sets = {name: config.eval.sets[name] for name in names}
     lacking = any(data.world is None and data.corpus is None for data in sets.values())
     shared = None
     if lacking and config.retrieval.backend in ("bm25", "dense"):
         shared = build_environment(config.data, config.retrieval).retriever
-    return {name: build_environment(data, config.retrieval, shared) for name, data in sets.items()}
+    chosen = config.model_copy(update={"eval": config.eval.model_copy(update={"sets": sets})})
+    return evaluation_environments(chosen, shared)
 
 
 def _answers(result: EvalResult) -> list[Mapping[str, Any]]:
