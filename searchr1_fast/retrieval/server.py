@@ -26,6 +26,7 @@ from searchr1_fast.retrieval.protocol import Retriever
 from searchr1_fast.retrieval.server_metrics import ServerMetrics
 from searchr1_fast.types import Passage
 
+LARGEST_TOPK = 2**20  # what the batcher takes
 MAX_BODY_BYTES = 64 * 2**20  # ten thousand queries are a few megabytes
 
 
@@ -146,10 +147,14 @@ def read_request(request: Any, default_topk: int) -> tuple[list[str], int, bool]
     queries = request.get("queries")
     if not isinstance(queries, list) or not all(isinstance(query, str) for query in queries):
         raise RequestError(422, "`queries` must be a list of texts")
+    try:
+        "".join(queries).encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(422, "`queries` must be Unicode text: one holds half of a surrogate pair") from error
     topk = request.get("topk")
     topk = default_topk if topk is None else topk
-    if isinstance(topk, bool) or not isinstance(topk, int) or topk < 1:
-        raise RequestError(422, f"`topk` must be a whole number of at least 1, or null for {default_topk}")
+    if isinstance(topk, bool) or not isinstance(topk, int) or not 1 <= topk <= LARGEST_TOPK:
+        raise RequestError(422, f"`topk` must be a whole number from 1 to {LARGEST_TOPK}, or null for {default_topk}")
     return_scores = request.get("return_scores", False)
     if not isinstance(return_scores, bool):
         raise RequestError(422, "`return_scores` must be true or false")

@@ -149,8 +149,6 @@ class _Endpoints:
             raise RequestError(504, str(error)) from error
         except RetrievalError as error:
             raise RequestError(502, str(error)) from error
-        except ValueError as error:  # a k or a text that this retriever does not take
-            raise RequestError(422, str(error)) from error
 
     def _authorise(self, request: Request) -> None:
         self._server.authorise(request.headers.get("authorization", ""))

@@ -458,6 +458,7 @@ def test_ctrl_c_ends_the_wait():
     import os, signal, sys, threading
     sys.path.insert(0, {tests!r})
     from test_batcher import Backend, BatchedRetriever, Rows
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in the background deaf to it
     backend = Backend()
     backend.hold()
     retriever = BatchedRetriever(backend, Rows())
