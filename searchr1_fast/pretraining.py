@@ -9,11 +9,12 @@ Left out: validation during training (`searchr1 eval` measures the result).
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -44,6 +45,19 @@ _SPLIT = (
 )
 
 
+ARCHITECTURE = DecoderConfig(
+    vocab_size=2048,
+    hidden_size=128,
+    intermediate_size=384,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    max_position_embeddings=4096,
+    rope_theta=1e6,
+    tie_word_embeddings=True,
+)
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Everything that decides the result."""
@@ -54,6 +68,7 @@ class Recipe:
     learning_rate: float  # AdamW, on embedding, norms and biases
     matrix_learning_rate: float  # Muon, on the blocks' matrices
     warmup_steps: int
+    num_layers: int = ARCHITECTURE.num_hidden_layers  # deepen() puts in what the model it goes on from lacks
     rich_share: float = 0.55  # of documents about the rich world, at the end of the curriculum
     reading_share: tuple[float, float] = (0.15, 0.45)  # of reading exercises, at the curriculum's start and end
     recall_share: tuple[float, float] = (0.7, 0.05)  # likewise of exercises in recall
@@ -67,21 +82,9 @@ class Recipe:
 
 RECIPES = {
     "stem": Recipe(STEM_MIX, 4000, 8192, 3e-3, 2e-2, 50),
-    "base": Recipe(BASE_MIX, 1400, 8192, 1.5e-3, 1e-2, 50, rich_share=0.65, curriculum=(0.0, 0.0), seed=1),
-    "instruct": Recipe(INSTRUCT_MIX, 150, 8192, 6e-4, 4e-3, 20, curriculum=(0.0, 0.0), seed=2),
+    "base": Recipe(BASE_MIX, 3000, 8192, 2e-3, 1.5e-2, 50, 6, rich_share=0.7, curriculum=(0.0, 0.0), seed=1),
+    "instruct": Recipe(INSTRUCT_MIX, 150, 8192, 6e-4, 4e-3, 20, 6, curriculum=(0.0, 0.0), seed=2),
 }
-
-ARCHITECTURE = DecoderConfig(
-    vocab_size=2048,
-    hidden_size=128,
-    intermediate_size=384,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=4,
-    max_position_embeddings=4096,
-    rope_theta=1e6,
-    tie_word_embeddings=True,
-)
 
 
 def train_tokenizer(writers: list[TraceWriter], chains: list[list], vocab_size: int, seed: int) -> TextTokenizer:
@@ -177,6 +180,33 @@ def look_back(model: Decoder, strength: float = 6.5, num_pairs: int = 6) -> None
         key[head * config.num_key_value_heads // config.num_attention_heads, 0, :num_pairs] = strength
 
 
+@torch.no_grad()
+def deepen(model: Decoder, num_layers: int) -> Decoder:
+    """A model of `num_layers` that computes just what `model` does: layers that add nothing yet stand among the old.
+
+    New layers write nothing because the last matrices of their attention and MLP are zero (Zhang et al. 2019, Fixup,
+    start residual branches so). Deepening a trained model costs less than training a deep one from nothing (Gong et al.
+    2019, progressive stacking): what took four layers 40 M tokens, looking words up, is there from the first step.
+    """
+    num_old = model.config.num_hidden_layers
+    num_new = num_layers - num_old
+    if num_new < 0:
+        raise ValueError(f"pretrain-base: --from has {num_old} layers, more than the {num_layers} of this recipe")
+    deep = Decoder(replace(model.config, num_hidden_layers=num_layers))
+    places = [math.ceil(k * num_old / (num_new + 1)) for k in range(1, num_new + 1)]  # before which old layer
+    order = sorted([(i, 1) for i in range(num_old)] + [(place, 0) for place in places])
+    old = iter(model.layers)
+    for layer, (_, is_old) in zip(deep.layers, order, strict=True):
+        if is_old:
+            layer.load_state_dict(next(old).state_dict())
+        else:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+    rest = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("model.layers.")}
+    deep.load_state_dict(rest, strict=False)
+    return deep
+
+
 def learning_rate_factor(step: int, recipe: Recipe) -> float:
     """Linear warm-up, constant, and a linear descent to zero over the last 30 %."""
     warmup = min(1.0, (step + 1) / recipe.warmup_steps)
@@ -217,8 +247,10 @@ def pretrain(
     ranks.barrier()
     tokenizer = load_tokenizer(output)
     torch.manual_seed(recipe.seed)
-    model = load_model(start) if start is not None else Decoder(ARCHITECTURE)
-    if start is None:
+    if start is not None:
+        model = deepen(load_model(start), recipe.num_layers)
+    else:
+        model = Decoder(replace(ARCHITECTURE, num_hidden_layers=recipe.num_layers))
         look_back(model)
     optimizers = make_optimizers(model, recipe)
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]

@@ -34,7 +34,9 @@ class TraceMix:
     wrong_search: float
     resolve_aliases: bool = False
     """Whose alias it is is said first, then the fact is looked for under the name: two small steps in place of one that
-    a model of four layers hardly makes."""
+    a small model hardly makes."""
+    facts_asked: int = 8
+    """By a reading exercise, at most."""
 
     def __post_init__(self) -> None:
         total = self.complete + self.first_hop_only + self.guess + self.wrong_search
@@ -42,8 +44,12 @@ class TraceMix:
 
 
 STEM_MIX = TraceMix(complete=0.25, first_hop_only=0.45, guess=0.15, wrong_search=0.15)
-BASE_MIX = TraceMix(complete=0.25, first_hop_only=0.45, guess=0.15, wrong_search=0.15, resolve_aliases=True)
-INSTRUCT_MIX = TraceMix(complete=0.60, first_hop_only=0.30, guess=0.05, wrong_search=0.05, resolve_aliases=True)
+BASE_MIX = TraceMix(
+    complete=0.25, first_hop_only=0.45, guess=0.15, wrong_search=0.15, resolve_aliases=True, facts_asked=12
+)
+INSTRUCT_MIX = TraceMix(
+    complete=0.60, first_hop_only=0.30, guess=0.05, wrong_search=0.05, resolve_aliases=True, facts_asked=12
+)
 
 
 class TraceWriter:
@@ -153,7 +159,7 @@ class TraceWriter:
         passages = [Passage("", entity.name, world.excerpt(entity, facts, generator)) for entity, facts in told]
         document = [("prompt", format_observation(passages))]
         pairs = [(entity, fact) for entity, facts in told for fact in facts]
-        for entity, fact in generator.sample(pairs, min(8, len(pairs))):
+        for entity, fact in generator.sample(pairs, min(self.mix.facts_asked, len(pairs))):
             name = entity.alias if entity.alias and generator.random() < 0.3 else entity.name
             if self.mix.resolve_aliases and name != entity.name:
                 document += [("prompt", f"{name} is"), ("policy", f" {entity.name}.\n")]
