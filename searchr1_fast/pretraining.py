@@ -236,6 +236,7 @@ def pretrain(
     """Train `variant` into `output`; goes on from `output/state.pt` where there is one of the same recipe."""
     if recipe.num_parts % ranks.world_size:
         raise ValueError(f"pretrain-base: {ranks.world_size} ranks cannot share {recipe.num_parts} parts evenly")
+    model = _first_model(recipe, start)
     writers, chains = _make_writers(recipe)
     state_path = output / "state.pt"
     if ranks.is_main:
@@ -246,12 +247,6 @@ def pretrain(
             train_tokenizer(writers, chains, ARCHITECTURE.vocab_size, recipe.seed).save(output)
     ranks.barrier()
     tokenizer = load_tokenizer(output)
-    torch.manual_seed(recipe.seed)
-    if start is not None:
-        model = deepen(load_model(start), recipe.num_layers)
-    else:
-        model = Decoder(replace(ARCHITECTURE, num_hidden_layers=recipe.num_layers))
-        look_back(model)
     optimizers = make_optimizers(model, recipe)
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     first = _load_state(state_path, recipe, model, optimizers) if state_path.is_file() else 0
@@ -285,6 +280,16 @@ def pretrain(
         save_model(model, output, dtype=torch.bfloat16)
         print(f"{variant}: {num_tokens:,} tokens, weights in {output}; remove {state_path.name} before shipping")
     ranks.barrier()
+
+
+def _first_model(recipe: Recipe, start: Path | None) -> Decoder:
+    """The model a recipe begins with."""
+    torch.manual_seed(recipe.seed)
+    if start is not None:
+        return deepen(load_model(start), recipe.num_layers)
+    model = Decoder(replace(ARCHITECTURE, num_hidden_layers=recipe.num_layers))
+    look_back(model)
+    return model
 
 
 def _gradients(model: Decoder, bf16_model: Decoder, ready: list[tuple], ranks: Ranks) -> tuple[float, int]:

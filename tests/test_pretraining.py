@@ -17,13 +17,23 @@ from searchr1_fast.config import WorldConfig
 from searchr1_fast.distributed import Ranks
 from searchr1_fast.models import Decoder, DecoderConfig, load_model, load_tokenizer
 from searchr1_fast.models.decoder import apply_rotary, rotary_embedding
-from searchr1_fast.pretraining import EOS_TOKEN, RECIPES, Batches, learning_rate_factor, pretrain, train_tokenizer
+from searchr1_fast.pretraining import (
+    EOS_TOKEN,
+    RECIPES,
+    Batches,
+    deepen,
+    learning_rate_factor,
+    pretrain,
+    train_tokenizer,
+)
 from searchr1_fast.world import build_world
 from searchr1_fast.world.names import name_words
 from searchr1_fast.world.traces import BASE_MIX, TraceWriter, documents
 
 TAGS = [f"<{slash}{name}>" for name in ("think", "search", "information", "answer") for slash in ("", "/")]
-RECIPE = replace(RECIPES["stem"], num_steps=8, tokens_per_step=400, warmup_steps=2, num_entities=120, num_chains=80)
+RECIPE = replace(
+    RECIPES["stem"], num_steps=8, tokens_per_step=400, warmup_steps=2, num_layers=1, num_entities=120, num_chains=80
+)
 ARCHITECTURE = DecoderConfig(pretraining.ARCHITECTURE.vocab_size, 32, 48, 1, 2, 1, tie_word_embeddings=True)
 
 
@@ -213,11 +223,36 @@ def test_it_learns_and_the_next_goes_on_from_it(tiny, tokenizer, tmp_path, capsy
 
     assert load_model(stem).config.tie_word_embeddings
 
-    settings = {"tokens_per_step": 400, "num_entities": 120, "num_chains": 80}
+    settings = {"tokens_per_step": 400, "num_layers": 1, "num_entities": 120, "num_chains": 80}
     recipe = replace(RECIPES["base"], num_steps=1, learning_rate=0.0, matrix_learning_rate=0.0, **settings)
     pretrain("base", base, recipe, stem)
     assert_same(load_file(base / "model.safetensors"), load_file(stem / "model.safetensors"))
     assert (base / "tokenizer.json").read_bytes() == (stem / "tokenizer.json").read_bytes()
+
+
+def test_a_deeper_model_computes_the_same_and_all_of_it_learns(tokenizer, world_writers):
+    model = Decoder(replace(ARCHITECTURE, num_hidden_layers=4))
+    deep = deepen(model, 6)
+    batch = Batches(RECIPE, tokenizer, *world_writers)(0, 0)
+    assert torch.equal(deep.hidden(*batch[:2]), model.hidden(*batch[:2]))
+    new = [i for i, layer in enumerate(deep.layers) if not layer.mlp.down_proj.weight.any()]
+    assert new == [2, 4]  # spread among the old, whose order stays
+    old = [layer for i, layer in enumerate(deep.layers) if i not in new]
+    assert_same([layer.state_dict() for layer in old], [layer.state_dict() for layer in model.layers])
+
+    optimizers = pretraining.make_optimizers(deep, RECIPE)
+    for _ in range(2):  # in the first, what is before a matrix of zeros has no gradient
+        pretraining._gradients(deep, Decoder(deep.config).bfloat16(), [batch], pretraining.ALONE)
+        for optimizer in optimizers:
+            optimizer.step()
+    assert all(parameter.grad.any() for i in new for parameter in deep.layers[i].parameters())
+
+
+def test_a_model_is_not_made_shallower(tiny, tokenizer, tmp_path):
+    pretrain("stem", tmp_path / "stem", replace(RECIPE, num_steps=1, num_layers=2), None)
+    with pytest.raises(ValueError, match="has 2 layers, more than the 1 of this recipe"):
+        pretrain("base", tmp_path / "base", replace(RECIPE, num_steps=1), tmp_path / "stem")
+    assert not (tmp_path / "base").exists()
 
 
 def test_two_ranks_train_as_one_does(tiny, tokenizer, world_writers):
