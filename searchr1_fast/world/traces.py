@@ -35,8 +35,11 @@ class TraceMix:
     resolve_aliases: bool = False
     """Whose alias it is is said first, then the fact is looked for under the name: two small steps in place of one that
     a small model hardly makes."""
-    facts_asked: int = 8
-    """By a reading exercise, at most."""
+    as_found: bool = False
+    """Passages as a lexical retriever finds them, the right one among namesakes and at any place, and reading exercises
+    that begin with the search. A model that knows the name when it comes to a passage can mark the passage as it
+    reads; one that is asked afterwards must tell by each sentence who it is about, which a small model hardly learns
+    (four layers: .97 of the facts of one passage, .69 of two that look alike, .32 in a trace where it came second)."""
 
     def __post_init__(self) -> None:
         total = self.complete + self.first_hop_only + self.guess + self.wrong_search
@@ -45,10 +48,10 @@ class TraceMix:
 
 STEM_MIX = TraceMix(complete=0.25, first_hop_only=0.45, guess=0.15, wrong_search=0.15)
 BASE_MIX = TraceMix(
-    complete=0.25, first_hop_only=0.45, guess=0.15, wrong_search=0.15, resolve_aliases=True, facts_asked=12
+    complete=0.25, first_hop_only=0.45, guess=0.15, wrong_search=0.15, resolve_aliases=True, as_found=True
 )
 INSTRUCT_MIX = TraceMix(
-    complete=0.60, first_hop_only=0.30, guess=0.05, wrong_search=0.05, resolve_aliases=True, facts_asked=12
+    complete=0.60, first_hop_only=0.30, guess=0.05, wrong_search=0.05, resolve_aliases=True, as_found=True
 )
 
 
@@ -131,15 +134,51 @@ class TraceWriter:
         if entity is None:
             found = [self.world.random_entity(generator) for _ in range(num_passages)]
         else:
-            others = [self.world.near_duplicate(entity), self.world.random_entity(generator)]
+            others = [self._look_alike(generator, entity), self.world.random_entity(generator)]
             found = [entity, *others[: num_passages - 1]]
-            if generator.random() < 0.25:
+            if generator.random() < (0.8 if self.mix.as_found else 0.25):
                 generator.shuffle(found)
         return format_observation([Passage("", e.name, self._describe(e)) for e in found])
+
+    def _look_alike(self, generator: random.Random, entity: Entity) -> Entity:
+        """What a search for the entity may find too."""
+        if self.mix.as_found and generator.random() < 0.5:
+            return self.world.namesake(entity, generator)
+        return self.world.near_duplicate(entity)
 
     # ---------------------------------------------------------------- exercises
 
     def reading(self, generator: random.Random) -> Document:
+        """One of the two exercises in reading."""
+        if self.mix.as_found and generator.random() < 0.75:
+            return self._reading_what_was_found(generator)
+        return self._reading_what_is_asked(generator)
+
+    def _reading_what_was_found(self, generator: random.Random) -> Document:
+        """A search, excerpts of what it finds, and the facts of the one that was looked for."""
+        world = self.world
+        entity = world.random_entity(generator)
+        others = [self._look_alike(generator, entity), world.random_entity(generator)]
+        generator.shuffle(others)
+        found = [entity, *others[: generator.choice((0, 1, 1, 1, 2))]]
+        generator.shuffle(found)
+        told = {each: self._some_facts(generator, each) for each in found}
+        passages = [Passage("", each.name, world.excerpt(each, facts, generator)) for each, facts in told.items()]
+        name = entity.alias if entity.alias and generator.random() < 0.3 else entity.name
+        document = [("prompt", f"<search> {name} </search>"), ("observation", format_observation(passages))]
+        document.append(("prompt", "<think>"))
+        if name != entity.name:
+            document += [("prompt", f" {name} is"), ("policy", f" {entity.name}.")]
+        for fact in told[entity]:
+            document += [("prompt", f" The {fact.relation.name} of {entity.name} is"), ("policy", f" {fact.mention}.")]
+        return document
+
+    def _some_facts(self, generator: random.Random, entity: Entity) -> list[Fact]:
+        """Half of the time all, in any order."""
+        facts = [self.world.fact(entity, relation) for relation in self.world.relations(entity.kind)]
+        return generator.sample(facts, generator.choice((len(facts), generator.randint(1, len(facts)))))
+
+    def _reading_what_is_asked(self, generator: random.Random) -> Document:
         """Excerpts of one to three passages, mostly with two that look alike; then their facts in one form of words.
 
         Only the facts are learned, not which of them is asked for next: that is chance, and would be noise in the
@@ -159,7 +198,7 @@ class TraceWriter:
         passages = [Passage("", entity.name, world.excerpt(entity, facts, generator)) for entity, facts in told]
         document = [("prompt", format_observation(passages))]
         pairs = [(entity, fact) for entity, facts in told for fact in facts]
-        for entity, fact in generator.sample(pairs, min(self.mix.facts_asked, len(pairs))):
+        for entity, fact in generator.sample(pairs, min(8, len(pairs))):
             name = entity.alias if entity.alias and generator.random() < 0.3 else entity.name
             if self.mix.resolve_aliases and name != entity.name:
                 document += [("prompt", f"{name} is"), ("policy", f" {entity.name}.\n")]

@@ -15,7 +15,7 @@ from searchr1_fast.protocol import OBSERVATION_CLOSE, OBSERVATION_OPEN, extract_
 from searchr1_fast.reward import exact_match
 from searchr1_fast.types import Action
 from searchr1_fast.world import build_world
-from searchr1_fast.world.traces import BASE_MIX, INSTRUCT_MIX, PROMPT, TraceMix, TraceWriter, documents
+from searchr1_fast.world.traces import BASE_MIX, INSTRUCT_MIX, PROMPT, STEM_MIX, TraceMix, TraceWriter, documents
 
 ONLY = {name: TraceMix(**{"complete": 0, "first_hop_only": 0, "guess": 0, "wrong_search": 0} | {name: 1})
         for name in ("complete", "first_hop_only", "guess", "wrong_search")}  # fmt: skip
@@ -188,8 +188,9 @@ def test_every_policy_turn_is_one_action_and_every_observation_closed(style):
             assert (action is Action.SEARCH) == (trace[min(place + 1, len(trace) - 1)][0] == "observation")
 
 
-def test_reading_exercises_state_what_the_passages_say(style):
-    writer, _ = make_writer(style, BASE_MIX)
+@pytest.mark.parametrize("mix", [STEM_MIX, replace(STEM_MIX, resolve_aliases=True)], ids=["stem", "resolved"])
+def test_reading_exercises_state_what_the_passages_say(style, mix):
+    writer, _ = make_writer(style, mix)
     generator = random.Random(5)
     for _ in range(200):
         (kind, observation), *lines = writer.reading(generator)
@@ -203,6 +204,35 @@ def test_reading_exercises_state_what_the_passages_say(style):
                 assert f"{value.strip(' .' + chr(10))}, also called {subject}," in observation
             assert value.removesuffix(".\n") in observation
             assert style == "rich" or f"{question}{value}".strip() in observation
+
+
+def test_a_search_is_followed_by_facts_of_what_was_looked_for(style):
+    """They stand in its own passage, whoever else is there, and wherever that passage is."""
+    writer, _ = make_writer(style, BASE_MIX)
+    generator, places, namesakes, found_first = random.Random(5), Counter(), 0, 0
+    for _ in range(400):
+        (_, search), *rest = writer.reading(generator)
+        if not search.startswith("<search>"):
+            continue
+        found_first += 1
+        searched = parse_action(search)[1]
+        (_, observation), _, *lines = rest
+        passages = observation.split("Doc ")[1:]
+        texts = dict(passage.split('(Title: "')[1].split('") ') for passage in passages)
+        values = zip(lines[::2], lines[1::2], strict=True)
+        stated = {question.removesuffix(" is").strip(): value for (_, question), (_, value) in values}
+        name = stated.pop(searched).strip(" .") if searched in stated else searched
+        assert name == searched or f"{name}, also called {searched}," in texts[name]
+        assert stated
+        for subject, value in stated.items():
+            assert subject.partition(" of ")[2] == name
+            assert value.strip(" .") in texts[name]
+        places[list(texts).index(name)] += 1
+        words = set(name.split()[:2])
+        namesakes += any(words <= set(other.split()) for other in texts if other != name)
+    assert 250 < found_first < 350  # three of four
+    assert all(places[place] > 20 for place in range(3))
+    assert namesakes > 40
 
 
 def test_where_a_fact_stands_tells_nothing(style):
@@ -275,7 +305,7 @@ def test_documents_come_in_the_shares_and_from_the_writers_asked_for(both_writer
     for document in batch:
         if len(document) == 1:
             shapes["article"] += 1
-        elif document[0][1].startswith(OBSERVATION_OPEN):
+        elif document[0][1].startswith((OBSERVATION_OPEN, "<search>")):
             shapes["reading"] += 1
         elif document[0][1].startswith("List: "):
             shapes["recall"] += 1
