@@ -113,6 +113,8 @@ class RetrievalConfig(Section):
     max_retries: NonNegative = 4
     bm25_k1: Annotated[float, Field(ge=0)] = 0.9
     bm25_b: Fraction = 0.4
+    bm25_phrases: bool = False
+    """Whether neighbouring words count as terms too: a name is found before others of the same words."""
     miss_rate: Fraction = 0.0
     """Share of queries, chosen by their text, that lose their best passage: a retriever that misses now and then."""
     miss_seed: int = 0

@@ -88,7 +88,7 @@ def _open_bm25(config: RetrievalConfig, corpus: str | Path | Sequence[Passage] |
     if corpus is None:
         raise ValueError("retrieval.backend bm25 searches a corpus; give one (data.corpus), or choose remote or none")
     passages = read_corpus(corpus) if isinstance(corpus, str | Path) else corpus
-    return BM25Retriever(passages, k1=config.bm25_k1, b=config.bm25_b)
+    return BM25Retriever(passages, k1=config.bm25_k1, b=config.bm25_b, phrases=config.bm25_phrases)
 
 
 def _open_dense(config: RetrievalConfig, corpus: str | Path | Sequence[Passage] | None) -> Retriever:

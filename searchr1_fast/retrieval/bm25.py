@@ -7,6 +7,10 @@ returns only passages that share a word with the query. It holds no lock and rel
 Words are letters and digits in lower case without accents, plurals cut to the singular. Stop words are indexed but
 count in a query only if it has nothing else ("It" still finds something).
 
+With `phrases`, two neighbouring words are a term too unless one is a stop word or anything but blanks is between them:
+so the order of words counts. Names of the generated world are all made of the same 512 words; of "Zuner Posus" and
+"Posus Zuner" only phrases tell which is meant.
+
 Left out: threads (one core answers thousands of queries a second on a small corpus; bm25s gets slower with them) and
 scores that change with the batch: a query's result depends on nothing but the query.
 
@@ -18,7 +22,8 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, pairwise
 
 import bm25s
 import numba
@@ -29,24 +34,33 @@ from searchr1_fast.retrieval.protocol import check_k
 from searchr1_fast.types import Passage
 
 _WORD = re.compile(r"\w[\w\u0300-\u036f]*")  # combining marks belong to the letter before them
+_BREAK = re.compile(r"[^\w\u0300-\u036f \t]+")
+_UNKNOWN = -1
 _ACCENTS = dict.fromkeys(range(0x300, 0x370))
 
 
 class BM25Retriever:
     """Search in memory. Ids must be unique, as `data.read_corpus` makes sure of."""
 
-    def __init__(self, passages: Iterable[Passage], k1: float = 0.9, b: float = 0.4) -> None:
+    def __init__(self, passages: Iterable[Passage], k1: float = 0.9, b: float = 0.4, *, phrases: bool = False) -> None:
         self._passages = list(passages)
         if not self._passages:
             raise ValueError("BM25 needs at least one passage; the corpus is empty")
         vocabulary = _Vocabulary()
-        documents = [[vocabulary[word] for word in words_of(f"{p.title}\n{p.text}")] for p in self._passages]
+        runs = [  # per passage
+            [[vocabulary[word] for word in run] for run in runs_of(f"{p.title}\n{p.text}")] for p in self._passages
+        ]
         self._terms = vocabulary.terms
         if not self._terms:
             raise ValueError("BM25 needs words; no passage of the corpus holds a letter or a digit")
         self._stop_words = frozenset(self._terms[term] for term in STOP_TERMS if term in self._terms)
+        self._phrases = _Phrases(len(self._terms)) if phrases else None  # from two terms to that of both
+        documents = [list(chain(*passage)) for passage in runs]
+        if phrases:
+            for document, passage in zip(documents, runs, strict=True):
+                document += [self._phrases[pair] for pair in self._pairs(passage)]
         index = bm25s.BM25(k1=k1, b=b, method="lucene")
-        index.index((documents, self._terms), create_empty_token=False, show_progress=False)
+        index.index((documents, self._terms | (self._phrases or {})), create_empty_token=False, show_progress=False)
         self._data: np.ndarray = index.scores["data"]  # [Z] fp32: score of the posting
         self._rows: np.ndarray = index.scores["indices"]  # [Z] int32: its passage
         self._offsets: np.ndarray = index.scores["indptr"].astype(np.int64)  # [V+1]: where each term's postings begin
@@ -68,8 +82,18 @@ class BM25Retriever:
 
     def _query_terms(self, query: str) -> tuple[int, ...]:
         """The known terms of a query, without stop words unless there is nothing else."""
-        known = [self._terms[term] for term in map(term_of, words_of(query)) if term in self._terms]
-        return tuple(number for number in known if number not in self._stop_words) or tuple(known)
+        runs = [[self._terms.get(term_of(word), _UNKNOWN) for word in run] for run in runs_of(query)]
+        known = [number for run in runs for number in run if number != _UNKNOWN]
+        told = [number for number in known if number not in self._stop_words] or known
+        if self._phrases is not None:
+            told += [self._phrases[pair] for pair in self._pairs(runs) if pair in self._phrases]
+        return tuple(told)
+
+    def _pairs(self, runs: Iterable[list[int]]) -> Iterator[tuple[int, int]]:
+        """Neighbours of which neither is a stop word."""
+        for pair in chain(*map(pairwise, runs)):
+            if pair[0] not in self._stop_words and pair[1] not in self._stop_words:
+                yield pair
 
     def _hits(self, scores: np.ndarray, rows: np.ndarray, count: int) -> list[Passage]:
         """scores [k] fp32, rows [k] int64."""
@@ -91,9 +115,25 @@ class _Vocabulary(dict[str, int]):
         return number
 
 
+class _Phrases(dict[tuple[int, int], int]):
+    """Two terms -> number of the term that they are together, after those of the words."""
+
+    def __init__(self, num_words: int) -> None:
+        self._num_words = num_words
+
+    def __missing__(self, pair: tuple[int, int]) -> int:
+        self[pair] = number = self._num_words + len(self)
+        return number
+
+
 def words_of(text: str) -> list[str]:
     """The words of a text in their order, as written but for case."""
     return _WORD.findall(text.lower())
+
+
+def runs_of(text: str) -> list[list[str]]:
+    """Its `words_of`, parted where other than blanks stands between them."""
+    return [words for part in _BREAK.split(text) if (words := words_of(part))]
 
 
 def term_of(word: str) -> str:

@@ -36,10 +36,9 @@ class TraceMix:
     """Whose alias it is is said first, then the fact is looked for under the name: two small steps in place of one that
     a small model hardly makes."""
     as_found: bool = False
-    """Passages as a lexical retriever finds them, the right one among namesakes and at any place, and reading exercises
-    that begin with the search. A model that knows the name when it comes to a passage can mark the passage as it
-    reads; one that is asked afterwards must tell by each sentence who it is about, which a small model hardly learns
-    (four layers: .97 of the facts of one passage, .69 of two that look alike, .32 in a trace where it came second)."""
+    """Passages as a good retriever finds them, the right one first, and reading exercises that are searches, one after
+    the other. Where the right one is anywhere, a model of this size has to tell it by the name, and does not learn to:
+    of two passages about a person each it took either (right 51 of 100 times after 4,800 steps)."""
 
     def __post_init__(self) -> None:
         total = self.complete + self.first_hop_only + self.guess + self.wrong_search
@@ -134,51 +133,61 @@ class TraceWriter:
         if entity is None:
             found = [self.world.random_entity(generator) for _ in range(num_passages)]
         else:
-            others = [self._look_alike(generator, entity), self.world.random_entity(generator)]
+            others = [self.world.near_duplicate(entity), self.world.random_entity(generator)]
             found = [entity, *others[: num_passages - 1]]
-            if generator.random() < (0.8 if self.mix.as_found else 0.25):
+            if not self.mix.as_found and generator.random() < 0.25:
                 generator.shuffle(found)
         return format_observation([Passage("", e.name, self._describe(e)) for e in found])
-
-    def _look_alike(self, generator: random.Random, entity: Entity) -> Entity:
-        """What a search for the entity may find too."""
-        if self.mix.as_found and generator.random() < 0.5:
-            return self.world.namesake(entity, generator)
-        return self.world.near_duplicate(entity)
 
     # ---------------------------------------------------------------- exercises
 
     def reading(self, generator: random.Random) -> Document:
         """One of the two exercises in reading."""
-        if self.mix.as_found and generator.random() < 0.75:
-            return self._reading_what_was_found(generator)
-        return self._reading_what_is_asked(generator)
+        return self._searches(generator) if self.mix.as_found else self._questions(generator)
 
-    def _reading_what_was_found(self, generator: random.Random) -> Document:
-        """A search, excerpts of what it finds, and the facts of the one that was looked for."""
-        world = self.world
-        entity = world.random_entity(generator)
-        others = [self._look_alike(generator, entity), world.random_entity(generator)]
-        generator.shuffle(others)
-        found = [entity, *others[: generator.choice((0, 1, 1, 1, 2))]]
-        generator.shuffle(found)
-        told = {each: self._some_facts(generator, each) for each in found}
-        passages = [Passage("", each.name, world.excerpt(each, facts, generator)) for each, facts in told.items()]
-        name = entity.alias if entity.alias and generator.random() < 0.3 else entity.name
-        document = [("prompt", f"<search> {name} </search>"), ("observation", format_observation(passages))]
-        document.append(("prompt", "<think>"))
-        if name != entity.name:
-            document += [("prompt", f" {name} is"), ("policy", f" {entity.name}.")]
-        for fact in told[entity]:
-            document += [("prompt", f" The {fact.relation.name} of {entity.name} is"), ("policy", f" {fact.mention}.")]
+    def _searches(self, generator: random.Random) -> Document:
+        """One to four searches, each with what it finds and some facts of what was looked for.
+
+        What is looked for next is given, never learned: half of the time somebody the last passage named.
+        """
+        document: Document = []
+        entity = self.world.random_entity(generator)
+        name = entity.alias if entity.alias and generator.random() < 0.25 else entity.name
+        for _ in range(generator.randint(1, 4)):
+            facts = self._some_facts(generator, entity)
+            document.append(("prompt", f"<search> {name} </search>"))
+            document.append(("observation", self._excerpts(generator, entity, facts)))
+            document.append(("prompt", "<think>"))
+            if name != entity.name:
+                document += [("prompt", f" {name} is"), ("policy", f" {entity.name}.")]
+            asked = generator.sample(facts, min(3, len(facts)))
+            for fact in asked:
+                document.append(("prompt", f" The {fact.relation.name} of {entity.name} is"))
+                document.append(("policy", f" {fact.mention}."))
+            document.append(("prompt", " </think>\n"))
+            entity = self.world.random_entity(generator)
+            name = entity.name
+            named = [fact for fact in asked if fact.target is not None]
+            if named and generator.random() < 0.5:
+                entity, name = self.world.entity(*named[-1].target), named[-1].mention
         return document
+
+    def _excerpts(self, generator: random.Random, entity: Entity, facts: Sequence[Fact]) -> str:
+        """What a search finds: these facts of the entity first, perhaps some of a look-alike behind it."""
+        told = [(entity, facts)]
+        if generator.random() < 0.3:
+            other = self.world.near_duplicate(entity)
+            told.append((other, self._some_facts(generator, other)))
+        return format_observation(
+            [Passage("", e.name, self.world.excerpt(e, told_of, generator)) for e, told_of in told]
+        )
 
     def _some_facts(self, generator: random.Random, entity: Entity) -> list[Fact]:
         """Half of the time all, in any order."""
         facts = [self.world.fact(entity, relation) for relation in self.world.relations(entity.kind)]
         return generator.sample(facts, generator.choice((len(facts), generator.randint(1, len(facts)))))
 
-    def _reading_what_is_asked(self, generator: random.Random) -> Document:
+    def _questions(self, generator: random.Random) -> Document:
         """Excerpts of one to three passages, mostly with two that look alike; then their facts in one form of words.
 
         Only the facts are learned, not which of them is asked for next: that is chance, and would be noise in the

@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 from searchr1_fast.config import WorldConfig
@@ -116,19 +116,6 @@ class World:
         kind_index = KINDS.index(entity.kind)
         other = entity.number ^ 1
         return self.entity(kind_index, other if other < self._counts[kind_index] else 0)
-
-    def namesake(self, entity: Entity, generator: random.Random) -> Entity:
-        """An entry of any kind whose name has the same words, perhaps in another order.
-
-        For exercises: it is not in the corpus. The sum of the words stays, so it is a name of this split (names.py).
-        """
-        words = entity.name.split()[: self._num_words]
-        while True:
-            other = self.random_entity(generator)
-            suffix = (generator.choice(other.kind.suffixes),) if other.kind.suffixes else ()
-            name = " ".join((*generator.sample(words, len(words)), *suffix))
-            if name != entity.name:
-                return replace(other, name=name)
 
     def random_entity(self, generator: random.Random) -> Entity:
         """An entry drawn evenly."""

@@ -140,6 +140,43 @@ def test_stop_words_count_only_alone():
     assert ids(retriever.search(["the unheard"], 3)[0]) == ["p0"]
 
 
+@settings(max_examples=60, deadline=None)
+@given(documents_strategy.filter(any), st.lists(st.sampled_from(["red", "blue", "gold", "none"]), max_size=4))
+def test_phrases_are_words_that_stand_behind_the_others(documents, query):
+    """Joined to words of their own and appended, pairs of neighbours give the same scores."""
+
+    def with_pairs(words: list[str]) -> str:
+        return " ".join([*words, *(f"{first}{second}" for first, second in zip(words, words[1:], strict=False))])
+
+    phrased = BM25Retriever(passages(*map(" ".join, documents)), phrases=True)
+    joined = BM25Retriever(passages(*map(with_pairs, documents)))
+    (hits,), (expected,) = phrased.search([" ".join(query)], 12), joined.search([with_pairs(query)], 12)
+    assert ids(hits) == ids(expected)
+    assert [hit.score for hit in hits] == pytest.approx([hit.score for hit in expected], rel=1e-5)
+
+
+def test_phrases_tell_an_order_of_words():
+    corpus = passages("zuner posus is a city", "posus zuner is a city")
+    for query, best in (("zuner posus", "p0"), ("posus zuner", "p1"), ("where is Posus Zuner?", "p1")):
+        assert ids(BM25Retriever(corpus, phrases=True).search([query], 2)[0])[0] == best
+        assert ids(BM25Retriever(corpus).search([query], 2)[0]) == ["p0", "p1"]  # a tie
+
+
+@pytest.mark.parametrize("between", [". ", ", ", "\n", "-", " the ", " unheard "])
+def test_no_phrase_goes_over_what_stands_between(between):
+    first = "red fox" if between == " unheard " else f"red{between}fox"
+    retriever = BM25Retriever(passages(first, "fox red", "red fox"), phrases=True)
+    red, fox, both = (
+        {hit.id: hit.score for hit in hits} for hits in retriever.search(["red", "fox", f"red{between}fox"], 3)
+    )
+    for row in both:
+        assert both[row] == pytest.approx(red[row] + fox[row], rel=1e-6)  # the words' scores and no more
+    if between != " unheard ":
+        joined = {hit.id: hit.score for hit in retriever.search(["red fox"], 3)[0]}
+        assert joined["p0"] == pytest.approx(red["p0"] + fox["p0"], rel=1e-6)
+        assert joined["p2"] > joined["p0"] + 0.1
+
+
 def test_a_result_depends_on_its_query_alone():
     chooser = random.Random(0)
     words = [f"word{number}" for number in range(60)]
@@ -171,6 +208,8 @@ def test_open_retriever(tmp_path):
     expected = BM25Retriever(corpus, k1=1.5, b=0.1).search(["red dog"], 3)
     assert open_retriever(config, path).search(["red dog"], 3) == expected
     assert open_retriever(config, corpus).search(["red dog"], 3) == expected
+    phrases = open_retriever(RetrievalConfig(bm25_phrases=True), corpus).search(["red dog"], 3)
+    assert phrases == BM25Retriever(corpus, phrases=True).search(["red dog"], 3) != expected
     missing = open_retriever(RetrievalConfig(miss_rate=1.0), corpus)
     assert isinstance(missing, MissingRetriever)
     assert ids(missing.search(["red dog"], 3)[0]) == ids(expected[0])[1:]

@@ -206,33 +206,40 @@ def test_reading_exercises_state_what_the_passages_say(style, mix):
             assert style == "rich" or f"{question}{value}".strip() in observation
 
 
-def test_a_search_is_followed_by_facts_of_what_was_looked_for(style):
-    """They stand in its own passage, whoever else is there, and wherever that passage is."""
+def test_searches_are_followed_by_facts_of_what_was_looked_for(style):
+    """They stand in the first passage found, and what is read next may have been named by it."""
     writer, _ = make_writer(style, BASE_MIX)
-    generator, places, namesakes, found_first = random.Random(5), Counter(), 0, 0
-    for _ in range(400):
-        (_, search), *rest = writer.reading(generator)
-        if not search.startswith("<search>"):
-            continue
-        found_first += 1
-        searched = parse_action(search)[1]
-        (_, observation), _, *lines = rest
-        passages = observation.split("Doc ")[1:]
-        texts = dict(passage.split('(Title: "')[1].split('") ') for passage in passages)
-        values = zip(lines[::2], lines[1::2], strict=True)
-        stated = {question.removesuffix(" is").strip(): value for (_, question), (_, value) in values}
-        name = stated.pop(searched).strip(" .") if searched in stated else searched
-        assert name == searched or f"{name}, also called {searched}," in texts[name]
-        assert stated
-        for subject, value in stated.items():
-            assert subject.partition(" of ")[2] == name
-            assert value.strip(" .") in texts[name]
-        places[list(texts).index(name)] += 1
-        words = set(name.split()[:2])
-        namesakes += any(words <= set(other.split()) for other in texts if other != name)
-    assert 250 < found_first < 350  # three of four
-    assert all(places[place] > 20 for place in range(3))
-    assert namesakes > 40
+    generator, rounds, named, look_alikes = random.Random(5), Counter(), 0, 0
+    for _ in range(300):
+        document = writer.reading(generator)
+        starts = [place for place, (_, text) in enumerate(document) if text.startswith("<search>")]
+        rounds[len(starts)] += 1
+        before = ""
+        for start, end in zip(starts, [*starts[1:], len(document)], strict=True):
+            searched = parse_action(document[start][1])[1]
+            (kind, observation), opening, *lines, closing = document[start + 1 : end]
+            assert (kind, opening, closing) == ("observation", ("prompt", "<think>"), ("prompt", " </think>\n"))
+            named += searched in before
+            before = observation
+            (title, text), *others = (
+                passage.split('(Title: "')[1].split('") ') for passage in observation.split("Doc ")[1:]
+            )
+            look_alikes += bool(others)
+            assert all(title.split()[0] == other.split()[0] for other, _ in others)
+            values = zip(lines[::2], lines[1::2], strict=True)
+            stated = {question.removesuffix(" is").strip(): value for (_, question), (_, value) in values}
+            assert {kind for kind, _ in lines[1::2]} == {"policy"}
+            if searched != title:
+                assert stated.pop(searched) == f" {title}."
+                assert f"{title}, also called {searched}," in text
+            assert 1 <= len(stated) <= 3
+            for subject, value in stated.items():
+                assert subject.partition(" of ")[2] == title
+                assert value.strip(" .") in text
+    assert set(rounds) == {1, 2, 3, 4}
+    num_searches = sum(count * number for count, number in rounds.items())
+    assert look_alikes / num_searches == pytest.approx(0.3, abs=0.06)
+    assert 0.1 < named / num_searches < 0.4
 
 
 def test_where_a_fact_stands_tells_nothing(style):
