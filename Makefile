@@ -14,7 +14,7 @@ demo: install
 	$(BIN)/searchr1 train configs/demo.yaml
 
 hard: install
-	$(BIN)/searchr1 train configs/hard.yaml
+	$(BIN)/torchrun --nproc-per-node 2 -m searchr1_fast.train configs/hard.yaml run.num_threads=1
 
 test: $(TESTABLE) $(OLDEST_TRITON)
 	$(BIN)/ruff check .

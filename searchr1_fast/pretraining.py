@@ -82,7 +82,7 @@ class Recipe:
 
 RECIPES = {
     "stem": Recipe(STEM_MIX, 4000, 8192, 3e-3, 2e-2, 50),
-    "base": Recipe(BASE_MIX, 1700, 8192, 2e-3, 1.5e-2, 50, 6, rich_share=0.75, curriculum=(0.0, 0.0), seed=1),
+    "base": Recipe(BASE_MIX, 1400, 8192, 2e-3, 1.5e-2, 50, 6, rich_share=0.75, curriculum=(0.0, 0.0), seed=1),
     "instruct": Recipe(INSTRUCT_MIX, 150, 8192, 6e-4, 4e-3, 20, 6, curriculum=(0.0, 0.0), seed=2),
 }
 
