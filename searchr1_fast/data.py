@@ -124,10 +124,12 @@ def _from_search_r1(row: dict[str, Any]) -> dict[str, Any]:
     """A Search-R1 row as a row of our JSONL; its leftover plain columns win where they are kept."""
     extra, reward = row.get("extra_info") or {}, row.get("reward_model") or {}
     if row.get("question") is None and row.get("prompt"):
-        _, marker, question = row["prompt"][-1]["content"].rpartition("Question: ")
+        prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
+        _, marker, question = prompt.rpartition("Question: ")
         row["question"] = question.strip() if marker else None
     if row.get("golden_answers") is None:
-        row["golden_answers"] = (reward.get("ground_truth") or {}).get("target")
+        truth = reward.get("ground_truth")
+        row["golden_answers"] = truth.get("target") if isinstance(truth, dict) else truth  # ports keep the bare list
     if row.get("id") is None and "index" in extra:
         row["id"] = f"{extra.get('split', 'train')}_{extra['index']}"
     # Ids restart in every data set that was merged into the file.

@@ -276,6 +276,16 @@ def test_parquet(tmp_path):
     assert read_questions(path, source="mine") == [Question("nq:test_3", "Who?", ("Ann",), "mine")]
 
 
+def test_parquet_of_ports(tmp_path):
+    """A prompt that is one text, and answers without `target` around them."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    row = published_row(4, "nq", prompt="Question: who?\n", reward_model={"ground_truth": ["Ann", "Bo"]})
+    parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "q.parquet")
+    assert read_questions(tmp_path / "q.parquet") == [Question("nq:train_4", "who?", ("Ann", "Bo"), "nq")]
+
+
 def test_parquet_errors(tmp_path, monkeypatch):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet

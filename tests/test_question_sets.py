@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import tracemalloc
 from pathlib import Path
 
@@ -276,6 +277,14 @@ def test_the_command_reads_a_copy_of_flashrag(flashrag, tmp_path, capsys):
     assert len(list((tmp_path / "out/eval").iterdir())) == 7
     assert cli.main(["data", "--output", str(tmp_path / "none")]) == 2
     assert "no files were given; name them with --train and --eval" in capsys.readouterr().err
+
+
+def test_the_command_says_what_reads_parquet(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "train.parquet").write_bytes(b"PAR1")
+    assert cli.main(["data", "--train", str(tmp_path / "train.parquet"), "--output", str(tmp_path / "out")]) == 2
+    assert "train.parquet needs pyarrow: pip install 'searchr1_fast[parquet]'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_real_files(tmp_path):
