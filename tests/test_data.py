@@ -137,6 +137,7 @@ def test_duplicate_corpus_ids(tmp_path, ids, bad):
         assert [passage.id for passage in read_corpus(path)] == list(ids)
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from(["0", "1", "2", "3", "00", "²", "a", "9" * 5000]), max_size=6))
 def test_duplicates_are_exactly_those_of_a_set(tmp_path_factory, ids):
     path = write_lines(tmp_path_factory.mktemp("ids") / "c.jsonl", *({"id": name, "contents": "x"} for name in ids))
@@ -319,6 +320,7 @@ def test_stream_visits_everything_once_an_epoch_in_a_new_order():
     assert [question.id for question in QuestionStream(numbered(50), seed=4).next(50)] != epochs[0]
 
 
+@settings(deadline=None)
 @given(st.integers(1, 7), st.lists(st.integers(0, 20), max_size=5), st.integers(0, 3))
 def test_stream_does_not_depend_on_how_it_is_read_and_resumes(count, reads, seed):
     questions = numbered(count)

@@ -28,18 +28,8 @@ LAYERS = (
     {"rollout", "packing", "advantage", "losses", "schedule", "policy", "critic", "checkpoint", "distributed"},
     {
         *("train", "run", "evaluate", "environment", "pretraining"),
-        *(
-            "cli",
-            "eval",
-            "ask",
-            "serve",
-            "report",
-            "index",
-            "prepare_data",
-            "pretrain_base",
-            "__main__",
-            "world.__main__",
-        ),  # commands
+        *("cli", "eval", "ask", "serve", "report", "index", "prepare_data"),  # commands, as are the next
+        *("pretrain_base", "__main__", "world.__main__"),
         *("console", "curves", "metrics", "errors"),  # what a person sees
     },
 )
