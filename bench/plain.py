@@ -38,6 +38,7 @@ from searchr1_fast.packing import policy_mask
 from searchr1_fast.policy import Learner
 from searchr1_fast.rollout import PlainEngine, SearchLoop
 from searchr1_fast.run import Run
+from searchr1_fast.schedule import policy_learning_rate
 from searchr1_fast.types import Trajectory
 
 
@@ -107,7 +108,7 @@ class PlainPolicy(Learner):
         if dtype != torch.float32:
             self.replica = Decoder(decoder.config).to(ranks.device, dtype).requires_grad_(False)
         shard(scorer, decoder.layers, ranks, dtype)
-        super().__init__("plain", scorer, config.optimizer.learning_rate, config.optimizer, ranks)
+        super().__init__("plain", scorer, policy_learning_rate(config), config.optimizer, ranks)
         self.algorithm = config.algorithm
         self.reference = None
         if reference is not None:

@@ -29,6 +29,7 @@ COMMANDS = {
     "train": Command("train", "train a search agent by reinforcement learning"),
     "eval": Command("eval", "score a model: exact match, F1 and searches, by kind of question"),
     "ask": Command("ask", "put one question to a model and see how it searches"),
+    "data": Command("prepare_data", "prepare published questions for training and evaluation, with checks"),
     "index": Command("index", "build, import, verify, describe or export an index of vectors"),
     "serve": Command("serve", "serve a corpus over HTTP with Search-R1's /retrieve protocol"),
     "report": Command("report", "summarise and compare runs, redraw their curves"),

@@ -1,6 +1,8 @@
 """The configuration: one frozen model per noun, every field documented, unknown keys are errors.
 
-A run is a YAML file plus dotted overrides (`optimizer.learning_rate=1e-4`). Derived values are properties, not fields.
+A run is a YAML file plus dotted overrides (`optimizer.learning_rate=1e-4`). A file may stand on others: `extends` names
+them, as paths from its own folder. They are read first and in order, then the file itself, then the overrides; what
+comes later wins, key by key, and a list or a null replaces what was there. Derived values are properties, not fields.
 What a field is checked for is checked here, once, with a sentence that names the key.
 """
 
@@ -18,6 +20,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+EXTENDS = "extends"  # the key of a file that names the files it stands on
 
 
 class Section(BaseModel):
@@ -188,10 +192,24 @@ class AlgorithmConfig(Section):
 class OptimizerConfig(Section):
     learning_rate: Annotated[float, Field(gt=0)] = 1e-6
     warmup_steps: NonNegative = 0
-    """Optimizer steps of linear warm-up; constant after."""
+    """Optimizer steps of linear warm-up."""
+    warmup_ratio: Fraction = 0.0
+    """The same as a share of the run's optimizer steps; give one of the two."""
+    critic_warmup_ratio: Fraction | None = None
+    """PPO: the critic's warm-up as a share of its optimizer steps; null: as the policy's."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """After the warm-up."""
+    final_learning_rate_ratio: Fraction = 0.0
+    """`linear`, `cosine`: the share of the learning rate that is left at the run's end."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+
+    @model_validator(mode="after")
+    def _one_warmup(self) -> OptimizerConfig:
+        if self.warmup_steps and self.warmup_ratio:
+            raise ValueError("optimizer.warmup_ratio: warmup_steps says how long the warm-up is already; drop one")
+        return self
 
 
 class TrainConfig(Section):
@@ -255,23 +273,48 @@ def load_config(path: str | Path | None, overrides: list[str] | tuple[str, ...] 
 
     Raises ValueError with one sentence: a missing file, broken YAML, an unknown key (naming the nearest), a bad value.
     """
-    values: dict[str, Any] = {}
-    if path is not None:
-        path = Path(path)
-        if not path.is_file():
-            raise ValueError(f"no configuration file {path}")
-        try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-        if not isinstance(values, dict):
-            raise ValueError(f"{path} must hold sections (`train:`, `rollout:`, …), not a {type(values).__name__}")
+    values: dict[str, Any] = {} if path is None else _read_file(Path(path), ())
     for override in overrides:
         _apply_override(values, override)
     try:
         return Config.model_validate(values)
     except ValidationError as error:
         raise ValueError(_describe(error)) from error
+
+
+def _read_file(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
+    """The values of a file over those of the files that it extends. `below`: the files that lead here, resolved."""
+    if not path.is_file():
+        hint = f"; {below[-1]} extends it" if below else ""
+        raise ValueError(f"no configuration file {path}{hint}")
+    here = path.resolve()
+    if here in below:
+        chain = " -> ".join(file.name for file in (*below[below.index(here) :], here))
+        raise ValueError(f"{path} extends itself: {chain}")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold sections (`train:`, `rollout:`, …), not a {type(values).__name__}")
+    parents = values.pop(EXTENDS, [])
+    parents = [parents] if isinstance(parents, str) else parents
+    if not isinstance(parents, list) or not all(isinstance(parent, str) and parent for parent in parents):
+        raise ValueError(f"{path}: `{EXTENDS}` must be the path of a configuration file, or a list of paths")
+    merged: dict[str, Any] = {}
+    for parent in parents:
+        _merge(merged, _read_file(path.parent / parent, (*below, here)))
+    _merge(merged, values)
+    return merged
+
+
+def _merge(values: dict[str, Any], over: dict[str, Any]) -> None:
+    """Lay `over` on `values`, in place: sections key by key, everything else whole."""
+    for key, value in over.items():
+        if isinstance(value, dict) and isinstance(values.get(key), dict):
+            _merge(values[key], value)
+        else:
+            values[key] = value
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
@@ -310,7 +353,7 @@ def _describe(error: ValidationError) -> str:
     for item in error.errors():
         location = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
-            known = _known_keys(item["loc"][:-1])
+            known = _known_keys(item["loc"][:-1]) + ([EXTENDS] if len(item["loc"]) == 1 else [])
             nearest = difflib.get_close_matches(str(item["loc"][-1]), known, n=1, cutoff=0.4)
             hint = f"did you mean `{nearest[0]}`?" if nearest else f"known here: {', '.join(known)}"
             sentences.append(f"unknown key `{location}`: {hint}")

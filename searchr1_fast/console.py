@@ -249,6 +249,25 @@ def scores_table(name: str, metrics: Mapping[str, Any]) -> Table:
     return table
 
 
+def sets_table(metrics: Mapping[str, Mapping[str, Any]]) -> Table:
+    """A row per evaluation set, and their unweighted mean: the form of the published tables."""
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("set")
+    for title in ("n", "EM [95 %]", "sub-EM", "F1", "searches"):
+        table.add_column(title, justify="right", no_wrap=True)
+    keys = ("em", "sub_em", "f1", "searches_mean")
+    mean = {key: sum(row[key] for row in metrics.values()) / len(metrics) for key in keys}
+    for name, row in (*metrics.items(), ("mean of the sets", mean)):
+        table.add_row(
+            Text(visible(name), style="bold" if row is mean else ""),
+            Text("" if row is mean else _number(row.get("count"), 0), style="dim"),
+            Text().append(_number(row["em"], 3), style="bold").append(_interval(row)),
+            *(_number(row[key], 3) for key in ("sub_em", "f1")),
+            Text(_number(row["searches_mean"], 2), style="cyan"),
+        )
+    return table
+
+
 _ROW_KEYS = ("em", "em_low", "em_high", "searches_mean", "count")
 
 

@@ -18,6 +18,7 @@ from searchr1_fast.distributed import Ranks, reshard, shard
 from searchr1_fast.losses import accumulate_metrics, value_loss
 from searchr1_fast.models import Decoder
 from searchr1_fast.policy import Learner
+from searchr1_fast.schedule import critic_learning_rate
 from searchr1_fast.types import PackedBatch
 
 
@@ -47,7 +48,7 @@ class Critic(Learner):
         model = ValueModel(decoder)
         model.value_head.to(ranks.device)
         shard(model, decoder.layers, ranks, getattr(torch, config.model.dtype))
-        super().__init__("critic", model, config.algorithm.critic_learning_rate, config.optimizer, ranks)
+        super().__init__("critic", model, critic_learning_rate(config), config.optimizer, ranks)
         self.value_clip = config.algorithm.value_clip
 
     @torch.no_grad()

@@ -4,7 +4,7 @@ Questions are JSONL `{"id", "question", "golden_answers"}` or Search-R1's publis
 `{"id", "contents": "\\"Title\\"\\ntext"}`. A malformed file is one ValueError that names the file and the line. Files
 are written under a temporary name and renamed, so a file that is there is whole.
 
-Left out: the question mark that the original appends, and prompts: both are made where the prompt is.
+Left out: prompts, which prompt.py makes, and what `searchr1 data` does to published questions (question_sets.py).
 """
 
 from __future__ import annotations
@@ -28,13 +28,12 @@ from searchr1_fast.types import Passage, Question
 def read_questions(path: str | Path, source: str | None = None, limit: int = 0) -> list[Question]:
     """All questions of a JSONL or Parquet file, or the first `limit` of them.
 
-    `source` names the data set; without it the rows' `data_source` does, else the file's name. A row's `type`, else its
-    number of `hops`, becomes `Question.kind`; other keys are ignored. Blank golden answers are dropped (an empty answer
-    would be right by saying nothing), and a question that has no other is an error.
+    `source` names the data set; without it the rows' `data_source` does, else the file's name. What becomes of a row
+    says `parse_question`.
     """
-    path = _existing(path)
-    rows = _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
-    questions = [_question(row, where, source, path.name.split(".")[0]) for where, row in islice(rows, limit or None)]
+    path = Path(path)
+    rows = islice(read_rows(path), limit or None)
+    questions = [parse_question(row, where, source or row.get("data_source") or file_stem(path)) for where, row in rows]
     if not questions:
         raise ValueError(f"{path} holds no questions; give a file with one question a row")
     return questions
@@ -42,17 +41,30 @@ def read_questions(path: str | Path, source: str | None = None, limit: int = 0) 
 
 def write_questions(path: str | Path, questions: Iterable[Question]) -> None:
     """Write questions so that `read_questions` gives them back."""
-    _write_rows(
-        path,
-        (
-            {"id": q.id, "question": q.text, "golden_answers": list(q.golden_answers), "data_source": q.source}
-            | ({"type": q.kind} if q.kind else {})
-            for q in questions
-        ),
-    )
+    _write_rows(path, map(question_row, questions))
 
 
-def _question(row: Mapping[str, Any], where: str, source: str | None, file_name: str) -> Question:
+def question_row(question: Question) -> dict[str, Any]:
+    """The JSON object that `parse_question` reads back."""
+    row = {"id": question.id, "question": question.text, "golden_answers": list(question.golden_answers)}
+    return row | {"data_source": question.source} | ({"type": question.kind} if question.kind else {})
+
+
+def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where, row) of a JSONL (`.gz`: compressed) or Parquet file of questions, one batch in memory at a time."""
+    path = _existing(path)
+    return _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
+
+
+def parse_question(row: Mapping[str, Any], where: str, source: str) -> Question:
+    """A row of `read_rows` as a question. ValueError names `where` and what the row lacks.
+
+    A row's `type`, else its number of `hops`, becomes `Question.kind`; FlashRAG's rows have the one in `metadata`, and
+    for the other MuSiQue's list of steps. Other keys are ignored. Blank golden answers are dropped (an empty answer
+    would be right by saying nothing), and a question that has no other is an error.
+    """
+    if row.get("question") is None and row.get("prompt"):
+        raise ValueError(f"{where}: there is no `question` column and the prompt holds no `Question: `")
     text = _text(row, "question", where)
     answers = row.get("golden_answers")
     if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
@@ -60,9 +72,26 @@ def _question(row: Mapping[str, Any], where: str, source: str | None, file_name:
     answers = tuple(answer for answer in answers if answer.strip())
     if not answers:
         raise ValueError(f"{where}: the question has no answer; give at least one in `golden_answers`")
-    hops = row.get("hops")
-    kind = row.get("type") or (f"{hops}-hop" if isinstance(hops, int) else hops) or ""
-    return Question(_identifier(row, where), text, answers, source or row.get("data_source") or file_name, str(kind))
+    return Question(_identifier(row, where), text, answers, source, _kind(row))
+
+
+def file_stem(path: str | Path) -> str:
+    """The file's name up to the first dot: `nq` of `nq.jsonl.gz`."""
+    return Path(path).name.split(".")[0]
+
+
+def _kind(row: Mapping[str, Any]) -> str:
+    metadata = row.get("metadata")
+    metadata = metadata if isinstance(metadata, dict) else {}
+    steps = metadata.get("question_decomposition")
+    hops = row.get("hops") or (len(steps) if isinstance(steps, list) else None)
+    return str(row.get("type") or metadata.get("type") or (f"{hops}-hop" if isinstance(hops, int) else hops) or "")
+
+
+_PARQUET_COLUMNS = {
+    *("id", "question", "golden_answers", "data_source", "prompt", "reward_model", "extra_info", "type", "hops"),
+}
+_PARQUET_BATCH_ROWS = 1024  # a row with its prompt is about 1 KB
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -76,26 +105,31 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         table = pyarrow.parquet.ParquetFile(path)
     except pyarrow.ArrowInvalid as error:
         raise ValueError(f"{path} is not a Parquet file: {error}") from error
-    wanted = ("id", "question", "golden_answers", "data_source", "prompt", "reward_model", "extra_info", "type", "hops")
-    columns = [name for name in wanted if name in table.schema_arrow.names]
+    schema = table.schema_arrow
+    columns = [name for name in schema.names if name in _PARQUET_COLUMNS]
+    for what, names in (("questions", ("question", "prompt")), ("answers", ("golden_answers", "reward_model"))):
+        if not {*names} & {*columns}:
+            there = f"neither a column `{names[0]}` nor `{names[1]}`; it has {', '.join(schema.names)}"
+            raise ValueError(f"{path} has no {what}: {there}")
+    if "metadata" in schema.names and pyarrow.types.is_struct(schema.field("metadata").type):
+        columns += ["metadata.type"]  # of a column that holds whole articles this leaf alone is read
     number = 0
-    for batch in table.iter_batches(columns=columns):
+    for batch in table.iter_batches(_PARQUET_BATCH_ROWS, columns=columns):
         for row in batch.to_pylist():
             number += 1
-            where = f"{path}, row {number}"
-            yield where, _from_search_r1(row, where)
+            yield f"{path}, row {number}", _from_search_r1(row)
 
 
-def _from_search_r1(row: dict[str, Any], where: str) -> dict[str, Any]:
+def _from_search_r1(row: dict[str, Any]) -> dict[str, Any]:
     """A Search-R1 row as a row of our JSONL; its leftover plain columns win where they are kept."""
     extra, reward = row.get("extra_info") or {}, row.get("reward_model") or {}
     if row.get("question") is None and row.get("prompt"):
-        _, marker, question = row["prompt"][-1]["content"].rpartition("Question: ")
-        if not marker:
-            raise ValueError(f"{where}: there is no `question` column and the prompt holds no `Question: `")
-        row["question"] = question.strip()
+        prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
+        _, marker, question = prompt.rpartition("Question: ")
+        row["question"] = question.strip() if marker else None
     if row.get("golden_answers") is None:
-        row["golden_answers"] = (reward.get("ground_truth") or {}).get("target")
+        truth = reward.get("ground_truth")
+        row["golden_answers"] = truth.get("target") if isinstance(truth, dict) else truth  # ports keep the bare list
     if row.get("id") is None and "index" in extra:
         row["id"] = f"{extra.get('split', 'train')}_{extra['index']}"
     # Ids restart in every data set that was merged into the file.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from searchr1_fast.cli import add_config_arguments, add_model_argument, command_parser, model_directory
 from searchr1_fast.config import Config, load_config
-from searchr1_fast.console import Console, scores_table
+from searchr1_fast.console import Console, scores_table, sets_table
 from searchr1_fast.errors import entry_point
 from searchr1_fast.metrics import write_jsonl
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @entry_point
 def main(argv: Sequence[str] | None = None) -> int:
-    """Evaluate every set, print a table of each, and write the answers where asked."""
+    """Evaluate every set, print a table of each and one of all, and write the answers where asked."""
     arguments = _parser().parse_intermixed_args(argv)
     config = load_config(arguments.config, arguments.overrides)
     names = _chosen_sets(config, arguments.sets)
@@ -94,6 +94,8 @@ def _evaluate(config: Config, names: list[str], model_path: Path | str, temperat
                 )  # fmt: skip
             ui.rich.print(scores_table(name, result.metrics()))
             results.append(result)
+        if len(results) > 1:
+            ui.rich.print(sets_table({result.name: result.metrics() for result in results}))
         return results if ranks.is_main else []
 
 

@@ -2,8 +2,8 @@
 
 `TokenScorer` is the forward pass of training: hidden states of packed sequences, the rows that predict policy tokens,
 and the fused head on those alone, in an update with the whole loss inside. `Learner` is what policy and critic share:
-gradient accumulation over micro-batches and ranks, clipping, warm-up, and a guard that never lets a non-finite gradient
-into the weights.
+gradient accumulation over micro-batches and ranks, clipping, the learning rate's schedule, and a guard that never lets
+a non-finite gradient into the weights.
 
 The whole update reads the device once per optimizer step, for the gradient norm; the metrics stay there until the step
 of the run ends. Every rank must bring as many micro-batches as the others, because FSDP gathers parameters in step:
@@ -31,6 +31,7 @@ from searchr1_fast.config import Config, OptimizerConfig
 from searchr1_fast.distributed import Ranks, copy_parameters, full, reshard, shard
 from searchr1_fast.losses import accumulate_metrics, policy_objective
 from searchr1_fast.models import Decoder
+from searchr1_fast.schedule import LearningRate, policy_learning_rate
 from searchr1_fast.types import PackedBatch
 
 MAX_SKIPPED_IN_A_ROW = 3
@@ -59,13 +60,13 @@ class Learner:
     """A sharded module with its AdamW."""
 
     def __init__(
-        self, name: str, module: nn.Module, learning_rate: float, config: OptimizerConfig, ranks: Ranks
+        self, name: str, module: nn.Module, learning_rate: LearningRate, config: OptimizerConfig, ranks: Ranks
     ) -> None:
         self.name, self.module, self.ranks, self.config = name, module, ranks, config
         self.learning_rate = learning_rate
         self.parameters = dict(module.named_parameters())
         self.optimizer = torch.optim.AdamW(
-            self.parameters.values(), lr=learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
+            self.parameters.values(), learning_rate.peak, config.betas, weight_decay=config.weight_decay, fused=True
         )
         self.last_learning_rate = 0.0
         self.num_updates = 0
@@ -99,8 +100,8 @@ class Learner:
 
     @property
     def next_learning_rate(self) -> float:
-        """Of the next update: linear warm-up, then constant."""
-        return self.learning_rate * min(1.0, (self.num_updates + 1) / max(1, self.config.warmup_steps))
+        """Of the next update."""
+        return self.learning_rate(self.num_updates)
 
     def tensors(self, saved_keys: Collection[str] | None = None) -> dict[str, torch.Tensor]:
         """Weights and optimizer state by name, for the checkpoint; `saved_keys`: make room for what was saved."""
@@ -147,7 +148,7 @@ class Policy(Learner):
         if ranks.world_size > 1 or dtype != torch.float32:
             self.replica = empty_replica(decoder, dtype, ranks.device)
         shard(scorer, decoder.layers, ranks, dtype)
-        super().__init__("policy", scorer, config.optimizer.learning_rate, config.optimizer, ranks)
+        super().__init__("policy", scorer, policy_learning_rate(config), config.optimizer, ranks)
         self.objective = policy_objective(config.algorithm)
         self.reference: TokenScorer | None = None
         if config.algorithm.kl_coefficient > 0:

@@ -19,7 +19,7 @@ from searchr1_fast import cli
 from searchr1_fast.cli import COMMANDS, model_directory, run_config_path
 
 ROOT = Path(searchr1_fast.__file__).parent.parent
-OURS = ["train", "eval", "ask", "index", "serve", "report"]
+OURS = ["train", "eval", "ask", "data", "index", "serve", "report"]
 
 
 @pytest.fixture
@@ -295,6 +295,17 @@ def test_eval_prints_a_table_and_writes_every_answer(run, tmp_path, model):
     ]  # fmt: skip
     assert answers[0]["segments"][0][0] == "prompt"
     assert "Where was Ann born?" in answers[0]["segments"][0][1]
+
+
+def test_eval_of_several_sets_ends_with_a_table_of_all(run, tmp_path, model):
+    config = write_eval_config(tmp_path)
+    more = "eval.sets.again={questions: questions.jsonl, corpus: corpus.jsonl, limit: 1}"
+    code, out, error = run("eval", config, "--model", model, *SMALL, more)
+    assert code == 0, error
+    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if len(line.split()) > 4}
+    assert (rows["tiny"][:2], rows["again"][:2]) == (["2", "0.000"], ["1", "0.000"])
+    assert rows["mean"][:4] == ["of", "the", "sets", "0.000"]
+    assert "mean of the sets" not in run("eval", config, "--model", model, *SMALL)[1]
 
 
 def test_eval_is_greedy_and_repeats(run, tmp_path, model):

@@ -103,6 +103,104 @@ def test_missing_file(tmp_path):
         load_config(tmp_path / "none.yaml")
 
 
+def write_files(folder: Path, **texts: str) -> Path:
+    """Files by name (`_` for `/`), and the path of the last of them."""
+    for name, text in texts.items():
+        path = folder / f"{name.replace('_', '/')}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return path
+
+
+def test_what_comes_later_wins_key_by_key(tmp_path):
+    path = write_files(
+        tmp_path,
+        one="train: {num_steps: 1, questions_per_step: 1, num_minibatches: 1, eval_every: 1}\nrun: {name: one}",
+        two="train: {questions_per_step: 2, num_minibatches: 2, eval_every: 2}",
+        run="extends: [one.yaml, two.yaml]\ntrain: {num_minibatches: 3, eval_every: 3}",
+    )
+    config = load_config(path, ["train.eval_every=4"])
+    train = config.train
+    assert (train.num_steps, train.questions_per_step, train.num_minibatches, train.eval_every) == (1, 2, 3, 4)
+    assert config.run.name == "one"
+    assert train.tokens_per_microbatch == Config().train.tokens_per_microbatch
+
+
+def test_lists_and_nulls_replace_and_sets_of_evaluation_join(tmp_path):
+    path = write_files(
+        tmp_path,
+        base="data: {world: {hops: [1, 2, 3]}}\nretrieval: {index: x}\noptimizer: {betas: [0.1, 0.2]}\n"
+        "eval: {sets: {a: {questions: a.jsonl}}}",
+        run="extends: base.yaml\ndata: {world: null, questions: q.jsonl}\nretrieval: {index: null}\n"
+        "optimizer: {betas: [0.3, 0.4]}\neval: {sets: {a: {limit: 5}, b: {questions: b.jsonl}}}",
+    )
+    config = load_config(path)
+    assert (config.data, config.retrieval.index) == (DataSet(questions="q.jsonl"), None)
+    assert config.optimizer.betas == (0.3, 0.4)
+    assert config.eval.sets == {"a": DataSet(questions="a.jsonl", limit=5), "b": DataSet(questions="b.jsonl")}
+
+
+def test_paths_are_those_of_the_file_that_names_them(tmp_path, monkeypatch):
+    path = write_files(
+        tmp_path / "somewhere",
+        base="run: {name: base, seed: 7}",
+        parts_middle="extends: ../base.yaml\nrun: {name: middle}",
+        run="extends: parts/middle.yaml",
+    )
+    monkeypatch.chdir(tmp_path)
+    assert (load_config(path).run.name, load_config(path).run.seed) == ("middle", 7)
+    absolute = write_files(tmp_path / "elsewhere", run=f"extends: {path}")
+    assert load_config(absolute) == load_config(path)
+
+
+def test_two_files_may_stand_on_the_same_one(tmp_path):
+    path = write_files(
+        tmp_path, base="run: {seed: 1}", a="extends: base.yaml", b="extends: base.yaml", run="extends: [a.yaml, b.yaml]"
+    )
+    assert load_config(path).run.seed == 1
+
+
+def test_files_that_extend_each_other_in_a_ring_are_refused(tmp_path):
+    path = write_files(tmp_path, a="extends: b.yaml", b="extends: c.yaml", c="extends: b.yaml", run="extends: a.yaml")
+    with pytest.raises(ValueError, match=r"b\.yaml extends itself: b\.yaml -> c\.yaml -> b\.yaml$"):
+        load_config(path)
+    with pytest.raises(ValueError, match=r"extends itself: own\.yaml -> own\.yaml"):
+        load_config(write_files(tmp_path, own="extends: ./own.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("extends: none.yaml", r"no configuration file .*none\.yaml; .*run\.yaml extends it"),
+        ("extends: {a: b}", r"run\.yaml: `extends` must be the path of a configuration file, or a list of paths"),
+        ("extends: [1]", "`extends` must be the path"),
+        ("extends: ''", "`extends` must be the path"),
+        ("extends: bad.yaml", r"bad\.yaml must hold sections"),
+        ("extend: base.yaml", "unknown key `extend`: did you mean `extends`"),
+        (
+            "run: {extends: base.yaml}",
+            r"unknown key `run\.extends`: known here|unknown key `run\.extends`: did you mean",
+        ),
+    ],
+)
+def test_bad_extends(tmp_path, text, message):
+    path = write_files(tmp_path, bad="- 1", base="{}", run=text)
+    with pytest.raises(ValueError, match=message):
+        load_config(path)
+
+
+def test_an_override_cannot_extend(tmp_path):
+    with pytest.raises(ValueError, match="unknown key `extends`"):
+        load_config(None, [f"extends={write_files(tmp_path, base='{}')}"])
+
+
+def test_a_run_s_own_file_stands_alone(tmp_path):
+    config = load_config(write_files(tmp_path, base="run: {seed: 3}", run="extends: base.yaml"))
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    (tmp_path / "base.yaml").unlink()
+    assert load_config(tmp_path / "config.yaml") == config
+
+
 def test_empty_file_is_the_defaults(tmp_path):
     path = tmp_path / "empty.yaml"
     path.write_text("")

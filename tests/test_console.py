@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from rich.console import Console as RichConsole
 
 from searchr1_fast import console as console_module
-from searchr1_fast.console import Console, before_after_table, step_line, time_shares, transcript, visible
+from searchr1_fast.console import Console, before_after_table, sets_table, step_line, time_shares, transcript, visible
 from searchr1_fast.types import Action, FinishReason, Question, Trajectory, Turn
 
 METRICS = {
@@ -207,3 +207,19 @@ def test_quiet_prints_nothing():
     with ui.phase("rollout", 3) as progress:
         progress(3, 3)
     assert file.getvalue() == ""
+
+
+def test_the_mean_of_the_sets_does_not_weigh_them_by_size():
+    """As in the published tables: Bamboogle's 125 questions count as much as PopQA's 14,267."""
+    metrics = {
+        "large": scores(0.2) | {"sub_em": 0.4, "f1": 0.3, "count": 14267},
+        "[bold]": scores(0.5) | {"sub_em": 0.6, "f1": 0.9, "count": 125},
+    }
+    console, file = plain()
+    console.rich.print(sets_table(metrics))
+    rows = [line.split() for line in file.getvalue().splitlines() if line.strip()][2:]
+    assert rows == [
+        ["large", "14267", "0.200", "[0.15,", "0.25]", "0.400", "0.300", "1.20"],
+        ["[bold]", "125", "0.500", "[0.45,", "0.55]", "0.600", "0.900", "1.50"],
+        ["mean", "of", "the", "sets", "0.350", "0.500", "0.600", "1.35"],
+    ]

@@ -137,6 +137,7 @@ def test_duplicate_corpus_ids(tmp_path, ids, bad):
         assert [passage.id for passage in read_corpus(path)] == list(ids)
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from(["0", "1", "2", "3", "00", "²", "a", "9" * 5000]), max_size=6))
 def test_duplicates_are_exactly_those_of_a_set(tmp_path_factory, ids):
     path = write_lines(tmp_path_factory.mktemp("ids") / "c.jsonl", *({"id": name, "contents": "x"} for name in ids))
@@ -276,6 +277,16 @@ def test_parquet(tmp_path):
     assert read_questions(path, source="mine") == [Question("nq:test_3", "Who?", ("Ann",), "mine")]
 
 
+def test_parquet_of_ports(tmp_path):
+    """A prompt that is one text, and answers without `target` around them."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    row = published_row(4, "nq", prompt="Question: who?\n", reward_model={"ground_truth": ["Ann", "Bo"]})
+    parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "q.parquet")
+    assert read_questions(tmp_path / "q.parquet") == [Question("nq:train_4", "who?", ("Ann", "Bo"), "nq")]
+
+
 def test_parquet_errors(tmp_path, monkeypatch):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
@@ -309,6 +320,7 @@ def test_stream_visits_everything_once_an_epoch_in_a_new_order():
     assert [question.id for question in QuestionStream(numbered(50), seed=4).next(50)] != epochs[0]
 
 
+@settings(deadline=None)
 @given(st.integers(1, 7), st.lists(st.integers(0, 20), max_size=5), st.integers(0, 3))
 def test_stream_does_not_depend_on_how_it_is_read_and_resumes(count, reads, seed):
     questions = numbered(count)

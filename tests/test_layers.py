@@ -24,11 +24,12 @@ PACKAGE, KERNELS, CSRC = ROOT / "searchr1_fast", ROOT / "kernels" / "searchr1_ke
 # A module, or a folder of them, by its name below searchr1_fast. A new one must be given its place here.
 LAYERS = (
     {"types", "config", "protocol", "_C"},  # _C: csrc/, compiled
-    {"models", "retrieval", "data", "reward", "prompt", "world", "transcript"},
-    {"rollout", "packing", "advantage", "losses", "policy", "critic", "checkpoint", "distributed"},
+    {"models", "retrieval", "data", "question_sets", "reward", "prompt", "world", "transcript"},
+    {"rollout", "packing", "advantage", "losses", "schedule", "policy", "critic", "checkpoint", "distributed"},
     {
         *("train", "run", "evaluate", "environment", "pretraining"),
-        *("cli", "eval", "ask", "serve", "report", "index", "pretrain_base", "__main__", "world.__main__"),  # commands
+        *("cli", "eval", "ask", "serve", "report", "index", "prepare_data"),  # commands, as are the next
+        *("pretrain_base", "__main__", "world.__main__"),
         *("console", "curves", "metrics", "errors"),  # what a person sees
     },
 )

@@ -200,6 +200,23 @@ def test_warm_up_is_linear_then_constant(make_policy, trajectories):
     assert rates == pytest.approx([2e-4, 4e-4, 6e-4, 8e-4, 8e-4, 8e-4])
 
 
+def test_the_schedule_follows_the_updates_that_were_applied(make_policy, trajectories):
+    """A skipped gradient leaves it where it is, and a resumed policy goes on where it was."""
+    optimizer = {"learning_rate": 8e-4, "warmup_steps": 0, "warmup_ratio": 0.5, "schedule": "linear"}  # of two updates
+    policy, resumed = make_policy(optimizer=optimizer), make_policy(optimizer=optimizer)
+    (good,) = pack(trajectories, ADVANTAGES, 1000)
+    bad = replace(good, advantages=torch.full_like(good.advantages, float("nan")))
+    policy.update([good], 19)
+    policy.update([bad], 19)
+    resumed.load_state_dict(policy.state_dict())
+    for learner in (policy, resumed):
+        rates = []
+        for _ in range(3):
+            learner.update([good], 19)
+            rates.append(learner.optimizer.param_groups[0]["lr"])
+        assert rates == pytest.approx([8e-4, 0.0, 0.0])
+
+
 def test_a_gradient_that_is_not_finite_is_skipped_and_three_in_a_row_end_the_run(make_policy, trajectories):
     policy = make_policy()
     (good,) = pack(trajectories, ADVANTAGES, 1000)
