@@ -144,9 +144,7 @@ def call_behind_a_lock(backend: FakeBackend, queries: np.ndarray, texts: list[st
     _in_threads(search, queries, texts, measured)
 
 
-def _in_threads(
-    search: Callable[[str], np.ndarray], queries: np.ndarray, texts: list[str], measured: Measured
-) -> None:
+def _in_threads(search: Callable[[str], np.ndarray], queries: np.ndarray, texts: list[str], measured: Measured) -> None:
     def caller(own: list[int]) -> None:
         for number in own:
             started = time.perf_counter()

@@ -50,8 +50,8 @@ Hits read_row(const std::string& query, const float* scores, const int64_t* ids,
 
 // ---- Ticket -----------------------------------------------------------------------------------------------------
 
-Ticket::Ticket(std::shared_ptr<Core> core, std::vector<std::string> queries, int32_t k, Clock::time_point deadline,
-               std::shared_ptr<Channel> channel)
+Ticket::Ticket(std::shared_ptr<Core> core, std::vector<std::string> queries, int32_t k, Clock::time_point now,
+               Clock::time_point deadline, std::shared_ptr<Channel> channel)
     : core_(std::move(core)), parts_(new Parts) {
   parts_->k = k;
   parts_->depth = depth_for(k, core_->options.min_depth);
@@ -60,7 +60,7 @@ Ticket::Ticket(std::shared_ptr<Core> core, std::vector<std::string> queries, int
   for (const std::string& query : queries) parts_->cost += static_cast<int64_t>(query.size());
   parts_->queries = std::move(queries);
   parts_->channel = std::move(channel);
-  parts_->submitted_at = Clock::now();
+  parts_->submitted_at = now;
   core_->submit(*this, deadline);
 }
 
@@ -77,7 +77,7 @@ int64_t Ticket::num_queries() const { return parts_->num_queries; }
 int32_t Ticket::k() const { return parts_->k; }
 Outcome Ticket::outcome() const { return parts_->outcome.load(std::memory_order_acquire); }
 
-std::string Ticket::error() const { return outcome() == Outcome::failed ? parts_->error : std::string(); }
+std::string Ticket::error() const { return outcome() == Outcome::failed ? *parts_->error : std::string(); }
 
 bool Ticket::wait_admitted(Clock::duration patience) const {
   core_->check_process();
@@ -126,15 +126,8 @@ void Batch::complete(const float* scores, const int64_t* ids, int64_t width) {
   for (int64_t row = 0; row < size(); ++row) {
     hits.push_back(read_row(query(row), scores + row * width, ids + row * width, width));
   }
-  is_answered_ = true;
   core_->complete(flights_, std::move(hits), taken_at_);
-}
-
-void Batch::fail(const std::string& error) {
-  core_->check_process();
-  CHECK_INPUT(!is_answered_, "the batch is answered already");
-  is_answered_ = true;
-  core_->fail(error);
+  is_answered_ = true;  // not before: if that was thrown out of, dropping the batch fails everything
 }
 
 // ---- Batcher ----------------------------------------------------------------------------------------------------
@@ -155,11 +148,12 @@ Batcher::~Batcher() {
   if (!core_->is_forked()) core_->close();
 }
 
-std::shared_ptr<Ticket> Batcher::submit(std::vector<std::string> queries, int32_t k, Clock::time_point deadline,
-                                        std::shared_ptr<Channel> channel) {
+std::shared_ptr<Ticket> Batcher::submit(std::vector<std::string> queries, int64_t k, Clock::time_point now,
+                                        Clock::time_point deadline, std::shared_ptr<Channel> channel) {
   core_->check_process();
   CHECK_INPUT(k >= 1 && k <= kLargestK, "k is the number of hits a query gets, between 1 and ", kLargestK, ", not ", k);
-  return std::make_shared<Ticket>(core_, std::move(queries), k, deadline, std::move(channel));
+  const auto narrow_k = static_cast<int32_t>(k);
+  return std::make_shared<Ticket>(core_, std::move(queries), narrow_k, now, deadline, std::move(channel));
 }
 
 std::shared_ptr<Batch> Batcher::take(Clock::duration patience) {
@@ -167,13 +161,23 @@ std::shared_ptr<Batch> Batcher::take(Clock::duration patience) {
   std::vector<std::shared_ptr<Flight>> flights = core_->take(patience);
   if (flights.empty()) return nullptr;
   const int32_t depth = flights.front()->depth;
-  return std::make_shared<Batch>(core_, std::move(flights), depth);
+  try {
+    return std::make_shared<Batch>(core_, std::move(flights), depth);
+  } catch (const std::bad_alloc&) {  // they are in no queue any more
+    core_->fail("there is no memory for a batch");
+    throw;
+  }
 }
 
 bool Batcher::is_finished() const {
   core_->check_process();
   std::lock_guard lock(core_->mutex);
   return core_->is_over;
+}
+
+void Batcher::fail(const std::string& error) {
+  core_->check_process();
+  core_->fail(error);
 }
 
 void Batcher::close() {

@@ -48,8 +48,8 @@ struct Core;
 // One caller's search. Dropping it unsettled cancels it.
 class Ticket {
  public:
-  Ticket(std::shared_ptr<Core> core, std::vector<std::string> queries, int32_t k, Clock::time_point deadline,
-         std::shared_ptr<Channel> channel);
+  Ticket(std::shared_ptr<Core> core, std::vector<std::string> queries, int32_t k, Clock::time_point now,
+         Clock::time_point deadline, std::shared_ptr<Channel> channel);
   ~Ticket();
   Ticket(const Ticket&) = delete;
   Ticket& operator=(const Ticket&) = delete;
@@ -94,7 +94,6 @@ class Batch {
   // scores, ids: [size, width], 1 <= width <= depth, best first; id -1 fills rows that have fewer hits. Throws
   // InvalidInput for a row out of order, with a NaN, or with hits after its end; the batch is then still to answer.
   void complete(const float* scores, const int64_t* ids, int64_t width);
-  void fail(const std::string& error);
 
  private:
   std::shared_ptr<Core> core_;
@@ -122,13 +121,17 @@ class Batcher {
   Batcher(const Batcher&) = delete;
   Batcher& operator=(const Batcher&) = delete;
 
-  // Never blocks: see Ticket::wait_admitted. Without a deadline: Clock::time_point::max().
-  std::shared_ptr<Ticket> submit(std::vector<std::string> queries, int32_t k, Clock::time_point deadline,
-                                 std::shared_ptr<Channel> channel = nullptr);
+  // Never blocks: see Ticket::wait_admitted. Without a deadline: Clock::time_point::max(). `now` is the caller's, who
+  // read the clock for the deadline: to read it took 0.4 us on one virtual machine (AMD EPYC, 2026-11-25).
+  std::shared_ptr<Ticket> submit(std::vector<std::string> queries, int64_t k, Clock::time_point now,
+                                 Clock::time_point deadline, std::shared_ptr<Channel> channel = nullptr);
 
   // Null where there was nothing to do in that time, or where there never will be (`is_finished`).
   std::shared_ptr<Batch> take(Clock::duration patience);
   bool is_finished() const;  // closed, or the backend failed
+
+  // The backend's error: fails what is pending and everything after with these words. Once it is over: nothing.
+  void fail(const std::string& error);
 
   // Fails what is pending and everything after. Again: nothing.
   void close();

@@ -20,11 +20,6 @@ PYBIND11_MODULE(_C, m) {
       .value("CANCELLED", Outcome::cancelled)
       .finalize();
 
-  py::class_<Channel, std::shared_ptr<Channel>>(m, "Channel")
-      .def(py::init<>())
-      .def("fileno", &Channel::descriptor)
-      .def("drain", &Channel::drain);
-
   py::class_<Ticket, std::shared_ptr<Ticket>>(m, "Ticket")
       .def_property_readonly("id", &Ticket::id)
       .def_property_readonly("k", &Ticket::k)
@@ -41,23 +36,25 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("depth", &Batch::depth)
       .def_property_readonly("queries", &batch_queries)
       .def("__len__", &Batch::size)
-      .def("complete", &complete_batch, "scores"_a.noconvert(), "ids"_a.noconvert())
-      .def("fail", &Batch::fail, "error"_a, py::call_guard<py::gil_scoped_release>());
+      .def("complete", &complete_batch, "scores"_a.noconvert(), "ids"_a.noconvert());
 
   py::class_<Batcher, std::shared_ptr<Batcher>>(m, "Batcher")
       .def(py::init(&make_batcher), py::kw_only(), "max_batch_rows"_a, "max_batch_bytes"_a, "max_pending_bytes"_a,
            "max_cache_bytes"_a, "min_depth"_a, "max_batches_in_flight"_a, "identity"_a)
-      .def("submit", &submit_queries, "queries"_a, "k"_a, "timeout"_a = py::none(), "channel"_a = nullptr)
+      .def("submit", &submit_queries, "queries"_a, "k"_a, "timeout"_a = py::none())
       .def("take", &take_batch)
+      .def("fail", &Batcher::fail, "error"_a, py::call_guard<py::gil_scoped_release>())
       .def("close", &Batcher::close, py::call_guard<py::gil_scoped_release>())
       .def("statistics", &batcher_statistics, "reset"_a = false)
       .def("save_cache", &Batcher::save_cache, "path"_a, py::call_guard<py::gil_scoped_release>())
       .def("load_cache", &Batcher::load_cache, "path"_a, py::call_guard<py::gil_scoped_release>());
 
-  py::class_<RecordFile>(m, "RecordFile")
-      .def(py::init<std::string, std::string, int64_t>(), "data"_a, "offsets"_a, "item_size"_a = 1)
-      .def("__len__", &RecordFile::size)
-      .def("gather", &gather_items, "rows"_a);
+  py::class_<Listener>(m, "Listener")
+      .def(py::init<std::shared_ptr<Batcher>>(), "batcher"_a)
+      .def("fileno", &Listener::descriptor)
+      .def("submit", &Listener::submit, "queries"_a, "k"_a, "timeout"_a = py::none())
+      .def("cancel", &Listener::cancel, "number"_a)
+      .def("drain", &Listener::drain);
 
   py::class_<PassageStore>(m, "PassageStore")
       .def(py::init(&open_passages), "contents"_a, "contents_offsets"_a, "ids"_a = py::none(),

@@ -2,6 +2,7 @@
 #include "cache.h"
 
 #include <cstring>
+#include <new>
 #include <utility>
 
 #include "check.h"
@@ -37,7 +38,7 @@ class Reader {
   }
 
   std::string_view text(size_t length) {
-    CHECK_INPUT(length <= bytes_.size(), where_, " is cut short; delete it, the cache fills itself again");
+    CHECK_INPUT(length <= bytes_.size(), where_, " is cut short; without it the cache fills itself again");
     std::string_view taken = bytes_.substr(0, length);
     bytes_.remove_prefix(length);
     return taken;
@@ -63,13 +64,20 @@ const Hits* ResultCache::find(const Key& key) {
   return &found->second->hits;
 }
 
-void ResultCache::insert(const Key& key, Hits hits) {
+void ResultCache::insert(const Key& key, Hits hits) noexcept {
   const int64_t bytes = cost(key, hits);
   if (bytes > max_bytes_) return;
-  hits.shrink_to_fit();
-  entries_.push_front({std::string(key.query), key.depth, std::move(hits)});
-  if (!places_.emplace(Key{entries_.front().query, key.depth}, entries_.begin()).second) {
-    entries_.pop_front();  // loaded from a file while it was searched
+  try {
+    hits.shrink_to_fit();
+    std::list<Entry> one;
+    one.push_front({std::string(key.query), key.depth, std::move(hits)});
+    if (!places_.emplace(Key{one.front().query, key.depth}, one.begin()).second) return;  // loaded meanwhile
+    entries_.splice(entries_.begin(), one);
+  } catch (const std::bad_alloc&) {  // what is remembered is what can best be done without
+    num_evicted_ += size() + 1;
+    places_.clear();
+    entries_.clear();
+    num_bytes_ = 0;
     return;
   }
   num_bytes_ += bytes;
@@ -110,10 +118,9 @@ std::vector<ResultCache::Entry> ResultCache::deserialize(const std::string& byte
               " is not a saved cache of searches");
   const auto checksum = reader.number<uint64_t>();
   CHECK_INPUT(checksum == fnv1a(reader.rest()), where,
-              " was altered or cut short: its checksum is wrong; delete it, the cache fills itself again");
+              " was altered or cut short: its checksum is wrong; without it the cache fills itself again");
   const std::string saved(reader.text(reader.number<uint32_t>()));
-  CHECK_INPUT(saved == identity, where, " was saved from other searches (", saved, ", here ", identity,
-              "); delete it, or search what it was saved from");
+  CHECK_INPUT(saved == identity, where, " was saved from other searches (", saved, ", here ", identity, ")");
   std::vector<Entry> entries(reader.number<uint64_t>());
   for (Entry& entry : entries) {
     entry.query = reader.text(reader.number<uint32_t>());

@@ -41,7 +41,7 @@ class ResultCache {
 
   // Null where it is not there; valid until the next call.
   const Hits* find(const Key& key);
-  void insert(const Key& key, Hits hits);
+  void insert(const Key& key, Hits hits) noexcept;  // without memory for it, everything is forgotten
 
   int64_t size() const { return static_cast<int64_t>(entries_.size()); }
   int64_t num_bytes() const { return num_bytes_; }

@@ -2,6 +2,7 @@
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <system_error>
 
@@ -34,9 +35,22 @@ Channel::~Channel() {
   if (write_end_ != read_end_) close(write_end_);
 }
 
-void Channel::push(uint64_t ticket_id) {
+void Channel::expect() {
+  std::lock_guard lock(mutex_);
+  const size_t needed = settled_.size() + num_expected_ + 1;
+  if (needed > settled_.capacity()) settled_.reserve(std::max(needed, 2 * settled_.capacity()));
+  ++num_expected_;
+}
+
+void Channel::expect_no_longer() {
+  std::lock_guard lock(mutex_);
+  --num_expected_;
+}
+
+void Channel::push(uint64_t ticket_id) noexcept {
   std::lock_guard lock(mutex_);
   settled_.push_back(ticket_id);
+  --num_expected_;
   if (settled_.size() > 1) return;  // it is readable already
   const uint64_t one = 1;
   // At most one wake-up is under way at a time, so neither a counter nor a pipe can be full.
@@ -46,10 +60,11 @@ void Channel::push(uint64_t ticket_id) {
 
 std::vector<uint64_t> Channel::drain() {
   std::lock_guard lock(mutex_);
+  std::vector<uint64_t> settled;
+  settled.reserve(num_expected_);
   uint64_t count;
   while (read(read_end_, &count, sizeof count) < 0 && errno == EINTR) {
   }
-  std::vector<uint64_t> settled;
   settled.swap(settled_);
   return settled;
 }

@@ -20,15 +20,19 @@ class Channel {
   // Readable while `drain` would return something. Owned by the channel: watch it, do not close it.
   int descriptor() const { return read_end_; }
 
-  // Called by the batcher, from any thread.
-  void push(uint64_t ticket_id);
+  // Called by the batcher, from any thread. A ticket is expected before it is submitted, and then either pushed once or
+  // no longer expected: room for it is made where that may fail, in the thread that submits, so that `push` cannot.
+  void expect();
+  void expect_no_longer();
+  void push(uint64_t ticket_id) noexcept;
 
   // The tickets that settled since the last call, in the order they did.
   std::vector<uint64_t> drain();
 
  private:
   std::mutex mutex_;
-  std::vector<uint64_t> settled_;
+  std::vector<uint64_t> settled_;  // has room for all that are expected
+  size_t num_expected_ = 0;        // submitted, and not in settled_ yet
   int read_end_ = -1;
   int write_end_ = -1;  // equals read_end_ for an eventfd
 };

@@ -12,6 +12,8 @@
 namespace searchr1 {
 namespace {
 
+constexpr size_t kAnswersAtOnce = 64;  // flights of a batch that are answered before the mutex is free for a moment
+
 std::atomic<unsigned> num_forks{0};  // of the processes that this one descends from, since this library was loaded
 
 unsigned current_generation() {
@@ -48,9 +50,25 @@ void Core::check_process() const {
 
 void Core::submit(Ticket& ticket, Clock::time_point deadline) {
   Ticket::Parts& parts = *ticket.parts_;
+  if (parts.channel) parts.channel->expect();
   std::lock_guard lock(mutex);
-  parts.id = next_ticket++;
+  parts.id = next_ticket++;  // from here on nothing is thrown: lists may hold the ticket
   ++statistics.num_searches;
+  try {
+    begin_locked(ticket, deadline);
+  } catch (const std::bad_alloc&) {
+    fail_for_memory_locked(ticket);
+  }
+  if (!parts.channel) return;
+  if (parts.outcome.load(std::memory_order_relaxed) == Outcome::pending) {
+    parts.is_announced = true;
+  } else {
+    parts.channel->expect_no_longer();  // the caller sees that it is settled
+  }
+}
+
+void Core::begin_locked(Ticket& ticket, Clock::time_point deadline) {
+  Ticket::Parts& parts = *ticket.parts_;
   if (is_over) {
     parts.error = error;
     settle_locked(ticket, Outcome::failed);
@@ -66,13 +84,12 @@ void Core::submit(Ticket& ticket, Clock::time_point deadline) {
     if (parts.deadline == deadlines.begin()) clock_news.notify_one();
   }
   if (blocked.empty() && has_room_locked(parts.cost)) {
-    admit_locked(ticket);
+    admit_locked(ticket, parts.submitted_at);
   } else {
     ++statistics.num_blocked;
     parts.blocked_place = blocked.insert(blocked.end(), &ticket);
     parts.is_blocked = true;
   }
-  parts.is_announced = true;
 }
 
 // Whatever is too large for the bound alone is let in alone.
@@ -85,58 +102,85 @@ void Core::admit_blocked_locked() {
     Ticket& ticket = *blocked.front();
     blocked.pop_front();
     ticket.parts_->is_blocked = false;
-    admit_locked(ticket);
+    // Before it is admitted, after which it may be settled and gone; who is woken waits for the mutex anyway.
     for (auto* sleeper : ticket.parts_->sleepers) sleeper->notify_all();
+    admit_locked(ticket, Clock::now());
   }
 }
 
-void Core::admit_locked(Ticket& ticket) {
+void Core::admit_locked(Ticket& ticket, Clock::time_point now) {
   Ticket::Parts& parts = *ticket.parts_;
-  const size_t size = static_cast<size_t>(parts.num_queries) * static_cast<size_t>(parts.k);
+  const int64_t num_queries = parts.num_queries;
+  const size_t size = static_cast<size_t>(num_queries) * static_cast<size_t>(parts.k);
   try {  // to throw from here would end the process in the clock's thread, and leave a dead ticket in the lists
-    parts.rows.resize(static_cast<size_t>(parts.num_queries));
+    parts.rows.resize(static_cast<size_t>(num_queries));
     parts.scores.assign(size, -std::numeric_limits<float>::infinity());
     parts.ids.assign(size, -1);
+    parts.is_admitted = true;
+    pending_bytes += parts.cost;
+    parts.num_missing = num_queries;
+    std::vector<std::string> queries = std::move(parts.queries);
+    if (num_queries == 0) settle_locked(ticket, Outcome::done);
+    for (int64_t row = 0; row < num_queries; ++row) {  // the last may settle it
+      search_locked(ticket, row, std::move(queries[static_cast<size_t>(row)]), now);
+    }
   } catch (const std::bad_alloc&) {
-    parts.scores = {};
-    parts.error = message("there is no memory for ", parts.num_queries, " results of ", parts.k, " hits");
-    settle_locked(ticket, Outcome::failed);
-    return;
-  }
-  parts.is_admitted = true;
-  pending_bytes += parts.cost;
-  statistics.num_queries += parts.num_queries;
-  parts.num_missing = parts.num_queries;
-  if (parts.num_queries == 0) settle_locked(ticket, Outcome::done);
-  std::vector<std::string> queries = std::move(parts.queries);
-  for (int64_t row = 0; row < parts.num_queries; ++row) {
-    search_locked(ticket, row, std::move(queries[static_cast<size_t>(row)]));
+    fail_for_memory_locked(ticket);
   }
 }
 
-void Core::search_locked(Ticket& ticket, int64_t row, std::string query) {
+void Core::fail_for_memory_locked(Ticket& ticket) {
+  Ticket::Parts& parts = *ticket.parts_;
+  parts.scores = {};
+  try {
+    const auto text = message("there is no memory for ", parts.num_queries, " results of ", parts.k, " hits");
+    parts.error = std::make_shared<const std::string>(text);
+  } catch (const std::bad_alloc&) {
+    parts.error = no_memory;
+  }
+  settle_locked(ticket, Outcome::failed);
+}
+
+void Core::search_locked(Ticket& ticket, int64_t row, std::string query, Clock::time_point now) {
   Ticket::Parts& parts = *ticket.parts_;
   const Key key{query, parts.depth};
   if (const Hits* hits = cache.find(key)) {
+    ++statistics.num_queries;
     ++statistics.num_cache_hits;
-    answer_locked(ticket, row, *hits, Clock::now());
+    answer_locked(ticket, row, *hits, now);
     return;
   }
-  std::shared_ptr<Flight> flight;
-  if (auto found = flights.find(key); found != flights.end()) {
-    ++statistics.num_coalesced;
-    flight = found->second;
-  } else {
-    ++statistics.num_unique;
-    flight = std::make_shared<Flight>(Flight{std::move(query), parts.depth, next_flight++, {}, true, {}});
-    auto& queue = queues[flight->depth];
-    flight->place = queue.insert(queue.end(), flight);
-    flights.emplace(flight->key(), flight);
-    if (num_queued++ == 0) work.notify_one();
+  const auto found = flights.find(key);
+  const bool is_new = found == flights.end();
+  std::shared_ptr<Flight> flight = is_new ? std::make_shared<Flight>() : found->second;
+  const auto waiter = flight->waiters.insert(flight->waiters.end(), Waiter{&ticket, row});
+  if (is_new) {
+    flight->query = std::move(query);
+    flight->depth = parts.depth;
+    queue_locked(flight);
   }
+  ++statistics.num_queries;
+  ++(is_new ? statistics.num_unique : statistics.num_coalesced);
   auto& place = parts.rows[static_cast<size_t>(row)];
-  place.place = flight->waiters.insert(flight->waiters.end(), Waiter{&ticket, row});
+  place.place = waiter;
   place.flight = std::move(flight);
+}
+
+// All of it or, where there is no memory, nothing.
+void Core::queue_locked(const std::shared_ptr<Flight>& flight) {
+  std::list<std::shared_ptr<Flight>> one{flight};
+  auto& queue = queues[flight->depth];
+  try {
+    flights.emplace(flight->key(), flight);
+  } catch (const std::bad_alloc&) {
+    if (queue.empty()) queues.erase(flight->depth);
+    throw;
+  }
+  flight->sequence = next_flight++;
+  flight->is_queued = true;
+  flight->place = one.begin();
+  queue.splice(queue.end(), one);
+  if (num_queued++ == 0) work.notify_one();
 }
 
 // ---- its way out ------------------------------------------------------------------------------------------------
@@ -166,9 +210,11 @@ void Core::settle_locked(Ticket& ticket, Outcome outcome) {
   statistics.num_failed += outcome == Outcome::failed;
   statistics.num_expired += outcome == Outcome::expired;
   statistics.num_cancelled += outcome == Outcome::cancelled;
-  parts.outcome.store(outcome, std::memory_order_release);
-  if (parts.channel && parts.is_announced) parts.channel->push(parts.id);
-  for (auto* sleeper : parts.sleepers) sleeper->notify_all();
+  for (auto* sleeper : parts.sleepers) sleeper->notify_all();  // they cannot look before the mutex is free
+  const std::shared_ptr<Channel> channel = parts.is_announced ? parts.channel : nullptr;
+  const uint64_t id = parts.id;
+  parts.outcome.store(outcome, std::memory_order_release);  // from here on the ticket may be gone
+  if (channel) channel->push(id);
 }
 
 // A query that nobody waits for any more is not searched, unless it is in a batch already.
@@ -187,6 +233,8 @@ void Core::leave_locked(Ticket::Parts::Row& row) {
 }
 
 void Core::abandon(Ticket& ticket) {
+  // Of one that is settled nothing is touched any more: whoever drops thousands of them need not wait for the mutex.
+  if (ticket.parts_->outcome.load(std::memory_order_acquire) != Outcome::pending) return;
   std::lock_guard lock(mutex);
   if (ticket.parts_->outcome.load(std::memory_order_relaxed) != Outcome::pending) return;
   settle_locked(ticket, Outcome::cancelled);
@@ -249,6 +297,7 @@ std::vector<std::shared_ptr<Flight>> Core::form_batch_locked() {
   });
   auto& queue = oldest->second;
   std::vector<std::shared_ptr<Flight>> batch;
+  batch.reserve(std::min(queue.size(), static_cast<size_t>(options.max_batch_rows)));  // before anything changes
   int64_t num_bytes = 0;
   while (!queue.empty() && static_cast<int64_t>(batch.size()) < options.max_batch_rows) {
     num_bytes += static_cast<int64_t>(queue.front()->query.size());
@@ -268,50 +317,62 @@ std::vector<std::shared_ptr<Flight>> Core::form_batch_locked() {
 
 void Core::complete(const std::vector<std::shared_ptr<Flight>>& batch, std::vector<Hits> hits,
                     Clock::time_point taken_at) {
-  std::lock_guard lock(mutex);
+  std::unique_lock lock(mutex);
   const Clock::time_point now = Clock::now();
   --batches_in_flight;
   work.notify_one();
   statistics.batch_nanoseconds.add(static_cast<uint64_t>((now - taken_at) / std::chrono::nanoseconds(1)));
-  if (is_over) return;  // everybody was told
-  expire_locked(now);
-  for (size_t index = 0; index < batch.size(); ++index) {
-    Flight& flight = *batch[index];
-    flights.erase(flight.key());
-    while (!flight.waiters.empty()) {
-      const Waiter waiter = flight.waiters.front();
-      flight.waiters.pop_front();
-      waiter.ticket->parts_->rows[static_cast<size_t>(waiter.row)].flight.reset();
-      answer_locked(*waiter.ticket, waiter.row, hits[index], now);
+  for (size_t index = 0; index < batch.size() && !is_over; ++index) {  // over: everybody was told
+    if (index % kAnswersAtOnce == 0) {
+      if (index > 0) {  // who submits need not wait for all of them; what is not answered yet can still be joined
+        lock.unlock();
+        lock.lock();
+        if (is_over) return;
+      }
+      expire_locked(Clock::now());
     }
-    cache.insert(flight.key(), std::move(hits[index]));
+    answer_flight_locked(*batch[index], std::move(hits[index]), now);
   }
   admit_blocked_locked();
 }
 
-// ---- the end ----------------------------------------------------------------------------------------------------
-
-void Core::fail(const std::string& message) {
-  std::lock_guard lock(mutex);
-  end_locked(message);
+void Core::answer_flight_locked(Flight& flight, Hits hits, Clock::time_point now) {
+  while (!flight.waiters.empty()) {
+    const Waiter waiter = flight.waiters.front();
+    flight.waiters.pop_front();
+    waiter.ticket->parts_->rows[static_cast<size_t>(waiter.row)].flight.reset();
+    answer_locked(*waiter.ticket, waiter.row, hits, now);
+  }
+  flights.erase(flight.key());
+  cache.insert(flight.key(), std::move(hits));
 }
 
-void Core::end_locked(const std::string& message) {
+// ---- the end ----------------------------------------------------------------------------------------------------
+
+void Core::fail(const std::string& text) {
+  std::shared_ptr<const std::string> message = no_memory;
+  try {
+    message = std::make_shared<const std::string>(text);
+  } catch (const std::bad_alloc&) {  // whoever waits must be told, if not why
+  }
+  std::lock_guard lock(mutex);
+  end_locked(std::move(message));
+}
+
+void Core::end_locked(std::shared_ptr<const std::string> message) {
   if (is_over) return;
   is_over = true;
-  error = message;
+  error = std::move(message);
   const auto fail_ticket = [&](Ticket& ticket) {
-    ticket.parts_->error = message;
+    ticket.parts_->error = error;
     settle_locked(ticket, Outcome::failed);
   };
   while (!blocked.empty()) fail_ticket(*blocked.front());
-  // A flight that loses its last waiter leaves the table, if it is queued.
-  std::vector<std::shared_ptr<Flight>> under_way;
-  for (const auto& entry : flights) under_way.push_back(entry.second);
-  for (const auto& flight : under_way) {
+  while (!flights.empty()) {
+    const std::shared_ptr<Flight> flight = flights.begin()->second;
     while (!flight->waiters.empty()) fail_ticket(*flight->waiters.front().ticket);
+    flights.erase(flight->key());  // one that was queued has left by itself
   }
-  flights.clear();
   work.notify_all();
   clock_news.notify_all();
 }

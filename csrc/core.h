@@ -28,10 +28,10 @@ struct Waiter {
 
 struct Flight {
   std::string query;
-  int32_t depth;
-  uint64_t sequence;          // first come, first served
+  int32_t depth = 0;
+  uint64_t sequence = 0;      // first come, first served
   std::list<Waiter> waiters;  // empty: nobody wants it any more
-  bool is_queued;
+  bool is_queued = false;
   std::list<std::shared_ptr<Flight>>::iterator place;  // in its queue
   Key key() const { return {query, depth}; }
 };
@@ -48,8 +48,9 @@ struct Ticket::Parts {
   int64_t cost;  // bytes that it counts against max_pending_bytes
   Clock::time_point submitted_at;
   std::shared_ptr<Channel> channel;
-  std::atomic<Outcome> outcome{Outcome::pending};  // written last: whoever sees it settled may read the results
-  std::string error;
+  // Written last: whoever sees it settled may read the results, and take the ticket apart.
+  std::atomic<Outcome> outcome{Outcome::pending};
+  std::shared_ptr<const std::string> error;
   std::vector<float> scores;
   std::vector<int64_t> ids;
 
@@ -80,18 +81,22 @@ struct Core {
   void abandon(Ticket& ticket);
   std::vector<std::shared_ptr<Flight>> take(Clock::duration patience);
   void complete(const std::vector<std::shared_ptr<Flight>>& batch, std::vector<Hits> hits, Clock::time_point taken_at);
-  void fail(const std::string& error);
+  void fail(const std::string& text);
   void close();
   bool wait(Ticket::Parts& parts, Clock::duration patience, bool for_admission);
 
-  void admit_locked(Ticket& ticket);
+  void begin_locked(Ticket& ticket, Clock::time_point deadline);
+  void admit_locked(Ticket& ticket, Clock::time_point now);
   void admit_blocked_locked();
-  void search_locked(Ticket& ticket, int64_t row, std::string query);
+  void fail_for_memory_locked(Ticket& ticket);
+  void search_locked(Ticket& ticket, int64_t row, std::string query, Clock::time_point now);
+  void queue_locked(const std::shared_ptr<Flight>& flight);
+  void answer_flight_locked(Flight& flight, Hits hits, Clock::time_point now);
   void answer_locked(Ticket& ticket, int64_t row, const Hits& hits, Clock::time_point now);
   void settle_locked(Ticket& ticket, Outcome outcome);
   void leave_locked(Ticket::Parts::Row& row);
   void expire_locked(Clock::time_point now);
-  void end_locked(const std::string& error);
+  void end_locked(std::shared_ptr<const std::string> message);
   std::vector<std::shared_ptr<Flight>> form_batch_locked();
   bool has_room_locked(int64_t cost) const;
   void run_clock();
@@ -114,7 +119,8 @@ struct Core {
   uint64_t next_ticket = 0;
   uint64_t next_flight = 0;
   bool is_over = false;  // closed or failed: every ticket fails with `error`
-  std::string error;
+  std::shared_ptr<const std::string> error;
+  const std::shared_ptr<const std::string> no_memory = std::make_shared<const std::string>("there is no memory");
   std::thread clock;
   std::mutex closing;  // one close joins the clock, the others wait for it
 };

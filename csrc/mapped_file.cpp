@@ -12,6 +12,18 @@
 #include "check.h"
 
 namespace searchr1 {
+namespace {
+
+int64_t modified_at(const struct stat& status) {
+#if defined(__APPLE__)
+  const timespec& time = status.st_mtimespec;
+#else
+  const timespec& time = status.st_mtim;
+#endif
+  return static_cast<int64_t>(time.tv_sec) * 1'000'000'000 + time.tv_nsec;
+}
+
+}  // namespace
 
 MappedFile::MappedFile(std::string path) : path_(std::move(path)) {
   descriptor_ = open(path_.c_str(), O_RDONLY | O_CLOEXEC);
@@ -21,6 +33,7 @@ MappedFile::MappedFile(std::string path) : path_(std::move(path)) {
   if (!is_regular) close(descriptor_);
   CHECK_INPUT(is_regular, path_, " is not a file");
   size_ = static_cast<size_t>(status.st_size);
+  modified_at_ = modified_at(status);
   if (size_ == 0) return;  // there is nothing to map
   void* mapped = mmap(nullptr, size_, PROT_READ, MAP_SHARED, descriptor_, 0);
   if (mapped == MAP_FAILED) {
@@ -43,13 +56,15 @@ MappedFile& MappedFile::operator=(MappedFile&& other) noexcept {
   std::swap(descriptor_, other.descriptor_);
   std::swap(data_, other.data_);
   std::swap(size_, other.size_);
+  std::swap(modified_at_, other.modified_at_);
   return *this;
 }
 
-void MappedFile::check_size() const {
+void MappedFile::check_unchanged() const {
   struct stat status;
   const bool is_whole = fstat(descriptor_, &status) == 0 && static_cast<size_t>(status.st_size) >= size_;
   CHECK_INPUT(is_whole, path_, " was cut short while it was open; it had ", size_, " bytes");
+  CHECK_INPUT(modified_at(status) == modified_at_, path_, " was written to while it was open");
 }
 
 }  // namespace searchr1

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <string>
 
 namespace searchr1 {
@@ -18,14 +19,16 @@ class MappedFile {
   size_t size() const { return size_; }
   const std::string& path() const { return path_; }
 
-  // Throws where the file was cut while it was open: to read past its new end would kill the process (SIGBUS).
-  void check_size() const;
+  // Throws where the file was cut or written to while it was open: to read past its new end would kill the process
+  // (SIGBUS), and other bytes would be other passages.
+  void check_unchanged() const;
 
  private:
   std::string path_;
   int descriptor_ = -1;
   const char* data_ = nullptr;
   size_t size_ = 0;
+  int64_t modified_at_ = 0;  // nanoseconds
 };
 
 }  // namespace searchr1

@@ -1,8 +1,9 @@
 #include "python_glue.h"
 
+#include <algorithm>
 #include <chrono>
 #include <cmath>
-#include <cstring>
+#include <map>
 #include <string_view>
 #include <utility>
 
@@ -17,9 +18,11 @@ void check_signals() {
   if (PyErr_CheckSignals() != 0) throw py::error_already_set();
 }
 
-// Runs `wait(slice)` without the GIL until it says true.
+// Runs `wait(slice)` until it says true, without the GIL unless it says so at once: to ask for the GIL again may take
+// 5 ms.
 template <typename Wait>
 void wait_in_slices(const Wait& wait) {
+  if (wait(Clock::duration::zero())) return;
   while (true) {
     {
       py::gil_scoped_release release;
@@ -44,14 +47,44 @@ py::str decoded(std::string_view text) {
 }
 
 // From now on, not a time of Python's: its clock and this one differ where a machine slept (macOS).
-Clock::time_point time_point(std::optional<double> timeout) {
+Clock::time_point deadline_of(std::optional<double> timeout, Clock::time_point now) {
   if (!timeout) return Clock::time_point::max();
   CHECK_INPUT(!std::isnan(*timeout), "the timeout is NaN");
   if (*timeout <= 0.0) return Clock::time_point::min();
-  const Clock::time_point now = Clock::now();
   const double largest = std::chrono::duration<double>(Clock::time_point::max() - now).count();
   if (*timeout >= largest) return Clock::time_point::max();
   return now + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(*timeout));
+}
+
+std::vector<std::string> texts_of(const py::sequence& queries) {
+  if (PyUnicode_Check(queries.ptr())) throw py::type_error("queries must be a list of texts, not one text");
+  const auto items = py::reinterpret_steal<py::object>(PySequence_Fast(queries.ptr(), "queries must be a list"));
+  if (!items) throw py::error_already_set();
+  const Py_ssize_t num_queries = PySequence_Fast_GET_SIZE(items.ptr());
+  std::vector<std::string> texts;
+  texts.reserve(static_cast<size_t>(num_queries));
+  for (Py_ssize_t row = 0; row < num_queries; ++row) texts.push_back(utf8(PySequence_Fast_GET_ITEM(items.ptr(), row)));
+  return texts;
+}
+
+// Results of one k, one under the other: (numbers, ends, scores [R, k], ids [R, k]).
+py::tuple stacked(const std::vector<std::shared_ptr<Ticket>>& tickets, int32_t k) {
+  py::list numbers(tickets.size()), ends(tickets.size());
+  int64_t end = 0;
+  for (size_t index = 0; index < tickets.size(); ++index) {
+    end += tickets[index]->num_queries();
+    numbers[index] = tickets[index]->id();
+    ends[index] = end;
+  }
+  py::array_t<float> scores({end, static_cast<int64_t>(k)});
+  py::array_t<int64_t> ids({end, static_cast<int64_t>(k)});
+  float* score = scores.mutable_data();
+  int64_t* id = ids.mutable_data();
+  for (const auto& ticket : tickets) {
+    score = std::copy(ticket->scores().begin(), ticket->scores().end(), score);
+    id = std::copy(ticket->ids().begin(), ticket->ids().end(), id);
+  }
+  return py::make_tuple(numbers, ends, scores, ids);
 }
 
 template <typename Number>
@@ -93,28 +126,16 @@ std::shared_ptr<Batcher> make_batcher(int64_t max_batch_rows, int64_t max_batch_
   return std::make_shared<Batcher>(std::move(options));
 }
 
-std::shared_ptr<Ticket> submit_queries(Batcher& batcher, const py::sequence& queries, int32_t k,
-                                       std::optional<double> timeout, std::shared_ptr<Channel> channel) {
-  if (PyUnicode_Check(queries.ptr())) throw py::type_error("queries must be a list of texts, not one text");
-  const auto items = py::reinterpret_steal<py::object>(PySequence_Fast(queries.ptr(), "queries must be a list"));
-  if (!items) throw py::error_already_set();
-  const Py_ssize_t num_queries = PySequence_Fast_GET_SIZE(items.ptr());
-  std::vector<std::string> texts;
-  texts.reserve(static_cast<size_t>(num_queries));
-  for (Py_ssize_t row = 0; row < num_queries; ++row) texts.push_back(utf8(PySequence_Fast_GET_ITEM(items.ptr(), row)));
-  const bool may_block = channel == nullptr;
-  // The GIL is kept: the batcher's mutex is held for microseconds, and to ask for the GIL again may take 5 ms.
-  auto ticket = batcher.submit(std::move(texts), k, time_point(timeout), std::move(channel));
-  if (may_block && !ticket->wait_admitted(Clock::duration::zero())) {
-    wait_in_slices([&](Clock::duration slice) { return ticket->wait_admitted(slice); });
-  }
+std::shared_ptr<Ticket> submit_queries(Batcher& batcher, const py::sequence& queries, int64_t k,
+                                       std::optional<double> timeout) {
+  const Clock::time_point now = Clock::now();
+  auto ticket = batcher.submit(texts_of(queries), k, now, deadline_of(timeout, now));
+  wait_in_slices([&](Clock::duration slice) { return ticket->wait_admitted(slice); });
   return ticket;
 }
 
 Outcome wait_for_ticket(const Ticket& ticket) {
-  if (ticket.outcome() == Outcome::pending) {
-    wait_in_slices([&](Clock::duration slice) { return ticket.wait_settled(slice); });
-  }
+  wait_in_slices([&](Clock::duration slice) { return ticket.wait_settled(slice); });
   return ticket.outcome();
 }
 
@@ -122,6 +143,39 @@ py::tuple ticket_result(const Ticket& ticket) {
   return py::make_tuple(matrix(ticket.scores(), ticket.num_queries(), ticket.k()),
                         matrix(ticket.ids(), ticket.num_queries(), ticket.k()));
 }
+
+// ---- an event loop ----------------------------------------------------------------------------------------------
+
+py::object Listener::submit(const py::sequence& queries, int64_t k, std::optional<double> timeout) {
+  // The GIL is kept: the batcher's mutex is held for microseconds.
+  const Clock::time_point now = Clock::now();
+  auto ticket = batcher_->submit(texts_of(queries), k, now, deadline_of(timeout, now), channel_);
+  if (ticket->outcome() != Outcome::pending) return py::cast(std::move(ticket));
+  const uint64_t number = ticket->id();
+  tickets_.emplace(number, std::move(ticket));
+  return py::int_(number);
+}
+
+void Listener::cancel(uint64_t number) { tickets_.erase(number); }  // to drop a ticket is to cancel it
+
+py::tuple Listener::drain() {
+  std::map<int32_t, std::vector<std::shared_ptr<Ticket>>> done;
+  py::list found, others;
+  for (uint64_t number : channel_->drain()) {
+    auto node = tickets_.extract(number);
+    if (node.empty()) continue;  // cancelled here
+    auto& ticket = node.mapped();
+    if (ticket->outcome() == Outcome::done) {
+      done[ticket->k()].push_back(std::move(ticket));
+    } else {
+      others.append(py::make_tuple(number, std::move(ticket)));
+    }
+  }
+  for (const auto& [k, tickets] : done) found.append(stacked(tickets, k));
+  return py::make_tuple(found, others);
+}
+
+// ---- batches ----------------------------------------------------------------------------------------------------
 
 std::shared_ptr<Batch> take_batch(Batcher& batcher) {
   std::shared_ptr<Batch> batch;
@@ -184,8 +238,8 @@ PassageStore open_passages(const std::string& contents, const std::string& conte
                            const std::optional<std::string>& ids, const std::optional<std::string>& ids_offsets) {
   CHECK_INPUT(ids.has_value() == ids_offsets.has_value(), "give both files of the ids, or neither");
   std::optional<RecordFile> id_column;
-  if (ids) id_column.emplace(*ids, *ids_offsets, 1);
-  return {RecordFile(contents, contents_offsets, 1), std::move(id_column)};
+  if (ids) id_column.emplace(*ids, *ids_offsets);
+  return {RecordFile(contents, contents_offsets), std::move(id_column)};
 }
 
 py::list gather_passages(const PassageStore& store, const Ids& rows) {
@@ -203,18 +257,6 @@ py::list gather_passages(const PassageStore& store, const Ids& rows) {
     passages[index] = py::make_tuple(decoded(id), decoded(passage.title), decoded(passage.text));
   }
   return passages;
-}
-
-py::tuple gather_items(const RecordFile& records, const Ids& rows) {
-  CHECK_INPUT(rows.ndim() == 1, "rows must be of one dimension, not ", rows.ndim());
-  const int64_t* row_data = rows.data();
-  RecordFile::Gathered gathered;
-  {
-    py::gil_scoped_release release;
-    gathered = records.gather(row_data, rows.size());
-  }
-  return py::make_tuple(py::bytes(gathered.bytes),
-                        py::array_t<int64_t>(static_cast<py::ssize_t>(gathered.ends.size()), gathered.ends.data()));
 }
 
 py::tuple merge_shards(const std::vector<Scores>& scores, const std::vector<Ids>& ids, int64_t k) {

@@ -1,8 +1,8 @@
-// Records of different lengths, end to end in one file, and where each begins in another: passages as text, or as the
-// tokens of them. Both files are mapped, so a corpus of any size costs the memory of the pages that are read.
+// Records of different lengths, end to end in one file, and where each begins in another. Both files are mapped, so a
+// corpus of any size costs the memory of the pages that are read.
 //
-//   data     num_items items of item_size bytes
-//   offsets  num_records + 1 little-endian uint64, counted in items: 0 first, num_items last, none below the one before
+//   data     num_bytes bytes
+//   offsets  num_records + 1 little-endian uint64: 0 first, num_bytes last, none below the one before
 #pragma once
 
 #include <cstdint>
@@ -16,15 +16,15 @@ namespace searchr1 {
 
 class RecordFile {
  public:
-  RecordFile(std::string data_path, std::string offsets_path, int64_t item_size);
+  RecordFile(std::string data_path, std::string offsets_path);
 
   int64_t size() const { return num_records_; }
 
-  // The records of these rows one after the other, copied; `ends[i]` is where, in items, record i ends.
+  // The records of these rows one after the other, copied; `ends[i]` is where record i ends.
   struct Gathered {
     std::string bytes;
     std::vector<int64_t> ends;
-    std::string_view operator[](size_t index) const;  // for items of one byte
+    std::string_view operator[](size_t index) const;
   };
   Gathered gather(const int64_t* rows, int64_t num_rows) const;
 
@@ -35,7 +35,6 @@ class RecordFile {
 
   MappedFile data_;
   MappedFile offsets_;
-  int64_t item_size_;
   int64_t num_records_;
 };
 

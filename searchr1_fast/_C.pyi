@@ -15,13 +15,6 @@ class Outcome(Enum):
     EXPIRED = ...
     CANCELLED = ...
 
-class Channel:
-    """What an event loop watches: readable while tickets that were submitted with it settled."""
-
-    def fileno(self) -> int: ...
-    def drain(self) -> list[int]:
-        """Ids of the tickets that settled since the last call."""
-
 class Ticket:
     """One search. Dropped while it is pending, it is cancelled."""
 
@@ -54,7 +47,6 @@ class Batch:
     def __len__(self) -> int: ...
     def complete(self, scores: np.ndarray, ids: np.ndarray) -> None:
         """scores [Q,k'] fp32, descending, ids [Q,k'] int64, -1 after the last hit of a row; k' <= depth."""
-    def fail(self, error: str) -> None: ...
 
 class Batcher:
     def __init__(
@@ -68,22 +60,33 @@ class Batcher:
         max_batches_in_flight: int,
         identity: str,
     ) -> None: ...
-    def submit(
-        self, queries: Sequence[str], k: int, timeout: float | None = None, channel: Channel | None = None
-    ) -> Ticket:
-        """`timeout` in seconds. Without a channel it blocks until there is room."""
+    def submit(self, queries: Sequence[str], k: int, timeout: float | None = None) -> Ticket:
+        """Blocks until there is room. `timeout` in seconds."""
     def take(self) -> Batch | None:
         """The next batch, when there is one; None: closed, or the backend failed."""
+    def fail(self, error: str) -> None:
+        """The backend's error: every search, pending or later, fails with it. Nothing where it is over already."""
     def close(self) -> None: ...
     def statistics(self, reset: bool = False) -> dict[str, Any]: ...
     def save_cache(self, path: str) -> None: ...
     def load_cache(self, path: str) -> int: ...
 
-class RecordFile:
-    def __init__(self, data: str, offsets: str, item_size: int = 1) -> None: ...
-    def __len__(self) -> int: ...
-    def gather(self, rows: np.ndarray) -> tuple[bytes, np.ndarray]:
-        """rows [R] int64 -> the records end to end, and where each ends [R] int64, in items."""
+class Listener:
+    """The searches of one event loop, and what it watches: readable while some of them have settled."""
+
+    def __init__(self, batcher: Batcher) -> None: ...
+    def fileno(self) -> int: ...
+    def submit(self, queries: Sequence[str], k: int, timeout: float | None = None) -> Ticket | int:
+        """Never blocks. The ticket if it is settled already, else the number that `drain` will know it by."""
+    def cancel(self, number: int) -> None: ...
+    def drain(
+        self,
+    ) -> tuple[list[tuple[list[int], list[int], np.ndarray, np.ndarray]], list[tuple[int, Ticket]]]:
+        """What settled since the last call: (found, others).
+
+        found: (numbers, ends, scores [R,k] fp32, ids [R,k] int64) for each k; the rows of numbers[i] end at ends[i].
+        others: (number, ticket) of those that have no result.
+        """
 
 class PassageStore:
     def __init__(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -117,9 +118,10 @@ def _ask(
     from searchr1_fast.models import load_model, load_tokenizer, resolve
 
     directory = resolve(model_path)
-    with process(config.run.device, config.run.num_threads, arguments.seed) as ranks:
+    with process(config.run.device, config.run.num_threads, arguments.seed) as ranks, ExitStack() as stack:
         model = load_model(directory, getattr(torch, config.model.dtype), ranks.device).eval()
-        environment = Environment([question], retriever, config.retrieval.topk)
+        environment = Environment([question], retriever, config.retrieval.topk, config.retrieval.max_retries)
+        stack.callback(environment.close)
         result = evaluate(
             model, load_tokenizer(directory), environment, config,
             name="ask", temperature=arguments.temperature, seed=arguments.seed,

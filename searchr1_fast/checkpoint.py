@@ -1,7 +1,8 @@
 """Checkpoints: a run can be stopped at any moment and goes on as if it had not been.
 
     <run>/checkpoints/step_000100/state/    every tensor of model, critic and optimizers (torch.distributed.checkpoint,
-                                            each rank writes its shards), trainer.pt, manifest.json
+                                            each rank writes its shards), trainer.pt, manifest.json, searches-00000.bin
+                                            of each rank whose retriever remembers them
                      step_000100/hf/        the policy and its tokenizer as a Hugging Face directory
                      latest                 link to the newest, replaced last
 
@@ -42,6 +43,7 @@ def save_checkpoint(
     export: Callable[[Path], None],  # writes the Hugging Face directory; called on rank 0
     ranks: Ranks,
     keep: int,
+    save_searches: Callable[[Path], None] = lambda path: None,  # may write that file; called on every rank
 ) -> Path:
     """Write step_<step>, make it `latest`, delete all but the newest `keep`. Every rank calls this."""
     final, temporary = root / _name(step), root / f".{_name(step)}.partial"
@@ -52,6 +54,7 @@ def save_checkpoint(
     with warnings.catch_warnings():  # that a single process saves is what we mean
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         dcp.save(tensors, checkpoint_id=temporary / "state", no_dist=not dist.is_initialized())
+    save_searches(temporary / "state" / _searches(ranks.rank))
     if ranks.is_main:
         torch.save(trainer_state | {"step": step, "rng_states": rng_states}, temporary / "state" / TRAINER)
         (temporary / "hf").mkdir()
@@ -98,6 +101,12 @@ class Checkpoint:
         metadata = dcp.FileSystemReader(path / "state").read_metadata().state_dict_metadata
         self._shapes = {key: entry.size for key, entry in metadata.items()}
         self.keys = frozenset(metadata)
+
+    @property
+    def searches(self) -> Path:
+        """What this rank's retriever remembered; another rank's where there were fewer, and perhaps no file."""
+        num_files = len(list((self.path / "state").glob(_searches("*"))))
+        return self.path / "state" / _searches(self._ranks.rank % max(1, num_files))
 
     def read(self, tensors: dict[str, torch.Tensor]) -> None:
         """Fill every tensor from the checkpoint, bit for bit, and set the random generators. Every rank calls this."""
@@ -161,6 +170,10 @@ def optimizer_tensors(
         for entry, tensor in optimizer.state.get(parameter, {}).items():
             tensors[f"{name}.{entry}"] = tensor
     return tensors
+
+
+def _searches(rank: int | str) -> str:
+    return f"searches-{rank if isinstance(rank, str) else f'{rank:05d}'}.bin"
 
 
 def _name(step: int) -> str:

@@ -181,6 +181,9 @@ def step_line(metrics: Mapping[str, Any], num_steps: int) -> Text:
     line.append(f"  {_number(metrics.get('time_step'), 1)}s", style="bold")
     for phase, share in time_shares(metrics).items():
         line.append(f"  {phase} ", style="dim").append(f"{share:.0%}")
+    for label, key in (("searches late", "search/timeouts"), ("tried again", "search/retries")):
+        if metrics.get(key):
+            line.append(f"  {label} {metrics[key]:.0f}", style="bold red")
     return line
 
 

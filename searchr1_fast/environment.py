@@ -7,27 +7,104 @@ function of its settings); a corpus too large to hold once per rank belongs behi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from searchr1_fast.config import Config, DataSet, RetrievalConfig
 from searchr1_fast.data import read_questions
 from searchr1_fast.retrieval import Retriever, open_retriever
+from searchr1_fast.retrieval.protocol import Closes, Counts, Remembers, RetrievalTimeout, innermost
+from searchr1_fast.retrieval.statistics import SearchStatistics
 from searchr1_fast.types import Passage, Question
 from searchr1_fast.world import build_world
 
 
-@dataclass(frozen=True)
+def to_stderr(text: str) -> None:
+    """Where a search says that it is tried again, unless somebody is there to be told."""
+    print(f"searchr1: {text}", file=sys.stderr, flush=True)
+
+
+@dataclass
 class Environment:
-    """Questions over one corpus."""
+    """Questions over one corpus. Searched by one thread at a time."""
 
     questions: list[Question]
     retriever: Retriever
     topk: int = 3
+    max_retries: int = 0  # of a search that passed its deadline; the client of a server has its own
+    say: Callable[[str], None] = to_stderr
+    _counts: SearchStatistics = field(default_factory=SearchStatistics)
 
     def search(self, queries: Sequence[str]) -> list[list[Passage]]:
-        """The `SearchFunction` that the rollout is given."""
-        return self.retriever.search(queries, self.topk)
+        """The `SearchFunction` that the rollout is given: passages for every query, or an error.
+
+        What passed its deadline is searched again; what was found meanwhile comes from the retriever's cache.
+        """
+        counts, started = self._counts, time.perf_counter()
+        try:
+            found = self._attempt(queries)
+        except Exception:
+            counts.failures += 1
+            raise
+        counts.waits.append((time.perf_counter() - started, len(queries)))
+        different = len(set(queries))
+        counts.queries += len(queries)
+        counts.unique += different
+        counts.batches += 1
+        counts.batch_rows += different
+        return found
+
+    def _attempt(self, queries: Sequence[str]) -> list[list[Passage]]:
+        for retry in range(1, self.max_retries + 2):
+            try:
+                return self.retriever.search(queries, self.topk)
+            except RetrievalTimeout as error:
+                self._counts.timeouts += 1
+                if retry > self.max_retries:
+                    attempts = "1 attempt" if retry == 1 else f"{retry} attempts"
+                    raise RetrievalTimeout(f"{error}, in {attempts}") from error
+                self._counts.retries += 1
+                self.say(f"{error}; trying again, {retry} of {self.max_retries} times")
+        raise AssertionError("an attempt returns or raises")
+
+    def take_statistics(self) -> SearchStatistics:
+        """What was counted since they were last taken; by the retriever itself where it batches."""
+        taken, self._counts = self._counts, SearchStatistics()
+        inner = innermost(self.retriever)
+        if isinstance(inner, Counts):
+            own = inner.take_statistics()
+            taken.retries += own.retries
+            if own.queries:
+                taken.unique, taken.cache_hits = own.unique, own.cache_hits
+                taken.batches, taken.batch_rows = own.batches, own.batch_rows
+        return taken
+
+    def save_searches(self, path: Path) -> None:
+        """Write what the retriever remembers; nothing where it remembers nothing."""
+        inner = innermost(self.retriever)
+        if isinstance(inner, Remembers) and inner.identity:
+            inner.save_cache(path)
+
+    def load_searches(self, path: Path) -> str:
+        """Remember what `save_searches` wrote, and say what came of it; "" where there is nothing to say."""
+        inner = innermost(self.retriever)
+        if not path.is_file():
+            return ""
+        if not (isinstance(inner, Remembers) and inner.identity):
+            return "the searches that the checkpoint remembers are left out: this retriever remembers none"
+        try:
+            return f"{inner.load_cache(path)} searches remembered from the checkpoint"
+        except ValueError as error:
+            return f"the searches that the checkpoint remembers are left out: {error}"
+
+    def close(self) -> None:
+        """End the retriever's threads; a search that is still waited for fails. Again, if you like."""
+        inner = innermost(self.retriever)
+        if isinstance(inner, Closes):
+            inner.close()
 
 
 def build_environment(
@@ -35,9 +112,10 @@ def build_environment(
     retrieval: RetrievalConfig,
     shared: Retriever | None = None,
     opened: dict[tuple, Retriever] | None = None,
+    say: Callable[[str], None] = to_stderr,
 ) -> Environment:
     """Build what `data` describes. `shared` serves a file of questions that names no corpus; `opened` remembers the
-    retrievers of worlds, for others that differ in their questions alone."""
+    retrievers of worlds, for others that differ in their questions alone; `say` hears of searches tried again."""
     if data.world is not None:
         if retrieval.backend == "remote":
             raise ValueError(
@@ -52,23 +130,29 @@ def build_environment(
         if world.corpus_key not in opened:
             corpus = world.passages if retrieval.backend in ("bm25", "dense") else None
             opened[world.corpus_key] = open_retriever(retrieval, corpus)
-        return Environment(_limited(questions, data.limit), opened[world.corpus_key], retrieval.topk)
+        retriever = opened[world.corpus_key]
+        return Environment(_limited(questions, data.limit), retriever, retrieval.topk, retrieval.max_retries, say)
     questions = read_questions(data.questions, limit=data.limit)
-    if data.corpus is None and shared is not None:
-        return Environment(questions, shared, retrieval.topk)
-    return Environment(questions, open_retriever(retrieval, data.corpus), retrieval.topk)
+    use_shared = data.corpus is None and shared is not None
+    retriever = shared if use_shared else open_retriever(retrieval, data.corpus)
+    return Environment(questions, retriever, retrieval.topk, retrieval.max_retries, say)
 
 
-def build_environments(config: Config) -> tuple[Environment, dict[str, Environment]]:
+def build_environments(
+    config: Config, say: Callable[[str], None] = to_stderr
+) -> tuple[Environment, dict[str, Environment]]:
     """The training environment, and one per evaluation set."""
-    training = build_environment(config.data, config.retrieval)
-    return training, evaluation_environments(config, training.retriever)
+    training = build_environment(config.data, config.retrieval, say=say)
+    return training, evaluation_environments(config, training.retriever, say)
 
 
-def evaluation_environments(config: Config, shared: Retriever | None = None) -> dict[str, Environment]:
+def evaluation_environments(
+    config: Config, shared: Retriever | None = None, say: Callable[[str], None] = to_stderr
+) -> dict[str, Environment]:
     """One environment per evaluation set. `shared`: the training retriever, where it is open already."""
     opened: dict[tuple, Retriever] = {}
-    return {name: build_environment(data, config.retrieval, shared, opened) for name, data in config.eval.sets.items()}
+    sets = config.eval.sets.items()
+    return {name: build_environment(data, config.retrieval, shared, opened, say) for name, data in sets}
 
 
 def _limited(questions: list[Question], limit: int) -> list[Question]:

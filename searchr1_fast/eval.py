@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,9 +80,11 @@ def _evaluate(config: Config, names: list[str], model_path: Path | str, temperat
     from searchr1_fast.models import load_model, load_tokenizer, resolve
 
     directory = resolve(model_path)
-    with process(config.run.device, config.run.num_threads, config.run.seed) as ranks:
+    with process(config.run.device, config.run.num_threads, config.run.seed) as ranks, ExitStack() as stack:
         ui = Console(quiet=not ranks.is_main)
-        environments = _environments(config, names)
+        environments = _environments(config, names, ui)
+        for environment in environments.values():
+            stack.callback(environment.close)
         model = load_model(directory, getattr(torch, config.model.dtype), ranks.device).eval()
         tokenizer = load_tokenizer(directory)
         results = []
@@ -99,7 +102,7 @@ def _evaluate(config: Config, names: list[str], model_path: Path | str, temperat
         return results if ranks.is_main else []
 
 
-def _environments(config: Config, names: list[str]) -> dict[str, Environment]:
+def _environments(config: Config, names: list[str], ui: Console) -> dict[str, Environment]:
     """The chosen sets. The training corpus is opened only where a set of questions has none of its own."""
     from searchr1_fast.environment import build_environment, evaluation_environments
 
@@ -109,7 +112,7 @@ def _environments(config: Config, names: list[str]) -> dict[str, Environment]:
     if lacking and config.retrieval.backend in ("bm25", "dense"):
         shared = build_environment(config.data, config.retrieval).retriever
     chosen = config.model_copy(update={"eval": config.eval.model_copy(update={"sets": sets})})
-    return evaluation_environments(chosen, shared)
+    return evaluation_environments(chosen, shared, ui.note)
 
 
 def _answers(result: EvalResult) -> list[Mapping[str, Any]]:

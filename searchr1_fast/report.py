@@ -104,7 +104,29 @@ def _cost(rows: Sequence[Row]) -> dict[str, str]:
     shares = time_shares(totals)
     if shares:
         cost["time in"] = ", ".join(f"{phase} {share:.0%}" for phase, share in shares.items())
-    return cost
+    return cost | _searches(rows)
+
+
+def _searches(rows: Sequence[Row]) -> dict[str, str]:
+    """How many queries a step asks for, how few of them are searched, and how long they are waited for."""
+    total = {key: sum(series(rows, f"search/{key}")[1]) for key in _SEARCH_COUNTS}
+    steps = len(series(rows, "search/queries")[1])
+    if not total["queries"]:
+        return {}
+    searched, cached = (total[key] / total["queries"] for key in ("unique", "cache_hits"))
+    lines = {
+        "queries per step": f"{total['queries'] / steps:,.1f}",
+        "of these searched, from the cache": f"{searched:.0%}, {cached:.0%}",
+    }
+    means = [series(rows, f"search/wait_p{percent}")[1] for percent in (50, 99)]
+    if all(means):
+        lines["wait of a query, p50, p99"] = ", ".join(f"{_mean(values) * 1e3:,.1f} ms" for values in means)
+    if total["timeouts"] or total["retries"]:
+        lines["searches late, tried again"] = f"{total['timeouts']:.0f}, {total['retries']:.0f}"
+    return lines
+
+
+_SEARCH_COUNTS = ("queries", "unique", "cache_hits", "timeouts", "retries")
 
 
 def _first_to_last(rows: Sequence[Row], key: str, digits: int) -> str:

@@ -27,6 +27,7 @@ from searchr1_fast.metrics import MetricsLog, PhaseTimers, read_metrics
 from searchr1_fast.models import TextTokenizer, load_model, load_tokenizer, resolve, save_model
 from searchr1_fast.policy import Learner, Policy
 from searchr1_fast.prompt import PromptBuilder
+from searchr1_fast.retrieval.statistics import SearchStatistics
 from searchr1_fast.rollout import Engine, SearchLoop
 from searchr1_fast.types import Trajectory
 
@@ -50,6 +51,7 @@ class Run:
     ui: UserInterface
     timers: PhaseTimers
     stream: QuestionStream
+    environment: Environment  # of training
     evaluations: dict[str, Environment]
     tokenizer: TextTokenizer
     prompt: PromptBuilder
@@ -103,7 +105,8 @@ class Run:
         }
         tensors = {key: tensor for learner in self.learners for key, tensor in learner.tensors().items()}
         root, keep = self.config.run_directory / "checkpoints", self.config.checkpoint.keep
-        save_checkpoint(root, self.step, tensors, state, export, self.ranks, keep)
+        save_searches = self.environment.save_searches
+        save_checkpoint(root, self.step, tensors, state, export, self.ranks, keep, save_searches)
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Become the run that wrote the checkpoint."""
@@ -121,6 +124,17 @@ class Run:
             f"going on after step {self.step}, from {checkpoint.path}"
             + (f"; settings that differ from then: {', '.join(changed)}" if changed else "")
         )
+        if said := self.environment.load_searches(checkpoint.searches):
+            self.ui.note(said)
+
+    def take_search_statistics(self) -> SearchStatistics:
+        """Of training, all ranks together, since they were last taken. A collective."""
+        return sum(self.ranks.gather(self.environment.take_statistics()), SearchStatistics())
+
+    def close(self) -> None:
+        """End the retrievers, whose threads would otherwise live until the garbage collector finds them."""
+        for environment in (self.environment, *self.evaluations.values()):
+            environment.close()
 
     def finish(self) -> dict[str, Any]:
         """Show before and after, draw the curves; the result on every rank."""
@@ -157,13 +171,14 @@ def open_run(config: Config, ui: UserInterface | None = None) -> Iterator[Run]:
         path = latest_checkpoint(config.run_directory / "checkpoints") if config.run.resume else None
         checkpoint = Checkpoint(path, ranks) if path is not None else None
         run = build_run(config, ranks, ui)
-        if checkpoint is not None:
-            run.load(checkpoint)
-        # Last: whatever is wrong with the configuration has been said by now, and nothing was written.
-        run.log = open_log(config, run.step if checkpoint else -1) if ranks.is_main else None
         try:
+            if checkpoint is not None:
+                run.load(checkpoint)
+            # Last: whatever is wrong with the configuration has been said by now, and nothing was written.
+            run.log = open_log(config, run.step if checkpoint else -1) if ranks.is_main else None
             yield run
         finally:
+            run.close()
             if run.log is not None:
                 run.log.close()
 
@@ -184,7 +199,7 @@ def open_log(config: Config, resume_step: int) -> MetricsLog:
 def build_run(config: Config, ranks: Ranks, ui: UserInterface) -> Run:
     """A run at step 0, that has written nothing yet."""
     directory = resolve(config.model.path)
-    training, evaluations = build_environments(config)
+    training, evaluations = build_environments(config, ui.note)
     tokenizer = load_tokenizer(directory)
     reference = None
     if config.algorithm.kl_coefficient > 0:
@@ -200,6 +215,7 @@ def build_run(config: Config, ranks: Ranks, ui: UserInterface) -> Run:
         ui=ui,
         timers=PhaseTimers(torch.cuda.synchronize if ranks.device.type == "cuda" else None),
         stream=QuestionStream(training.questions, config.run.seed),
+        environment=training,
         evaluations=evaluations,
         tokenizer=tokenizer,
         prompt=PromptBuilder(config.prompt, tokenizer),

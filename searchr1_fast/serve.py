@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from searchr1_fast.cli import command_parser
-from searchr1_fast.config import load_config
+from searchr1_fast.config import RetrievalConfig, load_config
 from searchr1_fast.console import Console
 from searchr1_fast.errors import entry_point
+
+_TOKEN_VARIABLE = RetrievalConfig().token_variable
 
 
 @entry_point
@@ -25,7 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "searchr1 train configs/demo.yaml retrieval.backend=remote 'data={questions: questions.jsonl}' eval.sets={}",
         'A corpus is JSONL, {"id", "contents": "\\"Title\\"\\ntext"} in each row, searched with BM25 unless '
         "retrieval.backend says otherwise; an index (`searchr1 index`) is searched by its vectors. "
-        "If the environment variable SEARCHR1_TOKEN is set, requests must carry it as their bearer token.",
+        f"If the environment variable {_TOKEN_VARIABLE} is set (retrieval.token_variable names another), requests must "
+        "carry it as their bearer token.",
     )
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="settings: retrieval.bm25_k1=1.2")
     what = parser.add_mutually_exclusive_group(required=True)
@@ -44,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = load_config(None, [*first, *arguments.overrides]).retrieval
 
     from searchr1_fast.retrieval import RetrievalServer, open_retriever
+    from searchr1_fast.retrieval.protocol import Closes
 
     ui = Console()
     token = os.environ.get(config.token_variable, "")
@@ -60,7 +64,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             ui.note(f"whoever reaches {arguments.host} may search: set {config.token_variable} to ask for a token")
         ui.note(f"serving POST {server.url} (Ctrl-C ends it)")
         sys.stdout.flush()  # whoever waits for this line may read it through a pipe
-        server.serve_forever()
+        try:
+            server.serve_forever()
+        finally:
+            if isinstance(server.retriever, Closes):
+                server.retriever.close()
     return 0
 
 

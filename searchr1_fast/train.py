@@ -10,6 +10,7 @@ runs repeat on any number of ranks, and a resumed run is the run that was not st
 Rows of metrics.jsonl. `policy_tokens` are those trained on; `kept_fraction` is the share of the sampled trajectories
 they come from; `tokens_per_second` counts sampled tokens; `entropy`, `kl_ref`, `rollout_policy_kl` and `clip_fraction`
 are means over policy tokens of all minibatches, `grad_norm` a mean over optimizer steps; a mean of nothing is null.
+`search/…` are the step's searches on all ranks (retrieval/statistics.py), `time_search_wait` what the engine waited.
 Left out: rollouts that overlap the update. They would make every minibatch off-policy.
 """
 
@@ -53,7 +54,8 @@ def train(config: Config, ui: UserInterface | None = None) -> dict[str, Any]:
         if run.step == 0:
             run.write({"step": 0} | run.evaluate(0))
         for step in range(run.step + 1, config.train.num_steps + 1):
-            run.timers.collect()  # a step's time leaves out evaluations and checkpoints
+            run.timers.collect()  # a step's time and searches leave out evaluations and checkpoints
+            run.environment.take_statistics()
             with run.timers("rollout"):
                 questions = run.stream.next(config.train.questions_per_step)
                 trajectories = sample(run, questions, step)
@@ -68,6 +70,7 @@ def train(config: Config, ui: UserInterface | None = None) -> dict[str, Any]:
                 run.policy.sync_replica()
             run.step = step
             metrics = {"step": step} | describe(run, trajectories, rewards, kept) | means(run, updates)
+            metrics |= run.take_search_statistics().row()
             run.ui.step(metrics)
             stopped, last = bool(run.ranks.max(stop.requested)), step == config.train.num_steps
             if last or (is_due(step, config.train.eval_every) and not stopped):

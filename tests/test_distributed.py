@@ -88,7 +88,9 @@ def check_same_rows(two: list[dict], one: list[dict]) -> None:
     for theirs, ours in zip(two, one, strict=True):
         assert theirs.keys() == ours.keys()
         for key, value in ours.items():
-            if not key.startswith("time_") and not key.endswith("_per_second"):
+            # Two ranks search in more and smaller batches, but for the same queries.
+            is_time = key.startswith("time_") or key.endswith("_per_second")
+            if not is_time and (not key.startswith("search/") or key == "search/queries"):
                 assert theirs[key] == pytest.approx(value, rel=5e-3, abs=1e-5), (ours["step"], key)
     assert one[1]["grad_norm"] > 0
     assert two[1]["grad_norm"] == pytest.approx(one[1]["grad_norm"], rel=1e-5)  # before AdamW magnifies the rounding

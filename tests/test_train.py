@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 
 import numpy as np
@@ -31,7 +32,8 @@ def rows(config: Config) -> list[dict]:
 
 
 def without_times(row: dict) -> dict:
-    return {key: value for key, value in row.items() if not key.startswith("time_") and not key.endswith("_per_second")}
+    times = re.compile("time_|search/wait_|.*_per_second")
+    return {key: value for key, value in row.items() if not times.match(key)}
 
 
 def weights(config: Config) -> dict[str, torch.Tensor]:

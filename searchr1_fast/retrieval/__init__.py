@@ -5,6 +5,7 @@
     server.py    Search-R1's HTTP, server       batcher.py   many searches to few, in C++
     index_*.py   indexes on disk                passages.py  their passages, in C++
     encode*.py   text to vectors                missing.py   a retriever that misses now and then
+    statistics.py  what searches cost a step
 
 The names are resolved when first used: numba and bm25s cost a second that a remote client need not pay.
 """
@@ -112,4 +113,5 @@ def _open_dense(config: RetrievalConfig, corpus: str | Path | Sequence[Passage] 
         raise ValueError("retrieval.backend dense searches an index (retrieval.index) or a corpus (data.corpus)")
     passages = read_corpus(corpus) if isinstance(corpus, str | Path) else corpus
     search, store = hash_corpus(passages, config.hashing_dimension, config.device)
-    return BatchedRetriever(search, store, timeout=config.timeout_seconds)
+    identity = f"hashed in memory, {config.hashing_dimension} components, {store.digest()}"
+    return BatchedRetriever(search, store, timeout=config.timeout_seconds, identity=identity)

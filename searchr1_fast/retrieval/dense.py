@@ -22,10 +22,11 @@ import numpy as np
 import torch
 from searchr1_kernels import TopKIndex, topk_inner_product
 
+from searchr1_fast import _C
 from searchr1_fast.data import passage_contents
 from searchr1_fast.retrieval.encoder_hashing import HashingEncoder
 from searchr1_fast.retrieval.encoders import Encoder, check_device, open_encoder
-from searchr1_fast.retrieval.index_format import Index, open_index
+from searchr1_fast.retrieval.index_format import Index, OpenFile, combine, digest_bytes, open_index
 from searchr1_fast.retrieval.protocol import check_k
 from searchr1_fast.types import Passage
 
@@ -55,9 +56,12 @@ class DenseSearch:
         self.encoder = encoder
         self._device = torch.device(check_device(device))
         self._parts: list[tuple[int, TopKIndex]] = []
+        self._mapped: list[OpenFile] = []
         self.num_rows = 0
         for first, vectors in parts:
             assert first == self.num_rows, "the parts of an index follow one another"
+            if self._device.type == "cpu" and isinstance(vectors, np.memmap):
+                self._mapped.append(OpenFile(vectors.filename))
             rows = torch.from_numpy(vectors).to(self._device)
             # On a GPU the vectors themselves propose candidates: 8-bit codes would take half as much memory again.
             coarse = "int8" if self._device.type == "cpu" else "float"
@@ -89,7 +93,9 @@ class DenseSearch:
         return self.encoder.encode_queries(queries)
 
     def search_prepared(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The second: vectors [Q,D] fp32 -> what `search_ids` gives."""
+        """The second: vectors [Q,D] fp32 -> what `search_ids` gives. ValueError where a mapped file has changed."""
+        for file in self._mapped:
+            file.check()
         queries, k = torch.from_numpy(vectors).to(self._device), min(k, self.num_rows)
         found = []
         with self._lock:
@@ -100,12 +106,14 @@ class DenseSearch:
 
 
 def merge(found: Sequence[tuple[np.ndarray, np.ndarray]], k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The best k of several results (scores [Q,·] fp32, rows [Q,·] int64), by score descending, then row ascending."""
+    """The best k of several results (scores [Q,·] fp32, rows [Q,·] int64), by score descending, then row ascending.
+
+    There are at least k in all of them together. In C++, without the GIL; the plain twin is in test_merge.py.
+    """
     if len(found) == 1:
         return found[0]
-    scores, rows = (np.concatenate(arrays, axis=1) for arrays in zip(*found, strict=True))
-    order = np.lexsort((rows, -scores), axis=1)[:, :k]
-    return np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows, order, axis=1)
+    scores, rows = zip(*found, strict=True)
+    return _C.merge_topk(list(scores), list(rows), k)
 
 
 class DenseRetriever:
@@ -144,6 +152,11 @@ class MemoryStore:
     def contents(self) -> list[str]:
         """What an encoder reads of each passage."""
         return [passage_contents(passage) for passage in self._passages]
+
+    def digest(self) -> str:
+        """Of the passages in their order: what a row means."""
+        parts = ((passage.id, passage_contents(passage)) for passage in self._passages)
+        return combine([digest_bytes(repr(part).encode()) for part in parts])
 
 
 def open_dense(folder: str | Path, encoder: str | Path | None = None, device: str = "cpu") -> tuple[DenseSearch, Index]:

@@ -144,7 +144,12 @@ class BertEncoder:
             # Lone surrogates, which a policy's bytes may decode to, are no Unicode; the tokenizer would refuse them.
             part = [text.encode("utf-8", "replace").decode() for text in texts[begin : begin + _TEXTS_AT_ONCE]]
             token_ids = [encoding.ids for encoding in self._tokenizer.encode_batch_fast(part)]
-            order = np.argsort([len(ids) for ids in token_ids], kind="stable")
+            lengths = np.array([len(ids) for ids in token_ids])
+            order = np.argsort(lengths, kind="stable")
+            # A text of no tokens, where a tokenizer adds none of its own, has no mean and no first token. Its vector is
+            # zero, as the hashing encoder's of a text without words: every row scores the same.
+            order = order[np.count_nonzero(lengths == 0) :]
+            vectors[begin : begin + len(part)][lengths == 0] = 0.0
             for rows in _batches(order, token_ids):
                 pooled = self._model.pooled([token_ids[row] for row in rows], self.settings.pooling)
                 if self.settings.normalize:

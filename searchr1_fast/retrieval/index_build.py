@@ -98,7 +98,9 @@ def build_index(target: Path, corpus: Path, source: VectorSource, show: Phases, 
         vectors = _VectorWriter(partial, num_rows, source.dimension)
         vectors.write(source, texts, show)
         files |= vectors.records()
-        files |= {path.name: record_file(path) for path in sorted(partial.glob("encoder-*.bin"))}
+        for path in sorted(partial.glob("encoder-*.bin")):
+            files[path.name] = record_file(path)
+            sync(path)  # before the manifest, which says that it is there
         manifest = Manifest(
             num_rows=num_rows,
             dimension=source.dimension,

@@ -223,6 +223,31 @@ def open_index(folder: str | Path) -> Index:
     return Index(folder, manifest)
 
 
+class OpenFile:
+    """A mapped file as it was when it was opened: read after it was cut, it would end the process (SIGBUS), and other
+    bytes would be other rows."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._state = self._look()
+
+    def check(self) -> None:
+        """ValueError where it was cut, written to or replaced since. One that was deleted is still there for who has it
+        open."""
+        try:
+            num_bytes, modified = self._look()
+        except FileNotFoundError:
+            return
+        if num_bytes < self._state[0]:
+            raise ValueError(f"{self.path} was cut short while it was open; it had {self._state[0]} bytes")
+        if (num_bytes, modified) != self._state:
+            raise ValueError(f"{self.path} was written to while it was open")
+
+    def _look(self) -> tuple[int, int]:
+        state = self.path.stat()
+        return state.st_size, state.st_mtime_ns
+
+
 def file_digests(path: Path, chunk_bytes: int) -> Iterator[str]:
     """The digest of each chunk of a file."""
     with path.open("rb") as file:

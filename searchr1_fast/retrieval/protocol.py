@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from pathlib import Path
+from typing import Protocol, runtime_checkable
 
+from searchr1_fast.retrieval.statistics import SearchStatistics
 from searchr1_fast.types import Passage
 
 
@@ -25,6 +27,41 @@ class Retriever(Protocol):
         Raises RetrievalError when the search failed: an empty list means that nothing was found.
         """
         ...
+
+
+@runtime_checkable
+class Counts(Protocol):
+    """A retriever that knows more of its searches than who calls it."""
+
+    def take_statistics(self) -> SearchStatistics:
+        """Since they were last taken."""
+        ...
+
+
+@runtime_checkable
+class Remembers(Protocol):
+    """A retriever whose results can be kept beside a checkpoint."""
+
+    identity: str
+    """What is searched, by what; a file of another identity is refused. Empty: it cannot be told from others."""
+
+    def save_cache(self, path: str | Path) -> None: ...
+
+    def load_cache(self, path: str | Path) -> int: ...
+
+
+@runtime_checkable
+class Closes(Protocol):
+    """A retriever with threads to end."""
+
+    def close(self) -> object: ...
+
+
+def innermost(retriever: Retriever) -> Retriever:
+    """The retriever that searches, below those that only change what it found."""
+    while (inner := getattr(retriever, "inner", None)) is not None:
+        retriever = inner
+    return retriever
 
 
 class NullRetriever:

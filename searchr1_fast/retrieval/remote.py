@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 
 from searchr1_fast.data import parse_passage
 from searchr1_fast.retrieval.protocol import RetrievalError, check_k
+from searchr1_fast.retrieval.statistics import SearchStatistics
 from searchr1_fast.types import Passage
 
 _FIRST_PAUSE = 0.25  # seconds
@@ -60,6 +61,7 @@ class RemoteRetriever:
         self._lock = threading.Lock()
         self._local = threading.local()
         self._sleep = time.sleep
+        self._retries_taken = 0
 
     def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
         """One request for the whole batch, equal queries sent once; more than `k` results of a query are cut to `k`."""
@@ -79,6 +81,12 @@ class RemoteRetriever:
             raise
         found = dict(zip(unique, results, strict=True))
         return [list(found[query]) for query in queries]
+
+    def take_statistics(self) -> SearchStatistics:
+        """Retries since it was last asked; all else is known to who calls."""
+        with self._lock:
+            retries, self._retries_taken = self.statistics.retries - self._retries_taken, self.statistics.retries
+        return SearchStatistics(retries=retries)
 
     def _post(self, body: bytes) -> bytes:
         """The body of the 200 answer, after as many attempts as it takes and `max_retries` allows."""

@@ -27,6 +27,7 @@ from searchr1_fast.retrieval.server_metrics import ServerMetrics
 from searchr1_fast.types import Passage
 
 LARGEST_TOPK = 2**20  # what the batcher takes
+MOST_PASSAGES = 2**20  # that one request may ask for, all queries together: hundreds of megabytes of JSON
 MAX_BODY_BYTES = 64 * 2**20  # ten thousand queries are a few megabytes
 
 
@@ -155,6 +156,10 @@ def read_request(request: Any, default_topk: int) -> tuple[list[str], int, bool]
     topk = default_topk if topk is None else topk
     if isinstance(topk, bool) or not isinstance(topk, int) or not 1 <= topk <= LARGEST_TOPK:
         raise RequestError(422, f"`topk` must be a whole number from 1 to {LARGEST_TOPK}, or null for {default_topk}")
+    if len(queries) * topk > MOST_PASSAGES:
+        raise RequestError(
+            422, f"{len(queries)} queries of {topk} passages are more than the {MOST_PASSAGES} a request may ask for"
+        )
     return_scores = request.get("return_scores", False)
     if not isinstance(return_scores, bool):
         raise RequestError(422, "`return_scores` must be true or false")

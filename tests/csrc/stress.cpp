@@ -11,6 +11,7 @@
 #include <cstdlib>
 #include <iostream>
 #include <map>
+#include <new>
 #include <random>
 #include <string>
 #include <thread>
@@ -21,7 +22,20 @@
 using namespace searchr1;
 using namespace std::chrono_literals;
 
+// Memory that runs out: while a thread asks for it, every so many allocations of it fail.
+thread_local int64_t allocations_until_failure = -1;
+
+void* operator new(size_t size) {
+  if (allocations_until_failure >= 0 && allocations_until_failure-- == 0) throw std::bad_alloc();
+  if (void* memory = std::malloc(size == 0 ? 1 : size)) return memory;
+  throw std::bad_alloc();
+}
+void operator delete(void* memory) noexcept { std::free(memory); }
+void operator delete(void* memory, size_t) noexcept { std::free(memory); }
+
 namespace {
+
+enum class End { well, backend_fails, memory_runs_out };
 
 constexpr int kProducers = 6;
 constexpr int kWorkers = 2;
@@ -108,7 +122,7 @@ void produce(Batcher& batcher, int64_t operations, uint64_t seed, int32_t min_de
     auto deadline = Clock::time_point::max();
     if (random() % 4 == 0) deadline = Clock::now() + std::chrono::microseconds(random() % 3000) - 100us;
     const auto way = random() % 8;
-    auto ticket = batcher.submit(queries, k, deadline, way < 4 ? channel : nullptr);
+    auto ticket = batcher.submit(queries, k, Clock::now(), deadline, way < 4 ? channel : nullptr);
     ++counts.submitted;
     if (way == 0 || way == 4) ticket->cancel();
     if (way == 5) {  // dropped; what it was by then is known to the batcher alone
@@ -127,7 +141,31 @@ void produce(Batcher& batcher, int64_t operations, uint64_t seed, int32_t min_de
   while (!open.empty()) settle_some(open, *channel, counts, min_depth, 100);
 }
 
-void run(int64_t operations, uint64_t seed, bool ends_badly) {
+// What Python's worker does: whatever is thrown on the way to an answer ends the batcher.
+void work(Batcher& batcher, std::atomic<int64_t>& num_batches, int64_t operations, End end) {
+  std::mt19937_64 random(static_cast<uint64_t>(num_batches++));
+  while (!batcher.is_finished()) {
+    try {
+      const int64_t number = num_batches++;
+      if (end == End::memory_runs_out && number > operations / 100) {
+        allocations_until_failure = static_cast<int64_t>(random() % 4000);
+      }
+      auto batch = batcher.take(20ms);
+      if (batch && number % 64 == 0) std::this_thread::sleep_for(2ms);
+      if (batch && end == End::backend_fails && number > operations / 100) {
+        batcher.fail("the backend broke");
+      } else if (batch) {
+        answer(*batch);
+      }
+      allocations_until_failure = -1;
+    } catch (const std::bad_alloc&) {
+      allocations_until_failure = -1;
+      batcher.fail("memory ran out");
+    }
+  }
+}
+
+void run(int64_t operations, uint64_t seed, End end) {
   BatcherOptions options;
   options.max_pending_bytes = 20000;  // so that there are always some in line
   options.max_cache_bytes = 1 << 20;
@@ -138,19 +176,7 @@ void run(int64_t operations, uint64_t seed, bool ends_badly) {
   std::atomic<int64_t> num_batches{0};
   std::vector<std::thread> workers, producers;
   for (int index = 0; index < kWorkers; ++index) {
-    workers.emplace_back([&] {
-      while (!batcher.is_finished()) {
-        auto batch = batcher.take(20ms);
-        if (!batch) continue;
-        const int64_t number = num_batches++;
-        if (number % 64 == 0) std::this_thread::sleep_for(2ms);
-        if (ends_badly && number > operations / 100) {
-          batch->fail("the backend broke");
-        } else {
-          answer(*batch);
-        }
-      }
-    });
+    workers.emplace_back([&] { work(batcher, num_batches, operations, end); });
   }
   std::atomic<bool> is_over{false};
   std::thread observer([&] {
@@ -175,7 +201,7 @@ void run(int64_t operations, uint64_t seed, bool ends_badly) {
   REQUIRE(gauges.pending_bytes == 0 && gauges.queued == 0 && gauges.blocked == 0);
   REQUIRE(statistics.num_queries == statistics.num_unique + statistics.num_coalesced + statistics.num_cache_hits);
   REQUIRE(counts.done > 0);
-  if (ends_badly) {
+  if (end != End::well) {
     REQUIRE(counts.failed > 0);
   } else {
     REQUIRE(counts.failed == 0 && counts.expired > 0 && counts.cancelled > 0 && statistics.num_blocked > 0);
@@ -184,7 +210,7 @@ void run(int64_t operations, uint64_t seed, bool ends_badly) {
   batcher.close();
   other.join();
   for (auto& worker : workers) worker.join();
-  REQUIRE(batcher.submit({"q1"}, 1, Clock::time_point::max())->outcome() == Outcome::failed);
+  REQUIRE(batcher.submit({"q1"}, 1, Clock::now(), Clock::time_point::max())->outcome() == Outcome::failed);
   std::cout << counts.submitted << " submits: " << counts.done << " done, " << counts.failed << " failed, "
             << statistics.num_expired << " expired, " << statistics.num_cancelled << " cancelled or dropped; "
             << statistics.num_unique << " of " << statistics.num_queries << " queries searched, in "
@@ -196,7 +222,8 @@ void run(int64_t operations, uint64_t seed, bool ends_badly) {
 int main(int argc, char** argv) {
   const int64_t operations = argc > 1 ? std::atoll(argv[1]) : 100000;
   const uint64_t seed = argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 0;
-  run(operations, seed, false);
-  run(operations / 10, seed + 1000, true);
+  run(operations, seed, End::well);
+  run(operations / 10, seed + 1000, End::backend_fails);
+  run(operations / 10, seed + 2000, End::memory_runs_out);
   return 0;
 }

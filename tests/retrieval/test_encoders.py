@@ -166,6 +166,20 @@ def write_sentence_transformers(folder, pooling="pooling_mode_mean_tokens", norm
     (folder / "config_sentence_transformers.json").write_text(json.dumps({"prompts": prompts or {}}))
 
 
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_a_text_of_no_tokens_has_the_zero_vector(tmp_path, pooling):
+    """A tokenizer that adds no special tokens makes none of an empty text; the texts beside it are as they were."""
+    _, tokenizer = make_model(tmp_path)
+    tokenizer.post_processor = processors.TemplateProcessing("$A", special_tokens=[])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    encoder = BertEncoder(tmp_path, BertSettings(pooling, True, 32, "", ""))
+    vectors = encoder.encode_queries(["", "abc", " ", "some words"])
+    assert not vectors[[0, 2]].any()
+    assert (vectors[[1, 3]] == encoder.encode_queries(["abc", "some words"])).all()
+    assert np.linalg.norm(vectors[[1, 3]], axis=1) == pytest.approx(1.0, abs=1e-5)
+    assert not encoder.encode_queries(["", ""]).any()
+
+
 def test_settings_come_from_the_folder_and_are_never_guessed(tmp_path):
     folder = tmp_path / "e5-base-v2"  # a name that says all, to those who read names
     folder.mkdir()

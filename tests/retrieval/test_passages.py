@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from searchr1_fast.data import parse_passage
-from searchr1_fast.retrieval.passages import PassageStore, TokenStore, write_tokens
+from searchr1_fast.retrieval.passages import PassageStore
 
 CONTENTS = [
     '"Title"\nText.',
@@ -102,30 +102,3 @@ def test_text_that_is_not_utf8_is_an_error(tmp_path):
     (tmp_path / "passages.bin").write_bytes(data[:-1] + b"\xff")
     with pytest.raises(UnicodeDecodeError):
         PassageStore(tmp_path).passages([0], [0.0])
-
-
-def test_tokens_are_those_that_were_written(tmp_path):
-    """Over several batches of the writer, rows of no tokens included."""
-    rows = [[row, 2**32 - 1, 7][: row % 4] for row in range(10000)]
-    texts = iter([str(row) for row in range(10000)])
-    count = write_tokens(tmp_path, texts, lambda batch: [rows[int(text)] for text in batch], "tokenizer a")
-    assert count == sum(map(len, rows))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["tokens.json", "tokens.u32", "tokens.u64"]
-    store = TokenStore(tmp_path, "tokenizer a")
-    assert len(store) == 10000
-    asked = [9999, 0, 3, 3, 5000, 8]
-    token_ids, cu_seqlens = store.tokens(asked)
-    assert token_ids.dtype == np.int64
-    bounds = zip(cu_seqlens, cu_seqlens[1:], strict=False)
-    assert [token_ids[begin:end].tolist() for begin, end in bounds] == [rows[row] for row in asked]
-    with pytest.raises(ValueError, match="made for the tokenizer tokenizer a, not b"):
-        TokenStore(tmp_path, "b")
-
-
-def test_a_writer_that_fails_leaves_nothing(tmp_path):
-    def fail(batch):
-        raise OSError("tokenizer broke")
-
-    with pytest.raises(OSError, match="tokenizer broke"):
-        write_tokens(tmp_path, iter(["a"]), fail, "t")
-    assert list(tmp_path.iterdir()) == []

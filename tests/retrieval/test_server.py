@@ -190,6 +190,14 @@ def test_what_the_batcher_does_not_take_is_the_clients_mistake():
         assert len(request(server, {"queries": ["city"], "topk": 2**20})[1]["result"][0]) == len(CORPUS)
 
 
+def test_a_request_for_more_passages_than_it_may_ask_for(server):
+    """Queries times passages each, whatever the corpus holds: memory is taken for all of them."""
+    status, reply = request(server, {"queries": ["city"] * 1025, "topk": 1024})
+    sentence = "1025 queries of 1024 passages are more than the 1048576 a request may ask for"
+    assert (status, reply) == (422, {"error": sentence})
+    assert request(server, {"queries": ["city"] * 1024, "topk": 1024})[0] == 200
+
+
 class Slow:
     """Answers with the query, once `release` is set; keeps what it was asked."""
 

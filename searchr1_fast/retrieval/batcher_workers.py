@@ -1,0 +1,141 @@
+"""The threads that bring a batcher's batches to its backend, and their end.
+
+A batch that nobody answers would leave searches waiting for ever, so whatever ends a worker ends the batcher: the first
+error is final, and every search, pending or later, fails with it.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from queue import Queue
+from typing import Any, Protocol
+
+import numpy as np
+
+from searchr1_fast import _C
+from searchr1_fast.retrieval.protocol import RetrievalError, RetrievalTimeout
+
+CLOSING_SECONDS = 10.0  # that a backend gets to come back from its last batch
+
+
+class SearchBackend(Protocol):
+    """What finds rows. Called from one thread at a time, with different queries, at most `max_batch_rows` of them.
+
+    One that also has `prepare(queries) -> prepared` and `search_prepared(prepared, k)` works in two stages, each in a
+    thread: the next batch is prepared (tokenised, encoded) while the last is searched.
+    """
+
+    def search_ids(self, queries: list[str], k: int) -> tuple[np.ndarray, np.ndarray]:
+        """scores [Q,k'] fp32, descending, and rows [Q,k'] int64; k' <= k. A row with fewer hits ends in row -1."""
+        ...
+
+
+class Failure:
+    """The exception that ended the backend, to be named as the cause of every search it failed."""
+
+    def __init__(self) -> None:
+        self.error: BaseException | None = None
+
+
+def error_of(ticket: _C.Ticket, failure: Failure) -> RetrievalError:
+    """Why a search that is settled has no result."""
+    outcome = ticket.outcome
+    count = "1 query" if len(ticket) == 1 else f"{len(ticket)} queries"
+    if outcome is _C.Outcome.EXPIRED:
+        return RetrievalTimeout(f"a search for {count} did not end before its deadline; nothing was returned")
+    if outcome is _C.Outcome.CANCELLED:
+        return RetrievalError(f"a search for {count} was cancelled")
+    error = RetrievalError(f"a search for {count} failed: {ticket.error}")
+    error.__cause__ = failure.error
+    return error
+
+
+def forked(error: _C.UsedAfterFork) -> RetrievalError:
+    """Of a search in a child process, where the threads of the batcher are not."""
+    return RetrievalError(f"a search in a forked process: {error}")
+
+
+def start_workers(batcher: _C.Batcher, backend: Any, failure: Failure) -> list[threading.Thread]:
+    """One thread that searches; one before it that prepares, where the backend has two stages.
+
+    Daemons, so that a program which forgets to close ends; the finalizer joins them before the interpreter goes.
+    """
+    steps: list[Callable[[], None]]
+    if not hasattr(backend, "prepare"):
+        steps = [lambda: _search_batches(batcher, backend, failure)]
+    else:
+        prepared: Queue[tuple[_C.Batch, Any] | None] = Queue()  # the batcher gives out two batches at a time
+        steps = [
+            lambda: _prepare_batches(batcher, backend, failure, prepared),
+            lambda: _search_prepared(batcher, backend, failure, prepared),
+        ]
+    threads = [threading.Thread(target=step, name="retrieval", daemon=True) for step in steps]
+    for thread in threads:
+        thread.start()
+    return threads
+
+
+def close_workers(batcher: _C.Batcher, threads: list[threading.Thread]) -> None:
+    """What is pending fails; then the threads end, after the batch that they are at.
+
+    One whose backend does not come back is left behind, and said to be: a run must not hang on what it gave up on.
+    """
+    batcher.close()
+    if threading.current_thread() in threads:
+        return  # the garbage collector runs where it likes; the other worker may be waiting for this one
+    for thread in threads:
+        thread.join(CLOSING_SECONDS)
+        if thread.is_alive():
+            sentence = f"the search backend did not come back within {CLOSING_SECONDS:g} s of closing; left behind"
+            print(f"searchr1: {sentence}", file=sys.stderr, flush=True)
+            return  # the other one waits for it
+
+
+def _search_batches(batcher: _C.Batcher, backend: SearchBackend, failure: Failure) -> None:
+    with _final(batcher, failure):
+        while (batch := batcher.take()) is not None:
+            batch.complete(*_checked(backend.search_ids(batch.queries, batch.depth)))
+
+
+def _prepare_batches(batcher: _C.Batcher, backend: Any, failure: Failure, prepared: Queue) -> None:
+    try:
+        with _final(batcher, failure):
+            while (batch := batcher.take()) is not None:
+                prepared.put((batch, backend.prepare(batch.queries)))
+    finally:
+        prepared.put(None)
+
+
+def _search_prepared(batcher: _C.Batcher, backend: Any, failure: Failure, prepared: Queue) -> None:
+    with _final(batcher, failure):
+        while (item := prepared.get()) is not None:
+            if failure.error is not None:
+                return  # every search was told
+            batch, inputs = item
+            batch.complete(*_checked(backend.search_prepared(inputs, batch.depth)))
+
+
+@contextmanager
+def _final(batcher: _C.Batcher, failure: Failure) -> Iterator[None]:
+    """However a worker ends, nobody is left waiting for it."""
+    sentence = "the thread that searches has ended"
+    try:
+        yield
+    except BaseException as error:  # whatever it is: it must reach those who wait, who raise it
+        failure.error = failure.error or error
+        # In traceback's words, which do not fail where the error's own text does.
+        sentence = f"the backend raised {''.join(traceback.format_exception_only(error)).strip()}"
+    finally:
+        batcher.fail(sentence)
+
+
+def _checked(found: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """C-contiguous, of the types of the protocol; C++ looks at shapes and values."""
+    scores, rows = found
+    if scores.dtype != np.float32 or rows.dtype != np.int64:
+        raise TypeError(f"a backend gives scores as float32 and rows as int64, not {scores.dtype} and {rows.dtype}")
+    return np.ascontiguousarray(scores), np.ascontiguousarray(rows)

@@ -1,0 +1,258 @@
+"""What a run knows of its searches: counted in every row, remembered across a stop, tried again or given up aloud."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import threading
+
+import numpy as np
+import pytest
+
+from searchr1_fast import environment, report
+from searchr1_fast.config import Config
+from searchr1_fast.console import step_line
+from searchr1_fast.environment import Environment
+from searchr1_fast.errors import sentence
+from searchr1_fast.retrieval import MissingRetriever, NullRetriever, RetrievalError
+from searchr1_fast.retrieval.protocol import RetrievalTimeout
+from searchr1_fast.retrieval.statistics import SearchStatistics, percentile
+from searchr1_fast.run import open_run
+from searchr1_fast.train import train
+from searchr1_fast.types import Passage
+
+DENSE = {"backend": "dense", "topk": 1, "hashing_dimension": 64, "timeout_seconds": 60.0}
+
+
+def rows(config: Config) -> list[dict]:
+    return [json.loads(line) for line in (config.run_directory / "metrics.jsonl").read_text().splitlines()]
+
+
+class Scripted:
+    """Each search takes the next of the script: an exception is raised, anything else lets it through."""
+
+    def __init__(self, *script):
+        self.script = list(script)
+
+    def search(self, queries, k):
+        step = self.script.pop(0) if self.script else None
+        if step is not None:
+            raise step
+        return [[Passage(query, "", "", 1.0)] for query in queries]
+
+
+# ------------------------------------------------------------------------------------------------------- statistics
+
+
+def test_percentiles_are_of_queries_not_of_calls():
+    waits = [(3.0, 1), (1.0, 98), (2.0, 1)]
+    assert (percentile(waits, 50), percentile(waits, 98), percentile(waits, 99)) == (1.0, 1.0, 2.0)
+    assert percentile(waits, 100) == 3.0
+    assert percentile([], 50) is None
+    rng = np.random.default_rng(0)
+    waits = list(zip(rng.random(50).tolist(), rng.integers(1, 9, 50).tolist(), strict=True))
+    every = [seconds for seconds, count in waits for _ in range(count)]
+    for percent in (1, 50, 90, 99):
+        assert percentile(waits, percent) == np.percentile(every, percent, method="inverted_cdf")
+
+
+def test_statistics_of_ranks_add_up():
+    one = SearchStatistics(queries=4, unique=3, batches=1, batch_rows=3, waits=[(1.0, 4)])
+    two = SearchStatistics(queries=2, unique=2, batches=3, batch_rows=5, retries=1, waits=[(3.0, 2)])
+    row = sum([one, two], SearchStatistics()).row()
+    assert row == {
+        "search/queries": 6, "search/unique": 5, "search/cache_hits": 0, "search/batches": 4, "search/timeouts": 0,
+        "search/retries": 1, "search/failures": 0, "search/batch_rows_mean": 2.0, "search/wait_p50": 1.0,
+        "search/wait_p99": 3.0,
+    }  # fmt: skip
+    empty = SearchStatistics().row()
+    assert (empty["search/batch_rows_mean"], empty["search/wait_p50"]) == (None, None)
+
+
+def test_any_retriever_is_counted_where_it_is_called():
+    searched = Environment([], MissingRetriever(NullRetriever(), 0.5))
+    searched.search(["a", "b", "a"])
+    searched.search(["a"])
+    taken = searched.take_statistics()
+    assert (taken.queries, taken.unique, taken.batches, taken.batch_rows) == (4, 3, 2, 3)
+    assert [count for _, count in taken.waits] == [3, 1]
+    assert searched.take_statistics() == SearchStatistics()
+
+
+# ----------------------------------------------------------------------------------------------------- what is late
+
+
+def test_a_late_search_is_tried_again_as_often_as_configured_and_said():
+    said = []
+    late = RetrievalTimeout("a search for 1 query did not end before its deadline")
+    searched = Environment([], Scripted(late, late), max_retries=2, say=said.append)
+    assert searched.search(["x"])[0][0].id == "x"
+    taken = searched.take_statistics()
+    assert (taken.timeouts, taken.retries, taken.failures, taken.queries) == (2, 2, 0, 1)
+    assert said == [f"{late}; trying again, {number} of 2 times" for number in (1, 2)]
+    line = step_line({"step": 1} | taken.row(), 9).plain
+    assert line.endswith("searches late 2  tried again 2")
+    assert "late" not in step_line({"step": 1} | SearchStatistics().row(), 9).plain
+
+
+def test_a_search_that_stays_late_or_fails_ends_in_its_error(capsys):
+    late = RetrievalTimeout("too late")
+    searched = Environment([], Scripted(late, late), max_retries=1)
+    with pytest.raises(RetrievalTimeout, match="too late, in 2 attempts"):
+        searched.search(["x"])
+    assert "too late; trying again, 1 of 1 times" in capsys.readouterr().err
+    assert searched.take_statistics().row()["search/failures"] == 1
+    broken = Environment([], Scripted(RetrievalError("gone")), max_retries=5)
+    with pytest.raises(RetrievalError, match="gone"):
+        broken.search(["x"])  # what is broken stays broken
+    assert broken.take_statistics().retries == 0
+
+
+def patched(monkeypatch, make):
+    """Every retriever that a run opens is `make(retriever)`."""
+    open_retriever = environment.open_retriever
+    monkeypatch.setattr(environment, "open_retriever", lambda *arguments: make(open_retriever(*arguments)))
+
+
+class Late:
+    """The first search of each different batch of queries is late."""
+
+    def __init__(self, inner):
+        self.inner, self.seen = inner, set()
+
+    def search(self, queries, k):
+        if tuple(queries) not in self.seen:
+            self.seen.add(tuple(queries))
+            raise RetrievalTimeout("a search did not end before its deadline")
+        return self.inner.search(queries, k)
+
+
+def test_a_step_goes_on_after_late_searches_and_trains_on_what_it_would_have(make_config, make_console, monkeypatch):
+    settings = {"eval": {"sets": {}}, "train": {"num_steps": 1}}
+    untroubled = make_config(**settings, run={"name": "untroubled"}, retrieval=DENSE)
+    train(untroubled, make_console())
+    patched(monkeypatch, Late)
+    config = make_config(**settings, run={"name": "late"}, retrieval=DENSE | {"max_retries": 1})
+    console = make_console()
+    train(config, console)
+    (row,), (other,) = rows(config), rows(untroubled)
+    assert row["search/timeouts"] == row["search/retries"] > 0
+    assert len([note for note in console.notes if "trying again, 1 of 1" in note]) == row["search/retries"]
+    assert row["policy_loss"] == other["policy_loss"]
+
+
+def test_a_step_whose_searches_stay_late_fails_and_leaves_no_row(make_config, make_console, monkeypatch):
+    patched(monkeypatch, Late)
+    config = make_config(eval={"sets": {}}, retrieval=DENSE | {"max_retries": 0})
+    with pytest.raises(RetrievalTimeout, match="in 1 attempt") as caught:
+        train(config, make_console())
+    assert "this ended the rollout: a search for" in caught.value.__notes__[0]
+    assert sentence(caught.value).startswith("a search did not end before its deadline")
+    assert rows(config) == []
+
+
+# -------------------------------------------------------------------------------------------------------- in a run
+
+
+def test_every_row_has_the_batchers_counts_of_its_step(make_config, make_console):
+    config = make_config(retrieval=DENSE, train={"num_steps": 3, "eval_every": 1})
+    train(config, make_console())
+    history = rows(config)
+    assert "search/queries" not in history[0]  # before the first step there is only an evaluation
+    for row in history[1:]:
+        trajectories = config.train.questions_per_step * config.algorithm.group_size
+        assert row["search/queries"] == row["searches_mean"] * trajectories
+        assert 0 < row["search/unique"] + row["search/cache_hits"] <= row["search/queries"]
+        assert row["search/batch_rows_mean"] * row["search/batches"] == pytest.approx(row["search/unique"])
+        assert 0 < row["search/wait_p50"] <= row["search/wait_p99"]
+    assert history[-1]["search/cache_hits"] > 0
+    summary = report.summarise(history)
+    assert summary["queries per step"] == f"{np.mean([row['search/queries'] for row in history[1:]]):,.1f}"
+    assert re_percent(summary["of these searched, from the cache"])
+    assert "searches late, tried again" not in summary
+
+
+def re_percent(text: str) -> bool:
+    searched, cached = (int(part.rstrip("%")) for part in text.split(", "))
+    return 0 < searched < 100 and 0 < cached < 100
+
+
+def retrieval_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "retrieval"]
+
+
+def test_a_run_closes_its_retrievers_when_it_ends_however_it_ends(make_config, make_console, tmp_path):
+    before = retrieval_threads()
+    opened = []
+
+    def look(metrics):
+        opened.append(len(retrieval_threads()) - len(before))
+        if metrics["step"] == 2:
+            raise RuntimeError("killed")
+
+    corpus = str(tmp_path / "corpus.jsonl")
+    questions = str(tmp_path / "questions.jsonl")
+    config = make_config(retrieval=DENSE, eval={"sets": {"own": {"questions": questions, "corpus": corpus}}})
+    with pytest.raises(RuntimeError, match="killed") as kept:  # its traceback keeps the run alive
+        train(config, make_console(look))
+    assert opened == [4, 4]  # two stages each
+    assert retrieval_threads() == before
+    assert kept.value.__traceback__ is not None
+
+
+def test_what_was_found_is_known_after_a_stop(make_config, make_console):
+    """A resumed run searches no more than the run that was not stopped would have, number for number."""
+    settings = {"retrieval": DENSE, "train": {"num_steps": 4, "eval_every": 3}}
+    whole = make_config(**settings, run={"name": "whole"})
+    train(whole, make_console())
+
+    def stop(metrics):
+        if metrics["step"] == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    train(make_config(**settings, run={"name": "halves"}), make_console(stop))
+    resumed = make_config(**settings, run={"name": "halves", "resume": True})
+    console = make_console()
+    train(resumed, console)
+    remembered = [note for note in console.notes if note.endswith("searches remembered from the checkpoint")]
+    assert len(remembered) == 1 and int(remembered[0].split()[0]) > 0
+    counts = ("search/queries", "search/unique", "search/cache_hits", "search/batches")
+    assert [[row.get(key) for key in counts] for row in rows(resumed)] == [
+        [row.get(key) for key in counts] for row in rows(whole)
+    ]
+    assert rows(whole)[-1]["search/cache_hits"] > 0
+
+
+def test_searches_of_another_corpus_are_refused_and_that_is_said(make_config, make_console, tmp_path):
+    config = make_config(retrieval=DENSE, train={"num_steps": 1}, eval={"sets": {}})
+    train(config, make_console())
+    saved = config.run_directory / "checkpoints" / "latest" / "state" / "searches-00000.bin"
+    assert saved.is_file()
+    corpus = tmp_path / "corpus.jsonl"
+    lines = corpus.read_text().splitlines(keepends=True)
+    corpus.write_text("".join(lines[::-1]))  # the same passages in other rows
+    for changes, said in (
+        ({}, "left out: .*searches-00000.bin was saved from other searches"),
+        ({"hashing_dimension": 128}, "left out: .*searches-00000.bin was saved from other searches"),
+        ({"backend": "bm25"}, "left out: this retriever remembers none"),
+    ):
+        console = make_console()
+        again = Config.model_validate(
+            config.model_dump() | {
+                "run": config.run.model_dump() | {"resume": True},
+                "retrieval": config.retrieval.model_dump() | changes,
+            }
+        )  # fmt: skip
+        with open_run(again, console) as run:
+            assert run.environment.take_statistics().cache_hits == 0
+        notes = [note for note in console.notes if "the checkpoint remembers" in note]
+        assert len(notes) == 1
+        assert re.search(said, notes[0])
+    corpus.write_text("".join(lines))
+    console = make_console()
+    with open_run(
+        Config.model_validate(config.model_dump() | {"run": config.run.model_dump() | {"resume": True}}), console
+    ):
+        assert console.notes[-1].endswith("searches remembered from the checkpoint")
