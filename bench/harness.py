@@ -31,7 +31,7 @@ import torch
 RESULTS = Path(__file__).resolve().parent / "results"
 PACKAGES = (
     *("torch", "triton", "numba", "numpy", "transformers", "tokenizers", "bm25s", "flash-attn", "vllm", "cupy"),
-    *("faiss-cpu", "liger-kernel", "cut-cross-entropy"),
+    *("faiss-cpu", "liger-kernel", "cut-cross-entropy", "starlette", "uvicorn", "fastapi"),
 )
 
 Name = TypeVar("Name")

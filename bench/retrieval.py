@@ -2,9 +2,14 @@
 
     python bench/retrieval.py
     python bench/retrieval.py --callers 1,64,2560 --unique 0.4 --output
+    python bench/retrieval.py --parts million,faiss,server --index million.index --questions questions.jsonl --output
 
-The backend is a fake that takes 2 ms a batch, so everything else that a search costs is the batcher and its callers:
-Python's share of it, the C++, the waking of threads and loops. See bursts.py.
+bursts    the backend is a fake that takes 2 ms a batch, so everything else that a search costs is the batcher and its
+          callers: Python's share of it, the C++, the waking of threads and loops (bursts.py)
+million   text in, passages out, over an index (million.py)
+faiss     exact search beside faiss' IndexFlatIP, same vectors, same process (million.py; needs faiss-cpu)
+server    `searchr1 serve` beside a plain server in the manner of published ones (serving.py, plain_server.py; needs
+          faiss-cpu, fastapi and the extra `serve`)
 
 CPU time is reported beside the clock's: on a machine that others use, the clock also counts them.
 """
@@ -12,18 +17,26 @@ CPU time is reported beside the clock's: on a machine that others use, the clock
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import bursts
 import harness
+import million
+import numba
+import serving
 import torch
 from rich import box
 from rich.table import Table
 
 from searchr1_fast.console import make_console
+from searchr1_fast.data import read_questions
 from searchr1_fast.errors import entry_point
+
+PARTS = ("bursts", "million", "faiss", "server")
 
 
 def burst_table(rows: Sequence[dict[str, Any]]) -> Table:
@@ -46,6 +59,16 @@ def burst_table(rows: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
+def table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
+    """Any rows, their keys as columns."""
+    made = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    for name in rows[0]:
+        made.add_column(name.replace("_", " "), justify="right")
+    for row in rows:
+        made.add_row(*(f"{value:,.2f}" if isinstance(value, float) else str(value) for value in row.values()))
+    return made
+
+
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The arguments, checked."""
     parser = argparse.ArgumentParser(
@@ -56,6 +79,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--callers", type=numbers, default="1,16,256,2560", help="how many search at once (default: 1,16,256,2560)"
     )
+    parser.add_argument("--parts", type=parts, default="bursts", help=f"of {', '.join(PARTS)} (default: bursts)")
+    parser.add_argument("--index", type=Path, help="what `searchr1 index build` made, for every part but bursts")
+    parser.add_argument("--questions", type=Path, help="JSONL of questions, for every part but bursts")
+    parser.add_argument("--clients", type=int, default=256, help="server: connections at once (default: 256)")
+    parser.add_argument("--plain-requests", type=int, default=512, help="server: for the plain one (default: 512)")
+    parser.add_argument("--requests", type=int, default=8192, help="server and million: for ours (default: 8192)")
+    parser.add_argument("--threads", type=int, default=0, help="of every part but bursts (default: torch's)")
     parser.add_argument("--queries", type=int, default=100_000, help="per measurement, about (default: 100000)")
     parser.add_argument("--unique", type=float, default=0.5, help="share of a group that differs (default: 0.5)")
     parser.add_argument("--repetitions", type=int, default=3, help="of everything, in turn (default: 3)")
@@ -63,9 +93,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if not 0 <= arguments.unique <= 1:
         raise ValueError(f"--unique {arguments.unique}: a share lies between 0 and 1")
-    for name in ("queries", "repetitions"):
+    if arguments.parts != ["bursts"] and (arguments.index is None or arguments.questions is None):
+        raise ValueError("--index and --questions are missing: what is searched, and what for")
+    for name in ("queries", "repetitions", "clients", "plain_requests", "requests"):
         if getattr(arguments, name) < 1:
-            raise ValueError(f"--{name} {getattr(arguments, name)}: give at least 1")
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: give at least 1")
     return arguments
 
 
@@ -77,14 +109,71 @@ def numbers(text: str) -> list[int]:
     return found
 
 
+def parts(text: str) -> list[str]:
+    """The names of `--parts`."""
+    names = text.split(",")
+    if unknown := [name for name in names if name not in PARTS]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r}: the parts are {', '.join(PARTS)}")
+    return names
+
+
+def different_questions(arguments: argparse.Namespace, count: int) -> list[str]:
+    """So many texts, no two alike. ValueError where the file holds fewer."""
+    texts = list(dict.fromkeys(question.text for question in read_questions(arguments.questions)))
+    if len(texts) < count:
+        raise ValueError(f"{arguments.questions} holds {len(texts)} different questions; {count} are asked for")
+    return texts[:count]
+
+
+def measure_million(arguments: argparse.Namespace, console: Any) -> dict[str, Any]:
+    """The parts that search an index in this process."""
+    found: dict[str, Any] = {}
+    search = million.open_search(arguments.index)
+    if "million" in arguments.parts:
+        queries = different_questions(arguments, arguments.requests)
+        found["million"] = million.end_to_end(search, arguments.index, queries, (1, 32, 256, 2560))
+        console.print(table(f"text in, passages out, {len(search):,} passages", found["million"]))
+    if "faiss" in arguments.parts:
+        queries = different_questions(arguments, max(million.BATCHES))
+        found["faiss"] = million.beside_faiss(search, arguments.index, queries, arguments.repetitions)
+        console.print(table(f"beside faiss IndexFlatIP, {len(search):,} vectors", found["faiss"]))
+    return found | {"passages": len(search)}
+
+
+def measure_servers(arguments: argparse.Namespace, console: Any) -> dict[str, Any]:
+    """Both servers, and the ratio."""
+    queries = different_questions(arguments, arguments.clients + max(arguments.requests, arguments.plain_requests))
+    counts = {"plain": arguments.plain_requests, "ours": arguments.requests}
+    served = {
+        name: serving.measure(name, arguments.index, queries[: arguments.clients + counts[name]], arguments.clients)
+        for name in serving.NAMES
+    }
+    rows = [{"server": name} | served[name].row() for name in serving.NAMES]
+    console.print(table(f"{arguments.clients} clients at once", rows))
+    ratio = rows[1]["queries_per_second"] / rows[0]["queries_per_second"]
+    same = serving.same_passages(served["plain"], served["ours"])
+    console.print(f"{ratio:.1f} times the queries a second; the same passages for {same:.2%} of the queries")
+    return {"servers": rows, "clients": arguments.clients, "ratio": ratio, "same_passages": same}
+
+
 @entry_point
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, and leave the row as the last line."""
-    arguments = parse_arguments(argv)
-    rows = bursts.measure_all(arguments.callers, arguments.queries, arguments.unique, arguments.repetitions)
-    make_console().print(burst_table(rows))
-    row = {"benchmark": "retrieval", "unique": arguments.unique, "repetitions": arguments.repetitions}
-    row |= harness.circumstances(torch.device("cpu")) | {"bursts": rows}
+    arguments, console = parse_arguments(argv), make_console()
+    row: dict[str, Any] = {"benchmark": "retrieval", "repetitions": arguments.repetitions}
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+        numba.set_num_threads(arguments.threads)
+        os.environ |= {"OMP_NUM_THREADS": str(arguments.threads)}  # of the servers, which are other processes
+    row |= harness.circumstances(torch.device("cpu"))
+    if "server" in arguments.parts:  # first, while this process holds no index
+        row |= measure_servers(arguments, console)
+    if {"million", "faiss"} & set(arguments.parts):
+        row |= measure_million(arguments, console)
+    if "bursts" in arguments.parts:
+        rows = bursts.measure_all(arguments.callers, arguments.queries, arguments.unique, arguments.repetitions)
+        console.print(burst_table(rows))
+        row |= {"unique": arguments.unique, "bursts": rows}
     harness.emit(row, arguments.output)
     return 0
 
