@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from searchr1_fast.console import Console
+
 BENCH = Path(__file__).parent.parent / "bench"
 
 
@@ -77,3 +79,74 @@ def test_main_prints_a_row_last_and_appends_it(bench, tmp_path, capsys):
 def test_what_cannot_be_measured_is_one_sentence(bench, capsys, arguments, sentence):
     assert bench("retrieval").main(arguments) == 2
     assert sentence in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------------------- over an index
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """(folder of an index, JSONL of questions) about a small world."""
+    from searchr1_fast.config import WorldConfig
+    from searchr1_fast.data import write_corpus, write_questions
+    from searchr1_fast.retrieval.encoder_hashing import HashingEncoder
+    from searchr1_fast.retrieval.encoders import EncodingSource
+    from searchr1_fast.retrieval.index_build import build_index
+    from searchr1_fast.world import build_world
+
+    folder = tmp_path_factory.mktemp("small")
+    world = build_world(WorldConfig(num_entities=80, num_questions=40))
+    write_corpus(folder / "corpus.jsonl", world.passages)
+    write_questions(folder / "questions.jsonl", world.questions)
+    source = EncodingSource(HashingEncoder(128))
+    build_index(folder / "index", folder / "corpus.jsonl", source, Console(quiet=True))
+    return folder / "index", folder / "questions.jsonl"
+
+
+def test_text_in_passages_out(bench, small, tmp_path, capsys):
+    arguments = ["--parts", "million", "--index", str(small[0]), "--questions", str(small[1])]
+    arguments += ["--requests", "24", "--repetitions", "1", "--output", str(tmp_path / "rows.jsonl")]
+    assert bench("retrieval").main(arguments) == 0, capsys.readouterr().err
+    row = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert row["passages"] == 80 and "bursts" not in row
+    assert [(one["callers"], one["way"]) for one in row["million"]][:2] == [(1, "one list"), (1, "coroutines")]
+    assert {one["failures"] for one in row["million"]} == {0}
+    assert {one["queries"] for one in row["million"]} == {24}
+
+
+def test_an_index_and_enough_questions_are_asked_for(bench, small, capsys):
+    assert bench("retrieval").main(["--parts", "million"]) == 2
+    assert "--index and --questions are missing" in capsys.readouterr().err
+    arguments = ["--parts", "million", "--index", str(small[0]), "--questions", str(small[1])]
+    assert bench("retrieval").main(arguments) == 2
+    assert "different questions; 8192 are asked for" in capsys.readouterr().err
+
+
+def test_requests_to_our_server_are_measured(bench, small):
+    pytest.importorskip("uvicorn", reason="the server needs the extra `serve`")
+    serving = bench("serving")
+    queries = [f"who is number {number}" for number in range(30)]
+    served = serving.measure("ours", small[0], queries, 6)
+    row = served.row()
+    assert (row["requests"], row["failures"], len(served.latencies)) == (24, 0, 24)
+    assert served.ids.keys() == set(queries[6:])
+    assert serving.same_passages(served, served) == 1.0
+    changed = serving.Served(ids=served.ids | {queries[6]: ["1", "2", "3"]})
+    assert serving.same_passages(served, changed) == pytest.approx(23 / 24)
+
+
+@pytest.mark.parametrize("answer", [b"", b"[]", b'{"error": "x"}', b'{"result": []}', b'{"result": [[1]]}'])
+def test_an_answer_that_is_none_is_a_failure(bench, answer):
+    assert bench("serving").passage_ids(answer) == []
+
+
+def test_beside_faiss_and_its_server(bench, small):
+    for package in ("faiss", "fastapi", "uvicorn"):
+        pytest.importorskip(package, reason=f"the peers need {package}")
+    million, serving = bench("million"), bench("serving")
+    queries = [f"who is number {number}" for number in range(256)]
+    for row in million.beside_faiss(million.open_search(small[0]), small[0], queries, 1):
+        assert row["same_up_to_ties"]
+    plain, ours = (serving.measure(name, small[0], queries[:40], 4) for name in serving.NAMES)
+    assert (plain.num_failures, ours.num_failures) == (0, 0)
+    assert serving.same_passages(plain, ours) > 0.5  # faiss orders equal scores otherwise
