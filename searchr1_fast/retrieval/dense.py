@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from searchr1_kernels import TopKIndex, topk_inner_product
 
-from searchr1_fast import _C
 from searchr1_fast.data import passage_contents
 from searchr1_fast.retrieval.encoder_hashing import HashingEncoder
 from searchr1_fast.retrieval.encoders import Encoder, check_device, open_encoder
@@ -106,14 +105,12 @@ class DenseSearch:
 
 
 def merge(found: Sequence[tuple[np.ndarray, np.ndarray]], k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The best k of several results (scores [Q,·] fp32, rows [Q,·] int64), by score descending, then row ascending.
-
-    There are at least k in all of them together. In C++, without the GIL; the plain twin is in test_merge.py.
-    """
+    """The best k of several results (scores [Q,·] fp32, rows [Q,·] int64), by score descending, then row ascending."""
     if len(found) == 1:
         return found[0]
-    scores, rows = zip(*found, strict=True)
-    return _C.merge_topk(list(scores), list(rows), k)
+    scores, rows = (np.concatenate(arrays, axis=1) for arrays in zip(*found, strict=True))
+    order = np.lexsort((rows, -scores), axis=1)[:, :k]
+    return np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows, order, axis=1)
 
 
 class DenseRetriever:
