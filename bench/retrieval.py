@@ -90,6 +90,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--unique", type=float, default=0.5, help="share of a group that differs (default: 0.5)")
     parser.add_argument("--repetitions", type=int, default=3, help="of everything, in turn (default: 3)")
     harness.add_output_argument(parser, "retrieval")
+    parser.add_argument(
+        "--plot", metavar="DIR", type=Path, nargs="?", const=harness.RESULTS, help="draw what was measured into DIR"
+    )
     arguments = parser.parse_args(argv)
     if not 0 <= arguments.unique <= 1:
         raise ValueError(f"--unique {arguments.unique}: a share lies between 0 and 1")
@@ -123,6 +126,42 @@ def different_questions(arguments: argparse.Namespace, count: int) -> list[str]:
     if len(texts) < count:
         raise ValueError(f"{arguments.questions} holds {len(texts)} different questions; {count} are asked for")
     return texts[:count]
+
+
+def plot(row: dict[str, Any], folder: Path) -> Path:
+    """Queries a second of every part that was measured, a panel each."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels: list[tuple[str, list[str], list[float]]] = []
+    for key, title, label in (
+        ("servers", f"servers, {row.get('clients')} clients", lambda one: one["server"]),
+        ("million", f"text to passages, {row.get('passages', 0):,}", lambda one: f"{one['callers']} {one['way']}"),
+        ("bursts", "2 ms backend", lambda one: f"{one['callers']} {one['way']}"),
+    ):
+        if key in row:
+            panels.append((title, [label(one) for one in row[key]], [one["queries_per_second"] for one in row[key]]))
+    for one in row.get("faiss", ()):
+        rates = [one["faiss_queries_per_second"], one["ours_queries_per_second"]]
+        panels.append((f"exact search, batch {one['batch']}", ["faiss", "ours"], rates))
+    figure, axes = pyplot.subplots(
+        1, len(panels), figsize=(3.2 * len(panels), 4.5), layout="constrained", squeeze=False
+    )
+    for panel, (title, labels, rates) in zip(axes[0], panels, strict=True):
+        bars = panel.bar(labels, rates, color=["#999999", *["#0072B2"] * len(rates)][: len(rates)])
+        panel.bar_label(bars, [f"{rate:,.0f}" for rate in rates], fontsize=8)
+        panel.set_title(title, loc="left", fontsize=10)
+        panel.tick_params(axis="x", rotation=60, labelsize=8)
+        panel.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_ylabel("queries a second")
+    figure.suptitle(f"{row['device']}, {row['threads']} threads, {row['date'][:10]}", fontsize=10)
+    path = folder / f"retrieval_{'_'.join(key for key in ('servers', 'million', 'faiss', 'bursts') if key in row)}.png"
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return path
 
 
 def measure_million(arguments: argparse.Namespace, console: Any) -> dict[str, Any]:
@@ -174,6 +213,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows = bursts.measure_all(arguments.callers, arguments.queries, arguments.unique, arguments.repetitions)
         console.print(burst_table(rows))
         row |= {"unique": arguments.unique, "bursts": rows}
+    if arguments.plot is not None:
+        console.print(f"drawn in {plot(row, arguments.plot)}")
     harness.emit(row, arguments.output)
     return 0
 

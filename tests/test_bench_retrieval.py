@@ -106,12 +106,14 @@ def small(tmp_path_factory):
 def test_text_in_passages_out(bench, small, tmp_path, capsys):
     arguments = ["--parts", "million", "--index", str(small[0]), "--questions", str(small[1])]
     arguments += ["--requests", "24", "--repetitions", "1", "--output", str(tmp_path / "rows.jsonl")]
+    arguments += ["--plot", str(tmp_path / "plots")]
     assert bench("retrieval").main(arguments) == 0, capsys.readouterr().err
     row = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert row["passages"] == 80 and "bursts" not in row
     assert [(one["callers"], one["way"]) for one in row["million"]][:2] == [(1, "one list"), (1, "coroutines")]
     assert {one["failures"] for one in row["million"]} == {0}
     assert {one["queries"] for one in row["million"]} == {24}
+    assert (tmp_path / "plots" / "retrieval_million.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_an_index_and_enough_questions_are_asked_for(bench, small, capsys):
