@@ -181,10 +181,11 @@ def measure_million(arguments: argparse.Namespace, console: Any) -> dict[str, An
 
 def measure_servers(arguments: argparse.Namespace, console: Any) -> dict[str, Any]:
     """Both servers, and the ratio."""
-    queries = different_questions(arguments, arguments.clients + max(arguments.requests, arguments.plain_requests))
+    num_warming = serving.NUM_WARMING
+    queries = different_questions(arguments, num_warming + max(arguments.requests, arguments.plain_requests))
     counts = {"plain": arguments.plain_requests, "ours": arguments.requests}
     served = {
-        name: serving.measure(name, arguments.index, queries[: arguments.clients + counts[name]], arguments.clients)
+        name: serving.measure(name, arguments.index, queries[: num_warming + counts[name]], arguments.clients)
         for name in serving.NAMES
     }
     rows = [{"server": name} | served[name].row() for name in serving.NAMES]
