@@ -26,6 +26,7 @@ from searchr1_fast.data import passage_contents
 from searchr1_fast.retrieval.device_rows import DeviceRows
 from searchr1_fast.retrieval.encoder_hashing import HashingEncoder
 from searchr1_fast.retrieval.encoders import Encoder, check_device, open_encoder
+from searchr1_fast.retrieval.hit_merge import Merge, choose_merge
 from searchr1_fast.retrieval.index_format import Index, Progress, open_index
 from searchr1_fast.retrieval.memory_plan import MemoryPlan, Scan
 from searchr1_fast.retrieval.protocol import check_k
@@ -159,17 +160,23 @@ def open_dense(
     run, if the ranks of a machine are to hold a part each; then this is a collective, and `timeout` is how many seconds
     one of them may take over a search. show: who is told of the copying to a GPU.
     """
-    device = check_device(device)
+    device, show = check_device(device), show or Silence()
     index = open_index(folder)
     opened = open_encoder(index.manifest.encoder, index.folder, encoder, device)
 
     def open_part(begin: int, end: int) -> RowSearch:
-        return open_rows(cut(index.vector_parts(), begin, end), device, scan, show or Silence())
+        return open_rows(cut(index.vector_parts(), begin, end), device, scan, show)
+
+    def choose(num_parts: int) -> Merge:
+        merge, reason = choose_merge(device, num_parts)
+        show.note(f"{num_parts} ranks hold the index; their hits are merged {reason}")
+        return merge
 
     if peers is None or peers.world_size == 1:
         rows = open_part(0, len(index))
     else:
-        rows = open_sharded(peers, len(index), index.dimension, index.manifest.digest(), open_part, timeout)
+        identity = index.manifest.digest()
+        rows = open_sharded(peers, len(index), index.dimension, identity, open_part, timeout, choose)
     return DenseSearch(opened, rows, device), index
 
 

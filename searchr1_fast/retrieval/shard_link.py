@@ -134,11 +134,11 @@ def _machine() -> tuple:
 class Incoming:
     """A message of a head of fixed size and a body, as it comes in, piece by piece."""
 
-    def __init__(self, head_bytes: int, body_bytes: Callable[[bytes], int]) -> None:
-        """`body_bytes`: how long the body is, by the head."""
+    def __init__(self, head_bytes: int, room: Callable[[bytes], memoryview]) -> None:
+        """`room`: where the body belongs, all of it, by the head."""
         self.head = bytearray(head_bytes)
-        self.body: bytearray | None = None
-        self._body_bytes = body_bytes
+        self.body: memoryview | None = None
+        self._room = room
         self._rest = memoryview(self.head)
 
     def read(self, source: socket.socket) -> bool:
@@ -148,6 +148,5 @@ class Incoming:
             raise ConnectionResetError("the connection was closed")
         self._rest = self._rest[count:]
         if not self._rest and self.body is None:
-            self.body = bytearray(self._body_bytes(bytes(self.head)))
-            self._rest = memoryview(self.body)
+            self._rest = self.body = self._room(bytes(self.head))
         return not self._rest

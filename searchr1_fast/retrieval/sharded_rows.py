@@ -30,18 +30,19 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 import numpy as np
 
-from searchr1_fast import _C
+from searchr1_fast.retrieval.hit_merge import HostMerge, Merge
 from searchr1_fast.retrieval.memory_plan import MAX_QUERIES
 from searchr1_fast.retrieval.protocol import RetrievalError
 from searchr1_fast.retrieval.rows import RowSearch, share
 from searchr1_fast.retrieval.shard_link import Incoming, Link, Peers, meet
 
 _REQUEST = struct.Struct("<qq")  # queries, k
-_ANSWER = struct.Struct("<qq")  # W, or _FAILED; bytes that follow: rows [Q,W] int64, scores [Q,W] fp32, or a sentence
-_FAILED = -1
+_ANSWER = struct.Struct("<qq")  # how it went; bytes that follow: rows [Q,W] int64, scores [Q,W] fp32, or a sentence
+_FOUND, _FAILED = 0, 1
 
 
 def open_sharded(
@@ -51,12 +52,13 @@ def open_sharded(
     identity: str,
     open_part: Callable[[int, int], RowSearch],
     timeout: float,
+    choose_merge: Callable[[int], Merge] = lambda num_parts: HostMerge(),
 ) -> RowSearch:
     """Search over all rows, of which this rank holds its share of those of its machine. A collective: every rank calls
     it, and every rank raises where one cannot open its part.
 
     open_part: (begin, end) -> the search over these rows, which may be none. timeout: seconds that one search of
-    another rank may take.
+    another rank may take. choose_merge: number of parts -> who merges their hits.
     """
     link = meet(peers, MAX_QUERIES, dimension, identity)
     own, failure = None, None
@@ -71,15 +73,18 @@ def open_sharded(
         if text is not None:
             raise ValueError(f"rank {rank} could not open its part of the index: {text}")
     assert own is not None
-    return own if link.size == 1 else ShardedRows(link, own, num_rows, timeout)
+    return own if link.size == 1 else ShardedRows(link, own, num_rows, timeout, choose_merge(link.size))
 
 
 class ShardedRows:
     """All rows, through the ranks of this machine. Close it, or leave it to the garbage collector or to the exit."""
 
-    def __init__(self, link: Link, own: RowSearch, num_rows: int, timeout: float) -> None:
+    def __init__(self, link: Link, own: RowSearch, num_rows: int, timeout: float, merge: Merge) -> None:
         self._link = link
+        self._merge = merge
         self._num_rows = num_rows
+        self._sizes = [end - begin for begin, end in (share(num_rows, place, link.size) for place in range(link.size))]
+        assert len(own) == self._sizes[link.place]
         self._timeout = timeout
         self._lock = threading.Lock()
         self._failure: RetrievalError | None = None
@@ -107,15 +112,16 @@ class ShardedRows:
             raise RetrievalError("this search over several ranks was closed")
         if self._failure is not None:
             raise self._failure
+        widths = [min(k, size) for size in self._sizes]
         try:
-            found = self._ask(vectors, k)
+            self._ask(vectors, k, self._merge.rooms(len(vectors), widths))
         except RetrievalError as error:
             self._failure = error  # answers may be on their way still: the next would not be the one asked for
             raise
-        return _C.merge_topk([scores for scores, _ in found], [rows for _, rows in found], k)
+        return self._merge.merge(k)
 
-    def _ask(self, vectors: np.ndarray, k: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(scores [Q,W] fp32, rows [Q,W] int64) of every part, by place."""
+    def _ask(self, vectors: np.ndarray, k: int, rooms: list[memoryview]) -> None:
+        """Fill the rooms, one for each part."""
         link = self._link
         link.queries[link.place][: len(vectors)] = vectors
         waiting = {}
@@ -124,8 +130,7 @@ class ShardedRows:
                 connection.sendall(_REQUEST.pack(len(vectors), k))
             except OSError as error:
                 raise self._gone(place) from error
-            waiting[place] = Incoming(_ANSWER.size, lambda head: _ANSWER.unpack(head)[1])
-        answers = dict(waiting)
+            waiting[place] = Incoming(_ANSWER.size, partial(_room, rooms[place]))
         deadline = time.monotonic() + self._timeout
         # All at once: a rank whose answer is not read could not turn to those that wait for it.
         with selectors.DefaultSelector() as selector:
@@ -139,25 +144,30 @@ class ShardedRows:
                 for key, _ in ready:
                     try:
                         if waiting[key.data].read(link.asks[key.data]):
-                            del waiting[key.data]
                             selector.unregister(key.fileobj)
+                            self._check(waiting.pop(key.data), key.data)
                     except OSError as error:
                         raise self._gone(key.data) from error
-        return [self._hits(answers[place], place, len(vectors)) for place in range(link.size)]
 
-    def _hits(self, answer: Incoming, place: int, num_queries: int) -> tuple[np.ndarray, np.ndarray]:
-        width, _ = _ANSWER.unpack(answer.head)
-        assert answer.body is not None
-        if width == _FAILED:
-            raise RetrievalError(f"rank {self._link.ranks[place]} could not search its part: {answer.body.decode()}")
-        size = num_queries * width
-        rows = np.frombuffer(answer.body, np.int64, size).reshape(num_queries, width)
-        return np.frombuffer(answer.body, np.float32, size, rows.nbytes).reshape(num_queries, width), rows
+    def _check(self, answer: Incoming, place: int) -> None:
+        outcome, _ = _ANSWER.unpack(answer.head)
+        if outcome == _FAILED:
+            sentence = bytes(answer.body).decode(errors="replace")
+            raise RetrievalError(f"rank {self._link.ranks[place]} could not search its part: {sentence}")
 
     def _gone(self, place: int) -> RetrievalError:
         return RetrievalError(
             f"rank {self._link.ranks[place]} is gone, with its part of the index: its process ended or it was closed"
         )
+
+
+def _room(room: memoryview, head: bytes) -> memoryview:
+    """Where the rest of an answer belongs."""
+    outcome, num_bytes = _ANSWER.unpack(head)
+    if outcome == _FAILED:
+        return memoryview(bytearray(num_bytes))
+    assert num_bytes == len(room), "every rank computes how many hits a part has"
+    return room
 
 
 # --------------------------------------------------------------------------------------------------------- answering
@@ -198,7 +208,7 @@ def _answer(link: Link, own: RowSearch, batch: list[tuple[int, int, int]]) -> li
         for (_, num_queries, k), end in zip(batch, ends, strict=True):
             part = slice(end - num_queries, end), slice(0, k)
             body = rows[part].tobytes() + scores[part].tobytes()
-            messages.append(_ANSWER.pack(scores[part].shape[1], len(body)) + body)
+            messages.append(_ANSWER.pack(_FOUND, len(body)) + body)
     except Exception as error:  # whatever it is: it belongs to those who asked
         sentence = f"{type(error).__name__}: {error}".encode()
         messages = [_ANSWER.pack(_FAILED, len(sentence)) + sentence] * len(batch)
@@ -227,7 +237,7 @@ def _batches(requests: Iterable[tuple[int, int, int]]) -> Iterator[list[tuple[in
 
 def _receive(connection: socket.socket) -> bytes | None:
     """A request; None from one that is gone."""
-    head = Incoming(_REQUEST.size, lambda head: 0)
+    head = Incoming(_REQUEST.size, lambda _: memoryview(b""))
     try:
         while not head.read(connection):
             pass
