@@ -59,7 +59,10 @@ class DenseSearch:
         if not self.num_rows:
             raise ValueError("dense search needs at least one row of vectors")
         # Its own: the default stream is the trainer's, and whoever reads a result there waits for all that is queued.
-        self._stream = torch.cuda.Stream(device) if torch.device(device).type == "cuda" else None
+        self._stream = None
+        if torch.device(device).type == "cuda":
+            self._stream = torch.cuda.Stream(device)
+            self._stream.wait_stream(torch.cuda.current_stream(device))  # where the encoder's weights were made
         self.search_ids(["a first search compiles, which takes seconds that no deadline allows for"], 1)
 
     def __len__(self) -> int:

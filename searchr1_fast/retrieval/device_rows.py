@@ -84,11 +84,12 @@ class DeviceRows:
         self._copies.start(queries, staged)
         scores, rows = topk_inner_product(queries, self._index, k)
         rows += self._first
-        hits = torch.cat([rows.view(-1).view(torch.float32), scores.view(-1)])  # one copy: to start one is what costs
-        landed = self._results.view((hits.numel(),), torch.float32)
+        # One copy for both: to start one is what costs.
+        hits = torch.cat([rows.view(-1).view(torch.int32), scores.view(-1).view(torch.int32)])
+        landed = self._results.view((hits.numel(),), torch.int32)
         self._copies.wait(self._copies.start(landed, hits))
         numbers, values = np.split(landed.numpy(), [2 * scores.numel()])
-        return values.reshape(scores.shape), numbers.view(np.int64).reshape(rows.shape)
+        return values.view(np.float32).reshape(scores.shape), numbers.view(np.int64).reshape(rows.shape)
 
     def _warm_up(self) -> None:
         """Every kernel that batches of any size want is compiled, and the memory of the largest is torch's to keep. A

@@ -18,6 +18,7 @@ pytest.importorskip("searchr1_fast._C", reason="the batcher is not compiled")
 from searchr1_fast.retrieval import device_rows
 from searchr1_fast.retrieval.dense import open_rows
 from searchr1_fast.retrieval.device_rows import DeviceRows
+from searchr1_fast.retrieval.encoders import check_device
 from searchr1_fast.retrieval.memory_plan import MAX_QUERIES, MemoryPlan
 from searchr1_fast.retrieval.rows import HostRows, cut, share
 from searchr1_fast.retrieval.staging import CpuCopies, HostBuffer, StagingRing
@@ -180,6 +181,16 @@ def test_shares_are_even_and_whole(num_rows, num_shares):
     assert shares[-1][1] == num_rows
     sizes = {end - begin for begin, end in shares}
     assert max(sizes) - min(sizes) <= 1
+
+
+def test_a_device_has_a_number(monkeypatch):
+    """`cuda` means another GPU in each thread, unless the thread chose one: the one meant is where it was opened."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert [check_device(name) for name in ("cpu", "cuda", "cuda:1")] == ["cpu", "cuda:3", "cuda:1"]
+    with pytest.raises(ValueError, match="there is no device cuda:4 on this machine: its GPUs are 4"):
+        check_device("cuda:4")
 
 
 def test_of_no_rows_there_are_no_hits():
