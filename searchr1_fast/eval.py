@@ -100,7 +100,9 @@ def _evaluate(config: Config, names: list[str], model_path: Path | str, temperat
         return results if ranks.is_main else []
 
 
-def _environments(config: Config, names: list[str], ranks: Ranks, ui: Console) -> dict[str, Environment]:
+def _environments(
+    config: Config, names: list[str], ranks: Ranks | None = None, ui: Console | None = None
+) -> dict[str, Environment]:
     """The chosen sets. The training corpus is opened only where a set of questions has none of its own."""
     from searchr1_fast.environment import build_environment, evaluation_environments
 

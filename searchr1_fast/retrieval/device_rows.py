@@ -61,6 +61,8 @@ class DeviceRows:
             # A CPU multiplies 8-bit codes fastest, whatever was asked for; the bits are the same.
             coarse = "float" if scan == "float16" and self._device.type == "cuda" else "int8"
             self._index = TopKIndex(corpus, coarse=coarse)
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()  # preparing took gigabytes, which torch would keep for this stream alone
         self._warm_up()
 
     def __len__(self) -> int:

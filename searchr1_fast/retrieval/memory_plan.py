@@ -5,7 +5,7 @@
     bounds     4 bytes per block of 128 rows, 12 with codes: what a bound of the block is made of
     work       the larger of what preparing takes for a moment, and what a search of the largest batch takes
 
-`work` is torch's caching allocator's afterwards, so later searches ask the driver for nothing.
+What a search takes stays with torch's caching allocator, so later searches ask the driver for nothing.
 
 Shape legend
     M  rows    D  components    Q  queries of a search
@@ -69,7 +69,7 @@ class MemoryPlan:
         codes = f", codes {size_text(self.codes)}" if self.codes else ""
         return (
             f"{self.num_rows:,} rows of {self.dimension} components: {size_text(self.rows)} as float16{codes}, "
-            f"{size_text(self.bounds + self.work)} to search them, {size_text(self.total)} in all"
+            f"{size_text(self.bounds + self.work)} to prepare and search them, {size_text(self.total)} in all"
         )
 
     def check(self, free: int, device: torch.device | str) -> None:

@@ -64,6 +64,7 @@ def open_sharded(
     own, failure = None, None
     try:
         own = open_part(*share(num_rows, link.place, link.size))
+        own.search(np.ones((1, dimension), np.float32), 1)  # the first compiles: nobody is to wait for that
     except (ValueError, OSError, RuntimeError) as error:  # does not fit, cannot be read, or CUDA's
         failure = error
     failures = peers.gather(None if failure is None else f"{type(failure).__name__}: {failure}")
@@ -191,7 +192,10 @@ def _answer_all(link: Link, own: RowSearch, timeout: float) -> None:
                     else:
                         selector.unregister(key.fileobj)  # it asks no more
                 for batch in _batches(requests):
-                    for place in _answer(link, own, batch):
+                    gone = _answer(link, own, batch)
+                    if link.place in gone:
+                        return
+                    for place in gone:
                         selector.unregister(link.answers[place])
         finally:
             for connection in link.answers:

@@ -65,8 +65,8 @@ def on_ranks(world_size: int, open_one) -> list:
         return list(pool.map(attempt, range(world_size)))
 
 
-def open_ranks(world_size: int, part=open_part, num_rows=NUM_ROWS, timeout=30.0) -> list:
-    return on_ranks(world_size, lambda peers: open_sharded(peers, num_rows, DIMENSION, "index", part, timeout))
+def open_ranks(world_size: int, part=open_part, num_rows=NUM_ROWS) -> list:
+    return on_ranks(world_size, lambda peers: open_sharded(peers, num_rows, DIMENSION, "index", part, 30.0))
 
 
 @pytest.fixture(scope="module")
@@ -119,10 +119,11 @@ def test_all_at_once(alone, three):
 
 
 class Recording:
-    """Rows that say what they were asked for, and wait until they may answer."""
+    """Rows that say what they were asked for since they were opened, and wait until they may answer."""
 
     def __init__(self, rows, go: threading.Event) -> None:
         self.rows, self.go, self.calls = rows, go, []
+        go.set()
 
     def __len__(self):
         return len(self.rows)
@@ -143,6 +144,9 @@ def test_requests_that_come_together_are_one_search(alone):
 
     ranks = open_ranks(3, part)
     first = parts[0]
+    go.clear()
+    assert first.calls == [(1, 1)]  # before anyone can ask, so that nobody waits for what a first search compiles
+    first.calls.clear()
     with ThreadPoolExecutor(3) as pool:
         waiting = [pool.submit(ranks[0].search, QUERIES[:2], 3)]
         wait_for(lambda: len(first.calls) == 1)
@@ -190,8 +194,9 @@ def test_a_rank_that_is_gone_is_named_at_once(three):
 
 def test_a_rank_that_hangs_is_named(alone):
     go = threading.Event()
-    ranks = open_ranks(2, lambda begin, end: Recording(open_part(begin, end), go) if begin else open_part(begin, end),
-                       timeout=0.3)  # fmt: skip
+    ranks = open_ranks(2, lambda begin, end: Recording(open_part(begin, end), go) if begin else open_part(begin, end))
+    go.clear()
+    ranks[0]._timeout = 0.3
     with pytest.raises(RetrievalError, match=r"no answer from rank 1 within 0\.3 s"):
         ranks[0].search(QUERIES[:3], 4)
     go.set()
@@ -202,19 +207,38 @@ def test_a_rank_that_hangs_is_named(alone):
         rows.close()
 
 
-class Broken:
-    def __init__(self, rows):
-        self.rows = rows
+def test_a_rank_may_close_while_it_searches(alone):
+    """Its own thread has nobody to answer to then, and ends; the others' go on."""
+    go = threading.Event()
+    parts = []
 
-    def __len__(self):
-        return len(self.rows)
+    def part(begin, end):
+        parts.append(open_part(begin, end) if begin else Recording(open_part(begin, end), go))
+        return parts[-1]
 
-    def search(self, vectors, k):
-        raise RuntimeError("CUDA error: the GPU fell off the bus")
+    ranks = open_ranks(2, part)
+    recording = next(part for part in parts if isinstance(part, Recording))
+    go.clear()
+    with ThreadPoolExecutor(2) as pool:
+        search = pool.submit(ranks[0].search, QUERIES[:3], 4)
+        wait_for(lambda: len(recording.calls) == 2)
+        close = pool.submit(ranks[0].close)
+        with pytest.raises(RetrievalError, match="rank [01] is gone"):
+            search.result(30)
+        go.set()
+        close.result(30)
+    ranks[1].close()
 
 
 def test_a_part_that_fails_is_named():
-    ranks = open_ranks(2, lambda begin, end: Broken(open_part(begin, end)) if begin else open_part(begin, end))
+    class Breaking(Recording):
+        def search(self, vectors, k):
+            if self.calls:
+                raise RuntimeError("CUDA error: the GPU fell off the bus")
+            return super().search(vectors, k)
+
+    go = threading.Event()
+    ranks = open_ranks(2, lambda begin, end: Breaking(open_part(begin, end), go) if begin else open_part(begin, end))
     for rows in ranks:
         with pytest.raises(RetrievalError, match="rank 1 could not search its part: RuntimeError: CUDA error: the GPU"):
             rows.search(QUERIES[:3], 4)
@@ -299,18 +323,22 @@ def test_two_processes(tmp_path):
     write_corpus(tmp_path / "corpus.jsonl", world.passages)
     build_index(tmp_path / "index", tmp_path / "corpus.jsonl", EncodingSource(HashingEncoder(64)), Silent())
     (tmp_path / "queries.json").write_text(json.dumps([question.text for question in world.questions]))
+    (tmp_path / "questions.jsonl").write_text('{"id": "a", "question": "Who?", "golden_answers": ["x"]}\n')
     root = Path(__file__).parents[2]
     path = os.pathsep.join([str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2",
                                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}  # fmt: skip
     command = [sys.executable, str(Path(__file__).with_name("two_searchers.py")), str(tmp_path)]
     processes = [
-        subprocess.Popen(command, env=environment | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            command, env=environment | {"RANK": str(rank)}, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )  # fmt: skip
         for rank in range(2)
     ]
-    errors = [process.communicate(timeout=300)[1] for process in processes]
+    outputs, errors = zip(*[process.communicate(timeout=300) for process in processes], strict=True)
     assert [process.returncode for process in processes] == [0, 77], "\n".join(errors)
     report = json.loads((tmp_path / "rank0.json").read_text())
+    assert outputs == ("2 ranks hold the index; their hits are merged in C++\n", "")
     assert report == {"turns": [12, 3], "equal": [True, True], "error": True}
 
 

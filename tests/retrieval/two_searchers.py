@@ -8,9 +8,10 @@ import sys
 import time
 from pathlib import Path
 
-from searchr1_fast.config import RetrievalConfig
+from searchr1_fast.config import load_config
+from searchr1_fast.console import Console
 from searchr1_fast.distributed import process
-from searchr1_fast.retrieval import open_retriever
+from searchr1_fast.environment import build_environments
 from searchr1_fast.retrieval.protocol import RetrievalError
 
 TURNS = (12, 3)
@@ -20,10 +21,17 @@ def main() -> None:
     """Rank 0 writes rank0.json; rank 1 ends with status 77, as if it had been killed."""
     folder = Path(sys.argv[1])
     queries = json.loads((folder / "queries.json").read_text())
-    config = RetrievalConfig(backend="dense", index=str(folder / "index"), timeout_seconds=60)
-    alone = open_retriever(config.model_copy(update={"sharded": False}), None)
+    settings = [
+        f"data={{questions: {folder / 'questions.jsonl'}}}",
+        "eval.sets={}",
+        "retrieval.backend=dense",
+        f"retrieval.index={folder / 'index'}",
+        "retrieval.timeout_seconds=60",
+    ]
     with process("cpu", num_threads=1) as ranks:
-        together = open_retriever(config, None, ranks)
+        ui = Console(quiet=not ranks.is_main)
+        together = build_environments(load_config(None, settings), ranks, ui)[0].retriever
+        alone = build_environments(load_config(None, [*settings, "retrieval.sharded=false"]), ranks, ui)[0].retriever
         equal = True
         for turn in range(TURNS[ranks.rank]):
             mine = queries[turn : turn + 1 + 5 * ranks.rank]
