@@ -6,6 +6,7 @@
 
 scan     queries in host memory to hits in host memory, by batch size: 16-bit rows, 8-bit codes, torch's product and
          top-k, faiss where it is installed; GB/s of what a pass reads, beside a copy's on the same device
+batched  2,560 queries at once through the batcher, texts in, hits out; without an encoder: a text names its vector
 upload   a file to the device: through the pinned ring, and as torch copies a memory map
 merge    the hits of 8 parts, which lie in host memory, as the sockets left them: C++, our kernel, torch
 link     what asking several ranks costs beside their searches, with parts that answer at once
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib.util
 import sys
 import tempfile
 import threading
@@ -34,6 +36,8 @@ from rich.table import Table
 
 from searchr1_fast.console import make_console
 from searchr1_fast.errors import entry_point
+from searchr1_fast.retrieval.batcher import BatchedRetriever
+from searchr1_fast.retrieval.dense import MemoryStore
 from searchr1_fast.retrieval.device_code import load_kernel
 from searchr1_fast.retrieval.device_rows import DeviceRows
 from searchr1_fast.retrieval.hit_merge import DeviceMerge, HostMerge, Merge, compare_merges, example_hits, hits_in
@@ -48,6 +52,7 @@ PUBLISHED_ROWS = 21_015_324  # of wiki-18, whose vectors are the published index
 SCALABLE_ROWS = 8_000_000  # from so many on a pass is long enough that time follows rows
 CHECKED_ROWS = 100_000  # that a CPU searches too
 _MADE_AT_ONCE = 2**17
+_BURST = 2560
 _TILE = 2**20  # rows of torch's product at a time
 _PARTS, _QUERIES, _K = 8, 256, 16  # of a merge: 8 ranks, the batcher's largest batch and its depth
 
@@ -162,6 +167,34 @@ def measure_scans(
     return table, wrong
 
 
+# ------------------------------------------------------------------------------------------------------------- batched
+
+
+class NamedVectors:
+    """A backend of two stages, whose queries are numbers of vectors."""
+
+    def __init__(self, rows: DeviceRows, vectors: np.ndarray) -> None:
+        self._rows, self._vectors = rows, vectors
+
+    def prepare(self, queries: Sequence[str]) -> np.ndarray:
+        """Where an encoder would be."""
+        return self._vectors[np.fromiter(map(int, queries), np.int64, len(queries))]
+
+    def search_prepared(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """As `batcher.SearchBackend`."""
+        return self._rows.search(vectors, k)
+
+
+def measure_batched(rows: np.ndarray, device: torch.device, repetitions: int) -> float:
+    """Queries a second."""
+    vectors = make_rows(_BURST, rows.shape[1], device, seed=2).astype(np.float32)
+    backend = NamedVectors(DeviceRows([(0, rows)], device), vectors)
+    texts = [str(number) for number in range(_BURST)]
+    with BatchedRetriever(backend, MemoryStore(()), cache_bytes=0) as retriever:
+        seconds = [timed(lambda: retriever.search_ids(texts, 3), device) for _ in range(repetitions + 1)]
+    return _BURST / float(np.median(seconds[1:]))
+
+
 # -------------------------------------------------------------------------------------------------- upload, merge, link
 
 
@@ -216,14 +249,9 @@ class TorchMerge:
 def measure_merges(device: torch.device, repetitions: int) -> dict[str, float]:
     """Seconds of each, by name; a difference raises."""
     merges: dict[str, Merge] = {"c++": HostMerge(), "torch": TorchMerge(device)}
-    if device.type == "cuda":
-        try:
-            launch = load_kernel("merge", "merge_hits")
-        except ModuleNotFoundError:
-            pass
-        else:
-            stream = torch.cuda.current_stream(device)
-            merges["kernel"] = DeviceMerge(launch, CudaCopies(stream), stream.synchronize)
+    if device.type == "cuda" and importlib.util.find_spec("cupy") is not None:
+        stream = torch.cuda.current_stream(device)
+        merges["kernel"] = DeviceMerge(load_kernel("merge", "merge_hits"), CudaCopies(stream), stream.synchronize)
     seconds = compare_merges(list(merges.values()), _PARTS, _QUERIES, _K, repetitions + 1)
     return dict(zip(merges, seconds, strict=True))
 
@@ -336,6 +364,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.print(scan_table(scans, bandwidth))
     row = {"benchmark": "retrieval_gpu", "rows": arguments.rows, "dimension": arguments.dimension, "k": arguments.k}
     row |= harness.circumstances(device) | {"copy_bytes_per_second": bandwidth, "wrong_hits": wrong, "scans": scans}
+    row["batched_queries_per_second"] = measure_batched(rows, device, arguments.repetitions)
+    console.print(f"batched, queries/s: {row['batched_queries_per_second']:,.0f}")
     row["upload_bytes_per_second"] = measure_upload(rows[: 2**30 // rows[:1].nbytes], device, 3)
     row["merge_seconds"] = measure_merges(device, arguments.repetitions)
     row["link_seconds"] = measure_link((2, 4, 8), arguments.dimension, arguments.repetitions)

@@ -28,15 +28,23 @@ def cuda_source(name: str) -> str:
 
 
 def load_kernel(name: str, function: str) -> Launch:
-    """A function of csrc/NAME.cu. ModuleNotFoundError where there is no CuPy. Arguments are numbers of numpy's types,
-    pointers as uint64."""
+    """A function of csrc/NAME.cu, by CuPy, for torch's current device. Its arguments are numbers of numpy's types,
+    pointers uint64."""
     import cupy
-    import torch
 
     kernel = cupy.RawModule(code=cuda_source(name), options=OPTIONS).get_function(function)
 
     def launch(num_blocks: int, num_threads: int, shared_bytes: int, arguments: tuple[Any, ...]) -> None:
-        with cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream):
+        with cupy.cuda.Stream.from_external(_CurrentStream()):
             kernel((num_blocks,), (num_threads,), arguments, shared_mem=shared_bytes)
 
     return launch
+
+
+class _CurrentStream:
+    """torch's, by the protocol that CuPy asks for (not every torch that runs here has it)."""
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        import torch
+
+        return 0, torch.cuda.current_stream().cuda_stream

@@ -10,6 +10,7 @@ Shape legend
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -114,11 +115,11 @@ def choose_merge(device: str, num_parts: int, num_queries: int = 256, k: int = 1
     not agree to the bit: then this GPU must not be trusted with anything."""
     if torch.device(device).type != "cuda":
         return HostMerge(), "in C++"
-    try:
-        launch = load_kernel("merge", "merge_hits")
-    except ModuleNotFoundError:
+    if importlib.util.find_spec("cupy") is None:
         return HostMerge(), "in C++, as CuPy is not installed"
-    stream = torch.cuda.Stream(device)
+    with torch.cuda.device(device):
+        launch = load_kernel("merge", "merge_hits")
+        stream = torch.cuda.Stream(device)
 
     def on_stream(*arguments) -> None:
         with torch.cuda.stream(stream):
