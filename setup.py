@@ -3,14 +3,30 @@
 `kernels/` is a folder, not a package: an import name `kernels` would break transformers, which looks for one.
 """
 
+import os
 from glob import glob
 
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 ParallelCompile(default=0).install()  # as many files at a time as there are cores
 
+
+class BuildPackages(build_py):
+    """Puts the CUDA C++, which is compiled where it runs, into the wheel. A checkout has it in csrc/."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            folder = os.path.join(self.build_lib, "searchr1_fast", "csrc")
+            self.mkpath(folder)
+            for path in sorted(glob("csrc/*.cu")):
+                self.copy_file(path, folder)
+
+
 setup(
+    cmdclass={"build_py": BuildPackages},
     packages=[*find_packages(include=["searchr1_fast", "searchr1_fast.*"]), *find_packages("kernels")],
     package_dir={"searchr1_kernels": "kernels/searchr1_kernels"},
     ext_modules=[

@@ -109,6 +109,10 @@ class RetrievalConfig(Section):
     """`dense` without an index: components of a hashed vector."""
     device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"
     """`dense`: where vectors and encoder are: `cpu`, `cuda`, `cuda:1`, …"""
+    scan: Literal["float16", "int8"] = "float16"
+    """`dense` on a GPU: what a pass reads. int8 codes are half as much, and take half as much memory more."""
+    sharded: bool = True
+    """`dense` with an index: the ranks of a machine hold a part each. Off: every rank holds all of it."""
     url: str = "http://127.0.0.1:8000/retrieve"
     """`remote`: a server that speaks Search-R1's protocol."""
     token_variable: str = "SEARCHR1_TOKEN"

@@ -2,7 +2,7 @@
 
 A `DataSet` of the configuration becomes an `Environment` here and nowhere else: a generated world brings its corpus in
 memory, a file of questions names its corpus or shares the training set's. Every rank builds its own (a world is a pure
-function of its settings); a corpus too large to hold once per rank belongs behind `retrieval.backend=remote`.
+function of its settings); of an index the ranks of a machine hold a part each.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from searchr1_fast.config import Config, DataSet, RetrievalConfig
 from searchr1_fast.data import read_questions
@@ -20,6 +21,10 @@ from searchr1_fast.retrieval.protocol import Closes, Counts, Remembers, Retrieva
 from searchr1_fast.retrieval.statistics import SearchStatistics
 from searchr1_fast.types import Passage, Question
 from searchr1_fast.world import build_world
+
+if TYPE_CHECKING:  # dense search imports numba
+    from searchr1_fast.distributed import Ranks
+    from searchr1_fast.retrieval.dense import Show
 
 
 def to_stderr(text: str) -> None:
@@ -112,10 +117,13 @@ def build_environment(
     retrieval: RetrievalConfig,
     shared: Retriever | None = None,
     opened: dict[tuple, Retriever] | None = None,
-    say: Callable[[str], None] = to_stderr,
+    ranks: Ranks | None = None,
+    ui: Show | None = None,
 ) -> Environment:
     """Build what `data` describes. `shared` serves a file of questions that names no corpus; `opened` remembers the
-    retrievers of worlds, for others that differ in their questions alone; `say` hears of searches tried again."""
+    retrievers of worlds, for others that differ in their questions alone; `ui` hears of what takes long and of searches
+    that are tried again. With `ranks` all of them must call this."""
+    say = to_stderr if ui is None else ui.note
     if data.world is not None:
         if retrieval.backend == "remote":
             raise ValueError(
@@ -134,25 +142,27 @@ def build_environment(
         return Environment(_limited(questions, data.limit), retriever, retrieval.topk, retrieval.max_retries, say)
     questions = read_questions(data.questions, limit=data.limit)
     use_shared = data.corpus is None and shared is not None
-    retriever = shared if use_shared else open_retriever(retrieval, data.corpus)
+    retriever = shared if use_shared else open_retriever(retrieval, data.corpus, ranks, ui)
     return Environment(questions, retriever, retrieval.topk, retrieval.max_retries, say)
 
 
 def build_environments(
-    config: Config, say: Callable[[str], None] = to_stderr
+    config: Config, ranks: Ranks | None = None, ui: Show | None = None
 ) -> tuple[Environment, dict[str, Environment]]:
-    """The training environment, and one per evaluation set."""
-    training = build_environment(config.data, config.retrieval, say=say)
-    return training, evaluation_environments(config, training.retriever, say)
+    """The training environment, and one per evaluation set. With `ranks` all of them must call this."""
+    training = build_environment(config.data, config.retrieval, ranks=ranks, ui=ui)
+    return training, evaluation_environments(config, training.retriever, ranks, ui)
 
 
 def evaluation_environments(
-    config: Config, shared: Retriever | None = None, say: Callable[[str], None] = to_stderr
+    config: Config, shared: Retriever | None = None, ranks: Ranks | None = None, ui: Show | None = None
 ) -> dict[str, Environment]:
     """One environment per evaluation set. `shared`: the training retriever, where it is open already."""
     opened: dict[tuple, Retriever] = {}
-    sets = config.eval.sets.items()
-    return {name: build_environment(data, config.retrieval, shared, opened, say) for name, data in sets}
+    return {
+        name: build_environment(data, config.retrieval, shared, opened, ranks, ui)
+        for name, data in config.eval.sets.items()
+    }
 
 
 def _limited(questions: list[Question], limit: int) -> list[Question]:

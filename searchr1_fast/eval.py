@@ -19,6 +19,7 @@ from searchr1_fast.errors import entry_point
 from searchr1_fast.metrics import write_jsonl
 
 if TYPE_CHECKING:
+    from searchr1_fast.distributed import Ranks
     from searchr1_fast.environment import Environment
     from searchr1_fast.evaluate import EvalResult
 
@@ -82,7 +83,7 @@ def _evaluate(config: Config, names: list[str], model_path: Path | str, temperat
     directory = resolve(model_path)
     with process(config.run.device, config.run.num_threads, config.run.seed) as ranks, ExitStack() as stack:
         ui = Console(quiet=not ranks.is_main)
-        environments = _environments(config, names, ui)
+        environments = _environments(config, names, ranks, ui)
         for environment in environments.values():
             stack.callback(environment.close)
         model = load_model(directory, getattr(torch, config.model.dtype), ranks.device).eval()
@@ -102,7 +103,9 @@ def _evaluate(config: Config, names: list[str], model_path: Path | str, temperat
         return results if ranks.is_main else []
 
 
-def _environments(config: Config, names: list[str], ui: Console) -> dict[str, Environment]:
+def _environments(
+    config: Config, names: list[str], ranks: Ranks | None = None, ui: Console | None = None
+) -> dict[str, Environment]:
     """The chosen sets. The training corpus is opened only where a set of questions has none of its own."""
     from searchr1_fast.environment import build_environment, evaluation_environments
 
@@ -110,9 +113,9 @@ def _environments(config: Config, names: list[str], ui: Console) -> dict[str, En
     lacking = any(data.world is None and data.corpus is None for data in sets.values())
     shared = None
     if lacking and config.retrieval.backend in ("bm25", "dense"):
-        shared = build_environment(config.data, config.retrieval).retriever
+        shared = build_environment(config.data, config.retrieval, ranks=ranks, ui=ui).retriever
     chosen = config.model_copy(update={"eval": config.eval.model_copy(update={"sets": sets})})
-    return evaluation_environments(chosen, shared, ui.note)
+    return evaluation_environments(chosen, shared, ranks, ui)
 
 
 def _answers(result: EvalResult) -> list[Mapping[str, Any]]:

@@ -199,7 +199,7 @@ def open_log(config: Config, resume_step: int) -> MetricsLog:
 def build_run(config: Config, ranks: Ranks, ui: UserInterface) -> Run:
     """A run at step 0, that has written nothing yet."""
     directory = resolve(config.model.path)
-    training, evaluations = build_environments(config, ui.note)
+    training, evaluations = build_environments(config, ranks, ui)
     tokenizer = load_tokenizer(directory)
     reference = None
     if config.algorithm.kl_coefficient > 0:

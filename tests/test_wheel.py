@@ -45,6 +45,8 @@ def test_what_is_in_it(wheel):
     }
     assert expected <= names, sorted(expected - names)
     assert "searchr1_fast/py.typed" in names
+    sources = {path.name for path in (ROOT / "csrc").glob("*.cu")}
+    assert sources and {f"searchr1_fast/csrc/{name}" for name in sources} <= names
     for variant in ("base", "instruct"):
         shipped = [path for path in (ROOT / "searchr1_fast" / "assets" / variant).glob("*") if path.is_file()]
         missing = [path.name for path in shipped if str(path.relative_to(ROOT)) not in names]
@@ -73,6 +75,8 @@ def test_it_runs_where_there_is_no_checkout(wheel, tmp_path):
         f"assert searchr1_fast.__file__.startswith({str(tmp_path)!r}), searchr1_fast.__file__\n"
         f"assert searchr1_kernels.__file__.startswith({str(tmp_path)!r}), searchr1_kernels.__file__\n"
         "assert callable(searchr1_kernels.linear_logprob)\n"
+        "from searchr1_fast.retrieval.device_code import cuda_source\n"
+        "assert 'merge_hits' in cuda_source('merge')\n"
         "sys.exit(searchr1_fast.cli.main(['--version']))"
     )
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)

@@ -3,6 +3,7 @@
     protocol.py  Retriever, RetrievalError      bm25.py      in memory, lexical
     remote.py    Search-R1's HTTP, client       dense.py     exact search over vectors
     server.py    Search-R1's HTTP, server       batcher.py   many searches to few, in C++
+    *_rows.py    vectors: host, GPU, ranks      shard_link.py  how ranks reach one another
     index_*.py   indexes on disk                passages.py  their passages, in C++
     encode*.py   text to vectors                missing.py   a retriever that misses now and then
     statistics.py  what searches cost a step
@@ -23,10 +24,11 @@ from searchr1_fast.retrieval.protocol import NullRetriever, RetrievalError, Retr
 if TYPE_CHECKING:
     from searchr1_fast.config import RetrievalConfig
     from searchr1_fast.retrieval.bm25 import BM25Retriever
-    from searchr1_fast.retrieval.dense import DenseRetriever, DenseSearch
+    from searchr1_fast.retrieval.dense import DenseRetriever, DenseSearch, Show
     from searchr1_fast.retrieval.missing import MissingRetriever
     from searchr1_fast.retrieval.remote import RemoteRetriever
     from searchr1_fast.retrieval.server import RetrievalServer
+    from searchr1_fast.retrieval.shard_link import Peers
     from searchr1_fast.types import Passage
 
 __all__ = [
@@ -58,10 +60,17 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
 
 
-def open_retriever(config: RetrievalConfig, corpus: str | Path | Sequence[Passage] | None) -> Retriever:
+def open_retriever(
+    config: RetrievalConfig,
+    corpus: str | Path | Sequence[Passage] | None,
+    peers: Peers | None = None,
+    show: Show | None = None,
+) -> Retriever:
     """The retriever that `config` asks for.
 
-    `corpus`: a JSONL file or passages, for `bm25` and for `dense` without an index.
+    corpus: a JSONL file or passages, for `bm25` and for `dense` without an index. peers: all ranks of the run, which
+    then must all call this: an index is cut over those of a machine (`retrieval.sharded`). show: who is told of what
+    takes long.
     """
     retriever: Retriever
     if config.backend == "bm25":
@@ -72,7 +81,7 @@ def open_retriever(config: RetrievalConfig, corpus: str | Path | Sequence[Passag
         token = os.environ.get(config.token_variable, "")
         retriever = RemoteRetriever(config.url, config.timeout_seconds, config.max_retries, token)
     elif config.backend == "dense":
-        retriever = _open_dense(config, corpus)
+        retriever = _open_dense(config, corpus, peers, show)
     else:
         return NullRetriever()
     if config.miss_rate > 0:
@@ -92,7 +101,9 @@ def _open_bm25(config: RetrievalConfig, corpus: str | Path | Sequence[Passage] |
     return BM25Retriever(passages, k1=config.bm25_k1, b=config.bm25_b, phrases=config.bm25_phrases)
 
 
-def _open_dense(config: RetrievalConfig, corpus: str | Path | Sequence[Passage] | None) -> Retriever:
+def _open_dense(
+    config: RetrievalConfig, corpus: str | Path | Sequence[Passage] | None, peers: Peers | None, show: Show | None
+) -> Retriever:
     from searchr1_fast.data import read_corpus
     from searchr1_fast.retrieval.batcher import BatchedRetriever
     from searchr1_fast.retrieval.dense import hash_corpus, open_dense
@@ -104,7 +115,10 @@ def _open_dense(config: RetrievalConfig, corpus: str | Path | Sequence[Passage] 
                 f"retrieval.index {config.index} brings its passages, so the corpus given too would not be searched; "
                 "drop one of them"
             )
-        search, index = open_dense(config.index, config.encoder, config.device)
+        search, index = open_dense(
+            config.index, config.encoder, config.device,
+            scan=config.scan, peers=peers if config.sharded else None, timeout=config.timeout_seconds, show=show,
+        )  # fmt: skip
         identity = index.manifest.digest()
         return BatchedRetriever(search, PassageStore(index.folder), timeout=config.timeout_seconds, identity=identity)
     if config.encoder is not None:

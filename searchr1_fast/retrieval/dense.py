@@ -1,11 +1,12 @@
 """Dense retrieval, exact: queries to vectors, the k rows of largest inner product, their passages.
 
-    DenseSearch      queries -> scores and rows; an encoder and `searchr1_kernels.TopKIndex` over the vectors
+    DenseSearch      queries -> scores and rows; an encoder, and rows that are searched (rows.py)
     DenseRetriever   passages on top of it, one call after the other: the plain twin of `batcher.BatchedRetriever`
     MemoryStore      a corpus in memory, where no index was built beforehand
+    open_dense       an index: on a CPU memory-mapped, on a GPU copied there, over several ranks a part for each
 
-On a CPU the vectors stay memory-mapped, one `TopKIndex` per file; on a GPU they are copied there once. The order is
-total (score descending, then row ascending), so files, shards and batches are merged without changing a result.
+The order is total (score descending, then row ascending), so files, shards and batches are merged without changing a
+result.
 
 Shape legend
     Q  queries    K  passages per query, at most the rows    M  rows    D  components
@@ -13,20 +14,25 @@ Shape legend
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
-from searchr1_kernels import TopKIndex, topk_inner_product
 
 from searchr1_fast.data import passage_contents
+from searchr1_fast.retrieval.device_rows import DeviceRows
 from searchr1_fast.retrieval.encoder_hashing import HashingEncoder
 from searchr1_fast.retrieval.encoders import Encoder, check_device, open_encoder
-from searchr1_fast.retrieval.index_format import Index, OpenFile, combine, digest_bytes, open_index
+from searchr1_fast.retrieval.hit_merge import Merge, choose_merge
+from searchr1_fast.retrieval.index_format import Index, Progress, combine, digest_bytes, open_index
+from searchr1_fast.retrieval.memory_plan import MemoryPlan, Scan
 from searchr1_fast.retrieval.protocol import check_k
+from searchr1_fast.retrieval.rows import HostRows, Part, RowSearch, cut
+from searchr1_fast.retrieval.shard_link import Peers
+from searchr1_fast.retrieval.sharded_rows import open_sharded
 from searchr1_fast.types import Passage
 
 _QUERIES_AT_ONCE = 256
@@ -43,32 +49,20 @@ class PassageSource(Protocol):
 
 
 class DenseSearch:
-    """Exact search by text, in two stages for who overlaps them. Safe to call from several threads: one batch at a time
-    is searched."""
+    """Exact search by text, in two stages for who overlaps them. Safe to call from several threads."""
 
-    def __init__(
-        self,
-        encoder: Encoder,
-        parts: Iterable[tuple[int, np.ndarray]],  # (first row, vectors [rows, D] fp16), consecutive
-        device: str = "cpu",
-    ) -> None:
+    def __init__(self, encoder: Encoder, rows: RowSearch, device: str = "cpu") -> None:
+        """`device`: where the encoder computes."""
         self.encoder = encoder
-        self._device = torch.device(check_device(device))
-        self._parts: list[tuple[int, TopKIndex]] = []
-        self._mapped: list[OpenFile] = []
-        self.num_rows = 0
-        for first, vectors in parts:
-            assert first == self.num_rows, "the parts of an index follow one another"
-            if self._device.type == "cpu" and isinstance(vectors, np.memmap):
-                self._mapped.append(OpenFile(vectors.filename))
-            rows = torch.from_numpy(vectors).to(self._device)
-            # On a GPU the vectors themselves propose candidates: 8-bit codes would take half as much memory again.
-            coarse = "int8" if self._device.type == "cpu" else "float"
-            self._parts.append((first, TopKIndex(rows, coarse=coarse)))
-            self.num_rows += len(vectors)
-        if not self._parts:
+        self._rows = rows
+        self.num_rows = len(rows)
+        if not self.num_rows:
             raise ValueError("dense search needs at least one row of vectors")
-        self._lock = threading.Lock()
+        # Its own: the default stream is the trainer's, and whoever reads a result there waits for all that is queued.
+        self._stream = None
+        if torch.device(device).type == "cuda":
+            self._stream = torch.cuda.Stream(device)
+            self._stream.wait_stream(torch.cuda.current_stream(device))  # where the encoder's weights were made
         self.search_ids(["a first search compiles, which takes seconds that no deadline allows for"], 1)
 
     def __len__(self) -> int:
@@ -89,28 +83,12 @@ class DenseSearch:
 
     def prepare(self, queries: Sequence[str]) -> np.ndarray:
         """The first stage: vectors [Q,D] fp32."""
-        return self.encoder.encode_queries(queries)
+        with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+            return self.encoder.encode_queries(queries)
 
     def search_prepared(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The second: vectors [Q,D] fp32 -> what `search_ids` gives. ValueError where a mapped file has changed."""
-        for file in self._mapped:
-            file.check()
-        queries, k = torch.from_numpy(vectors).to(self._device), min(k, self.num_rows)
-        found = []
-        with self._lock:
-            for first, part in self._parts:
-                scores, rows = topk_inner_product(queries, part, min(k, len(part)))
-                found.append((scores.cpu().numpy(), rows.cpu().numpy() + first))
-        return merge(found, k)
-
-
-def merge(found: Sequence[tuple[np.ndarray, np.ndarray]], k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The best k of several results (scores [Q,·] fp32, rows [Q,·] int64), by score descending, then row ascending."""
-    if len(found) == 1:
-        return found[0]
-    scores, rows = (np.concatenate(arrays, axis=1) for arrays in zip(*found, strict=True))
-    order = np.lexsort((rows, -scores), axis=1)[:, :k]
-    return np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows, order, axis=1)
+        """The second: vectors [Q,D] fp32 -> what `search_ids` gives."""
+        return self._rows.search(vectors, k)
 
 
 class DenseRetriever:
@@ -156,15 +134,74 @@ class MemoryStore:
         return combine([digest_bytes(repr(part).encode()) for part in parts])
 
 
-def open_dense(folder: str | Path, encoder: str | Path | None = None, device: str = "cpu") -> tuple[DenseSearch, Index]:
-    """Search over an index, and the index. `encoder`: its model's folder, if not where the index says."""
+class Show(Protocol):
+    """A `Console`, or whatever else tells a person: notes, and phases that yield `progress(finished, total)`."""
+
+    def note(self, text: str) -> None: ...
+    def phase(self, name: str, total: int | None = None) -> AbstractContextManager[Progress]: ...
+
+
+class Silence:
+    """Tells nobody."""
+
+    def note(self, text: str) -> None:
+        """Nothing."""
+
+    def phase(self, name: str, total: int | None = None) -> AbstractContextManager[Progress]:
+        """Progress that nobody sees."""
+        return nullcontext(lambda finished, total: None)
+
+
+def open_dense(
+    folder: str | Path,
+    encoder: str | Path | None = None,
+    device: str = "cpu",
+    *,
+    scan: Scan = "float16",
+    peers: Peers | None = None,
+    timeout: float = 30.0,
+    show: Show | None = None,
+) -> tuple[DenseSearch, Index]:
+    """Search over an index, and the index.
+
+    encoder: its model's folder, if not where the index says. scan: what a pass on a GPU reads. peers: all ranks of the
+    run, if the ranks of a machine are to hold a part each; then this is a collective, and `timeout` is how many seconds
+    one of them may take over a search. show: who is told of the copying to a GPU.
+    """
+    device, show = check_device(device), show or Silence()
     index = open_index(folder)
     opened = open_encoder(index.manifest.encoder, index.folder, encoder, device)
-    return DenseSearch(opened, index.vector_parts(), device), index
+
+    def open_part(begin: int, end: int) -> RowSearch:
+        return open_rows(cut(index.vector_parts(), begin, end), device, scan, show)
+
+    def choose(num_parts: int) -> Merge:
+        merge, reason = choose_merge(device, num_parts)
+        show.note(f"{num_parts} ranks hold the index; their hits are merged {reason}")
+        return merge
+
+    if peers is None or peers.world_size == 1:
+        rows = open_part(0, len(index))
+    else:
+        identity = index.manifest.digest()
+        rows = open_sharded(peers, len(index), index.dimension, identity, open_part, timeout, choose)
+    return DenseSearch(opened, rows, device), index
+
+
+def open_rows(parts: Iterable[Part], device: str, scan: Scan, show: Show) -> RowSearch:
+    """Search over consecutive parts, on a device. ValueError where they do not fit."""
+    parts = list(parts)
+    if torch.device(device).type == "cpu" or not parts:
+        return HostRows(parts)
+    plan = MemoryPlan(sum(len(vectors) for _, vectors in parts), parts[0][1].shape[1], scan)
+    show.note(f"index on {device}: {plan}")
+    with show.phase(f"index to {device}, MiB", plan.rows >> 20) as progress:
+        return DeviceRows(parts, device, scan, progress)
 
 
 def hash_corpus(passages: Iterable[Passage], dimension: int, device: str = "cpu") -> tuple[DenseSearch, MemoryStore]:
     """Search over passages in memory with the hashing encoder fitted to them, and their store."""
+    device = check_device(device)
     store = MemoryStore(passages)
     if not len(store):
         raise ValueError("dense search needs at least one passage; the corpus is empty")
@@ -172,7 +209,7 @@ def hash_corpus(passages: Iterable[Passage], dimension: int, device: str = "cpu"
     contents = store.contents()
     encoder.count([contents])
     vectors = encoder.encode_passages(contents).astype(np.float16)
-    return DenseSearch(encoder, [(0, vectors)], device), store
+    return DenseSearch(encoder, open_rows([(0, vectors)], device, "float16", Silence()), device), store
 
 
 def check_sizes(search: DenseSearch, store: PassageSource) -> None:

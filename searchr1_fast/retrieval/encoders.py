@@ -63,12 +63,18 @@ class EncodingSource:
 
 
 def check_device(device: str) -> str:
-    """`device`, if there is one."""
+    """`device`, if there is one, and with its number: `cuda` alone is another one in another thread."""
     import torch
 
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+    place = torch.device(device)
+    if place.type != "cuda":
+        return device
+    if not torch.cuda.is_available():
         raise ValueError(f"there is no device {device} on this machine: torch finds no CUDA GPU; use cpu")
-    return device
+    number = torch.cuda.current_device() if place.index is None else place.index
+    if number >= torch.cuda.device_count():
+        raise ValueError(f"there is no device {device} on this machine: its GPUs are {torch.cuda.device_count()}")
+    return f"cuda:{number}"
 
 
 def open_encoder(record: dict[str, Any], folder: Path, path: str | Path | None = None, device: str = "cpu") -> Encoder:

@@ -132,7 +132,7 @@ def test_a_file_that_is_damaged_while_it_is_open(dense, name, damage):
 
     def break_it(found):
         if len(found) > 100 and not broken.is_set():
-            with search._lock:  # between two scans: one that is under way would be killed by the kernel (SIGBUS)
+            with search._rows._lock:  # between two scans: one that is under way would be killed by the kernel (SIGBUS)
                 if not broken.is_set():
                     broken.set()
                     damage(folder / name)

@@ -15,10 +15,11 @@ pytest.importorskip("searchr1_fast._C", reason="the batcher is not compiled")
 from searchr1_fast.config import RetrievalConfig, WorldConfig
 from searchr1_fast.data import read_corpus, write_corpus
 from searchr1_fast.retrieval import BM25Retriever, DenseRetriever, DenseSearch, index_format, open_retriever
-from searchr1_fast.retrieval.dense import hash_corpus, merge, open_dense
+from searchr1_fast.retrieval.dense import hash_corpus, open_dense
 from searchr1_fast.retrieval.encoder_hashing import HashingEncoder
 from searchr1_fast.retrieval.encoders import EncodingSource
 from searchr1_fast.retrieval.index_build import build_index
+from searchr1_fast.retrieval.rows import HostRows, merge
 from searchr1_fast.types import Passage
 from searchr1_fast.world import build_world
 
@@ -85,9 +86,9 @@ def test_a_result_depends_on_its_query_alone(search, queries):
 def test_results_do_not_depend_on_how_the_rows_are_cut(index, search, queries, rows_per_part):
     vectors = np.concatenate([part for _, part in index.vector_parts()])
     vectors[200:210] = vectors[10]  # equal scores, in different parts
-    whole = DenseSearch(search.encoder, [(0, vectors)])
+    whole = DenseSearch(search.encoder, HostRows([(0, vectors)]))
     parts = [(begin, vectors[begin : begin + rows_per_part].copy()) for begin in range(0, len(vectors), rows_per_part)]
-    cut = DenseSearch(search.encoder, parts)
+    cut = DenseSearch(search.encoder, HostRows(parts))
     for k in (1, 5, 300):
         for one, other in zip(whole.search_ids(queries[:20], k), cut.search_ids(queries[:20], k), strict=True):
             assert (one == other).all()

@@ -19,6 +19,7 @@ from searchr1_fast import cli
 from searchr1_fast.retrieval import DenseSearch, encoder_bert
 from searchr1_fast.retrieval.encoder_bert import BertEncoder, BertSettings
 from searchr1_fast.retrieval.encoder_hashing import HashingEncoder
+from searchr1_fast.retrieval.rows import HostRows
 
 GIVEN = BertSettings("mean", True, 32, "query: ", "passage: ")
 LETTERS = "abcdefghijklmnopqrstuvwxyz:"
@@ -295,8 +296,8 @@ def test_a_real_model_has_the_same_bits_in_every_batch():
     for row in (0, 17, 100, 255):
         assert (encoder.encode_passages([contents[row]])[0] == together[row]).all()
     vectors = together.astype(np.float16)
-    whole = DenseSearch(encoder, [(0, vectors)])
-    cut = DenseSearch(encoder, [(begin, vectors[begin : begin + 64].copy()) for begin in range(0, 256, 64)])
+    whole = DenseSearch(encoder, HostRows([(0, vectors)]))
+    cut = DenseSearch(encoder, HostRows([(i, vectors[i : i + 64].copy()) for i in range(0, 256, 64)]))
     asked = contents[:8]
     scores, rows = whole.search_ids(asked, 5)
     assert (rows[:, 0] == range(8)).all()

@@ -1,0 +1,98 @@
+"""How much of a GPU an index takes, computed before a byte is copied: said, and refused where it cannot fit.
+
+    rows       2 bytes per component: fp16, as on the disk
+    codes      1 byte per component, 4 for the scale of each row, where passes read 8-bit codes
+    bounds     4 bytes per block of 128 rows, 12 with codes: what a bound of the block is made of
+    work       the larger of what preparing takes for a moment, and what a search of the largest batch takes
+
+What a search takes stays with torch's caching allocator, so later searches ask the driver for nothing.
+
+Shape legend
+    M  rows    D  components    Q  queries of a search
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+Scan = Literal["float16", "int8"]
+
+MAX_QUERIES = 512  # searched at once; a pass over the rows costs the same for one query as for about a hundred
+_BLOCK_ROWS = 128  # searchr1_kernels: rows under one bound
+_PREPARED_ROWS = 2**18  # prepared at a time, in fp64
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes on one device."""
+
+    num_rows: int
+    dimension: int
+    scan: Scan
+
+    @property
+    def rows(self) -> int:
+        """The vectors."""
+        return 2 * self.num_rows * self.dimension
+
+    @property
+    def codes(self) -> int:
+        """Codes with their scales, and the center that was taken off before."""
+        return (self.dimension + 4) * self.num_rows + 4 * self.dimension if self.scan == "int8" else 0
+
+    @property
+    def bounds(self) -> int:
+        """Per block: a norm; with codes a residual and a magnitude, too."""
+        return (12 if self.scan == "int8" else 4) * self._num_blocks
+
+    @property
+    def work(self) -> int:
+        """Beside what stays. An estimate from above: rows in fp64 (and centred, and rounded, for codes) while they are
+        prepared; for a search a bound per query and block, twice, as selecting makes a copy."""
+        preparing = 8 * min(self.num_rows, _PREPARED_ROWS) * self.dimension * (4 if self.scan == "int8" else 1)
+        searching = 2 * 4 * MAX_QUERIES * self._num_blocks
+        return max(preparing, searching)
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.rows + self.codes + self.bounds + self.work
+
+    @property
+    def _num_blocks(self) -> int:
+        return -(-self.num_rows // _BLOCK_ROWS)
+
+    def __str__(self) -> str:
+        codes = f", codes {size_text(self.codes)}" if self.codes else ""
+        return (
+            f"{self.num_rows:,} rows of {self.dimension} components: {size_text(self.rows)} as float16{codes}, "
+            f"{size_text(self.bounds + self.work)} to prepare and search them, {size_text(self.total)} in all"
+        )
+
+    def check(self, free: int, device: torch.device | str) -> None:
+        """ValueError where it is more than `free` bytes."""
+        if self.total <= free:
+            return
+        advice = ["spread it over more GPUs (torchrun, one rank for each)", "search it on the CPU"]
+        if self.scan == "int8":
+            advice.insert(0, "choose retrieval.scan=float16, which needs no codes")
+        raise ValueError(
+            f"the index does not fit on {device}: {self}, and {size_text(free)} are free; {', or '.join(advice)}"
+        )
+
+
+def free_bytes(device: torch.device) -> int:
+    """What an allocation may have: the driver's free memory, and what torch's allocator holds unused."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def size_text(num_bytes: int) -> str:
+    """1.5 GiB, 20 MiB, …"""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.1f} {unit}"
+    return f"{-(-num_bytes // 1024)} KiB"

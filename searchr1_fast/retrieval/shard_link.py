@@ -1,0 +1,152 @@
+"""How the ranks of one machine reach one another: a socket from each to each, and memory that all of them see.
+
+Queries are large and go to everyone: the rank that asks writes them into shared memory, once, and each of the others
+reads them there. Everything else is small and goes through Unix sockets: "I ask" (24 bytes), and the hits (12 bytes
+each). A socket wakes who waits for it without a poll, holds hits of any number, and closes by itself when a process
+ends, however it ends; a lock or a counter in shared memory does none of this.
+
+The collectives of the training are used once, to exchange addresses. Afterwards ranks owe each other no turn.
+
+The shared memory is a file without a name, handed over through the sockets: nothing is left over when a process is
+killed. Left out: other machines. Every machine holds the whole index.
+"""
+
+from __future__ import annotations
+
+import array
+import mmap
+import os
+import platform
+import shutil
+import socket
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+import numpy as np
+
+_HELLO_BYTES = 8
+_LONGEST_FOLDER = 70  # a socket's path may have about 100 characters
+
+
+class Peers(Protocol):
+    """All ranks of a run, as `distributed.Ranks` has them."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def world_size(self) -> int: ...
+    def gather(self, value: Any) -> list[Any]: ...
+
+
+@dataclass(frozen=True)
+class Link:
+    """One rank among those of its machine. Lists are by place; a rank is linked with itself like with the others."""
+
+    place: int
+    ranks: list[int]
+    asks: list[socket.socket]  # to whom this rank puts its questions
+    answers: list[socket.socket]  # from whom it hears theirs
+    queries: list[np.ndarray]  # [rows, D] fp32, shared: each rank writes its own
+
+    @property
+    def size(self) -> int:
+        """How many ranks the machine has."""
+        return len(self.ranks)
+
+
+def meet(peers: Peers, num_queries: int, dimension: int, identity: str) -> Link:
+    """Link the ranks of this machine, with room for `num_queries` queries [·, dimension] fp32 each. A collective.
+
+    ValueError, on every rank, where two have another `identity`: they would search different rows.
+    """
+    folder = tempfile.mkdtemp(prefix="searchr1-", dir=_temporary_folder())  # nobody else may enter it
+    try:
+        with socket.socket(socket.AF_UNIX) as listener:
+            path = os.path.join(folder, "shard")
+            listener.bind(path)
+            listener.listen(peers.world_size)
+            everyone = peers.gather((_machine(), path, identity))
+            if len({theirs for _, _, theirs in everyone}) > 1:
+                raise ValueError("the ranks have opened different indexes; give all of them the same retrieval.index")
+            ranks = [rank for rank, (machine, _, _) in enumerate(everyone) if machine == everyone[peers.rank][0]]
+            return _connect(listener, ranks.index(peers.rank), ranks, [everyone[rank][1] for rank in ranks],
+                            (num_queries, dimension))  # fmt: skip
+    finally:
+        shutil.rmtree(folder)
+
+
+def _connect(listener: socket.socket, place: int, ranks: list[int], paths: list[str], shape: tuple[int, int]) -> Link:
+    """Nobody waits for anybody here: a connection is made before it is accepted, and a hello fits into its buffer."""
+    size = 4 * shape[0] * shape[1]
+    with _shared_file(size) as file:
+        asks = []
+        for path in paths:
+            asks.append(socket.socket(socket.AF_UNIX))
+            asks[-1].connect(path)
+            handle = array.array("i", [file.fileno()])
+            hello = place.to_bytes(_HELLO_BYTES, "little")
+            asks[-1].sendmsg([hello], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, handle)])
+    answers: dict[int, socket.socket] = {}
+    queries: dict[int, np.ndarray] = {}
+    for _ in paths:
+        connection, _ = listener.accept()
+        hello, handles, _, _ = socket.recv_fds(connection, _HELLO_BYTES, 1)
+        theirs = int.from_bytes(hello, "little")
+        assert len(handles) == 1 and theirs not in answers
+        answers[theirs] = connection
+        queries[theirs] = np.frombuffer(mmap.mmap(handles[0], size), np.float32).reshape(shape)
+        os.close(handles[0])
+    places = range(len(paths))
+    return Link(place, ranks, asks, [answers[other] for other in places], [queries[other] for other in places])
+
+
+def _shared_file(size: int) -> IO[bytes]:
+    """A file of memory where the system has such, without a name; closed, it lives on in those who mapped it."""
+    memory = "/dev/shm"
+    file = tempfile.TemporaryFile(dir=memory if os.access(memory, os.W_OK) else None)  # noqa: SIM115 (returned)
+    if hasattr(os, "posix_fallocate"):  # taken now: where memory is short an error, not a signal when it is written
+        os.posix_fallocate(file.fileno(), 0, size)
+    else:
+        file.truncate(size)
+    return file
+
+
+def _temporary_folder() -> str:
+    folder = tempfile.gettempdir()
+    return folder if len(folder) <= _LONGEST_FOLDER else "/tmp"
+
+
+def _machine() -> tuple:
+    """The same for two processes if they can reach each other's sockets: one kernel, and one folder for them. (Two
+    containers on one host share a kernel, perhaps, but not the folder.)"""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    kernel = boot.read_text().strip() if boot.is_file() else platform.node()
+    folder = os.stat(_temporary_folder())
+    return kernel, folder.st_dev, folder.st_ino
+
+
+# -------------------------------------------------------------------------------------------------------- messages
+
+
+class Incoming:
+    """A message of a head of fixed size and a body, as it comes in, piece by piece."""
+
+    def __init__(self, head_bytes: int, room: Callable[[bytes], memoryview]) -> None:
+        """`room`: where the body belongs, all of it, by the head."""
+        self.head = bytearray(head_bytes)
+        self.body: memoryview | None = None
+        self._room = room
+        self._rest = memoryview(self.head)
+
+    def read(self, source: socket.socket) -> bool:
+        """Take what is there; whether the message is whole. ConnectionError where the other side is gone."""
+        count = source.recv_into(self._rest)
+        if count == 0:
+            raise ConnectionResetError("the connection was closed")
+        self._rest = self._rest[count:]
+        if not self._rest and self.body is None:
+            self._rest = self.body = self._room(bytes(self.head))
+        return not self._rest

@@ -1,0 +1,201 @@
+"""Rows on a device: the copying there, the memory it takes, and that a search finds what the host's finds.
+
+All of it runs on a CPU, where `DeviceRows` is its own twin; `test_on_a_gpu` does the same on a GPU, where there is one.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("searchr1_fast._C", reason="the batcher is not compiled")
+
+from searchr1_fast.retrieval import device_rows
+from searchr1_fast.retrieval.dense import open_rows
+from searchr1_fast.retrieval.device_rows import DeviceRows
+from searchr1_fast.retrieval.encoders import check_device
+from searchr1_fast.retrieval.memory_plan import MAX_QUERIES, MemoryPlan
+from searchr1_fast.retrieval.rows import HostRows, cut, share
+from searchr1_fast.retrieval.staging import CpuCopies, HostBuffer, StagingRing
+
+GPU = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")])
+
+
+class LateCopies(CpuCopies):
+    """A device that copies when it is waited for and not before, from what the buffer holds by then."""
+
+    def __init__(self) -> None:
+        self.queue: list[tuple] = []
+        self.most = 0
+
+    def start(self, target, source):
+        self.queue.append((target, source))
+        self.most = max(self.most, len(self.queue))
+        return self.queue[-1]
+
+    def wait(self, handle) -> None:
+        while any(waiting is handle for waiting in self.queue):
+            target, source = self.queue.pop(0)
+            target.copy_(source)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    sizes=st.lists(st.integers(0, 40), min_size=1, max_size=5),
+    num_bytes=st.integers(1, 30),
+    num_buffers=st.integers(1, 4),
+)
+def test_a_ring_copies_everything_and_no_buffer_is_filled_before_it_is_empty(sizes, num_bytes, num_buffers):
+    copies = LateCopies()
+    ring = StagingRing(copies, num_bytes, num_buffers)
+    generator = np.random.default_rng(0)
+    sources = [generator.standard_normal((size, 3)).astype(np.float16) for size in sizes]
+    targets = [torch.zeros(size, 3, dtype=torch.float16) for size in sizes]
+    for source, target in zip(sources, targets, strict=True):
+        ring.upload(source, target)
+    assert copies.most <= num_buffers
+    ring.flush()
+    assert copies.queue == []
+    for source, target in zip(sources, targets, strict=True):
+        assert (target.numpy() == source).all()
+
+
+def test_what_a_ring_cannot_copy_is_refused():
+    ring = StagingRing(CpuCopies(), 8)
+    with pytest.raises(ValueError, match="the source has 16 bytes, the target 12"):
+        ring.upload(np.zeros(8, np.float16), torch.zeros(6, dtype=torch.float16))
+    with pytest.raises(ValueError, match="must be contiguous"):
+        ring.upload(np.zeros((4, 4), np.float16)[:, :2], torch.zeros(8, dtype=torch.float16))
+    with pytest.raises(ValueError, match="a ring needs buffers"):
+        StagingRing(CpuCopies(), 0)
+
+
+def test_a_buffer_grows_and_stays():
+    class Counting(CpuCopies):
+        made = 0
+
+        def buffer(self, num_bytes):
+            self.made += 1
+            return super().buffer(num_bytes)
+
+    copies = Counting()
+    buffer = HostBuffer(copies)
+    assert buffer.view((3, 4), torch.float32).shape == (3, 4)
+    address = buffer.view((3, 4), torch.float32).data_ptr()
+    assert buffer.view((6,), torch.int32).data_ptr() == address
+    assert copies.made == 2
+    buffer.view((1000,), torch.int64)
+    assert copies.made == 3
+
+
+# --------------------------------------------------------------------------------------------------------------- plan
+
+
+def test_the_plan_of_the_published_index():
+    """21,015,324 rows of 768: 32.28 GB as fp16, 30.1 GiB."""
+    plan = MemoryPlan(21_015_324, 768, "float16")
+    assert plan.rows == 21_015_324 * 1536
+    assert (plan.codes, plan.bounds) == (0, 4 * 164_183)
+    assert "21,015,324 rows of 768 components: 30.1 GiB as float16, " in str(plan)
+    codes = MemoryPlan(21_015_324, 768, "int8")
+    assert codes.codes == 21_015_324 * 772 + 3072
+    assert codes.rows + codes.codes + codes.bounds < 1.51 * plan.rows
+    assert ", codes 15.1 GiB, " in str(codes)
+
+
+def test_what_does_not_fit_is_refused():
+    plan = MemoryPlan(1_000_000, 768, "int8")
+    plan.check(plan.total, "cuda:0")
+    with pytest.raises(ValueError, match=r"does not fit on cuda:0: 1,000,000 rows .* and 1\.0 GiB are free; .*float16"):
+        plan.check(2**30, "cuda:0")
+    with pytest.raises(ValueError, match="more GPUs") as error:
+        MemoryPlan(1_000_000, 768, "float16").check(2**30, "cuda:0")
+    assert "retrieval.scan" not in str(error.value)
+
+
+@pytest.mark.parametrize("scan", ["float16", "int8"])
+@pytest.mark.parametrize("shape", [(1, 64), (128, 16), (1000, 48)])
+def test_a_plan_is_what_the_kernels_hold(scan, shape):
+    """To the byte: what a GPU's search prepares, prepared here."""
+    pytest.importorskip("triton", reason="a GPU's search needs Triton")
+    from searchr1_kernels import _topk_cuda
+
+    rows = torch.randn(shape).half()
+    parts = _topk_cuda.prepare(rows, None, "float" if scan == "float16" else "int8")
+    plan = MemoryPlan(*shape, scan)
+    assert plan.rows == rows.nbytes
+    assert plan.codes + plan.bounds == sum(part.nbytes for part in parts)
+
+
+# --------------------------------------------------------------------------------------------------------------- rows
+
+
+def vectors_of(num_rows: int, dimension: int = 24, seed: int = 0) -> np.ndarray:
+    """Few levels, so that many scores are equal."""
+    return np.random.default_rng(seed).integers(-2, 3, (num_rows, dimension)).astype(np.float16)
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+@pytest.mark.parametrize("scan", ["float16", "int8"])
+def test_a_device_finds_what_the_host_finds(device, scan, monkeypatch):
+    monkeypatch.setattr(device_rows, "_BYTES_BETWEEN_SIGNS", 100 * 48)
+    vectors = vectors_of(700)
+    parts = [(0, vectors[:300]), (300, vectors[300:301]), (301, vectors[301:])]
+    host = HostRows(parts)
+    signs = []
+    rows = DeviceRows(parts, device, scan, lambda finished, total: signs.append((finished, total)))
+    assert len(rows) == 700 and len(signs) == 3 + 1 + 4
+    queries = np.random.default_rng(1).standard_normal((MAX_QUERIES + 9, 24)).astype(np.float32)
+    queries[::3] = vectors[: len(queries[::3])]
+    for num_queries, k in ((0, 3), (1, 5), (MAX_QUERIES + 9, 16), (3, 700), (2, 10**6)):
+        for one, other in zip(
+            host.search(queries[:num_queries], k), rows.search(queries[:num_queries], k), strict=True
+        ):
+            assert one.dtype == other.dtype
+            np.testing.assert_array_equal(one, other)
+
+
+def test_rows_keep_their_numbers():
+    vectors = vectors_of(100)
+    queries = vectors[:7].astype(np.float32)
+    whole = HostRows([(0, vectors)]).search(queries, 100)
+    for begin, end in ((0, 100), (13, 57), (99, 100)):
+        inside = (whole[1] >= begin) & (whole[1] < end)
+        wanted = [hits[inside].reshape(7, end - begin) for hits in whole]
+        for kind in (HostRows, lambda parts: DeviceRows(parts, "cpu")):
+            found = kind(cut([(0, vectors[:40]), (40, vectors[40:])], begin, end)).search(queries, 100)
+            for one, other in zip(found, wanted, strict=True):
+                np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 3, 10, 1001])
+@pytest.mark.parametrize("num_shares", [1, 2, 3, 8])
+def test_shares_are_even_and_whole(num_rows, num_shares):
+    shares = [share(num_rows, place, num_shares) for place in range(num_shares)]
+    assert [begin for begin, _ in shares] == [0, *(end for _, end in shares[:-1])]
+    assert shares[-1][1] == num_rows
+    sizes = {end - begin for begin, end in shares}
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_a_device_has_a_number(monkeypatch):
+    """`cuda` means another GPU in each thread, unless the thread chose one: the one meant is where it was opened."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert [check_device(name) for name in ("cpu", "cuda", "cuda:1")] == ["cpu", "cuda:3", "cuda:1"]
+    with pytest.raises(ValueError, match="there is no device cuda:4 on this machine: its GPUs are 4"):
+        check_device("cuda:4")
+
+
+def test_of_no_rows_there_are_no_hits():
+    scores, rows = open_rows([], "cpu", "float16", SimpleNamespace()).search(np.zeros((3, 4), np.float32), 5)
+    assert scores.shape == rows.shape == (3, 0)
+    assert (scores.dtype, rows.dtype) == (np.float32, np.int64)
+    with pytest.raises(ValueError, match="at least one row"):
+        DeviceRows([], "cpu")
