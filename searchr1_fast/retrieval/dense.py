@@ -93,11 +93,11 @@ class DenseSearch:
 
     def search_prepared(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """The second: vectors [Q,D] fp32 -> what `search_ids` gives. ValueError where a mapped file has changed."""
-        for file in self._mapped:
-            file.check()
         queries, k = torch.from_numpy(vectors).to(self._device), min(k, self.num_rows)
         found = []
         with self._lock:
+            for file in self._mapped:  # here, when its turn has come: what changed while it waited counts
+                file.check()
             for first, part in self._parts:
                 scores, rows = topk_inner_product(queries, part, min(k, len(part)))
                 found.append((scores.cpu().numpy(), rows.cpu().numpy() + first))
