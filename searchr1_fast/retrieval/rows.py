@@ -57,11 +57,11 @@ class HostRows:
 
     def search(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Part by part. ValueError where a mapped file has changed."""
-        for file in self._mapped.values():
-            file.check()
         queries, k = torch.from_numpy(vectors), min(k, len(self))
         found = [(np.empty((len(vectors), 0), np.float32), np.empty((len(vectors), 0), np.int64))]  # of no rows
         with self._lock:
+            for file in self._mapped.values():  # here, when its turn has come: what changed while it waited counts
+                file.check()
             for first, part in self._parts:
                 scores, rows = topk_inner_product(queries, part, min(k, len(part)))
                 found.append((scores.numpy(), rows.numpy() + first))
