@@ -1,13 +1,6 @@
-"""Running a file of cases in Triton's interpreter, and counting what is alive."""
+"""Counting the memory that is alive."""
 
 from __future__ import annotations
-
-import importlib.metadata
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -49,22 +42,3 @@ def tensors(tree) -> list[torch.Tensor]:
 def live_bytes():
     """-> a fresh `LiveBytes`, to be entered."""
     return LiveBytes()
-
-
-@pytest.fixture
-def run_in_interpreter():
-    """(file of cases) -> None. In a process of its own: the choice is made when Triton is imported, for good."""
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("needs Triton")
-    versions = [importlib.metadata.version(name).split(".")[:2] for name in ("triton", "numpy")]
-    triton, numpy = (tuple(map(int, version)) for version in versions)
-    if triton == (3, 6) and numpy >= (2, 4):
-        pytest.skip("Triton 3.6's interpreter makes numbers of arrays of one element, as numpy before 2.4 did")
-
-    def run(cases: Path) -> None:
-        environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-
-    return run

@@ -1,4 +1,4 @@
-"""The head's Triton kernels against fp64. Run by `test_linear_triton`, not collected by itself.
+"""The head's Triton kernels against fp64. Run by `test_triton`, not collected by itself.
 
 Without a GPU they run in Triton's interpreter, which has to be chosen before Triton is imported: hence a process of
 their own. With one (`pytest tests/kernels/linear_interpreted.py`) they are compiled. bf16 products are left to a GPU:
