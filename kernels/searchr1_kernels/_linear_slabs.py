@@ -57,15 +57,18 @@ def slab_gradients(
     """-> grad_hidden [N,D] fp32 and grad_weight [V,D] in the type of the weight; None where not wanted."""
     compute = compute_dtype(hidden)
     grad_hidden = hidden.new_zeros(hidden.shape, dtype=compute) if want_hidden else None
-    grad_weight = weight.new_empty(weight.shape) if want_weight else None
     chunks, columns = tiles(hidden, weight)
+    grad_weight = None
+    if want_weight:
+        grad_weight = weight.new_empty(weight.shape) if chunks else weight.new_zeros(weight.shape)
+    several = want_weight and len(chunks) > 1
+    sums = weight.new_empty(columns, weight.shape[1], dtype=compute) if several else None
     logits = hidden.new_empty(longest(chunks) * columns, dtype=compute)
     operand_dtype = operand(weight[:0]).dtype
     gradients = logits if operand_dtype == compute else torch.empty_like(logits, dtype=operand_dtype)
     options = launch_options(temperature, softcap, columns)
     for slab in ranges(weight.shape[0], columns):
         part = operand(weight[slab])  # [C, D]
-        total = weight.new_zeros(part.shape, dtype=compute) if want_weight and len(chunks) != 1 else None
         for chunk in chunks:
             rows = operand(hidden[chunk])  # [R, D]
             shape, size = (len(rows), len(part)), len(rows) * len(part)
@@ -78,12 +81,11 @@ def slab_gradients(
             )  # fmt: skip
             if want_hidden:
                 multiply_add(gradient, part, out=grad_hidden[chunk])
-            if total is not None:
-                multiply_add(gradient.t(), rows, out=total)
-            elif want_weight:
-                multiply(gradient.t(), rows, out=grad_weight[slab])
-        if total is not None:
-            grad_weight[slab] = total
+            if want_weight:
+                combine = multiply if chunk.start == 0 else multiply_add
+                combine(gradient.t(), rows, out=sums[: len(part)] if several else grad_weight[slab])
+        if several:
+            grad_weight[slab] = sums[: len(part)]
     return grad_hidden, grad_weight
 
 

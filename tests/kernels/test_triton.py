@@ -1,6 +1,6 @@
 """The Triton kernels' cases (`*_interpreted.py`), in Triton's interpreter on any machine and compiled where a GPU is.
 
-Each in a process of its own: the interpreter is chosen for good when Triton is imported, and the cases make tiles small.
+Each in a process of its own: the interpreter is chosen for good when Triton is imported, and cases make tiles small.
 """
 
 from __future__ import annotations
