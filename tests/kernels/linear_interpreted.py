@@ -161,8 +161,7 @@ def test_a_target_that_is_no_token_is_loud():
         assert logprob.isnan().tolist() == [False, True, True, False]
 
 
-@pytest.mark.parametrize("most_rows", [1, 7, 25, 100])
-@pytest.mark.parametrize("columns", [8, 16, 64])
+@pytest.mark.parametrize(("most_rows", "columns"), [(100, 64), (25, 16), (7, 64), (7, 16)])
 @pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True)])
 def test_slabs_of_any_shape(monkeypatch, most_rows, columns, wanted):
     """One chunk of rows or several, columns that do and do not divide V; the types of the results."""
@@ -187,7 +186,7 @@ def test_memory_of_the_backward_pass(monkeypatch, live_bytes, rows):
     """The account of `_linear_slabs`: results, the sum of hidden's gradient, a workspace, and for many rows a slab."""
     monkeypatch.setattr(_linear_slabs, "_MAX_ROWS", 20)
     monkeypatch.setattr(_linear_slabs, "_SLAB_BYTES", 16 * 20 * 4)
-    hidden, weight, targets = problem(rows, 64, 300)
+    hidden, weight, targets = problem(rows, 64, 100)
     head = sys.modules["searchr1_kernels.linear_logprob"]
     logprobs, entropy, saved = head._forward(hidden, weight, targets, 1.0, None, True, True)
     arguments = (logprobs, logprobs, hidden, weight, targets, entropy, saved, 1.0, None, True, True)

@@ -144,8 +144,9 @@ def heights_agree(hidden, weight):
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("softcap", [None, 9.0])
+@pytest.mark.parametrize(
+    ("dtype", "softcap"), [(torch.float32, None), (torch.float32, 9.0), (torch.bfloat16, None), (torch.float64, None)]
+)
 def test_a_row_alone_has_the_bits_of_the_row_in_a_batch(monkeypatch, threads, dtype, softcap):
     """And in a batch of any other size, over several chunks or one, with a gradient to come or not."""
     monkeypatch.setattr(_linear_chunks, "_MIN_CHUNK_ROWS", 20)
@@ -154,7 +155,7 @@ def test_a_row_alone_has_the_bits_of_the_row_in_a_batch(monkeypatch, threads, dt
     if not heights_agree(hidden, weight):
         pytest.skip("products of this library depend on the number of rows, also where that is a multiple of 16")
     together = torch.stack(linear_logprob(hidden, weight, targets, softcap=softcap, return_entropy=True))
-    for begin, end in ((0, 1), (17, 18), (47, 48), (5, 8), (3, 33), (30, 43)):
+    for begin, end in ((0, 1), (47, 48), (5, 8), (3, 33)):
         for tracked in (False, True):
             rows = hidden[begin:end].clone().requires_grad_(tracked)
             some = linear_logprob(rows, weight, targets[begin:end], softcap=softcap, return_entropy=True)
