@@ -65,15 +65,15 @@ def linear_logprob(
     """
     check_head(hidden, weight, targets, temperature, softcap, mask)
     if mask is None:
-        return score_rows(hidden, weight, targets, temperature, softcap, return_entropy)
+        return score_all(hidden, weight, targets, temperature, softcap, return_entropy)
     rows = mask.nonzero().squeeze(1)  # [M]
-    outputs = score_rows(hidden[rows], weight, targets[rows], temperature, softcap, return_entropy)
+    outputs = score_all(hidden[rows], weight, targets[rows], temperature, softcap, return_entropy)
     if not return_entropy:
         return outputs.new_zeros(mask.shape).index_put((rows,), outputs)
     return tuple(output.new_zeros(mask.shape).index_put((rows,), output) for output in outputs)
 
 
-def score_rows(hidden, weight, targets, temperature, softcap, return_entropy):
+def score_all(hidden, weight, targets, temperature, softcap, return_entropy):
     """`linear_logprob` of checked arguments, all rows wanted."""
     differentiable = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     logprobs, entropy, _ = _OPERATOR(

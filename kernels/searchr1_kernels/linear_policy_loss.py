@@ -38,7 +38,7 @@ from searchr1_kernels._linear_chunks import (
     rows_class,
 )
 from searchr1_kernels._objective_operator import NUM_METRICS, OBJECTIVE, SCHEMA, Objective, arguments
-from searchr1_kernels.linear_logprob import check_head, score_rows
+from searchr1_kernels.linear_logprob import check_head, score_all
 from searchr1_kernels.policy_objective import MAX_METRICS, MIN_METRICS, SUM_METRICS, PolicyLoss, PolicyRows
 from searchr1_kernels.registration import register
 
@@ -121,7 +121,7 @@ def linear_policy_loss(
     wanted = tuple(torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden, weight))
     aims = arguments(rows, token_rows, cu_seqlens, loss, on_policy)
     if recompute or loss.kind == "gspo" or not any(wanted):
-        scores = score_rows(hidden, weight, targets, temperature, softcap, return_entropy=True)
+        scores = score_all(hidden, weight, targets, temperature, softcap, return_entropy=True)
         total, metrics, *_ = OBJECTIVE(*scores, *aims)
     else:
         total, metrics, *_ = _OPERATOR(hidden, weight, targets.long(), *aims, temperature, softcap, *wanted)
