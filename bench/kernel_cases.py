@@ -79,7 +79,7 @@ def cases(device: torch.device, kernels: list[str]) -> Iterator[Case]:
         if "score" in kernels:
             yield score_case(device, dtype, **shape)
     if "gae" in kernels:
-        for sequences in (4096, 512, 64):
+        for sequences in (4096, 1100, 512, 64):
             yield gae_case(device, 1_000_000, sequences)
     if "group" in kernels:
         yield group_case(device, 4096, 512)
@@ -126,15 +126,16 @@ def head_case(device, dtype, N, H, V, kept) -> Case:
     def selected(hidden, weight):
         return F.cross_entropy((hidden[rows] @ weight.T).float(), targets[rows], reduction="sum")
 
-    def folded(hidden, weight):
+    def folded(hidden, weight, recompute=False):
         loss, _ = linear_policy_loss(
-            hidden[rows], weight, targets[rows], zeros, zeros + 1, loss=objective, denominator=1.0
+            hidden[rows], weight, targets[rows], zeros, zeros + 1, loss=objective, denominator=1.0, recompute=recompute
         )
         return loss
 
     losses = {
         OURS: lambda h, w: -linear_logprob(h[rows], w, targets[rows]).sum(),
         "ours, loss folded in": folded,
+        "ours, loss folded in, recomputed": functools.partial(folded, recompute=True),
         "torch": plain,
         "torch, selected rows": selected,
     }
@@ -191,11 +192,11 @@ def add_compiled(into: dict[str, Callable], name: str, function: Callable, left_
 
 
 def add_peer(into, name, package, make, left_out, targets) -> None:
-    """An optional package's loss of (hidden, weight) for targets [N]; they all need a GPU."""
-    if importlib.util.find_spec(package) is None:
-        left_out[name] = f"{package} is not installed"
-    elif targets.device.type != "cuda":
-        left_out[name] = "runs on a GPU only"
+    """An optional package's loss of (hidden, weight) for targets [N]."""
+    if targets.device.type != "cuda":
+        left_out[name] = "needs a GPU"
+    elif importlib.util.find_spec(package) is None:
+        left_out[name] = f"{package} is not installed: pip install --no-deps {package.replace('_', '-')}"
     else:
         into[name] = make(targets)
 

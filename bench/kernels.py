@@ -212,7 +212,7 @@ def plot(kernel: str, rows: Sequence[dict[str, Any]], folder: Path) -> Path:
     axes.set_title(f"{kernel} ({fixed})\n{rows[0]['device']}, {rows[0]['threads']} threads, {rows[0]['date'][:10]}")
     axes.legend(fontsize=8)
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"kernels_{kernel}.png"
+    path = folder / f"kernels_{kernel}{'_gpu' if on_gpu else ''}.png"
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
     return path
@@ -233,7 +233,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--repetitions", type=int, default=5, help="of every provider (default: 5)")
     parser.add_argument(
         "--plot", metavar="DIR", type=Path, nargs="?", const=harness.RESULTS,
-        help="write kernels_KERNEL.png into DIR (without a name: bench/results)",
+        help="write kernels_KERNEL.png, or kernels_KERNEL_gpu.png, into DIR (without a name: bench/results)",
     )  # fmt: skip
     harness.add_output_argument(parser, "kernels")
     arguments = parser.parse_args(argv)

@@ -10,6 +10,8 @@ Shape legend
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import nn
 
@@ -17,7 +19,7 @@ from searchr1_fast.config import Config
 from searchr1_fast.distributed import Ranks, reshard, shard
 from searchr1_fast.losses import accumulate_metrics, value_loss
 from searchr1_fast.models import Decoder
-from searchr1_fast.policy import Learner
+from searchr1_fast.policy import Learner, fill
 from searchr1_fast.schedule import critic_learning_rate
 from searchr1_fast.types import PackedBatch
 
@@ -30,12 +32,18 @@ class ValueModel(nn.Module):
         self.decoder = decoder
         self.decoder.lm_head = None  # its weights would be carried along for nothing
         self.value_head = nn.Linear(decoder.config.hidden_size, 1)
+        self.reset_head()
+
+    def reset_head(self) -> None:
+        """Values of zero."""
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
 
     def forward(self, batch: PackedBatch) -> torch.Tensor:  # [P] fp32
         """The value of every state in which a policy token is about to be written."""
-        hidden = self.decoder.hidden(batch.token_ids, batch.cu_seqlens, batch.scored_rows, batch.prefixes)  # [R, D]
+        hidden = self.decoder.hidden(
+            batch.token_ids, batch.cu_seqlens, batch.scored_rows, batch.prefixes, batch.max_seqlen
+        )  # [R, D]
         head = self.value_head  # in fp32 even where the decoder computes in bf16: returns need the digits
         return batch.spread(hidden.float() @ head.weight.float()[0] + head.bias.float())
 
@@ -43,11 +51,13 @@ class ValueModel(nn.Module):
 class Critic(Learner):
     """The value model and its optimizer."""
 
-    def __init__(self, decoder: Decoder, config: Config, ranks: Ranks) -> None:
-        """`decoder`: fp32, its own copy of the policy's start."""
+    def __init__(self, decoder: Decoder, config: Config, ranks: Ranks, weights: Path | None = None) -> None:
+        """`decoder`: fp32, its own copy of the policy's start. `weights`: as `Policy` takes it."""
         model = ValueModel(decoder)
         model.value_head.to(ranks.device)
         shard(model, decoder.layers, ranks, getattr(torch, config.model.dtype))
+        fill(model, decoder, weights, ranks.device)
+        model.reset_head()
         super().__init__("critic", model, critic_learning_rate(config), config.optimizer, ranks)
         self.value_clip = config.algorithm.value_clip
 

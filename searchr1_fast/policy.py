@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from searchr1_fast.checkpoint import optimizer_tensors
 from searchr1_fast.config import Config, OptimizerConfig
 from searchr1_fast.distributed import Ranks, copy_parameters, full, reshard, shard
 from searchr1_fast.losses import accumulate_metrics, policy_objective
-from searchr1_fast.models import Decoder
+from searchr1_fast.models import Decoder, load_weights
 from searchr1_fast.schedule import LearningRate, policy_learning_rate
 from searchr1_fast.types import PackedBatch
 
@@ -47,7 +48,9 @@ class TokenScorer(nn.Module):
     def forward(self, batch: PackedBatch, head: Callable[..., Any], **arguments: Any) -> Any:
         """What `head` (`linear_logprob` or `linear_policy_loss`) makes of rows, weight and targets, at the sampler's
         temperature. Without rows too (`padding_batch`): FSDP expects a gradient, if of zero, for every parameter."""
-        hidden = self.decoder.hidden(batch.token_ids, batch.cu_seqlens, batch.scored_rows, batch.prefixes)  # [R, D]
+        hidden = self.decoder.hidden(
+            batch.token_ids, batch.cu_seqlens, batch.scored_rows, batch.prefixes, batch.max_seqlen
+        )  # [R, D]
         weight = self.decoder.head_weight  # [V, D]
         return head(hidden, weight, batch.scored_targets, temperature=self.temperature, **arguments)
 
@@ -140,14 +143,25 @@ class Learner:
 class Policy(Learner):
     """The decoder that is trained, the replica that generates, and the reference."""
 
-    def __init__(self, decoder: Decoder, config: Config, ranks: Ranks, reference: Decoder | None = None) -> None:
-        """`decoder`: fp32 master weights. `reference`: the same start, frozen; needed where a KL is."""
+    def __init__(
+        self,
+        decoder: Decoder,
+        config: Config,
+        ranks: Ranks,
+        reference: Decoder | None = None,
+        weights: Path | None = None,
+    ) -> None:
+        """`decoder`: fp32 master weights. `reference`: the same start, frozen; needed where a KL is.
+
+        `weights`: the directory that both were made from, where they are `meta_model`s: each rank reads its own rows.
+        """
         dtype = getattr(torch, config.model.dtype)
         scorer = TokenScorer(decoder, config.rollout.temperature)
         self.replica = decoder  # generates; the trained module itself where it is whole and in the compute type
         if ranks.world_size > 1 or dtype != torch.float32:
             self.replica = empty_replica(decoder, dtype, ranks.device)
         shard(scorer, decoder.layers, ranks, dtype)
+        fill(scorer, decoder, weights, ranks.device)
         super().__init__("policy", scorer, policy_learning_rate(config), config.optimizer, ranks)
         self.objective = policy_objective(config.algorithm)
         self.reference: TokenScorer | None = None
@@ -155,6 +169,7 @@ class Policy(Learner):
             assert reference is not None, "a KL needs a reference"
             self.reference = TokenScorer(reference.requires_grad_(False), config.rollout.temperature)
             shard(self.reference, reference.layers, ranks, dtype)
+            fill(self.reference, reference, weights, ranks.device)
         self.sync_replica()
 
     def loss(
@@ -210,14 +225,21 @@ class Policy(Learner):
             copy_parameters(self.module.decoder, self.replica)
 
 
+def fill(module: nn.Module, decoder: Decoder, weights: Path | None, device: torch.device) -> None:
+    """Give a module that was sharded on the meta device memory for its part, and the decoder in it its weights.
+
+    None: it has both. What else is in the module is left uninitialised.
+    """
+    if weights is not None:
+        module.to_empty(device=device)
+        load_weights(decoder, weights)
+
+
 def empty_replica(decoder: Decoder, dtype: torch.dtype, device: torch.device) -> Decoder:
     """A decoder of the same shape whose weights are memory only: initialising billions of them takes minutes."""
     with torch.device("meta"):
         replica = Decoder(decoder.config)
-    replica = replica.to(dtype).to_empty(device=device).requires_grad_(False)
-    if decoder.config.tie_word_embeddings:
-        replica.lm_head.weight = replica.model.embed_tokens.weight  # `to_empty` gave each its own memory
-    return replica
+    return replica.to(dtype).to_empty(device=device).requires_grad_(False)
 
 
 def padding_batch() -> PackedBatch:

@@ -38,4 +38,5 @@ class PromptBuilder:
     def __call__(self, question: Question) -> str:
         """The prompt's text; `rollout` encodes it once."""
         text = self.template.replace("{question}", question.text)  # not format(): questions hold braces
-        return self.tokenizer.apply_chat_template(text) if self.chat_template else text
+        # A chat template begins with the start itself.
+        return self.tokenizer.apply_chat_template(text) if self.chat_template else self.tokenizer.start_text + text

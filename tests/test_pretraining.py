@@ -16,7 +16,7 @@ from searchr1_fast import pretraining
 from searchr1_fast.config import WorldConfig
 from searchr1_fast.distributed import Ranks
 from searchr1_fast.models import Decoder, DecoderConfig, load_model, load_tokenizer
-from searchr1_fast.models.decoder import apply_rotary, rotary_embedding
+from searchr1_fast.models.rope import apply_rotary, rotary_embedding
 from searchr1_fast.pretraining import (
     EOS_TOKEN,
     RECIPES,

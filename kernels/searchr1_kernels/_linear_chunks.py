@@ -4,10 +4,10 @@ All chunks use one workspace of logits, so its size is that of a chunk, whatever
 a chunk's logits: `PlainRows` here, in torch, and its faster twin `FusedRows` in `_linear_rows_triton`. Both offer
 
     scores(rows, …)     logits, then log-probability and entropy of every row
-    recall(rows, …)     logits again, for a backward pass
-    gradient(…)         after either: the gradient of the logits, for the two matrix products that remain
+    gradient(…)         after that: the gradient of the logits, for the two matrix products that remain
 
-and `PlainRows`, before gradient(…), select(…), to go on with some of the rows.
+and `PlainRows` also recall(rows, …), logits again for a backward pass of its own (that of `FusedRows` is in
+`_linear_slabs`), and select(…), to go on with some of the rows.
 
 Left out: skipping rows without a gradient on CUDA. Only the device knows how many they are, and the shape of a matrix
 product is given by the host, which would have to wait. `FusedRows` saves reading such rows' logits, no more.
@@ -32,6 +32,10 @@ _MIN_CHUNK_ROWS = 256
 _TILE_ROWS = 128
 # Chunks of logits up to so many bytes are kept for the backward pass, whatever N is; the others are recomputed.
 _KEEP_BYTES = {"cpu": 32 << 20, "cuda": 0}
+# Rows of every product that gives logits are filled up to a multiple of so many. Of other numbers a library adds up the
+# last few rows in another order (MKL on an AMD EPYC: of no multiple of 4, in fp64 always, in fp32 below 12), and a row
+# would not have the bits alone that it has in a batch.
+_ROW_STEP = 16
 # With a smaller share of rows than this to differentiate, recomputing only those beats using what was kept of all.
 _LIVE_SHARE = 0.6
 
@@ -42,7 +46,8 @@ class PlainRows:
     def __init__(self, hidden, weight, temperature, softcap, num_rows: int, *, for_gradient: bool) -> None:
         """`weight` [V,D] as `operand` gives it; the workspace is for chunks of up to `num_rows`."""
         self.weight, self.temperature, self.softcap, self.for_gradient = weight, temperature, softcap, for_gradient
-        self.logits = hidden.new_empty(num_rows, weight.shape[0], dtype=compute_dtype(hidden))
+        height = num_rows + -num_rows % _ROW_STEP
+        self.logits = hidden.new_empty(height, weight.shape[0], dtype=compute_dtype(hidden))
         self._spares: dict[str, torch.Tensor] = {}
 
     @staticmethod
@@ -68,7 +73,9 @@ class PlainRows:
         torch.gather(log_p, 1, targets[:, None], out=logprobs[:, None])
         if entropy is not None:
             self._weigh(log_p)
-            torch.sum(self._weighted, dim=-1, out=entropy).neg_()
+            # Two rows at the least: of one alone, torch would split the sum between threads.
+            sums = self.logits[: max(2, len(log_p))].sum(dim=-1)
+            torch.neg(sums[: len(log_p)], out=entropy)
 
     def recall(self, rows, saved, with_entropy: bool) -> None:
         """rows [C,D] and what `scores` saved of them, [C,V] or None."""
@@ -110,7 +117,12 @@ class PlainRows:
 
     def _products(self, rows: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """Logits after softcap and temperature. A gradient wants the tanh as well."""
-        multiply(rows, self.weight.t(), out=out, scale=1.0 / (self.softcap or self.temperature))
+        missing = -len(rows) % _ROW_STEP
+        whole = self.logits[: len(rows) + missing] if missing else out
+        filled = torch.nn.functional.pad(rows, (0, 0, 0, missing)) if missing else rows
+        multiply(filled, self.weight.t(), out=whole, scale=1.0 / (self.softcap or self.temperature))
+        if missing and out.data_ptr() != whole.data_ptr():
+            out.copy_(whole[: len(rows)])
         if self.softcap is not None:
             self._tanh = torch.tanh(out, out=self._spare("tanh")[: len(rows)] if self.for_gradient else out)
             torch.mul(self._tanh, self.softcap / self.temperature, out=out)
@@ -128,9 +140,14 @@ class PlainRows:
         return self._spares[name]
 
 
+def runs_fused(hidden: torch.Tensor) -> bool:
+    """Whether Triton's row passes take tensors of this kind."""
+    return hidden.device.type == "cuda" and hidden.dtype != torch.float64 and has_triton()
+
+
 def rows_class(hidden: torch.Tensor) -> Any:
     """The passes for tensors of this kind."""
-    if hidden.device.type == "cuda" and hidden.dtype != torch.float64 and has_triton():
+    if runs_fused(hidden):
         from searchr1_kernels._linear_rows_triton import FusedRows
 
         return FusedRows
@@ -154,15 +171,24 @@ def score_chunks(
     weight = operand(weight)
     chunks = chunk_ranges(hidden, weight, for_gradient=False)
     passes = rows_type(hidden, weight, temperature, softcap, longest(chunks), for_gradient=False)
-    for begin, end in chunks:
+    for chunk in chunks:
         passes.scores(
-            operand(hidden[begin:end]),
-            targets[begin:end],
-            logprobs[begin:end],
-            entropy[begin:end] if return_entropy else None,
-            saved[begin:end] if end <= len(saved) else None,
+            operand(hidden[chunk]),
+            targets[chunk],
+            logprobs[chunk],
+            entropy[chunk] if return_entropy else None,
+            saved[chunk] if chunk.stop <= len(saved) else None,
         )
     return logprobs, entropy, saved
+
+
+def head_gradients(hidden: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """`gradient_chunks`, or for tensors of this kind its twin `slab_gradients`."""
+    if runs_fused(hidden):
+        from searchr1_kernels._linear_slabs import slab_gradients
+
+        return slab_gradients(hidden, *arguments)
+    return gradient_chunks(hidden, *arguments)
 
 
 def gradient_chunks(
@@ -178,7 +204,8 @@ def gradient_chunks(
     want_hidden: bool,
     want_weight: bool,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """-> grad_hidden [N,D], grad_weight [V,D]: None where not wanted, else of the types `Gradients` says."""
+    """-> grad_hidden [N,D], grad_weight [V,D]: None where not wanted, else of the types `Gradients` says. By
+    `PlainRows`."""
     num_rows, live = hidden.shape[0], live_rows(grad_logprobs, grad_entropy, _LIVE_SHARE)
     if live is not None:
         hidden, targets, grad_logprobs, saved = hidden[live], targets[live], grad_logprobs[live], saved[:0]
@@ -186,13 +213,12 @@ def gradient_chunks(
             grad_entropy, entropy = grad_entropy[live], entropy[live]
     gradients = Gradients(hidden, weight, want_hidden, want_weight)
     chunks = chunk_ranges(hidden, gradients.operand, for_gradient=True)
-    rows_type = rows_class(hidden)
-    passes = rows_type(hidden, gradients.operand, temperature, softcap, longest(chunks), for_gradient=True)
-    for begin, end in chunks:
-        rows = operand(hidden[begin:end])
-        passes.recall(rows, saved[begin:end] if end <= len(saved) else None, grad_entropy is not None)
-        g, e, h = (None if x is None else x[begin:end] for x in (grad_logprobs, grad_entropy, entropy))
-        gradients.add(passes.gradient(targets[begin:end], g, e, h), rows, slice(begin, end))
+    passes = PlainRows(hidden, gradients.operand, temperature, softcap, longest(chunks), for_gradient=True)
+    for chunk in chunks:
+        rows = operand(hidden[chunk])
+        passes.recall(rows, saved[chunk] if chunk.stop <= len(saved) else None, grad_entropy is not None)
+        g, e, h = (None if x is None else x[chunk] for x in (grad_logprobs, grad_entropy, entropy))
+        gradients.add(passes.gradient(targets[chunk], g, e, h), rows, chunk)
     grad_hidden, grad_weight = gradients.results()
     if live is not None and want_hidden:
         grad_hidden = grad_hidden.new_zeros(num_rows, hidden.shape[1]).index_copy_(0, live, grad_hidden)
@@ -281,17 +307,16 @@ def operand(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(compute_dtype(tensor))
 
 
-def chunk_ranges(hidden: torch.Tensor, weight: torch.Tensor, *, for_gradient: bool) -> list[tuple[int, int]]:
-    """Row ranges that cover [0, N), of equal size but for the last. `weight` as an operand."""
+def chunk_ranges(hidden: torch.Tensor, weight: torch.Tensor, *, for_gradient: bool) -> list[slice]:
+    """Slices that cover [0, N), of equal size but for the last. `weight` as an operand."""
     compute = compute_dtype(hidden)
     bytes_per_logit = compute.itemsize
     if for_gradient and weight.dtype != compute:
         bytes_per_logit += weight.dtype.itemsize  # the gradient has a buffer of its own
-    total = hidden.shape[0]
-    size = chunk_size(total, _chunk_rows(hidden.device, weight.shape[0] * bytes_per_logit))
+    size = chunk_size(hidden.shape[0], _chunk_rows(hidden.device, weight.shape[0] * bytes_per_logit))
     if hidden.device.type == "cuda":
         size = -(-size // _TILE_ROWS) * _TILE_ROWS
-    return [(begin, min(begin + size, total)) for begin in range(0, total, size)]
+    return ranges(hidden.shape[0], size)
 
 
 def chunk_size(total: int, most: int) -> int:
@@ -299,17 +324,27 @@ def chunk_size(total: int, most: int) -> int:
     return -(-total // -(-total // most)) if total else 1
 
 
-def longest(chunks: list[tuple[int, int]]) -> int:
+def ranges(total: int, size: int) -> list[slice]:
+    """Slices of `size` that cover [0, total); the last may be shorter."""
+    return [slice(begin, min(begin + size, total)) for begin in range(0, total, size)]
+
+
+def longest(chunks: list[slice]) -> int:
     """Rows of the first, which is the largest."""
-    return chunks[0][1] if chunks else 0
+    return chunks[0].stop if chunks else 0
+
+
+def memory_budget(device: torch.device, most: int) -> int:
+    """Bytes for a workspace: `most`, and on CUDA no more than a quarter of the free memory. That counts in powers of
+    two: where it is plenty the chunks, and with them the order of sums, do not depend on what else is in memory."""
+    if device.type != "cuda":
+        return most
+    free = torch.cuda.mem_get_info(device)[0]
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return min(most, 1 << (free // 4).bit_length() >> 1)
 
 
 def _chunk_rows(device: torch.device, row_bytes: int) -> int:
-    """Rows that a chunk may have. On CUDA free memory counts in powers of two and up to a limit: where it is plenty the
-    chunks, and with them the order of sums, do not depend on what else is in memory."""
-    budget = _CHUNK_BYTES.get(device.type, _CHUNK_BYTES["cuda"])
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        budget = min(budget, 1 << (free // 4).bit_length() >> 1)
-    return max(_MIN_CHUNK_ROWS, budget // row_bytes)
+    """Rows that a chunk may have."""
+    most = _CHUNK_BYTES.get(device.type, _CHUNK_BYTES["cuda"])
+    return max(_MIN_CHUNK_ROWS, memory_budget(device, most) // row_bytes)

@@ -6,7 +6,7 @@ matrix product left them: softcap and temperature are applied on the way in, and
 Exponents are taken to base 2, and of differences to the row's maximum only: a logit of 1e4 times a factor would have
 lost what the difference to its neighbour says. The identity of the maximum is finite, so no difference is a NaN.
 
-Shape legend: C rows of a chunk, V vocabulary.
+Shape legend: C rows of a chunk, V vocabulary, W columns of it.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ def score_rows(
     entropy_ptr,  # [C] fp32
     normalizer_ptr,  # [C, 2] fp32: maximum after the softcap, log2 of the sum of exponentials
     V,
+    stride,  # of a row's logits
     scale,  # log2(e) / temperature
     softcap,
     BLOCK: tl.constexpr,
@@ -65,7 +66,7 @@ def score_rows(
 ):
     """Log-probability of the target and entropy of a row, and what `differentiate_rows` wants to know of it."""
     row = tl.program_id(0).to(tl.int64)  # C * V passes 2^31
-    logits_ptr += row * V
+    logits_ptr += row * stride
     highest, total, weighted = _LOWEST + 0.0, 0.0, 0.0
     for begin in tl.range(0, V, BLOCK, num_stages=2):
         columns = begin + tl.arange(0, BLOCK)
@@ -86,27 +87,29 @@ def score_rows(
     tl.store(normalizer_ptr + 2 * row + 1, log_total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first"])
 def differentiate_rows(
-    logits_ptr,  # [C, V]
-    gradient_ptr,  # [C, V]: may be the logits
+    logits_ptr,  # [C, W]
+    gradient_ptr,  # [C, W]: may be the logits
     targets_ptr,  # [C] int64
     g_ptr,  # [C] fp32: gradient of the log-probability
     e_ptr,  # [C] fp32: of the entropy
     entropy_ptr,  # [C] fp32
-    normalizer_ptr,  # [C, 2] fp32
-    V,
+    normalizer_ptr,  # [C, 2] fp32: of the whole row
+    first,  # number of the first column
+    W,
+    stride,  # of a row's logits, and of their gradient
     scale,  # log2(e) / temperature
     softcap,
     BLOCK: tl.constexpr,
     SOFTCAP: tl.constexpr,
     ENTROPY: tl.constexpr,
 ):
-    """Gradient of a row's logits. A row whose g and e are 0 is not read."""
+    """Gradient of W of a row's logits. A row whose g and e are 0 is not read."""
     row = tl.program_id(0).to(tl.int64)
-    logits_ptr += row * V
-    gradient_ptr += row * V
-    target = tl.load(targets_ptr + row)
+    logits_ptr += row * stride
+    gradient_ptr += row * stride
+    target = tl.load(targets_ptr + row) - first
     inverse_temperature = scale * _LN_2
     g = tl.load(g_ptr + row) * inverse_temperature
     e, entropy = 0.0, 0.0
@@ -115,8 +118,8 @@ def differentiate_rows(
         entropy = tl.load(entropy_ptr + row)
     highest = tl.load(normalizer_ptr + 2 * row)
     log_total = tl.load(normalizer_ptr + 2 * row + 1)
-    readable = tl.where((g != 0) | (e != 0), V, 0)
-    for begin in tl.range(0, V, BLOCK, num_stages=2):
+    readable = tl.where((g != 0) | (e != 0), W, 0)
+    for begin in tl.range(0, W, BLOCK, num_stages=2):
         columns = begin + tl.arange(0, BLOCK)
         z = tl.load(logits_ptr + columns, mask=columns < readable, other=0.0).to(tl.float32)
         slope = 1.0
@@ -131,7 +134,39 @@ def differentiate_rows(
         else:
             gradient = g * (tl.where(columns == target, 1.0, 0.0) - p)
         gradient = tl.where(columns < readable, gradient * slope, 0.0)
-        tl.store(gradient_ptr + columns, gradient.to(gradient_ptr.dtype.element_ty), mask=columns < V)
+        tl.store(gradient_ptr + columns, gradient.to(gradient_ptr.dtype.element_ty), mask=columns < W)
+
+
+def launch_options(temperature: float, softcap: float | None, columns: int) -> dict[str, Any]:
+    """What both row kernels are launched with for so many columns."""
+    return {
+        "scale": _LOG2_E / temperature,
+        "softcap": softcap or 1.0,
+        "BLOCK": min(_BLOCK, triton.next_power_of_2(columns)),
+        "SOFTCAP": softcap is not None,
+        "num_warps": _WARPS,
+    }
+
+
+def differentiate(
+    logits: torch.Tensor,  # [C, W]
+    gradient: torch.Tensor,  # [C, W]: gets the result; may be the logits
+    first: int,  # number of the first column
+    targets: torch.Tensor,  # [C] int64
+    g: torch.Tensor,  # [C] gradient of the log-probability
+    e: torch.Tensor | None,  # [C] of the entropy; None where there is none
+    entropy: torch.Tensor | None,  # [C]: where e is given
+    normalizer: torch.Tensor,  # [C, 2] of `score_rows`
+    options: dict[str, Any],  # of `launch_options`
+) -> None:
+    """`differentiate_rows` of W columns."""
+    with_entropy = e is not None
+    g = g.contiguous()  # of a sum it is one number, repeated by a stride of 0
+    e, entropy = (e.contiguous(), entropy) if with_entropy else (g, g)
+    differentiate_rows[(len(logits),)](
+        logits, gradient, targets.contiguous(), g, e, entropy, normalizer, first, logits.shape[1],
+        logits.stride(0), ENTROPY=with_entropy, **options,
+    )  # fmt: skip
 
 
 class FusedRows:
@@ -139,19 +174,13 @@ class FusedRows:
 
     def __init__(self, hidden, weight, temperature, softcap, num_rows: int, *, for_gradient: bool) -> None:
         """`weight` [V,D] as `operand` gives it; the workspace is for chunks of up to `num_rows`."""
-        self.weight, self.softcap = weight, softcap
+        self.weight = weight
         self.logits = hidden.new_empty(num_rows, weight.shape[0], dtype=compute_dtype(hidden))
         self.gradients = self.logits
         if for_gradient and weight.dtype != self.logits.dtype:
             self.gradients = torch.empty_like(self.logits, dtype=weight.dtype)
         self.normalizers = self.logits.new_empty(num_rows, 2)
-        self.options = {
-            "scale": _LOG2_E / temperature,
-            "softcap": softcap or 1.0,
-            "BLOCK": min(_BLOCK, triton.next_power_of_2(weight.shape[0])),
-            "SOFTCAP": softcap is not None,
-            "num_warps": _WARPS,
-        }
+        self.options = launch_options(temperature, softcap, weight.shape[0])
 
     @staticmethod
     def saved_shape(hidden, weight, softcap, differentiable: bool) -> tuple[int, int]:
@@ -160,29 +189,18 @@ class FusedRows:
 
     def scores(self, rows, targets, logprobs, entropy, saved=None) -> None:
         """rows [C,D], targets [C] -> fills logprobs [C] and, where not None, entropy [C]; `saved` [C,2] or None gets
-        what `recall` wants."""
+        what a backward pass wants to know."""
         self.normalizer = self.normalizers[: len(rows)] if saved is None else saved
         self._products(rows)
         score_rows[(len(rows),)](
             self.chunk, targets.contiguous(), logprobs, logprobs if entropy is None else entropy, self.normalizer,
-            self.weight.shape[0], ENTROPY=entropy is not None, **self.options,
+            self.weight.shape[0], self.chunk.stride(0), ENTROPY=entropy is not None, **self.options,
         )  # fmt: skip
-
-    def recall(self, rows, saved, with_entropy: bool) -> None:
-        """rows [C,D] and what `scores` saved of them, [C,2]."""
-        self.normalizer = saved
-        self._products(rows)
 
     def gradient(self, targets, g, e, entropy) -> torch.Tensor:  # [C,V] in the dtype of the operand
         """targets [C]; g, e [C] the gradients of log-probability and entropy H [C], e None where there is none."""
         gradient = self.gradients[: len(targets)]
-        with_entropy = e is not None
-        g = g.contiguous()  # of a sum it is one number, repeated by a stride of 0
-        e, entropy = (g, g) if e is None else (e.contiguous(), entropy)
-        differentiate_rows[(len(targets),)](
-            self.chunk, gradient, targets.contiguous(), g, e, entropy, self.normalizer, self.weight.shape[0],
-            ENTROPY=with_entropy, **self.options,
-        )  # fmt: skip
+        differentiate(self.chunk, gradient, 0, targets, g, e, entropy, self.normalizer, self.options)
         return gradient
 
     def _products(self, rows: torch.Tensor) -> None:
@@ -194,11 +212,12 @@ def compile_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int,
     """Kernels as they are launched: name, kernel, signature, constants, warps, stages, arguments divisible by 16."""
     score = {
         "logits_ptr": "*fp32", "targets_ptr": "*i64", "logprobs_ptr": "*fp32", "entropy_ptr": "*fp32",
-        "normalizer_ptr": "*fp32", "V": "i32", "scale": "fp32", "softcap": "fp32",
+        "normalizer_ptr": "*fp32", "V": "i32", "stride": "i32", "scale": "fp32", "softcap": "fp32",
     }  # fmt: skip
     differentiate = {
         "logits_ptr": "*fp32", "gradient_ptr": "*bf16", "targets_ptr": "*i64", "g_ptr": "*fp32", "e_ptr": "*fp32",
-        "entropy_ptr": "*fp32", "normalizer_ptr": "*fp32", "V": "i32", "scale": "fp32", "softcap": "fp32",
+        "entropy_ptr": "*fp32", "normalizer_ptr": "*fp32", "first": "i32", "W": "i32", "stride": "i32",
+        "scale": "fp32", "softcap": "fp32",
     }  # fmt: skip
     in_place = differentiate | {"gradient_ptr": "*fp32"}
     cases = []
@@ -211,6 +230,6 @@ def compile_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int,
         ("differentiate_rows_in_place", differentiate_rows, in_place, True, True),
     ):
         constants = {"BLOCK": _BLOCK, "SOFTCAP": softcap, "ENTROPY": entropy}
-        aligned = {argument for argument in signature if argument.endswith("_ptr")} | {"V"}
+        aligned = {argument for argument in signature if argument.endswith("_ptr") or argument in ("V", "W", "stride")}
         cases.append((name, kernel, signature, constants, _WARPS, 3, aligned))
     return cases

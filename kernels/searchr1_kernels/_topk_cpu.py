@@ -19,14 +19,15 @@ Shape legend: Q queries, M rows, D components, T rows of a tile, B rows of a blo
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from searchr1_kernels import _topk_numba as kernels
+from searchr1_kernels._threads import num_parts, run_parts
 
 _QUERIES_AT_ONCE = 256
 _TILE_ELEMENTS = 1 << 18  # of a tile's products, 1 MiB: they are read again at once
@@ -91,6 +92,11 @@ def prepare(corpus: torch.Tensor, scales: torch.Tensor | None, coarse: str) -> l
     return [center, *quantize(corpus, center, empty_codes(*corpus.shape))]
 
 
+def products(parts: list[torch.Tensor]) -> str:
+    """What proposes candidates, given what `prepare` made."""
+    return "int8" if integer_products_are_exact() else "fp64"
+
+
 def search(
     queries: torch.Tensor,  # [Q, D] floating
     corpus: torch.Tensor,  # [M, D] fp32, fp16, bf16 or int8, contiguous
@@ -120,14 +126,20 @@ def search(
 @functools.cache
 def integer_products_are_exact() -> bool:
     """Whether `torch._int_mm` keeps every bit here: without VNNI, 8-bit products are added in pairs in 16 bits, which
-    saturates at the ends of the range."""
-    for sign in (-1, 1):
-        left, right = torch.full((64, 384), 127, dtype=torch.int8), torch.full((384, 32), sign * 127, dtype=torch.int8)
-        if not bool((torch._int_mm(left, right) == sign * 384 * 127 * 127).all()):
-            return False
-        if not bool((torch._int_mm(-left, right) == -sign * 384 * 127 * 127).all()):
-            return False
-    return True
+    saturates at the ends of the range. Says so, once, where it does not."""
+    ends = torch.full((64, 384), 127, dtype=torch.int8), torch.full((384, 32), 127, dtype=torch.int8)
+    exact = all(
+        bool((torch._int_mm(sign * ends[0], other * ends[1]) == sign * other * 384 * 127 * 127).all())
+        for sign in (-1, 1)
+        for other in (-1, 1)
+    )
+    if not exact:
+        warnings.warn(
+            "searchr1_kernels: this processor's 8-bit products saturate, so exact search multiplies in fp64, about "
+            "eight times slower",
+            stacklevel=2,
+        )
+    return exact
 
 
 class _Problem(NamedTuple):
@@ -249,17 +261,10 @@ def _refine(problem: _Problem, bounds: _Bounds, scores: torch.Tensor, ids: torch
     coarse = None if codes is None else tuple(tensor.numpy() for tensor in codes)
     row_scales = None if problem.row_scales is None else problem.row_scales.numpy()
     arguments = (problem.queries.numpy(), rows, table, row_scales, coarse, problem.block_rows, *bounds)
+    outputs = (scores.numpy(), ids.numpy())
     num_queries = problem.queries.shape[0]
-    threads = min(torch.get_num_threads(), num_queries)
-    if threads == 1:
-        kernels.refine_queries(0, num_queries, *arguments, scores.numpy(), ids.numpy())
-        return
-    cuts = np.linspace(0, num_queries, threads + 1).astype(np.int64)
-    with ThreadPoolExecutor(threads) as pool:
-        parts = [pool.submit(kernels.refine_queries, int(begin), int(end), *arguments, scores.numpy(), ids.numpy())
-                 for begin, end in zip(cuts[:-1], cuts[1:], strict=True)]  # fmt: skip
-    for part in parts:
-        part.result()
+    cuts = np.linspace(0, num_queries, num_parts(num_queries, 1) + 1).astype(np.int64)
+    run_parts(lambda begin, end: kernels.refine_queries(begin, end, *arguments, *outputs), cuts)
 
 
 def _readable(rows: torch.Tensor) -> tuple[np.ndarray, np.ndarray | None]:

@@ -49,6 +49,11 @@ def prepare(corpus: torch.Tensor, scales: torch.Tensor | None, coarse: str) -> l
     return [norms, center, codes, row_scales, _per_block(residuals), _per_block(magnitudes)]
 
 
+def products(parts: list[torch.Tensor]) -> str:
+    """What proposes candidates, given what `prepare` made."""
+    return "int8" if len(parts) > 1 else "float"
+
+
 def _row_norms(corpus: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
     """[M] fp32, no less than the norms."""
     norms = corpus.new_empty(corpus.shape[0], dtype=torch.float32)
@@ -94,7 +99,7 @@ def search(
     """-> scores [Q,k] fp32, ids [Q,k] int64."""
     queries = queries.contiguous()
     parts = parts or prepare(corpus, scales, "int8" if corpus.dtype == torch.int8 else "float")
-    coarse = "int8" if len(parts) > 1 else "float"
+    coarse = products(parts)
     keys = queries.new_empty(queries.shape[0], k, dtype=torch.int64)
     with torch.cuda.device_of(corpus):
         for begin in range(0, queries.shape[0], _QUERIES_AT_ONCE):

@@ -27,6 +27,15 @@ def check_floating(name: str, tensor: torch.Tensor) -> None:
         raise ValueError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
 
 
+def check_precise(name: str, logprobs: torch.Tensor | None) -> None:
+    """None, or log-probabilities of more than 16 bits: a ratio is the exponential of a difference of two."""
+    if logprobs is not None and logprobs.dtype.itemsize < 4:
+        raise ValueError(
+            f"{name}: expected torch.float32 or torch.float64, got {logprobs.dtype}, whose rounding becomes a ratio; "
+            "if FSDP casts the arguments of a module, give MixedPrecisionPolicy(cast_forward_inputs=False)"
+        )
+
+
 def check_dtype(name: str, tensor: torch.Tensor, *expected: torch.dtype) -> None:
     """One of the listed types."""
     if tensor.dtype not in expected:
@@ -61,17 +70,23 @@ def check_indices(name: str, indices: torch.Tensor, bound: int) -> None:
             raise ValueError(f"{name}: expected ids from 0 to {bound - 1}, got {low} to {high}")
 
 
-def check_cu_seqlens(cu_seqlens: torch.Tensor, total: int) -> None:
-    """Offsets `[S+1]` from 0 to `total`, never falling. The values are read on the CPU only, where it costs nothing."""
+def check_cu_seqlens(cu_seqlens: torch.Tensor, like_name: str, like: torch.Tensor) -> None:
+    """`[S+1]` integers on the device of `like`. Reads no values, so it holds while `torch.compile` traces."""
     check_shape("cu_seqlens", cu_seqlens, ("S+1",))
     check_dtype("cu_seqlens", cu_seqlens, torch.int32, torch.int64)
+    check_device("cu_seqlens", cu_seqlens, like_name, like)
     if cu_seqlens.shape[0] == 0:
         raise ValueError("cu_seqlens: expected at least one offset, got none")
-    if cu_seqlens.device.type != "cpu":
+
+
+def check_offsets(name: str, offsets: torch.Tensor, total: int) -> None:
+    """`[S+1]` from 0 to `total`, never falling. The values are read on the CPU only, where it costs nothing; for what
+    runs inside an operator, where they are there to be read."""
+    if offsets.device.type != "cpu":
         return
-    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
-    if first != 0 or last != total or bool((cu_seqlens.diff() < 0).any()):
+    first, last = int(offsets[0]), int(offsets[-1])
+    if first != 0 or last != total or bool((offsets.diff() < 0).any()):
         raise ValueError(
-            f"cu_seqlens: expected offsets that rise from 0 to {total}, got {first} to {last}"
+            f"{name}: expected offsets that rise from 0 to {total}, got {first} to {last}"
             + ("" if first != 0 or last != total else " with a fall between")
         )

@@ -5,9 +5,9 @@
 "next" is the next unmasked token of the same sequence; after the last one V and A are 0. A reward on a masked token
 belongs to the unmasked token before it, so an environment's tokens can carry one without taking part in the recursion.
 
-CPU: one compiled pass, right to left. CUDA: tiles in parallel (`_gae_triton`). Elsewhere: a scan by doubling, log2(N)
-passes of torch operators. All carry fp64, and none waits for its device. Left out: bootstrapping a value past a
-sequence's end, which a finished trajectory never needs.
+CPU: one compiled pass, right to left, sequences shared out over torch's threads. CUDA: tiles in parallel
+(`_gae_triton`). Elsewhere: a scan by doubling, log2(N) passes of torch operators. All carry fp64, and none waits for
+its device. Left out: bootstrapping a value past a sequence's end, which a finished trajectory never needs.
 
 Shape legend: N tokens of all sequences, S sequences.
 """
@@ -20,10 +20,13 @@ import torch
 
 from searchr1_kernels import checks
 from searchr1_kernels._installed import has_triton
+from searchr1_kernels._threads import num_parts, run_parts
 from searchr1_kernels.registration import register
 
 # Tokens of a pass on the CPU: fewer, and the next ones are not fetched ahead (512: 2.4 ms for 1 M tokens, 4096: 1.3).
 _AT_ONCE = 4096
+# Tokens for which a thread is worth its start.
+_TOKENS_PER_THREAD = 1 << 17
 _FUSED = {"contract"}  # multiply and add in one instruction; nothing else may change
 
 
@@ -48,7 +51,7 @@ def gae(
     checks.check_floating("rewards", rewards)
     checks.check_floating("values", values)
     checks.check_device("values", values, "rewards", rewards)
-    checks.check_device("cu_seqlens", cu_seqlens, "rewards", rewards)
+    checks.check_cu_seqlens(cu_seqlens, "rewards", rewards)
     checks.check_mask(mask, "rewards", rewards)
     for name, value in (("gamma", gamma), ("lam", lam)):
         if not 0.0 <= value <= 1.0:
@@ -57,7 +60,7 @@ def gae(
 
 
 def _gae(rewards, values, cu_seqlens, gamma, lam, mask):
-    checks.check_cu_seqlens(cu_seqlens, rewards.shape[0])
+    checks.check_offsets("cu_seqlens", cu_seqlens, rewards.shape[0])
     dtype = torch.promote_types(values.dtype, torch.float32)
     if rewards.device.type == "cpu":
         return _scan_cpu(rewards, values, cu_seqlens, gamma, lam, mask, dtype)
@@ -84,21 +87,26 @@ def _scan_cpu(rewards, values, cu_seqlens, gamma, lam, mask, dtype):
     # numpy takes 4 MiB and more in huge pages; the page faults of torch's memory would take as long as the scan.
     advantages, returns = map(torch.from_numpy, np.empty((2, rewards.shape[0]), numpy_dtype))
     mask = torch.ones(rewards.shape[0], dtype=torch.bool) if mask is None else mask
-    inputs = (rewards.to(dtype), values.to(dtype), mask.contiguous().view(torch.uint8), cu_seqlens.long())
-    arrays = (tensor.contiguous().numpy() for tensor in inputs)
-    _reverse_scan(*arrays, float(gamma), float(gamma * lam), advantages.numpy(), returns.numpy())
+    # Each in a type of its own: rewards of fp64 are not rounded to the fp32 of the values.
+    precise = (tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in (rewards, values))
+    inputs = (*precise, mask.contiguous().view(torch.uint8), cu_seqlens.long())
+    arrays = [tensor.contiguous().numpy() for tensor in inputs]
+    outputs = (advantages.numpy(), returns.numpy())
+    total = rewards.shape[0]
+    cuts = np.searchsorted(arrays[3], np.linspace(0, total, num_parts(total, _TOKENS_PER_THREAD) + 1))
+    run_parts(lambda *part: _reverse_scan(*part, *arrays, float(gamma), float(gamma * lam), *outputs), cuts)
     return advantages, returns
 
 
 @numba.njit(cache=True, nogil=True)
-def _reverse_scan(rewards, values, mask, cu_seqlens, gamma, decay, advantages, returns):
-    """Arrays [N], cu_seqlens [S+1]; fills advantages and returns.
+def _reverse_scan(first, last, rewards, values, mask, cu_seqlens, gamma, decay, advantages, returns):
+    """Arrays [N], cu_seqlens [S+1]; fills advantages and returns of sequences `first` to `last`.
 
     The maps of `_gae_triton`, so many tokens at a time: all but applying them in order is done in vector registers
     (1 M tokens: 1.3 ms; in one loop with a branch on the mask 10 ms; one core of an AMD EPYC, 2026-11-24).
     """
     slopes, shifts, carried = np.empty(_AT_ONCE), np.empty(_AT_ONCE), np.empty(_AT_ONCE)
-    for sequence in range(cu_seqlens.shape[0] - 1):
+    for sequence in range(first, last):
         carry, end = 0.0, cu_seqlens[sequence + 1]
         while end > cu_seqlens[sequence]:
             begin = max(cu_seqlens[sequence], end - _AT_ONCE)

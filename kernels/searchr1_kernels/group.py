@@ -78,10 +78,14 @@ def masked_moments(values: torch.Tensor, mask: torch.Tensor | None = None) -> to
     return _MASKED_MOMENTS(values.detach(), mask)
 
 
-def _masked_moments(values, mask):
+def _check_values(values, mask) -> None:
     checks.check_shape("values", values, ("N",))
     checks.check_floating("values", values)
     checks.check_mask(mask, "values", values)
+
+
+def _masked_moments(values, mask):
+    _check_values(values, mask)
     values = values.double()
     kept = torch.ones_like(values) if mask is None else mask.double()
     if mask is not None:
@@ -106,9 +110,12 @@ def masked_whiten(
 
 
 def _masked_whiten(values, mask, moments, eps):
-    own = _masked_moments(values, mask)  # also checks the arguments
-    moments = own if moments is None else moments.to(own)
-    checks.check_shape("moments", moments, (3,))
+    if moments is None:
+        moments = _masked_moments(values, mask)
+    else:
+        _check_values(values, mask)
+        checks.check_shape("moments", moments, (3,))
+        moments = moments.to(values.device, torch.float64)
     count, total, squares = moments.unbind()
     mean = total / count.clamp(min=1)
     variance = ((squares - count * mean.square()) / (count - 1).clamp(min=1)).clamp(min=0)

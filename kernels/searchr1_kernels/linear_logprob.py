@@ -3,7 +3,8 @@
     logits = hidden @ weight.T        softcap * tanh(logits / softcap)        / temperature        log_softmax
 
 Rows are taken in chunks that share one workspace; the backward pass recomputes a chunk's logits instead of keeping
-them. So the memory is one chunk, and on a CPU the chunk is sized to stay in cache, which is where the speed is from:
+them. So the memory is one chunk (on CUDA the backward pass goes by slabs of the vocabulary, `_linear_slabs`,
+which says what that takes), and on a CPU the chunk is sized to stay in cache, which is where the speed is from:
 the plain way writes and re-reads [N,V] several times through memory that the operating system has to map first.
 
 On CUDA with Triton the passes over a chunk's logits are fused (`_linear_rows_triton`), and without a gradient to come
@@ -13,9 +14,17 @@ Precision: logits, log-probabilities, entropy and the gradient of the logits are
 fp64 inputs); on CUDA the gradient of bf16 rows is rounded to bf16 before its products. Low-precision inputs are
 multiplied with fp32 results on CUDA and upcast on a CPU.
 
-Repeats bit for bit: nothing is added in an order that varies. How many rows are beside it may show in a row's last
-bits, because the libraries' matrix products take few rows in another order (MKL on an AMD EPYC: one to three rows); in
-the kernel without logits nothing shows.
+Repeats bit for bit: nothing is added in an order that varies. A row's log-probability and entropy have the same bits
+alone and in any batch
+
+- on CUDA without a gradient to come, bf16 and fp16 on sm_90 and sm_100: nothing in the kernel without logits knows N;
+- on a CPU with MKL: products have multiples of 16 rows, for which its sums over D have one order (tried up to D 8,192
+  with AVX2 and AVX-512, on an AMD EPYC, 2026-11-25).
+
+Not promised: the same for what cuBLAS computes, which picks a kernel, and with it the order of sums, by the height of a
+chunk, and chunks depend on N and on free memory; and for the gradient of `hidden`, whose sums over V both libraries cut
+into parts by the shape of the product. Products of fp32 operands are fp32's unless
+`torch.set_float32_matmul_precision` says otherwise.
 
 Left out: a bias (no language-model head in use here has one), and gradients of gradients.
 
@@ -31,7 +40,7 @@ from torch.autograd.function import once_differentiable
 
 from searchr1_kernels import checks
 from searchr1_kernels._installed import has_triton
-from searchr1_kernels._linear_chunks import compute_dtype, gradient_chunks, rows_class, score_chunks
+from searchr1_kernels._linear_chunks import compute_dtype, head_gradients, rows_class, score_chunks
 from searchr1_kernels.registration import register
 
 
@@ -56,16 +65,16 @@ def linear_logprob(
     """
     check_head(hidden, weight, targets, temperature, softcap, mask)
     if mask is None:
-        return _apply(hidden, weight, targets, temperature, softcap, return_entropy)
+        return score_all(hidden, weight, targets, temperature, softcap, return_entropy)
     rows = mask.nonzero().squeeze(1)  # [M]
-    outputs = _apply(hidden[rows], weight, targets[rows], temperature, softcap, return_entropy)
+    outputs = score_all(hidden[rows], weight, targets[rows], temperature, softcap, return_entropy)
     if not return_entropy:
         return outputs.new_zeros(mask.shape).index_put((rows,), outputs)
     return tuple(output.new_zeros(mask.shape).index_put((rows,), output) for output in outputs)
 
 
-def _apply(hidden, weight, targets, temperature, softcap, return_entropy):
-    """The registered operation. Shapes as above, all rows wanted."""
+def score_all(hidden, weight, targets, temperature, softcap, return_entropy):
+    """`linear_logprob` of checked arguments, all rows wanted."""
     differentiable = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     logprobs, entropy, _ = _OPERATOR(
         hidden, weight, targets.long(), temperature, softcap, return_entropy, differentiable
@@ -130,7 +139,7 @@ def _backward(
 ):
     """The schema's, on any device."""
     with torch.cuda.device_of(hidden):
-        grad_hidden, grad_weight = gradient_chunks(
+        grad_hidden, grad_weight = head_gradients(
             hidden, weight, targets, grad_logprobs, grad_entropy, entropy, saved,
             temperature, softcap, want_hidden, want_weight,
         )  # fmt: skip

@@ -5,7 +5,10 @@ chunk's logits can be formed as soon as its log-probabilities are, while the log
 `linear_logprob` with a loss behind it that saves the backward pass's recomputation: 6 N D V operations instead of 8.
 What autograd sees is a sum with two ready gradients, which the backward pass scales.
 
-GSPO's ratio is known only after the last row of a sequence; it takes the two passes of `linear_logprob`.
+The price is the weight's gradient in fp32 from the forward pass on: of V 151,936, D 2,048 that is 1.24 GB, beside a
+chunk of 1.17 on CUDA. `recompute` takes the two passes of `linear_logprob` instead: 8 N D V operations, and for 16k
+bf16 rows 1.23 GB with both gradients (`_linear_slabs`). So does GSPO, whose ratio is known only after the last row of a
+sequence.
 
 A row without gradient (zero advantage and no KL, or clipped) is left out of the matrix products on a CPU. On CUDA it is
 not, see `_linear_chunks`: leave out before the call what the host knows to be zero, such as groups of equal rewards.
@@ -18,7 +21,6 @@ S sequences, M rows that a mask keeps.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,25 +31,15 @@ from searchr1_kernels._linear_chunks import (
     Gradients,
     chunk_ranges,
     compute_dtype,
-    gradient_chunks,
     gradient_dtype,
     live_rows,
     longest,
     operand,
     rows_class,
 )
-from searchr1_kernels._segments import TokenRows
-from searchr1_kernels.linear_logprob import check_head, score_tokens
-from searchr1_kernels.policy_objective import (
-    MAX_METRICS,
-    MIN_METRICS,
-    SUM_METRICS,
-    PolicyLoss,
-    PolicyRows,
-    entropy_slope,
-    row_terms,
-    total_and_metrics,
-)
+from searchr1_kernels._objective_operator import NUM_METRICS, OBJECTIVE, SCHEMA, Objective, arguments
+from searchr1_kernels.linear_logprob import check_head, score_all
+from searchr1_kernels.policy_objective import MAX_METRICS, MIN_METRICS, SUM_METRICS, PolicyLoss, PolicyRows
 from searchr1_kernels.registration import register
 
 # With a larger share of a chunk's rows to differentiate, copying them together costs what the products would save.
@@ -72,6 +64,7 @@ def linear_policy_loss(
     temperature: float = 1.0,
     softcap: float | None = None,
     mask: torch.Tensor | None = None,  # [N] bool
+    recompute: bool = False,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """-> loss (0-d fp32, fp64 for fp64 inputs), differentiable in `hidden` and `weight`, and metrics (0-d, constants).
 
@@ -98,13 +91,18 @@ def linear_policy_loss(
     for nothing, whatever they hold; selecting the others waits for the GPU once. Not with `token_rows`, which already
     lists what counts.
 
+    `recompute`: form the gradients in the backward pass, from logits computed again: a third more operations, and on
+    CUDA half the memory.
+
     Metrics are sums over tokens, so that those of micro-batches and ranks add up, except `logprob_difference_max`,
     `ratio_max` and `ratio_min`: policy_loss (weighted, not divided), clip_fraction (tokens whose gradient the clip
     took, for cispo bounded), truncated_fraction (tokens that the cap bound), ratio (p / p_sampler), importance_weight,
     rollout_policy_kl (k3 of KL(sampler || policy)), entropy, and with `ref_logprobs` kl_ref. Without rows ratio_min is
     infinite. Nothing waits for the device.
 
-    Raises ValueError as `linear_logprob`, for settings that lack their inputs, and for inputs nothing would read.
+    Raises ValueError as `linear_logprob`, for settings that lack their inputs, for inputs nothing would read, and for
+    log-probabilities in 16 bits: FSDP casts the arguments of a module to its `param_dtype`, unless the
+    `MixedPrecisionPolicy` says `cast_forward_inputs=False`.
     """
     loss = PolicyLoss() if loss is None else loss
     check_head(hidden, weight, targets, temperature, softcap, mask)
@@ -117,25 +115,20 @@ def linear_policy_loss(
         hidden, targets = hidden[kept], targets[kept]
         rows = PolicyRows(*(None if tensor is None else tensor[kept] for tensor in rows))
         if cu_seqlens is not None:
+            if not torch.compiler.is_compiling():  # reads the values on a CPU
+                checks.check_offsets("cu_seqlens", cu_seqlens, mask.shape[0])
             cu_seqlens = torch.cat([mask.new_zeros(1, dtype=torch.long), mask.cumsum(0)])[cu_seqlens.long()]
-    tracked = torch.is_grad_enabled()
-    total, metrics, _, _ = _OPERATOR(
-        hidden, weight, targets.long(), *rows, None if token_rows is None else token_rows.long(), cu_seqlens,
-        *_settings(loss), on_policy, temperature, softcap, tracked and hidden.requires_grad,
-        tracked and weight.requires_grad,
-    )  # fmt: skip
+    wanted = tuple(torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden, weight))
+    aims = arguments(rows, token_rows, cu_seqlens, loss, on_policy)
+    if recompute or loss.kind == "gspo" or not any(wanted):
+        scores = score_all(hidden, weight, targets, temperature, softcap, return_entropy=True)
+        total, metrics, *_ = OBJECTIVE(*scores, *aims)
+    else:
+        total, metrics, *_ = _OPERATOR(hidden, weight, targets.long(), *aims, temperature, softcap, *wanted)
     named = dict(zip((*SUM_METRICS, *MAX_METRICS, *MIN_METRICS), metrics.unbind(), strict=True))
     if ref_logprobs is None:
         del named["kl_ref"]
     return total / denominator, named
-
-
-def _settings(loss: PolicyLoss) -> tuple[str | float, ...]:
-    """In the order of the fields."""
-    return (
-        loss.kind, loss.clip_low, loss.clip_high, loss.dual_clip, loss.importance_cap, loss.kl_kind,
-        loss.kl_coefficient, loss.entropy_coefficient,
-    )  # fmt: skip
 
 
 def _check(hidden, rows: PolicyRows, loss: PolicyLoss, denominator, on_policy: bool, token_rows, mask, cu_seqlens):
@@ -148,6 +141,8 @@ def _check(hidden, rows: PolicyRows, loss: PolicyLoss, denominator, on_policy: b
             checks.check_shape(name, tensor, (num_tokens,))
             checks.check_floating(name, tensor)
             checks.check_device(name, tensor, "hidden", hidden)
+    for name in ("rollout_logprobs", "ref_logprobs", "old_logprobs"):
+        checks.check_precise(name, getattr(rows, name))
     if not isinstance(denominator, torch.Tensor):
         checks.check_positive("denominator", denominator)
     elif denominator.dim() != 0:
@@ -160,9 +155,7 @@ def _check(hidden, rows: PolicyRows, loss: PolicyLoss, denominator, on_policy: b
         got = "None" if cu_seqlens is None else "a tensor"
         raise ValueError(f"cu_seqlens: expected [S+1] for gspo and None for the others, got {got} for {loss.kind}")
     if cu_seqlens is not None:
-        if not torch.compiler.is_compiling():  # reads the values on a CPU
-            checks.check_cu_seqlens(cu_seqlens, num_tokens)
-        checks.check_device("cu_seqlens", cu_seqlens, "hidden", hidden)
+        checks.check_cu_seqlens(cu_seqlens, "hidden", hidden)
 
 
 def _check_token_rows(token_rows, hidden, mask) -> int:
@@ -175,88 +168,33 @@ def _check_token_rows(token_rows, hidden, mask) -> int:
     return token_rows.shape[0]
 
 
-@dataclass(frozen=True)
-class _Objective:
-    """What the log-probabilities of the rows are put to."""
-
-    loss: PolicyLoss
-    tokens: PolicyRows  # [N] each
-    sharing: TokenRows | None
-    on_policy: bool
-    cu_seqlens: torch.Tensor | None  # [S+1]
-
-    def slopes(self, logprobs: torch.Tensor, begin: int, end: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """logprobs [R] -> derivatives by the log-probabilities and by the entropies of rows `begin` to `end`, summed
-        over a row's tokens. Of `logprobs` those rows are read, and for gspo all."""
-        tokens = self.tokens
-        if self.sharing is not None:
-            # Which tokens are of these rows only the device knows: all are looked at, and the others ignored.
-            logprobs = self.sharing.to_tokens(logprobs)
-        elif self.cu_seqlens is None:
-            tokens, logprobs = tokens.slice(begin, end), logprobs[begin:end]
-        terms = row_terms(self.loss, tokens, logprobs, self.on_policy, self.cu_seqlens)
-        slopes = (terms.slope, entropy_slope(self.loss, tokens, logprobs))
-        if self.sharing is not None:
-            slopes = tuple(None if slope is None else self.sharing.to_rows(slope)[begin:end] for slope in slopes)
-        return slopes
-
-    def value(self, logprobs: torch.Tensor, entropy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Both [R] -> `total_and_metrics`."""
-        if self.sharing is not None:
-            logprobs, entropy = self.sharing.to_tokens(logprobs), self.sharing.to_tokens(entropy)
-        terms = row_terms(self.loss, self.tokens, logprobs, self.on_policy, self.cu_seqlens)
-        return total_and_metrics(self.loss, self.tokens, terms, entropy)
-
-
-def _one_pass(hidden, weight, targets, objective: _Objective, temperature, softcap, wanted):
-    """Log-probability, slope and gradient of one chunk after the other -> logprobs, entropy [R], the two gradients."""
-    gradients = Gradients(hidden, weight, *wanted)
-    chunks = chunk_ranges(hidden, gradients.operand, for_gradient=True)
-    rows_type = rows_class(hidden)
-    passes = rows_type(hidden, gradients.operand, temperature, softcap, longest(chunks), for_gradient=True)
-    logprobs = hidden.new_zeros(hidden.shape[0], dtype=compute_dtype(hidden))
-    entropy = torch.empty_like(logprobs)
-    for begin, end in chunks:
-        chunk, where = operand(hidden[begin:end]), slice(begin, end)
-        passes.scores(chunk, targets[where], logprobs[where], entropy[where])
-        slopes = objective.slopes(logprobs, begin, end)
-        live = live_rows(*slopes, _LIVE_SHARE)
-        inputs = (targets[where], *slopes, entropy[where])
-        if live is not None:
-            passes.select(live, with_entropy=slopes[1] is not None)
-            inputs = tuple(None if tensor is None else tensor[live] for tensor in inputs)
-            chunk, where = chunk[live], begin + live
-        gradients.add(passes.gradient(*inputs), chunk, where)
-    return logprobs, entropy, gradients.results()
-
-
-def _two_passes(hidden, weight, targets, objective: _Objective, temperature, softcap, wanted):
-    """All log-probabilities, then all gradients -> as `_one_pass`."""
-    logprobs, entropy, saved = score_tokens(hidden, weight, targets, temperature, softcap, True, any(wanted))
-    gradients = (None, None)
-    if any(wanted):
-        slopes = objective.slopes(logprobs, 0, len(logprobs))
-        gradients = gradient_chunks(
-            hidden, weight, targets, *slopes, entropy, saved, temperature, softcap, *wanted
-        )  # fmt: skip
-    return logprobs, entropy, gradients
-
-
 def _forward(hidden, weight, targets, *rest):
-    """The schema's, on any device."""
-    tokens, (token_rows, cu_seqlens), loss = PolicyRows(*rest[:5]), rest[5:7], PolicyLoss(*rest[7:15])
-    on_policy, temperature, softcap, *wanted = rest[15:]
+    """The schema's, on any device: log-probability, slope and gradient of one chunk after the other."""
+    *values, temperature, softcap, want_hidden, want_weight = rest
     checks.check_indices("targets", targets, weight.shape[0])
-    sharing = None
-    if token_rows is not None:
-        checks.check_indices("token_rows", token_rows, hidden.shape[0])
-        sharing = TokenRows(token_rows, hidden.shape[0])
-    objective = _Objective(loss, tokens, sharing, on_policy, cu_seqlens)
-    passes = _two_passes if loss.kind == "gspo" or not any(wanted) else _one_pass
+    objective = Objective.of(len(hidden), tuple(values))
     with torch.cuda.device_of(hidden):  # Triton launches on the current device, whatever that of the tensors is
-        logprobs, entropy, gradients = passes(hidden, weight, targets, objective, temperature, softcap, wanted)
+        gradients = Gradients(hidden, weight, want_hidden, want_weight)
+        chunks = chunk_ranges(hidden, gradients.operand, for_gradient=True)
+        rows_type = rows_class(hidden)
+        passes = rows_type(hidden, gradients.operand, temperature, softcap, longest(chunks), for_gradient=True)
+        logprobs = hidden.new_zeros(hidden.shape[0], dtype=compute_dtype(hidden))
+        entropy = torch.empty_like(logprobs)
+        for where in chunks:
+            chunk = operand(hidden[where])
+            passes.scores(chunk, targets[where], logprobs[where], entropy[where])
+            slopes = objective.slopes(logprobs, where.start, where.stop)
+            live = live_rows(*slopes, _LIVE_SHARE)
+            inputs = (targets[where], *slopes, entropy[where])
+            if live is not None:
+                passes.select(live, with_entropy=slopes[1] is not None)
+                inputs = tuple(None if tensor is None else tensor[live] for tensor in inputs)
+                chunk, where = chunk[live], where.start + live
+            gradients.add(passes.gradient(*inputs), chunk, where)
+        grad_hidden, grad_weight = gradients.results()
     total, metrics = objective.value(logprobs, entropy)
-    return total, metrics, *(total.new_empty(0) if gradient is None else gradient for gradient in gradients)
+    nothing = total.new_empty(0)
+    return total, metrics, grad_hidden if want_hidden else nothing, grad_weight if want_weight else nothing
 
 
 def _forward_fake(hidden, weight, targets, *rest):
@@ -265,7 +203,7 @@ def _forward_fake(hidden, weight, targets, *rest):
     total = hidden.new_empty((), dtype=compute)
     return (
         total,
-        total.new_empty(len(SUM_METRICS) + len(MAX_METRICS) + len(MIN_METRICS)),
+        total.new_empty(NUM_METRICS),
         hidden.new_empty(hidden.shape, dtype=gradient_dtype(hidden)) if want_hidden else total.new_empty(0),
         weight.new_empty(weight.shape, dtype=compute) if want_weight else total.new_empty(0),
     )
@@ -294,10 +232,7 @@ def _differentiate(ctx: Any, grad_total, *_):
 
 # The gradients are of the sum, before the denominator. One that is not wanted is empty: operators cannot return None.
 _OPERATOR = register(
-    "linear_policy_loss(Tensor hidden, Tensor weight, Tensor targets, Tensor rollout_logprobs, Tensor advantages, "
-    "Tensor? ref_logprobs, Tensor? old_logprobs, Tensor? token_weights, Tensor? token_rows, Tensor? cu_seqlens, "
-    "str kind, float clip_low, float clip_high, float dual_clip, float importance_cap, str kl_kind, "
-    "float kl_coefficient, float entropy_coefficient, bool on_policy, float temperature, float? softcap, "
+    f"linear_policy_loss(Tensor hidden, Tensor weight, Tensor targets, {SCHEMA}, float temperature, float? softcap, "
     "bool want_hidden, bool want_weight) "
     "-> (Tensor total, Tensor metrics, Tensor grad_hidden, Tensor grad_weight)",
     _forward,

@@ -17,11 +17,13 @@ Shape legend: Q queries, M rows, D components.
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Literal
 
 import torch
 
 from searchr1_kernels import checks
+from searchr1_kernels._installed import triton_is_installed
 from searchr1_kernels.registration import register
 
 Coarse = Literal["int8", "float"]
@@ -36,6 +38,9 @@ class TopKIndex:
     `coarse` says what proposes candidates: "int8" codes (one more byte per component; on a GPU half the reading of
     16-bit rows), or "float", the rows as they are (only on a GPU, where it needs no more than their norms). Results are
     the same bits either way. A corpus of int8 is its own code.
+
+    The attribute `coarse` says what will: that, or "fp64" on a CPU whose 8-bit products saturate (no AVX-512 VNNI or
+    like), where searches multiply the rows themselves, about eight times slower; a warning says so once.
     """
 
     def __init__(
@@ -53,6 +58,7 @@ class TopKIndex:
         self.corpus = corpus  # [M, D]
         self.scales = scales  # [M] or None
         self.parts = _prepare(corpus, scales, coarse)
+        self.coarse = _implementation(corpus.device).products(self.parts)
 
     def __len__(self) -> int:
         return self.corpus.shape[0]
@@ -111,21 +117,30 @@ def _check_corpus(corpus: torch.Tensor, scales: torch.Tensor | None) -> None:
 @torch.no_grad()
 def _prepare(corpus: torch.Tensor, scales: torch.Tensor | None, coarse: Coarse) -> list[torch.Tensor]:
     """What the search on this device wants to know of every row; see there."""
-    if corpus.device.type == "cpu":
-        from searchr1_kernels import _topk_cpu as device
-    else:
-        from searchr1_kernels import _topk_cuda as device
-    return device.prepare(corpus, scales, coarse)
+    return _implementation(corpus.device).prepare(corpus, scales, coarse)
 
 
 def _search(
     queries: torch.Tensor, corpus: torch.Tensor, k: int, scales: torch.Tensor | None, parts: list[torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if queries.device.type == "cpu":
-        from searchr1_kernels import _topk_cpu as device
-    else:
-        from searchr1_kernels import _topk_cuda as device
-    return device.search(queries, corpus, k, scales, parts)
+    return _implementation(corpus.device).search(queries, corpus, k, scales, parts)
+
+
+def _implementation(device: torch.device) -> ModuleType:
+    """`prepare` and `search` for tensors there."""
+    if device.type == "cpu":
+        from searchr1_kernels import _topk_cpu
+
+        return _topk_cpu
+    if device.type != "cuda":
+        raise ValueError(f"corpus: expected a tensor on the CPU or on a CUDA device, got one on {device}")
+    if not triton_is_installed():
+        raise ValueError(
+            f"corpus: expected a tensor on the CPU, got one on {device}, whose search needs Triton: pip install triton"
+        )
+    from searchr1_kernels import _topk_cuda
+
+    return _topk_cuda
 
 
 def _fake(queries, corpus, k, scales, parts):

@@ -1,18 +1,24 @@
 """The decoder, its cache, its tokenizer, and their Hugging Face directories."""
 
-from searchr1_fast.models.decoder import Decoder, DecoderConfig
+from searchr1_fast.models.attention_backends import describe_attention
+from searchr1_fast.models.decoder import Decoder
+from searchr1_fast.models.decoder_config import DecoderConfig, Llama3Scaling
+from searchr1_fast.models.export import save_model
 from searchr1_fast.models.kv_cache import KVCache
 from searchr1_fast.models.tokenizer import TextTokenizer, load_tokenizer
-from searchr1_fast.models.weights import load_model, resolve, save_model, write_state_dict
+from searchr1_fast.models.weights import load_model, load_weights, meta_model, resolve
 
 __all__ = [
     "Decoder",
     "DecoderConfig",
     "KVCache",
+    "Llama3Scaling",
     "TextTokenizer",
+    "describe_attention",
     "load_model",
     "load_tokenizer",
+    "load_weights",
+    "meta_model",
     "resolve",
     "save_model",
-    "write_state_dict",
 ]

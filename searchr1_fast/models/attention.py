@@ -61,7 +61,9 @@ def packed_attention(
         )
         if q.shape[2]
     ]
-    return torch.cat(outputs, dim=2)[0].transpose(0, 1)
+    # A tensor of its own, as the kernels return: the copy is made in any case, by whoever flattens the heads, and
+    # compiled code would tell views from what is none.
+    return torch.cat(outputs, dim=2)[0].transpose(0, 1).clone(memory_format=torch.contiguous_format)
 
 
 def suffix_masks(

@@ -1,7 +1,8 @@
-"""The decoder (Qwen2 architecture): one module for training on packed sequences and for generating with a cache.
+"""The decoder (Qwen2, Qwen3, Llama 3): one module for training on packed sequences and for generating with a cache.
 
-Module and parameter names are those of Hugging Face's Qwen2, so a checkpoint's state dict is this module's. Left out
-on purpose: padding, attention masks, dropout, sliding windows (`DecoderConfig.from_hf` refuses a model that needs one).
+Module and parameter names are those of Hugging Face, so a checkpoint's state dict is this module's. Left out on
+purpose: padding, attention masks, dropout, and what `DecoderConfig.from_hf` refuses. One matrix product for q, k and v
+together, and one for gate and up, were measured and left out: docs/models.md.
 
 Shape legend
     T  packed tokens    S  sequences    D  hidden size    V  vocabulary    H, G  query, key/value heads    d  head size
@@ -9,94 +10,21 @@ Shape legend
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from searchr1_fast.models.attention import (
-    cached_attention,
-    find_chunks,
-    gather_rows,
-    packed_attention,
-    suffix_masks,
-)
+from searchr1_fast.models.attention import cached_attention, find_chunks, gather_rows
+from searchr1_fast.models.attention_backends import PackedLayout, choose_attention
+from searchr1_fast.models.decoder_config import DecoderConfig
+from searchr1_fast.models.rope import apply_rotary, rotary_embedding
 from searchr1_fast.types import SharedPrefixes
 
 if TYPE_CHECKING:
     from searchr1_fast.models.kv_cache import KVCache
-
-
-@dataclass(frozen=True, slots=True)
-class DecoderConfig:
-    """The fields of a Hugging Face Qwen2 config.json that change the computation."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    max_position_embeddings: int = 2048
-    rope_theta: float = 10000.0
-    rms_norm_eps: float = 1e-6
-    tie_word_embeddings: bool = False
-    initializer_range: float = 0.02
-
-    def __post_init__(self) -> None:
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
-            )
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
-                f"num_key_value_heads {self.num_key_value_heads}"
-            )
-
-    @property
-    def head_dim(self) -> int:
-        """d = D / H."""
-        return self.hidden_size // self.num_attention_heads
-
-    @classmethod
-    def from_hf(cls, values: dict[str, Any]) -> DecoderConfig:
-        """From the contents of a config.json. ValueError for another architecture or an option that is not built."""
-        model_type = values.get("model_type")
-        if model_type != "qwen2":
-            raise ValueError(f"config.json describes a {model_type!r} model; this decoder runs 'qwen2'")
-        if values.get("use_sliding_window"):
-            raise ValueError("config.json asks for sliding-window attention, which this decoder does not have")
-        if values.get("hidden_act", "silu") != "silu":
-            raise ValueError(f"config.json asks for the activation {values['hidden_act']!r}; this decoder has 'silu'")
-        # transformers 5 writes `rope_parameters`, earlier releases `rope_theta` and `rope_scaling`
-        rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-        if rope.get("rope_type", rope.get("type", "default")) != "default":
-            raise ValueError(f"config.json asks for the rope type {rope}; this decoder has the default one")
-        names = cls.__dataclass_fields__
-        fields = {name: values[name] for name in names if values.get(name) is not None and name != "rope_theta"}
-        fields["rope_theta"] = float(rope.get("rope_theta", values.get("rope_theta") or 10000.0))
-        missing = [name for name in names if name not in fields and name in cls.__match_args__[:6]]
-        if missing:
-            raise ValueError(f"config.json lacks {', '.join(missing)}")
-        return cls(**fields)
-
-    def to_hf(self) -> dict[str, Any]:
-        """A config.json that transformers reads as the same model."""
-        values = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "rope_theta"}
-        return {
-            "architectures": ["Qwen2ForCausalLM"],
-            "model_type": "qwen2",
-            **values,
-            "hidden_act": "silu",
-            "attention_dropout": 0.0,
-            "use_sliding_window": False,
-            "rope_theta": self.rope_theta,
-            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
-            "torch_dtype": "float32",
-        }
 
 
 class RMSNorm(nn.Module):
@@ -111,51 +39,39 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
 
 
-def rotary_embedding(
-    positions: torch.Tensor,  # [T] int64
-    head_dim: int,
-    theta: float,
-) -> tuple[torch.Tensor, torch.Tensor]:  # cos, sin: [T, 1, d] fp32
-    """Angles of rotary position embedding (arXiv 2104.09864, eq. 34), halves layout as in Hugging Face."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
-    angles = positions[:, None].float() * (1.0 / theta**exponents)  # [T, d/2]
-    angles = torch.cat((angles, angles), dim=-1).unsqueeze(1)
-    return angles.cos(), angles.sin()
-
-
-def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:  # [T, H, d] -> [T, H, d]
-    """Rotate pairs (i, i + d/2) by the token's angles."""
-    first, second = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
-
-
 class Attention(nn.Module):
-    """Grouped-query attention with biases on q, k, v, as Qwen2 has it."""
+    """The matrices of grouped-query attention; biases on q, k, v and norms over the heads of q and k as the family has
+    them. Attention itself is the context's."""
 
-    def __init__(self, config: DecoderConfig, layer: int) -> None:
+    def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.layer = layer
         self.num_heads, self.num_kv_heads, self.head_dim = (
             config.num_attention_heads,
             config.num_key_value_heads,
             config.head_dim,
         )
-        self.q_proj = nn.Linear(config.hidden_size, self.num_heads * self.head_dim, bias=True)
-        self.k_proj = nn.Linear(config.hidden_size, self.num_kv_heads * self.head_dim, bias=True)
-        self.v_proj = nn.Linear(config.hidden_size, self.num_kv_heads * self.head_dim, bias=True)
+        bias = config.family.qkv_bias
+        self.q_proj = nn.Linear(config.hidden_size, self.num_heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, self.num_kv_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, self.num_kv_heads * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(self.num_heads * self.head_dim, config.hidden_size, bias=False)
+        self.has_norms = config.family.qk_norm
+        if self.has_norms:
+            self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
 
     def forward(
         self,
         x: torch.Tensor,  # [T, D]
-        context: PackedContext | CachedContext,
-        rows: torch.Tensor | None,  # [R] int64
-    ) -> torch.Tensor:  # [T, D], or [R, D]
-        query = apply_rotary(self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim)), context.cos, context.sin)
-        key = apply_rotary(self.k_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim)), context.cos, context.sin)
+        cos: torch.Tensor,  # [T, 1, d] fp32
+        sin: torch.Tensor,  # [T, 1, d] fp32
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # query [T, H, d], key and value [T, G, d]
+        query = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim))
+        key = self.k_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
         value = self.v_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
-        output = context.attend(self.layer, query, key, value).flatten(1)
-        return self.o_proj(output if rows is None else output.index_select(0, rows))
+        if self.has_norms:
+            query, key = self.q_norm(query), self.k_norm(key)
+        return apply_rotary(query, cos, sin), apply_rotary(key, cos, sin), value
 
 
 class MLP(nn.Module):
@@ -172,11 +88,12 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-norm layer; the unit that FSDP shards."""
+    """One pre-norm layer; the unit that FSDP shards, and around its attention the unit that torch compiles."""
 
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
-        self.self_attn = Attention(config, layer)
+        self.layer = layer
+        self.self_attn = Attention(config)
         self.mlp = MLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -188,41 +105,69 @@ class Block(nn.Module):
         rows: torch.Tensor | None = None,  # [R] int64: the tokens whose output is wanted
     ) -> torch.Tensor:  # [T, D], or [R, D]
         """All tokens are keys and values; past the attention only `rows` are worked on."""
-        attended = self.self_attn(self.input_layernorm(x), context, rows)
-        x = attended + (x if rows is None else x.index_select(0, rows))
+        attended = context.attend(self.layer, *self.before_attention(x, context.cos, context.sin))
+        if rows is not None:
+            x, attended = x.index_select(0, rows), attended.index_select(0, rows)
+        return self.after_attention(x, attended)
+
+    def before_attention(
+        self,
+        x: torch.Tensor,  # [T, D]
+        cos: torch.Tensor,  # [T, 1, d] fp32
+        sin: torch.Tensor,  # [T, 1, d] fp32
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Query [T, H, d], key and value [T, G, d]."""
+        return self.self_attn(self.input_layernorm(x), cos, sin)
+
+    def after_attention(self, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        """[R, D], [R, H, d] -> [R, D]"""
+        x = x + self.self_attn.o_proj(attended.flatten(1))
         return x + self.mlp(self.post_attention_layernorm(x))
+
+    def compile_in_place(self, backend: str) -> None:
+        """Compile what surrounds attention, for any number of tokens; attention, which is given lists of lengths,
+        would be compiled anew for each."""
+        self.before_attention = torch.compile(self.before_attention, backend=backend, fullgraph=True, dynamic=True)
+        self.after_attention = torch.compile(self.after_attention, backend=backend, fullgraph=True, dynamic=True)
 
 
 class PackedContext:
     """What attention needs in a packed forward: the angles, where sequences end, and what they share."""
 
     def __init__(
-        self, cu_seqlens: torch.Tensor, num_tokens: int, prefixes: SharedPrefixes | None, config: DecoderConfig
+        self,
+        x: torch.Tensor,  # [T, D]: for its device and type
+        cu_seqlens: torch.Tensor,  # [S+1] int
+        prefixes: SharedPrefixes | None,
+        max_seqlen: int | None,
+        config: DecoderConfig,
     ) -> None:
-        positions = packed_positions(cu_seqlens, num_tokens)
-        self.sequence_lengths = self.key_lengths = cu_seqlens.diff().tolist()
-        self.key_index, self.masks = None, None
+        own = cu_seqlens.diff().long()
+        positions = packed_positions(cu_seqlens, len(x))
+        max_seqlen = int(own.max()) if max_seqlen is None else max_seqlen
+        ends = cu_seqlens.int()
+        self.layout = PackedLayout(ends, ends, max_seqlen, max_seqlen)
+        self.key_index = None
         if prefixes is not None:
-            own = cu_seqlens.diff().long()
             shared = prefixes.cu_seqlens_k.diff().long() - own
-            positions = positions + shared.repeat_interleave(own, output_size=num_tokens)
-            self.key_index, self.key_lengths = prefixes.key_index, prefixes.cu_seqlens_k.diff().tolist()
-            self.masks = suffix_masks(self.sequence_lengths, self.key_lengths, cu_seqlens.device)
-        self.cos, self.sin = rotary_embedding(positions, config.head_dim, config.rope_theta)
+            positions = positions + shared.repeat_interleave(own, output_size=len(x))
+            self.key_index = prefixes.key_index
+            self.layout = PackedLayout(ends, prefixes.cu_seqlens_k.int(), max_seqlen, prefixes.max_seqlen_k)
+        self.cos, self.sin = rotary_embedding(positions, config.head_dim, config.rope_theta, config.rope_scaling)
+        self.attention = choose_attention(x.device, x.dtype, config.head_dim).attend
 
     def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """[T, H, d], [T, G, d], [T, G, d] -> [T, H, d]"""
-        if self.key_index is None:
-            return packed_attention(query, key, value, self.sequence_lengths)
-        key, value = (gather_rows(x, self.key_index) for x in (key, value))  # [K, G, d]
-        return packed_attention(query, key, value, self.sequence_lengths, self.key_lengths, self.masks)
+        if self.key_index is not None:
+            key, value = (gather_rows(x, self.key_index) for x in (key, value))  # [K, G, d]
+        return self.attention(query, key, value, self.layout)
 
 
 class CachedContext:
     """What attention needs when tokens are appended to cached sequences."""
 
     def __init__(self, slots: torch.Tensor, positions: torch.Tensor, cache: KVCache, config: DecoderConfig) -> None:
-        self.cos, self.sin = rotary_embedding(positions, config.head_dim, config.rope_theta)
+        self.cos, self.sin = rotary_embedding(positions, config.head_dim, config.rope_theta, config.rope_scaling)
         self.slots, self.positions, self.cache = slots, positions, cache
         self.chunks = find_chunks(slots, positions) if slots.device.type == "cpu" else None  # once for all layers
 
@@ -260,8 +205,36 @@ class Decoder(nn.Module):
                 nn.init.normal_(module.weight, std=self.config.initializer_range)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
+        self._tie()
+
+    def _tie(self) -> None:
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Decoder:
+        """What `to`, `to_empty` and the like do to every parameter; to a tied head as the embedding, once.
+
+        nn.Module would give it memory of its own, and with it the largest matrix of a small model a second time.
+        """
+        head = self.lm_head
+        if head is None or not self.config.tie_word_embeddings:
+            return super()._apply(fn, recurse)
+        self.lm_head = None
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            self.lm_head = head
+        self._tie()
+        return self
+
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """`torch.compile` every block around its attention, once, before the first forward.
+
+        Two graphs serve all layers and lengths, with and without gradients each; a single token, and none, have their
+        own, as torch treats sizes of 0 and 1 apart.
+        """
+        for block in self.layers:
+            block.compile_in_place(backend)
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -283,14 +256,16 @@ class Decoder(nn.Module):
         cu_seqlens: torch.Tensor,  # [S+1] int: 0, …, T
         rows: torch.Tensor | None = None,  # [R] int64
         prefixes: SharedPrefixes | None = None,
+        max_seqlen: int | None = None,
     ) -> torch.Tensor:  # [T, D], or [R, D]
         """Final hidden states of packed sequences, each causal in itself.
 
         `rows`: of these tokens alone. In training most tokens are retrieved text that only has to be attended to, and
         the last layer need not work on them. `prefixes`: how sequences continue what others began (`PackedBatch`).
+        `max_seqlen`: the longest of `cu_seqlens`; where it is not given, a GPU is waited for to know it.
         """
-        context = PackedContext(cu_seqlens, len(token_ids), prefixes, self.config)
-        return self._run(token_ids, context, rows)
+        x = self.model.embed_tokens(token_ids)
+        return self._run(x, PackedContext(x, cu_seqlens, prefixes, max_seqlen, self.config), rows)
 
     def logits(self, token_ids: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:  # [T], [S+1] -> [T, V]
         """Logits of every token. For tests and small inputs: training asks the head for policy tokens only."""
@@ -311,12 +286,11 @@ class Decoder(nn.Module):
         num_tokens = len(token_ids)  # given to repeat_interleave, which else would wait for the device
         starts, slots = (x.repeat_interleave(lengths, output_size=num_tokens) for x in (start_positions, slots))
         context = CachedContext(slots, packed_positions(cu_seqlens, num_tokens) + starts, cache, self.config)
-        return self._run(token_ids, context, rows=cu_seqlens[1:] - 1)
+        return self._run(self.model.embed_tokens(token_ids), context, rows=cu_seqlens[1:] - 1)
 
     def _run(
-        self, token_ids: torch.Tensor, context: PackedContext | CachedContext, rows: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        x = self.model.embed_tokens(token_ids)
+        self, x: torch.Tensor, context: PackedContext | CachedContext, rows: torch.Tensor | None
+    ) -> torch.Tensor:  # [T, D] -> [T, D], or [R, D]
         *blocks, last = self.model.layers
         for block in blocks:
             x = block(x, context)

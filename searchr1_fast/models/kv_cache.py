@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from searchr1_fast.models.decoder import DecoderConfig
+from searchr1_fast.models.decoder_config import DecoderConfig
 
 
 class KVCache:

@@ -47,6 +47,13 @@ class TextTokenizer:
         self._is_byte_level = '"ByteLevel"' in json.dumps(json.loads(tokenizer.to_str()).get("decoder"))
         self._added = {i: token.content.encode() for i, token in tokenizer.get_added_tokens_decoder().items()}
 
+    @functools.cached_property
+    def start_text(self) -> str:
+        """What the model was trained to see before every text: Llama's "<|begin_of_text|>"; "" for Qwen."""
+        plain = self.backend.encode("a", add_special_tokens=False).ids
+        whole = self.backend.encode("a", add_special_tokens=True).ids
+        return self.decode(whole[: whole.index(plain[0])])
+
     @property
     def vocab_size(self) -> int:
         """Ids are below this; a model's embedding may be larger."""
@@ -93,13 +100,15 @@ class TextTokenizer:
         messages = [{"role": "user", "content": text}]
         template = environment.from_string(self.chat_template)
         return template.render(
-            messages=messages, add_generation_prompt=True, bos_token="", eos_token=self.eos_token or ""
+            messages=messages, add_generation_prompt=True, bos_token=self.start_text, eos_token=self.eos_token or ""
         )
 
     def save(self, directory: Path) -> None:
         """Write tokenizer.json, tokenizer_config.json, and generation_config.json where something ends a turn."""
         self.backend.save(str(directory / "tokenizer.json"))
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.eos_token}
+        if self.start_text:
+            settings["bos_token"] = self.start_text
         if self.chat_template is not None:
             settings["chat_template"] = self.chat_template
         _write_json(directory / "tokenizer_config.json", settings)

@@ -1,17 +1,31 @@
-"""Weights to and from Hugging Face directories (config.json, model.safetensors or its shards)."""
+"""Weights from Hugging Face directories (config.json, model.safetensors or its shards), tensor by tensor.
+
+Files are mapped, not read: what is copied goes from the file's pages straight into the parameter, in its type and on
+its device, so that a process never holds a second copy. Of a parameter that FSDP2 has sharded it copies its own rows,
+and the other rows are never touched. The way for N ranks is `meta_model`, `fully_shard`, `to_empty`, `load_weights`.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
+from torch.distributed.tensor import DTensor, Shard
 
-from searchr1_fast.models.decoder import Decoder, DecoderConfig
+from searchr1_fast.models.decoder import Decoder
+from searchr1_fast.models.decoder_config import DecoderConfig
 
 BUILTIN = {"builtin:base": "base", "builtin:instruct": "instruct"}
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+_FLOATING = ("F64", "F32", "F16", "BF16")  # as safetensors spells them
+_NAMES_SHOWN = 3
 
 
 def resolve(path: str | Path) -> Path:
@@ -29,63 +43,111 @@ def load_model(
     directory: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> Decoder:
     """The decoder of a Hugging Face directory. ValueError names what is missing, left over or of another shape."""
-    directory = resolve(directory)
-    config = DecoderConfig.from_hf(json.loads((directory / "config.json").read_text(encoding="utf-8")))
-    with torch.device("meta"):
-        model = Decoder(config)
-    model.to_empty(device=device).to(dtype)
-    if config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
-    expected = dict(model.named_parameters())  # a tied head appears once, as the embedding
-    seen: set[str] = set()
-    for file in _weight_files(directory):
-        with safe_open(file, framework="pt") as reader:
-            for name in reader.keys():  # noqa: SIM118 (a safetensors reader is no dict)
-                if name == "lm_head.weight" and config.tie_word_embeddings:
-                    continue
-                if name not in expected:
-                    raise ValueError(f"{file} holds {name!r}, which this model does not have")
-                tensor = reader.get_tensor(name)
-                if tensor.shape != expected[name].shape:
-                    raise ValueError(
-                        f"{file}: {name} is {tuple(tensor.shape)}, config.json says {tuple(expected[name].shape)}"
-                    )
-                with torch.no_grad():
-                    expected[name].copy_(tensor)
-                seen.add(name)
-    missing = sorted(expected.keys() - seen)
-    if missing:
-        raise ValueError(f"{directory} lacks {len(missing)} weights, the first {missing[0]!r}")
+    model = meta_model(directory, dtype)
+    model.to_empty(device=device)
+    load_weights(model, directory)
     return model
 
 
-def _weight_files(directory: Path) -> list[Path]:
-    index = directory / "model.safetensors.index.json"
+def meta_model(directory: str | Path, dtype: torch.dtype = torch.float32) -> Decoder:
+    """The decoder of a directory on the meta device: shapes and types, no memory. For sharding before loading."""
+    config = _read_config(resolve(directory) / "config.json")
+    with torch.device("meta"):
+        return Decoder(config).to(dtype)
+
+
+@torch.no_grad()
+def load_weights(model: Decoder, directory: str | Path) -> None:
+    """Fill the model's parameters from a directory's files.
+
+    Parameters may be plain or DTensors, of any floating type, on any device but meta. A model without a head
+    (`lm_head` None) leaves the head in the file. ValueError, before anything is copied: what does not fit.
+    """
+    directory = resolve(directory)
+    parameters = dict(model.named_parameters())  # a tied head appears once, as the embedding
+    ignored = {"lm_head.weight"} - parameters.keys()
+    with ExitStack() as stack:
+        tensors: dict[str, Any] = {}  # name -> slices of the mapped file
+        for file in _weight_files(directory):
+            reader = stack.enter_context(_open(file))
+            tensors |= {name: reader.get_slice(name) for name in reader.keys() if name not in ignored}  # noqa: SIM118
+        _check(directory, tensors, parameters)
+        for name, parameter in parameters.items():
+            local, rows = _own_rows(parameter)
+            if local.numel():
+                # To the device first: the file's bf16 is half of what the parameter's fp32 would be on the way.
+                local.copy_(tensors[name][rows].to(local.device))
+
+
+def _read_config(path: Path) -> DecoderConfig:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    return DecoderConfig.from_hf(values)
+
+
+def _own_rows(parameter: torch.nn.Parameter) -> tuple[torch.Tensor, slice]:
+    """The part of a parameter that this rank holds, and which rows of the whole it is."""
+    if not isinstance(parameter, DTensor):
+        return parameter, slice(None)
+    local = parameter.to_local()
+    (placement,) = parameter.placements
+    assert placement == Shard(0), f"FSDP2 shards rows, this parameter is {placement}"
+    # FSDP2 cuts like torch.chunk: equal parts, rounded up, the last ones shorter or empty.
+    size = -(-parameter.shape[0] // parameter.device_mesh.size())
+    begin = min(parameter.device_mesh.get_local_rank() * size, parameter.shape[0])
+    end = min(begin + size, parameter.shape[0])
+    assert local.shape[0] == end - begin, f"{tuple(local.shape)} rows here, {begin} to {end} were expected"
+    return local, slice(begin, end)
+
+
+def _check(directory: Path, tensors: dict[str, Any], parameters: dict[str, torch.nn.Parameter]) -> None:
+    """ValueError: everything in the files that is not as the model has it."""
+    shared = sorted(tensors.keys() & parameters.keys())
+    shapes = {name: tuple(tensors[name].get_shape()) for name in shared}
+    problems = [
+        ("lacks", sorted(parameters.keys() - tensors.keys())),
+        ("holds, and this model does not have,", sorted(tensors.keys() - parameters.keys())),
+        (
+            "has in another shape",
+            [
+                f"{name} is {shapes[name]}, config.json says {tuple(parameters[name].shape)}"
+                for name in shared
+                if shapes[name] != tuple(parameters[name].shape)
+            ],
+        ),
+        (
+            "holds in a type that is not 16, 32 or 64-bit floating point",
+            [f"{name} is {tensors[name].get_dtype()}" for name in shared if tensors[name].get_dtype() not in _FLOATING],
+        ),
+    ]
+    found = [f"{what} {_listed(names)}" for what, names in problems if names]
+    if found:
+        raise ValueError(f"{directory} does not fit its config.json: it {'; it '.join(found)}")
+
+
+def _listed(names: list[str]) -> str:
+    more = len(names) - _NAMES_SHOWN
+    return ", ".join(names[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{file} is not a whole safetensors file ({error}); copy it again") from error
+
+
+def _weight_files(directory: Path) -> Iterable[Path]:
+    names = [SINGLE]
+    index = directory / INDEX
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    else:
-        names = ["model.safetensors"]
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{index} is not an index of weights: it has no weight_map") from error
     for name in names:
         if not (directory / name).is_file():
             raise ValueError(f"{directory} has no {name}; weights are read from safetensors files")
     return [directory / name for name in names]
-
-
-def save_model(model: Decoder, directory: str | Path, dtype: torch.dtype | None = None) -> None:
-    """Write config.json and model.safetensors; `dtype` None keeps the parameters' own. Reads back with transformers."""
-    write_state_dict(model.config, model.state_dict(), directory, dtype)
-
-
-def write_state_dict(
-    config: DecoderConfig, state: dict[str, torch.Tensor], directory: str | Path, dtype: torch.dtype | None = None
-) -> None:
-    """`save_model` for a full state dict that was gathered from elsewhere."""
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    state = {
-        name: tensor for name, tensor in state.items() if not (config.tie_word_embeddings and name == "lm_head.weight")
-    }
-    state = {name: tensor.detach().to("cpu", dtype or tensor.dtype).contiguous() for name, tensor in state.items()}
-    values = config.to_hf() | {"torch_dtype": str(next(iter(state.values())).dtype).removeprefix("torch.")}
-    save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
-    (directory / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

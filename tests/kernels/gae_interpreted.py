@@ -1,4 +1,4 @@
-"""The Triton scan of `gae`. Run by `test_gae`, not collected by itself.
+"""The Triton scan of `gae`. Run by `test_triton`, not collected by itself.
 
 Without a GPU it runs in Triton's interpreter, which has to be chosen before Triton is imported: hence a process of its
 own. With one (`pytest tests/kernels/gae_interpreted.py`) it is compiled.

@@ -1,4 +1,4 @@
-"""The head's Triton kernels against fp64. Run by `test_linear_triton`, not collected by itself.
+"""The head's Triton kernels against fp64. Run by `test_triton`, not collected by itself.
 
 Without a GPU they run in Triton's interpreter, which has to be chosen before Triton is imported: hence a process of
 their own. With one (`pytest tests/kernels/linear_interpreted.py`) they are compiled. bf16 products are left to a GPU:
@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from searchr1_kernels import PolicyLoss, _linear_chunks, linear_logprob, linear_policy_loss, reference
+from searchr1_kernels import PolicyLoss, _linear_chunks, _linear_slabs, linear_logprob, linear_policy_loss, reference
 from searchr1_kernels import _linear_forward_triton as forward_kernels
 from searchr1_kernels import _linear_rows_triton as row_kernels
 
@@ -26,10 +26,10 @@ LIMITED = settings(max_examples=12, deadline=None, derandomize=True, phases=[Pha
 def small_tiles():
     """Several blocks, chunks, spans, groups and launches at test sizes; the fused passes wherever the tensors are."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("_linear_chunks", "linear_logprob", "linear_policy_loss"):
-            module = sys.modules[f"searchr1_kernels.{name}"]
-            patch.setattr(module, "rows_class", lambda hidden: row_kernels.FusedRows)
-            patch.setattr(module, "live_rows", lambda *_: None, raising=False)  # as on CUDA
+        patch.setattr(_linear_chunks, "runs_fused", lambda hidden: True)
+        patch.setattr(sys.modules["searchr1_kernels.linear_policy_loss"], "live_rows", lambda *_: None)  # as on CUDA
+        for name, value in (("_SLAB_BYTES", 20 * 7 * 4), ("_MAX_ROWS", 7), ("_MIN_COLUMNS", 8)):
+            patch.setattr(_linear_slabs, name, value)
         patch.setattr(_linear_chunks, "_MIN_CHUNK_ROWS", 7)
         patch.setitem(_linear_chunks._CHUNK_BYTES, DEVICE, 1)
         patch.setattr(row_kernels, "_BLOCK", 16)
@@ -161,8 +161,71 @@ def test_a_target_that_is_no_token_is_loud():
         assert logprob.isnan().tolist() == [False, True, True, False]
 
 
+@pytest.mark.parametrize(("most_rows", "columns"), [(100, 64), (25, 16), (7, 64), (7, 16)])
+@pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True)])
+def test_slabs_of_any_shape(monkeypatch, most_rows, columns, wanted):
+    """One chunk of rows or several, columns that do and do not divide V; the types of the results."""
+    monkeypatch.setattr(_linear_slabs, "_MAX_ROWS", most_rows)
+    monkeypatch.setattr(_linear_slabs, "_SLAB_BYTES", columns * 4 * _linear_chunks.chunk_size(25, most_rows))
+    hidden, weight, targets = problem(25, 8, 37)
+    rows, slab = _linear_slabs.tiles(hidden, weight)
+    assert slab == min(columns, 37) and rows[0].stop == min(most_rows, 25)
+    sides = [tensor.clone().requires_grad_(want) for tensor, want in zip((hidden, weight), wanted, strict=True)]
+    exact = [tensor.double().requires_grad_() for tensor in (hidden, weight)]
+    for function, (left, right) in ((linear_logprob, sides), (reference.linear_logprob, exact)):
+        logprob, entropy = function(left, right, targets, temperature=0.8, softcap=6.0, return_entropy=True)
+        (logprob.sum() + 0.3 * entropy.sum()).backward()
+    for have, want, wants in zip(sides, exact, wanted, strict=True):
+        assert (have.grad is not None) == wants
+        if wants:
+            torch.testing.assert_close(have.grad.double(), want.grad, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("rows", [14, 40])
+def test_memory_of_the_backward_pass(monkeypatch, live_bytes, rows):
+    """The account of `_linear_slabs`: results, the sum of hidden's gradient, a workspace, and for many rows a slab."""
+    monkeypatch.setattr(_linear_slabs, "_MAX_ROWS", 20)
+    monkeypatch.setattr(_linear_slabs, "_SLAB_BYTES", 16 * 20 * 4)
+    hidden, weight, targets = problem(rows, 64, 100)
+    head = sys.modules["searchr1_kernels.linear_logprob"]
+    logprobs, entropy, saved = head._forward(hidden, weight, targets, 1.0, None, True, True)
+    arguments = (logprobs, logprobs, hidden, weight, targets, entropy, saved, 1.0, None, True, True)
+    with live_bytes:
+        head._backward(*arguments)
+    columns = _linear_slabs.tiles(hidden, weight)[1]
+    account = weight.nbytes + hidden.nbytes + 4 * min(rows, 20) * columns + (4 * columns * 64 if rows > 20 else 0)
+    assert account <= live_bytes.peak <= account + 20 * 4 * rows  # and a few numbers per row
+
+
+def test_offsets_beyond_32_bits(tmp_path):
+    """Rows that begin 2^31 numbers into the logits, which lie in a file that is all hole."""
+    width, columns = 1 << 30, 40
+    with (tmp_path / "logits").open("wb") as file:
+        file.truncate(2 * (2 * width + columns))
+    logits = torch.from_file(str(tmp_path / "logits"), shared=True, size=2 * width + columns, dtype=torch.float16)
+    hidden, weight, targets = problem(3, 8, columns)
+    small = (hidden @ weight.T).half()
+    for row in range(3):
+        logits[row * width : row * width + columns] = small[row]
+    results = []
+    for values, stride in ((logits, width), (small, columns)):
+        outputs = torch.zeros(3), torch.zeros(3), torch.zeros(3, 2)
+        options = row_kernels.launch_options(1.0, None, columns)
+        row_kernels.score_rows[(3,)](values, targets, *outputs, columns, stride, ENTROPY=True, **options)
+        row_kernels.differentiate_rows[(3,)](
+            values, values, targets, outputs[0], outputs[0], outputs[1], outputs[2], 0, columns, stride,
+            ENTROPY=True, **options,
+        )  # fmt: skip
+        results.append(outputs)
+    for have, want in zip(*results, strict=True):
+        assert torch.equal(have, want)
+    for row in range(3):
+        assert torch.equal(logits[row * width : row * width + columns], small[row])
+
+
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize(("kind", "shared"), [("ppo", False), ("ppo", True), ("cispo", True), ("gspo", False)])
-def test_policy_loss_on_the_row_kernels(kind, shared):
+def test_policy_loss_on_the_row_kernels(kind, shared, recompute):
     hidden, weight, targets = problem(25, 8, 37)
     token_rows = (torch.arange(40) * 7 % 25 if shared else torch.arange(25)).to(DEVICE)
     rollout = reference.linear_logprob(hidden, weight, targets)[token_rows]
@@ -170,6 +233,7 @@ def test_policy_loss_on_the_row_kernels(kind, shared):
     advantages = torch.randn(len(rollout)).to(DEVICE)
     advantages[::4] = 0.0
     options = {"loss": PolicyLoss(kind=kind, entropy_coefficient=0.1), "denominator": 5.0, "softcap": 8.0}
+    more = {linear_policy_loss: {"recompute": recompute}, reference.linear_policy_loss: {}}
     if shared:
         options["token_rows"] = token_rows
     if kind == "gspo":
@@ -177,7 +241,7 @@ def test_policy_loss_on_the_row_kernels(kind, shared):
     results = []
     for function, dtype in ((linear_policy_loss, torch.float32), (reference.linear_policy_loss, torch.float64)):
         sides = [tensor.to(dtype).clone().requires_grad_() for tensor in (hidden, weight)]
-        loss, _ = function(*sides, targets, rollout.to(dtype), advantages.to(dtype), **options)
+        loss, _ = function(*sides, targets, rollout.to(dtype), advantages.to(dtype), **options, **more[function])
         loss.backward()
         results.append((loss.detach(), sides[0].grad, sides[1].grad))
     assert_close(results[0], results[1], 2e-5)

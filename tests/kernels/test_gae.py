@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from searchr1_kernels import gae, reference
 from searchr1_kernels.gae import _scan_torch
-
-INTERPRETED = Path(__file__).with_name("gae_interpreted.py")
 
 
 @pytest.fixture(autouse=True)
@@ -126,6 +122,29 @@ def test_no_tokens(implementation, lengths):
         assert output.dtype == torch.float32
 
 
+@IMPLEMENTATIONS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_rewards_are_not_rounded_to_the_type_of_the_values(implementation, dtype):
+    """2^30 + 1 is 2^30 in fp32; less 2^30 it is 1 or 0."""
+    rewards = torch.tensor([-(2.0**30), 2.0**30 + 1], dtype=torch.float64)
+    advantages, returns = implementation(rewards, torch.zeros(2, dtype=dtype), offsets([2]))
+    assert returns.tolist() == [1.0, 2.0**30]
+    assert advantages.dtype == torch.float32
+
+
+def test_threads_share_the_sequences(monkeypatch):
+    """However many, and however the tokens are spread: the same bits."""
+    lengths = [0, 3, 900, 0, 40, 1, 5000, 7, 300, 0]
+    inputs = (torch.randn(sum(lengths)), torch.randn(sum(lengths)), offsets(lengths))
+    options = {"gamma": 0.9, "lam": 0.8, "mask": torch.rand(sum(lengths)) < 0.5}
+    alone = gae(*inputs, **options)
+    monkeypatch.setattr(sys.modules["searchr1_kernels.gae"], "_TOKENS_PER_THREAD", 100)
+    for threads in (2, 3, 50):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        shared = gae(*inputs, **options)
+        assert all(torch.equal(left, right) for left, right in zip(shared, alone, strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_outputs_are_precise_constants(dtype):
     values = torch.randn(6, dtype=dtype, requires_grad=True)
@@ -157,10 +176,6 @@ def test_wrong_arguments_are_named(change, message):
         gae(**(arguments | change))
 
 
-def test_in_the_interpreter(run_in_interpreter):
-    run_in_interpreter(INTERPRETED)
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("masked", [False, True])
@@ -173,12 +188,3 @@ def test_a_gpu_and_a_cpu_agree(lengths, masked):
     have = gae(*moved, gamma=0.99, lam=0.95, mask=None if mask is None else mask.cuda())
     for left, right in zip(have, want, strict=True):
         torch.testing.assert_close(left.cpu(), right, rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_compiled():
-    """The interpreted cases on a GPU."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(INTERPRETED)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -86,6 +88,14 @@ def test_whitened_values_have_mean_zero_and_unit_variance():
     assert (whitened[~mask] == 0).all()
     assert float(whitened[mask].mean()) == pytest.approx(0, abs=1e-4)
     assert float(whitened[mask].std()) == pytest.approx(1, abs=1e-4)
+
+
+def test_whitening_with_moments_does_not_add_the_values_up(monkeypatch):
+    moments = masked_moments(torch.randn(50))
+    monkeypatch.setattr(sys.modules["searchr1_kernels.group"], "_masked_moments", None)
+    assert masked_whiten(torch.randn(20), moments=moments).isfinite().all()
+    with pytest.raises(ValueError, match="mask: expected shape"):
+        masked_whiten(torch.randn(20), torch.ones(3, dtype=torch.bool), moments=moments)
 
 
 @pytest.mark.parametrize("values", [torch.zeros(0), torch.tensor([3.0])])

@@ -85,9 +85,10 @@ objectives = st.builds(
     chosen=st.sampled_from(["all", "masked", "shared"]),
     dead=st.sampled_from([0.0, 0.5]),
     head=st.sampled_from([(1.0, None), (0.7, None), (1.3, 5.0)]),
+    recompute=st.booleans(),
     seed=st.integers(0, 1000),
 )
-def test_matches_the_oracle_in_fp64(rows, loss, dual_clip, anchor, weighted, chosen, dead, head, seed):
+def test_matches_the_oracle_in_fp64(rows, loss, dual_clip, anchor, weighted, chosen, dead, head, recompute, seed):
     generator = torch.Generator().manual_seed(seed)
     inputs, extras = problem(rows, seed)
     options = {"loss": loss, "denominator": 3.0, "temperature": head[0], "softcap": head[1]}
@@ -110,7 +111,7 @@ def test_matches_the_oracle_in_fp64(rows, loss, dual_clip, anchor, weighted, cho
     if loss.kind == "gspo":
         cuts = torch.randint(rows + 1, (2,), generator=generator).sort().values
         options["cu_seqlens"] = torch.cat([torch.tensor([0]), cuts, torch.tensor([rows])]).int()
-    ours = run(linear_policy_loss, inputs, **options)
+    ours = run(linear_policy_loss, inputs, recompute=recompute, **options)
     assert_close(ours, run(reference.linear_policy_loss, inputs, **options), 1e-11)
 
 
@@ -220,8 +221,9 @@ def test_parts_add_up_to_the_whole():
         assert joined == pytest.approx(value, rel=1e-5), name
 
 
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_without_gradient_are_not_multiplied(monkeypatch, kind):
+def test_rows_without_gradient_are_not_multiplied(monkeypatch, kind, recompute):
     """Zero advantages and no KL: their rows take no part in the products of the backward pass."""
     multiplied = []
     add = _linear_chunks.Gradients.add
@@ -237,7 +239,7 @@ def test_rows_without_gradient_are_not_multiplied(monkeypatch, kind):
     options = {"loss": PolicyLoss(kind=kind), "denominator": 1.0}
     if kind == "gspo":
         options["cu_seqlens"] = torch.tensor([0, 40])
-    ours = run(linear_policy_loss, inputs, **options)
+    ours = run(linear_policy_loss, inputs, recompute=recompute, **options)
     assert sum(multiplied) == 10
     assert_close(ours, run(reference.linear_policy_loss, inputs, **options), 1e-12)
 
@@ -288,10 +290,11 @@ def test_repeats_bit_for_bit():
         assert runs[0][3] == again[3]
 
 
-def test_a_second_backward_pass_gives_the_same_gradient():
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_second_backward_pass_gives_the_same_gradient(recompute):
     inputs, _ = problem(20)
     weight = inputs[1].requires_grad_()
-    loss, _ = linear_policy_loss(*inputs, denominator=1)
+    loss, _ = linear_policy_loss(*inputs, denominator=1, recompute=recompute)
     (first,) = torch.autograd.grad(loss, weight, retain_graph=True)
     (second,) = torch.autograd.grad(loss, weight)
     assert torch.equal(first, second)
@@ -359,6 +362,12 @@ def test_wrong_settings_are_named(fields, message):
         ({"advantages": torch.zeros(6, dtype=torch.int64)}, "advantages: expected a floating-point"),
         ({"ref_logprobs": torch.zeros(6, 1)}, "ref_logprobs: expected shape"),
         ({"old_logprobs": torch.zeros(6), "on_policy": True}, "old_logprobs: expected None on policy"),
+        (
+            {"rollout_logprobs": torch.zeros(6).bfloat16()},
+            "rollout_logprobs: expected .*bfloat16, .*cast_forward_inputs",
+        ),
+        ({"ref_logprobs": torch.zeros(6).half()}, "ref_logprobs: expected torch.float32 or torch.float64, got"),
+        ({"old_logprobs": torch.zeros(6).half()}, "old_logprobs: expected torch.float32 or torch.float64, got"),
         ({"token_weights": torch.zeros(7)}, "token_weights: expected shape"),
         ({"token_weights": torch.zeros(6, device="meta")}, "token_weights: expected the device of hidden"),
         ({"denominator": 0}, "denominator: expected a finite number above 0, got 0"),
@@ -367,6 +376,14 @@ def test_wrong_settings_are_named(fields, message):
         ({"loss": PolicyLoss(kind="gspo")}, "cu_seqlens: expected .* for gspo and None .*, got None for gspo"),
         ({"cu_seqlens": torch.tensor([0, 6])}, "cu_seqlens: expected .*, got a tensor for ppo"),
         ({"loss": PolicyLoss(kind="gspo"), "cu_seqlens": torch.tensor([0, 5])}, "cu_seqlens: expected offsets"),
+        (
+            {
+                "loss": PolicyLoss(kind="gspo"),
+                "cu_seqlens": torch.tensor([0, 9]),
+                "mask": torch.ones(6, dtype=torch.bool),
+            },
+            "cu_seqlens: expected offsets that rise from 0 to 6, got 0 to 9",
+        ),
         ({"mask": torch.ones(6)}, "mask: expected torch.bool"),
         ({"token_rows": torch.zeros(6)}, "token_rows: expected torch.int64"),
         ({"token_rows": torch.zeros(4, dtype=torch.int64)}, r"rollout_logprobs: expected shape \[4\], got \[6\]"),

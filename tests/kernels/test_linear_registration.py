@@ -6,7 +6,8 @@ import sys
 
 import pytest
 import torch
-from searchr1_kernels import PolicyLoss, _linear_chunks, linear_logprob, linear_policy_loss, policy_objective
+from searchr1_kernels import PolicyLoss, _linear_chunks, gae, linear_logprob, linear_policy_loss, policy_objective
+from searchr1_kernels._objective_operator import NUM_METRICS, arguments
 
 OPERATORS = torch.ops.searchr1_kernels
 GSPO = {"loss": PolicyLoss(kind="gspo"), "cu_seqlens": torch.tensor([0, 8, 8, 21])}
@@ -49,25 +50,26 @@ def test_opcheck_linear_logprob_backward(wanted):
 SHARED = {"loss": PolicyLoss(entropy_coefficient=0.1), "token_rows": torch.tensor([3, 0, 3, 5, 9, *range(16)])}
 
 
-@pytest.mark.parametrize("options", [{"loss": PolicyLoss(entropy_coefficient=0.1)}, GSPO, SHARED])
+def aims(options, rollout, advantages):
+    """What both operators of the policy's loss are told of the objective."""
+    tokens = policy_objective.PolicyRows(rollout, advantages, None, None, torch.rand(21))
+    return arguments(tokens, options.get("token_rows"), options.get("cu_seqlens"), options["loss"], False)
+
+
+@pytest.mark.parametrize("options", [{"loss": PolicyLoss(entropy_coefficient=0.1)}, SHARED])
 def test_opcheck_linear_policy_loss(options):
-    hidden, weight, targets, rollout, advantages = problem()
-    loss = options["loss"]
-    fields = [getattr(loss, name) for name in loss.__dataclass_fields__]
-    rows = (rollout, advantages, None, None, torch.rand(21), options.get("token_rows"), options.get("cu_seqlens"))
-    arguments = (
-        hidden.requires_grad_(),
-        weight.requires_grad_(),
-        targets,
-        *rows,
-        *fields,
-        False,
-        1.0,
-        None,
-        True,
-        True,
+    hidden, weight, targets, *of_tokens = problem()
+    sides = (hidden.requires_grad_(), weight.requires_grad_())
+    torch.library.opcheck(
+        OPERATORS.linear_policy_loss.default, (*sides, targets, *aims(options, *of_tokens), 1.0, None, True, True)
     )
-    torch.library.opcheck(OPERATORS.linear_policy_loss.default, arguments)
+
+
+@pytest.mark.parametrize("options", [{"loss": PolicyLoss()}, GSPO, SHARED])
+def test_opcheck_policy_objective(options):
+    rollout, advantages = problem()[3:]
+    scores = (rollout.clone().requires_grad_(), torch.rand(21).requires_grad_())
+    torch.library.opcheck(OPERATORS.policy_objective.default, (*scores, *aims(options, rollout, advantages)))
 
 
 def with_gradients(function, *inputs):
@@ -99,9 +101,14 @@ def gspo(hidden, weight, targets, rollout, advantages):
     return loss, *metrics.values()
 
 
-@pytest.mark.parametrize("function", [logprob_and_entropy, logprob_alone, ppo, gspo])
+def ppo_recomputed(hidden, weight, targets, rollout, advantages):
+    loss, metrics = linear_policy_loss(hidden, weight, targets, rollout, advantages, denominator=9, recompute=True)
+    return loss, *metrics.values()
+
+
+@pytest.mark.parametrize("function", [logprob_and_entropy, logprob_alone, ppo, ppo_recomputed, gspo])
 def test_whole_graph_compilation_gives_the_same_bits(function):
-    inputs = problem()[: 5 if function in (ppo, gspo) else 3]
+    inputs = problem()[: 3 if function in (logprob_and_entropy, logprob_alone) else 5]
     torch._dynamo.reset()
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     for ours, eager in zip(with_gradients(compiled, *inputs), with_gradients(function, *inputs), strict=True):
@@ -126,17 +133,21 @@ def test_compilation_does_not_depend_on_the_number_of_rows():
 @pytest.mark.parametrize("kind", ["ppo", "cispo", "reinforce", "gspo"])
 def test_nothing_reads_values_off_the_device(kind, shared):
     """On tensors without values, where reading one or counting the entries of a mask raises. On a GPU it would wait."""
-    implementation = sys.modules["searchr1_kernels.linear_policy_loss"]._forward
     loss = PolicyLoss(kind=kind, importance_cap=2.0, kl_coefficient=0.1, entropy_coefficient=0.1)
-    fields = [getattr(loss, name) for name in loss.__dataclass_fields__]
-    hidden, weight, *rows = (tensor.to("meta") for tensor in problem(300))
+    hidden, weight, targets, *rows = (tensor.to("meta") for tensor in problem(300))
     cu_seqlens = torch.tensor([0, 200, 300], device="meta") if kind == "gspo" else None
     token_rows = torch.zeros(300, dtype=torch.int64, device="meta") if shared else None
-    rest = (*rows, rows[1], None, None, token_rows, cu_seqlens, *fields, False, 1.0, None, True, True)
-    total, metrics, grad_hidden, grad_weight = implementation(hidden, weight, *rest)
-    assert total.shape == () and grad_hidden.shape == hidden.shape and grad_weight.shape == weight.shape
-    names = (policy_objective.SUM_METRICS, policy_objective.MAX_METRICS, policy_objective.MIN_METRICS)
-    assert metrics.shape == (sum(map(len, names)),)
+    tokens = policy_objective.PolicyRows(*rows, rows[1], None, None)
+    aims = arguments(tokens, token_rows, cu_seqlens, loss, False)
+    modules = (sys.modules[f"searchr1_kernels.{name}"] for name in ("linear_policy_loss", "_objective_operator"))
+    one_pass, objective = (module._forward for module in modules)
+    total, metrics, *slopes = objective(*rows, *aims)
+    assert total.shape == () and [slope.shape for slope in slopes] == [(300,), (300,)]
+    assert metrics.shape == (NUM_METRICS,)
+    if kind != "gspo":
+        total, metrics, *gradients = one_pass(hidden, weight, targets, *aims, 1.0, None, True, True)
+        assert total.shape == () and [g.shape for g in gradients] == [hidden.shape, weight.shape]
+        assert metrics.shape == (NUM_METRICS,)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -165,3 +176,64 @@ def test_gradients_of_gradients_are_refused():
         (gradient,) = torch.autograd.grad(output.square(), hidden, create_graph=True)
         with pytest.raises(RuntimeError, match="differentiate twice"):
             gradient.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("cu_seqlens", "message"),
+    [
+        (torch.tensor([0.0, 21.0]), "cu_seqlens: expected torch.int32"),
+        (torch.tensor([[0, 21]]), "cu_seqlens: expected shape"),
+        (torch.zeros(0, dtype=torch.int64), "cu_seqlens: expected at least one offset"),
+        (torch.tensor([0, 20]), "cu_seqlens: expected offsets that rise from 0 to 21"),
+    ],
+)
+def test_compiled_code_names_wrong_offsets_too(cu_seqlens, message):
+    """Shape and type while it is traced, the numbers when it runs."""
+
+    def both(hidden, weight, targets, rollout, advantages, cu_seqlens):
+        options = {"loss": PolicyLoss(kind="gspo"), "denominator": 9, "cu_seqlens": cu_seqlens}
+        return linear_policy_loss(hidden, weight, targets, rollout, advantages, **options)[0]
+
+    def scan(*inputs):
+        return gae(inputs[3], inputs[4], inputs[5])
+
+    for function in (both, scan):
+        torch._dynamo.reset()
+        with pytest.raises(Exception, match=message):  # while it traces, dynamo puts its own error around ours
+            torch.compile(function, fullgraph=True, backend="aot_eager")(*problem(), cu_seqlens)
+
+
+@pytest.fixture
+def one_rank():
+    """A process group of one, which FSDP wants."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+class Head(torch.nn.Module):
+    """A module as a trainer wraps it: weights inside, log-probabilities as arguments."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = torch.nn.Parameter(weight)
+
+    def forward(self, hidden, targets, rollout, advantages):
+        hidden = hidden.to(self.weight.dtype)
+        return linear_policy_loss(hidden, self.weight, targets, rollout, advantages, denominator=9)[0]
+
+
+@pytest.mark.parametrize("cast", [True, False])
+def test_log_probabilities_that_fsdp_rounded_are_refused(one_rank, cast):
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    hidden, weight, targets, rollout, advantages = problem()
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, cast_forward_inputs=cast)
+    mesh = torch.distributed.init_device_mesh("cpu", (1,))
+    module = fully_shard(Head(weight), mesh=mesh, mp_policy=policy)
+    if cast:
+        with pytest.raises(ValueError, match="rollout_logprobs: expected .*bfloat16.*cast_forward_inputs=False"):
+            module(hidden, targets, rollout, advantages)
+        return
+    want = linear_policy_loss(hidden.bfloat16(), weight.bfloat16(), targets, rollout, advantages, denominator=9)[0]
+    assert torch.equal(module(hidden, targets, rollout, advantages), want)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from searchr1_kernels import TopKIndex, _topk_cpu, reference, topk_inner_product
 
-INTERPRETED = Path(__file__).with_name("topk_interpreted.py")
 KINDS = ("normal", "ties", "copies", "zero", "close", "one direction", "one large component", "all sizes", "tiny")
 
 
@@ -257,17 +254,27 @@ def test_wrong_ways_to_prepare_are_named():
         TopKIndex(torch.cat([CORPUS[:4], torch.full((1, 3), torch.inf)]))
 
 
-def test_in_the_interpreter(run_in_interpreter):
-    run_in_interpreter(INTERPRETED)
+def test_a_gpu_without_triton_is_an_error_that_says_so(monkeypatch):
+    """There is nothing slower to fall back on."""
+    topk = sys.modules["searchr1_kernels.topk"]
+    monkeypatch.setattr(topk, "triton_is_installed", lambda: False)
+    with pytest.raises(ValueError, match="corpus: expected a tensor on the CPU, got one on cuda:0.*pip install triton"):
+        topk._implementation(torch.device("cuda", 0))
+    with pytest.raises(ValueError, match="corpus: expected a tensor on the CPU or on a CUDA device, got one on meta"):
+        TopKIndex(CORPUS.to("meta"))
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_compiled():
-    """The same cases on a GPU."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(INTERPRETED)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_an_index_says_what_will_multiply(monkeypatch):
+    """A processor whose 8-bit products saturate is warned of once, and its indexes say that they search in fp64."""
+    assert TopKIndex(CORPUS).coarse == ("int8" if _topk_cpu.integer_products_are_exact() else "fp64")
+    _topk_cpu.integer_products_are_exact.cache_clear()
+    product = torch._int_mm
+    monkeypatch.setattr(torch, "_int_mm", lambda left, right: product(left, right).clamp(-(1 << 20), 1 << 20))
+    with pytest.warns(UserWarning, match="8-bit products saturate, so exact search multiplies in fp64"):
+        assert TopKIndex(CORPUS).coarse == "fp64"
+    asked, corpus = problem("normal")
+    assert_equal(topk_inner_product(asked, corpus, 5), reference.topk_inner_product(asked, corpus, 5))
+    _topk_cpu.integer_products_are_exact.cache_clear()
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""The search's Triton kernels and their host side. Run by `test_topk`, not collected by itself.
+"""The search's Triton kernels and their host side. Run by `test_triton`, not collected by itself.
 
 Without a GPU they run in Triton's interpreter, which has to be chosen before Triton is imported: hence a process of
 their own. With one (`pytest tests/kernels/topk_interpreted.py`) they are compiled. bf16 products are left to a GPU: the

@@ -5,9 +5,13 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer
 
+from searchr1_fast.config import PromptConfig
 from searchr1_fast.models import TextTokenizer, load_tokenizer
+from searchr1_fast.prompt import PromptBuilder
+from searchr1_fast.types import Question
 
 TEXTS = ["<think> the cat sat </think>\n<search> the cat </search>", "naïve café – 東京 🎈", "1837 and 1838"] * 20
 
@@ -71,6 +75,28 @@ def test_everything_that_ends_a_turn_is_read_and_kept(tokenizer, tmp_path):
     settings.unlink()
     assert load_tokenizer(tmp_path).eos_ids == (tokenizer.eos_id,)
     assert TextTokenizer(tokenizer.backend).eos_ids == ()
+
+
+def test_the_token_before_every_text_is_found_kept_and_put_before_prompts(tokenizer, tmp_path):
+    """Llama's directories: the post-processor adds it, and the chat template asks for it by name."""
+    assert tokenizer.start_text == ""
+    backend = Tokenizer.from_str(tokenizer.backend.to_str())
+    backend.add_special_tokens(["<|begin|>"])
+    begin = backend.token_to_id("<|begin|>")
+    backend.post_processor = processors.TemplateProcessing(single="<|begin|> $A", special_tokens=[("<|begin|>", begin)])
+    template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}|"
+    TextTokenizer(backend, "<|end|>", template).save(tmp_path)
+    llama = load_tokenizer(tmp_path)
+    assert llama.start_text == "<|begin|>"
+    assert llama.encode("the cat") == tokenizer.encode("the cat")  # turns and observations do not begin anew
+    question = Question("1", "the cat", ("a",), "test")
+    for chat in (False, True):
+        prompt = PromptBuilder(PromptConfig(template="Q: {question}", chat_template=chat), llama)(question)
+        assert prompt == "<|begin|>Q: the cat" + "|" * chat
+        token_ids = llama.encode(prompt, special_tokens=True)
+        assert (token_ids[0], token_ids.count(begin)) == (begin, 1)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert (theirs.bos_token, theirs("the cat").input_ids[0]) == ("<|begin|>", begin)
 
 
 def test_built_in_names_are_resolved():

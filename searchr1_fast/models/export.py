@@ -1,0 +1,66 @@
+"""Weights to Hugging Face directories, as transformers writes them: one file, or shards with an index above a size."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from searchr1_fast.models.decoder import Decoder
+from searchr1_fast.models.weights import INDEX, SINGLE
+
+MAX_SHARD_BYTES = 5 * 10**9  # what transformers wrote for years, and every loader copes with
+
+
+def save_model(
+    model: Decoder,
+    directory: str | Path,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write config.json and the weights; `dtype` None keeps the parameters' own. Reads back with transformers.
+
+    Whole parameters only: a sharded model is gathered first. On the CPU there is at most one shard at a time. Files of
+    an earlier export that this one does not replace are removed, so that no reader mixes the two.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    state = dict(model.named_parameters())  # a tied head appears once, as the embedding
+    if model.config.tie_word_embeddings:
+        state.pop("lm_head.weight", None)  # tied by the configuration, though not in memory
+    stored = dtype or next(iter(state.values())).dtype
+    shards = _split(state, stored, max_shard_bytes)
+    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        names = [SINGLE]
+    for name, shard in zip(names, shards, strict=True):
+        tensors = {key: state[key].detach().to("cpu", stored).contiguous() for key in shard}
+        save_file(tensors, directory / name, metadata={"format": "pt"})
+    if len(shards) > 1:
+        weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+        total = sum(tensor.numel() for tensor in state.values()) * stored.itemsize
+        _write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    for old in (*directory.glob("model-*-of-*.safetensors"), directory / SINGLE, directory / INDEX):
+        if old.name not in (names if len(shards) == 1 else (*names, INDEX)):
+            old.unlink(missing_ok=True)
+    _write_json(directory / "config.json", model.config.to_hf() | {"torch_dtype": str(stored).removeprefix("torch.")})
+
+
+def _split(state: dict[str, torch.Tensor], dtype: torch.dtype, max_bytes: int) -> list[list[str]]:
+    """Names in order, cut where a shard would grow above `max_bytes`; a larger tensor goes alone."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, tensor in state.items():
+        num_bytes = tensor.numel() * dtype.itemsize
+        if shards[-1] and size + num_bytes > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += num_bytes
+    return shards
+
+
+def _write_json(path: Path, values: dict) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,50 @@
+"""Rotary position embedding (arXiv 2104.09864), with Llama 3's scaling of its frequencies.
+
+Shape legend
+    T  packed tokens    H  heads    d  head size
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+
+from searchr1_fast.models.decoder_config import Llama3Scaling
+
+
+def rotary_embedding(
+    positions: torch.Tensor,  # [T] int64
+    head_dim: int,
+    theta: float,
+    scaling: Llama3Scaling | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # cos, sin: [T, 1, d] fp32
+    """Angles of rotary position embedding (eq. 34), halves layout as in Hugging Face."""
+    angles = positions[:, None].float() * _frequencies(head_dim, theta, scaling, positions.device)  # [T, d/2]
+    angles = torch.cat((angles, angles), dim=-1).unsqueeze(1)
+    return angles.cos(), angles.sin()
+
+
+def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:  # [T, H, d] -> [T, H, d]
+    """Rotate pairs (i, i + d/2) by the token's angles."""
+    first, second = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+
+
+@lru_cache(maxsize=16)
+def _frequencies(head_dim: int, theta: float, scaling: Llama3Scaling | None, device: torch.device) -> torch.Tensor:
+    """[d/2] fp32, radians per token; made once, as on a GPU each of these small operations is a launch per step."""
+    with torch.inference_mode(False):  # or a first call in inference mode would leave what autograd cannot save
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
+        frequencies = 1.0 / theta**exponents
+        return frequencies if scaling is None else _scale_llama3(frequencies, scaling)
+
+
+def _scale_llama3(frequencies: torch.Tensor, scaling: Llama3Scaling) -> torch.Tensor:  # [d/2] -> [d/2]
+    """Slow turns are slowed by `factor`, fast ones kept, and between them the two are mixed linearly in the number of
+    turns that fit into the original context (`apply_scaling` of meta-llama/llama-models, models/llama3/model.py)."""
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
+    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    kept = kept.clamp(0.0, 1.0)  # 0: below low_freq_factor turns, 1: above high_freq_factor
+    return frequencies * (kept + (1.0 - kept) / scaling.factor)

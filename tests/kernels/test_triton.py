@@ -1,0 +1,51 @@
+"""The Triton kernels' cases (`*_interpreted.py`), in Triton's interpreter on any machine and compiled where a GPU is.
+
+Each in a process of its own: the interpreter is chosen for good when Triton is imported, and cases make tiles small.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import searchr1_kernels
+import torch
+
+CASES = sorted(Path(__file__).parent.glob("*_interpreted.py"))
+each_file = pytest.mark.parametrize("cases", CASES, ids=lambda path: path.stem.removesuffix("_interpreted"))
+
+
+def run(cases: Path, **environment: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases)]
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@each_file
+def test_in_the_interpreter(cases):
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("needs Triton")
+    versions = [importlib.metadata.version(name).split(".")[:2] for name in ("triton", "numpy")]
+    triton, numpy = (tuple(map(int, version)) for version in versions)
+    if triton == (3, 6) and numpy >= (2, 4):
+        pytest.skip("Triton 3.6's interpreter makes numbers of arrays of one element, as numpy before 2.4 did")
+    run(cases, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@each_file
+def test_compiled(cases):
+    run(cases)
+
+
+def test_every_module_of_kernels_has_cases():
+    """Others would be compiled, and never run."""
+    modules = {path.stem for path in Path(searchr1_kernels.__file__).parent.glob("_*_triton.py")}
+    text = "".join(path.read_text(encoding="utf-8") for path in CASES)
+    assert modules == {name for name in modules if name in text}

@@ -1,0 +1,74 @@
+"""Blocks that torch compiles: the same numbers, one graph for all layers, none anew when lengths change."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch._dynamo
+from torch._dynamo.utils import counters
+
+from searchr1_fast.models import Decoder, DecoderConfig, KVCache
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def build() -> Decoder:
+    torch.manual_seed(0)
+    return Decoder(DecoderConfig(50, 32, 48, 4, 4, 2, model_type="qwen3", head_dim=8))
+
+
+BATCHES = [[9, 4, 12], [7], [3, 3, 3, 3, 3, 20], [31, 1], [2, 2], [64, 5, 5]]  # other totals, other numbers
+
+
+def train_on(model: Decoder, lengths: list[int]) -> list[torch.Tensor]:
+    """Hidden states of some rows, as in training, and the gradients."""
+    cu_seqlens, num_tokens = torch.tensor([0, *lengths]).cumsum(0), sum(lengths)
+    token_ids, rows = torch.arange(num_tokens) % 50, torch.arange(0, num_tokens, 2)
+    hidden = model.hidden(token_ids, cu_seqlens, rows)
+    model.zero_grad()
+    hidden.square().sum().backward()
+    return [hidden.detach(), *(p.grad.clone() for p in model.model.parameters())]
+
+
+def num_graphs() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+def test_lengths_do_not_compile_anew_and_numbers_stay():
+    model, compiled = build(), build()
+    compiled.compile_blocks(backend="aot_eager")
+    for lengths in BATCHES:
+        for got, expected in zip(train_on(compiled, lengths), train_on(model, lengths), strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+        assert num_graphs() == 2  # before and after attention: for all four layers, whatever the lengths
+    train_on(compiled, [1])
+    assert num_graphs() == 4  # a token alone
+    with torch.no_grad():
+        for lengths in BATCHES:
+            compiled.hidden(torch.zeros(sum(lengths), dtype=torch.int64), torch.tensor([0, *lengths]).cumsum(0))
+    assert num_graphs() == 6
+    train_on(compiled, BATCHES[0])
+    assert num_graphs() == 6
+
+
+def test_cached_steps_of_any_size_share_their_graphs():
+    model, compiled = build(), build()
+    compiled.compile_blocks(backend="eager")
+    caches = [KVCache(model.config, num_slots=4, max_length=40) for _ in range(2)]
+    start = torch.zeros(4, dtype=torch.int64)
+    for step, counts in enumerate(([5, 9, 3, 1], [1, 1, 1, 1], [4, 1, 8], [1, 1], [6, 5])):
+        slots, cu_seqlens = torch.arange(len(counts)), torch.tensor([0, *counts]).cumsum(0)
+        token_ids = torch.arange(sum(counts)) % 50
+        one, other = (
+            m.forward_cached(token_ids, cu_seqlens, slots, start[slots], cache)
+            for m, cache in zip((model, compiled), caches, strict=True)
+        )
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6, msg=lambda text, s=step: f"step {s}: {text}")
+        start[slots] += torch.tensor(counts)
+        assert num_graphs() == 2
