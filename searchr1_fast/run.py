@@ -24,7 +24,7 @@ from searchr1_fast.distributed import Ranks, process
 from searchr1_fast.environment import Environment, build_environments
 from searchr1_fast.evaluate import EvalResult, Progress, build_engine, evaluate
 from searchr1_fast.metrics import MetricsLog, PhaseTimers, read_metrics
-from searchr1_fast.models import TextTokenizer, load_model, load_tokenizer, resolve, save_model
+from searchr1_fast.models import TextTokenizer, describe_attention, load_tokenizer, meta_model, resolve, save_model
 from searchr1_fast.policy import Learner, Policy
 from searchr1_fast.prompt import PromptBuilder
 from searchr1_fast.retrieval.statistics import SearchStatistics
@@ -174,6 +174,8 @@ def open_run(config: Config, ui: UserInterface | None = None) -> Iterator[Run]:
         try:
             if checkpoint is not None:
                 run.load(checkpoint)
+            dtype, head_dim = getattr(torch, config.model.dtype), run.policy.replica.config.head_dim
+            ui.note(describe_attention(ranks.device, dtype, head_dim))
             # Last: whatever is wrong with the configuration has been said by now, and nothing was written.
             run.log = open_log(config, run.step if checkpoint else -1) if ranks.is_main else None
             yield run
@@ -203,11 +205,11 @@ def build_run(config: Config, ranks: Ranks, ui: UserInterface) -> Run:
     tokenizer = load_tokenizer(directory)
     reference = None
     if config.algorithm.kl_coefficient > 0:
-        reference = load_model(directory, getattr(torch, config.model.dtype), ranks.device)
-    policy = Policy(load_model(directory, torch.float32, ranks.device), config, ranks, reference)
+        reference = meta_model(directory, getattr(torch, config.model.dtype))
+    policy = Policy(meta_model(directory), config, ranks, reference, weights=directory)
     critic = None
     if config.algorithm.name == "ppo":
-        critic = Critic(load_model(directory, torch.float32, ranks.device), config, ranks)
+        critic = Critic(meta_model(directory), config, ranks, weights=directory)
     engine = build_engine(policy.replica, tokenizer, config)
     return Run(
         config=config,

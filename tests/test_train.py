@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from searchr1_fast import policy as policy_module
 from searchr1_fast import run as run_module
 from searchr1_fast import train as train_module
 from searchr1_fast.config import Config
@@ -174,8 +175,8 @@ def test_a_trajectory_that_never_spoke_is_not_trained_on(make_config, make_traje
 @pytest.mark.parametrize(("coefficient", "num_loads"), [(0.0, 1), (0.1, 2)])
 def test_without_a_kl_no_reference_is_loaded(make_config, make_console, monkeypatch, coefficient, num_loads):
     loads = []
-    load_model = run_module.load_model
-    monkeypatch.setattr(run_module, "load_model", lambda *arguments: loads.append(1) or load_model(*arguments))
+    load_weights = policy_module.load_weights
+    monkeypatch.setattr(policy_module, "load_weights", lambda *arguments: loads.append(1) or load_weights(*arguments))
     config = make_config(algorithm={"kl_coefficient": coefficient}, train={"num_steps": 1}, eval={"sets": {}})
     train(config, make_console())
     assert len(loads) == num_loads
