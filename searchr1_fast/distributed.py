@@ -96,7 +96,7 @@ class Ranks:
 def process(device: str = "auto", num_threads: int = 0, seed: int = 0) -> Iterator[Ranks]:
     """Join the process group that torchrun's environment describes, seed every generator, and leave on a clean exit.
 
-    CPU arithmetic of the whole process takes denormal numbers for zero from here on.
+    Meanwhile CPU arithmetic of the whole process takes denormal numbers for zero.
 
     device: `auto` (CUDA where there is one), `cpu` or `cuda`. Raises ValueError where `cuda` is asked for in vain. A
     group that the caller has joined already is used, and left alone.
@@ -106,6 +106,7 @@ def process(device: str = "auto", num_threads: int = 0, seed: int = 0) -> Iterat
     # Attention that has made up its mind leaves probabilities below 1e-38, over which a CPU is so slow that a step of
     # pretrain-base took 5 s of its time, and takes 0.4 s without them (AMD EPYC, 2026-11-24). Before any pool of
     # threads is made: threads inherit it.
+    flushed_before = not torch.tensor(1e-39).mul(1.0)
     torch.set_flush_denormal(True)
     num_threads = num_threads or torch.get_num_threads()  # torchrun's or the user's; numba alone would take every core
     numba.set_num_threads(min(num_threads, numba.config.NUMBA_NUM_THREADS))
@@ -127,6 +128,7 @@ def process(device: str = "auto", num_threads: int = 0, seed: int = 0) -> Iterat
         # for them for ever: leave it to the operating system, exit non-zero, and let torchrun stop them.
         if is_ours and dist.is_initialized() and not (is_failing and world_size > 1):
             dist.destroy_process_group()
+        torch.set_flush_denormal(flushed_before)
 
 
 def shard(

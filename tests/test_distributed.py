@@ -174,3 +174,14 @@ def test_a_rank_has_the_threads_it_was_given_and_no_denormals():
         check=True,
     )
     assert result.stdout.split() == ["1", "0"]
+
+
+def test_denormals_are_numbers_again_when_the_context_ends():
+    for before in (False, True):
+        torch.set_flush_denormal(before)
+        try:
+            with process("cpu"):
+                assert not torch.tensor(1e-39).mul(1.0)
+            assert bool(torch.tensor(1e-39).mul(1.0)) is not before
+        finally:
+            torch.set_flush_denormal(False)

@@ -257,7 +257,7 @@ def test_searches_of_another_corpus_are_refused_and_that_is_said(make_config, ma
     with open_run(
         Config.model_validate(config.model_dump() | {"run": config.run.model_dump() | {"resume": True}}), console
     ):
-        assert console.notes[-1].endswith("searches remembered from the checkpoint")
+        assert sum(note.endswith("searches remembered from the checkpoint") for note in console.notes) == 1
 
 
 def test_the_demo_on_vectors_needs_nothing_but_what_is_here(tmp_path, monkeypatch):
