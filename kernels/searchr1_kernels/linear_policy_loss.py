@@ -111,13 +111,7 @@ def linear_policy_loss(
     _check(hidden, given, loss, denominator, on_policy, token_rows, mask, cu_seqlens)
     rows = PolicyRows(*(None if tensor is None else tensor.detach().to(compute) for tensor in given))
     if mask is not None:
-        kept = mask.nonzero().squeeze(1)  # [M]
-        hidden, targets = hidden[kept], targets[kept]
-        rows = PolicyRows(*(None if tensor is None else tensor[kept] for tensor in rows))
-        if cu_seqlens is not None:
-            if not torch.compiler.is_compiling():  # reads the values on a CPU
-                checks.check_offsets("cu_seqlens", cu_seqlens, mask.shape[0])
-            cu_seqlens = torch.cat([mask.new_zeros(1, dtype=torch.long), mask.cumsum(0)])[cu_seqlens.long()]
+        hidden, targets, rows, cu_seqlens = _keep(mask, hidden, targets, rows, cu_seqlens)
     wanted = tuple(torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden, weight))
     aims = arguments(rows, token_rows, cu_seqlens, loss, on_policy)
     if recompute or loss.kind == "gspo" or not any(wanted):
@@ -129,6 +123,16 @@ def linear_policy_loss(
     if ref_logprobs is None:
         del named["kl_ref"]
     return total / denominator, named
+
+
+def _keep(mask, hidden, targets, rows: PolicyRows, cu_seqlens):
+    """The arguments with the M rows that the mask [N] keeps alone, and where sequences begin among those."""
+    kept = mask.nonzero().squeeze(1)  # [M]
+    if cu_seqlens is not None:
+        if not torch.compiler.is_compiling():  # reads the values on a CPU
+            checks.check_offsets("cu_seqlens", cu_seqlens, mask.shape[0])
+        cu_seqlens = torch.cat([mask.new_zeros(1, dtype=torch.long), mask.cumsum(0)])[cu_seqlens.long()]
+    return hidden[kept], targets[kept], PolicyRows(*(None if x is None else x[kept] for x in rows)), cu_seqlens
 
 
 def _check(hidden, rows: PolicyRows, loss: PolicyLoss, denominator, on_policy: bool, token_rows, mask, cu_seqlens):

@@ -205,6 +205,8 @@ class Decoder(nn.Module):
                 nn.init.normal_(module.weight, std=self.config.initializer_range)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
+            if isinstance(module, RMSNorm):
+                nn.init.ones_(module.weight)
         self._tie()
 
     def _tie(self) -> None:

@@ -171,3 +171,18 @@ def test_bf16_forward_is_close_to_fp32(make_pack):
     rounded = model.hidden(token_ids, cu_seqlens)
     assert rounded.dtype == torch.bfloat16
     assert (rounded.float() - exact).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
+def test_parameters_are_begun_anew_whatever_the_memory_held(model_type):
+    with torch.device("meta"):
+        model = Decoder(DecoderConfig(23, 16, 24, 2, 2, 1, model_type=model_type))
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(float("nan"))
+    model.reset_parameters()
+    for name, parameter in model.named_parameters():
+        assert parameter.isfinite().all(), name
+        if "norm" in name:
+            assert (parameter == 1).all(), name
