@@ -213,6 +213,8 @@ class OptimizerConfig(Section):
     def _one_warmup(self) -> OptimizerConfig:
         if self.warmup_steps and self.warmup_ratio:
             raise ValueError("optimizer.warmup_ratio: warmup_steps says how long the warm-up is already; drop one")
+        if self.schedule == "constant" and self.final_learning_rate_ratio:
+            raise ValueError("optimizer.final_learning_rate_ratio: a constant schedule ends where it began; drop it")
         return self
 
 

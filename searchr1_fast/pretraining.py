@@ -202,8 +202,9 @@ def deepen(model: Decoder, num_layers: int) -> Decoder:
         else:
             layer.self_attn.o_proj.weight.zero_()
             layer.mlp.down_proj.weight.zero_()
+    layers = {name: tensor for name, tensor in deep.state_dict().items() if name.startswith("model.layers.")}
     rest = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("model.layers.")}
-    deep.load_state_dict(rest, strict=False)
+    deep.load_state_dict(layers | rest)
     return deep
 
 

@@ -76,3 +76,5 @@ def test_updates_that_the_policy_never_makes_are_not_counted():
 def test_two_lengths_of_the_warm_up_are_refused():
     with pytest.raises(ValueError, match=r"optimizer\.warmup_ratio: warmup_steps says how long"):
         load_config(None, ["optimizer.warmup_steps=5", "optimizer.warmup_ratio=0.1"])
+    with pytest.raises(ValueError, match=r"optimizer\.final_learning_rate_ratio: a constant schedule"):
+        load_config(None, ["optimizer.final_learning_rate_ratio=0.1"])
