@@ -21,17 +21,28 @@ Shape legend
 from __future__ import annotations
 
 import re
+import sys
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, pairwise
 
-import bm25s
 import numba
 import numpy as np
-from bm25s.stopwords import STOPWORDS_EN
 
 from searchr1_fast.retrieval.protocol import check_k
 from searchr1_fast.types import Passage
+
+# Where JAX is installed bm25s tries it out when it is imported, and JAX keeps three quarters of a GPU's memory from the
+# trainer (and fails the import where another process has that memory). What it would speed up is not used here.
+_jax = sys.modules.get("jax")
+sys.modules["jax"] = None  # importing it is an ImportError now
+try:
+    import bm25s
+    from bm25s.stopwords import STOPWORDS_EN
+finally:
+    del sys.modules["jax"]
+    if _jax is not None:
+        sys.modules["jax"] = _jax
 
 _WORD = re.compile(r"\w[\w\u0300-\u036f]*")  # combining marks belong to the letter before them
 _BREAK = re.compile(r"[^\w\u0300-\u036f \t]+")

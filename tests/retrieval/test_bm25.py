@@ -4,6 +4,8 @@ import json
 import math
 import os
 import random
+import subprocess
+import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -219,3 +221,14 @@ def test_open_retriever(tmp_path):
     assert nothing.search(["red", "dog"], 3) == [[], []]
     with pytest.raises(ValueError, match="searches a corpus"):
         open_retriever(RetrievalConfig(), None)
+
+
+def test_jax_is_left_alone(tmp_path):
+    """Trying JAX out, as bm25s does, takes most of a GPU's memory."""
+    (tmp_path / "jax").mkdir()
+    (tmp_path / "jax" / "__init__.py").write_text("print('imported')")
+    (tmp_path / "jax" / "lax.py").write_text("raise RuntimeError('no supported devices found')")
+    code = "import searchr1_fast.retrieval.bm25, bm25s; print(bm25s.selection.JAX_IS_AVAILABLE); import jax"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    output = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert output.stdout.split() == ["False", "imported"]  # and whoever wants JAX gets it
