@@ -29,6 +29,7 @@ from searchr1_fast.world.names import name_words
 from searchr1_fast.world.traces import (
     BASE_MIX,
     INSTRUCT_MIX,
+    READER_MIX,
     STEM_MIX,
     Document,
     TraceMix,
@@ -72,6 +73,7 @@ class Recipe:
     rich_share: float = 0.55  # of documents about the rich world, at the end of the curriculum
     reading_share: tuple[float, float] = (0.15, 0.45)  # of reading exercises, at the curriculum's start and end
     recall_share: tuple[float, float] = (0.7, 0.05)  # likewise of exercises in recall
+    steps_share: float = 0.15  # of questions and the relations they go through
     curriculum: tuple[float, float] = (0.06, 0.25)  # parts of the training at which it starts to move and ends
     num_parts: int = 2  # of a step's tokens; ranks take turns
     num_entities: int = 20_000
@@ -82,7 +84,21 @@ class Recipe:
 
 RECIPES = {
     "stem": Recipe(STEM_MIX, 4000, 8192, 3e-3, 2e-2, 50),
-    "base": Recipe(BASE_MIX, 1400, 8192, 2e-3, 1.5e-2, 50, 6, rich_share=0.75, curriculum=(0.0, 0.0), seed=1),
+    "reader": Recipe(READER_MIX, 1400, 8192, 2e-3, 1.5e-2, 50, 6, rich_share=0.75, curriculum=(0.0, 0.0), seed=1),
+    "base": Recipe(
+        BASE_MIX,
+        1200,
+        8192,
+        2e-3,
+        1.5e-2,
+        50,
+        6,
+        rich_share=0.75,
+        reading_share=(0.4, 0.4),
+        steps_share=0.25,
+        curriculum=(0.0, 0.0),
+        seed=3,
+    ),
     "instruct": Recipe(INSTRUCT_MIX, 150, 8192, 6e-4, 4e-3, 20, 6, curriculum=(0.0, 0.0), seed=2),
 }
 
@@ -137,6 +153,7 @@ class Batches:
                 16,
                 reading_share=reading,
                 recall_share=recall,
+                steps_share=self.recipe.steps_share,
             )
             chunk += 1
             for document, encodings in zip(batch, self._encode(batch), strict=True):

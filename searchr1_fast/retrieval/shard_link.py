@@ -27,6 +27,8 @@ from typing import IO, Any, Protocol
 
 import numpy as np
 
+from searchr1_fast.retrieval.protocol import RetrievalError
+
 _HELLO_BYTES = 8
 _LONGEST_FOLDER = 70  # a socket's path may have about 100 characters
 
@@ -57,10 +59,11 @@ class Link:
         return len(self.ranks)
 
 
-def meet(peers: Peers, num_queries: int, dimension: int, identity: str) -> Link:
+def meet(peers: Peers, num_queries: int, dimension: int, identity: str, timeout: float) -> Link:
     """Link the ranks of this machine, with room for `num_queries` queries [·, dimension] fp32 each. A collective.
 
-    ValueError, on every rank, where two have another `identity`: they would search different rows.
+    ValueError, on every rank, where two have another `identity`: they would search different rows. RetrievalError where
+    a rank that gave its address is not heard of again within `timeout` seconds.
     """
     folder = tempfile.mkdtemp(prefix="searchr1-", dir=_temporary_folder())  # nobody else may enter it
     try:
@@ -68,6 +71,7 @@ def meet(peers: Peers, num_queries: int, dimension: int, identity: str) -> Link:
             path = os.path.join(folder, "shard")
             listener.bind(path)
             listener.listen(peers.world_size)
+            listener.settimeout(timeout)
             everyone = peers.gather((_machine(), path, identity))
             if len({theirs for _, _, theirs in everyone}) > 1:
                 raise ValueError("the ranks have opened different indexes; give all of them the same retrieval.index")
@@ -79,20 +83,29 @@ def meet(peers: Peers, num_queries: int, dimension: int, identity: str) -> Link:
 
 
 def _connect(listener: socket.socket, place: int, ranks: list[int], paths: list[str], shape: tuple[int, int]) -> Link:
-    """Nobody waits for anybody here: a connection is made before it is accepted, and a hello fits into its buffer."""
+    """Nobody waits for anybody who lives: connections are made before they are accepted, hellos fit into buffers."""
     size = 4 * shape[0] * shape[1]
     with _shared_file(size) as file:
         asks = []
-        for path in paths:
+        for rank, path in zip(ranks, paths, strict=True):
             asks.append(socket.socket(socket.AF_UNIX))
-            asks[-1].connect(path)
+            try:
+                asks[-1].connect(path)
+            except OSError as error:
+                raise RetrievalError(f"rank {rank} ended before it linked up: {error}") from error
             handle = array.array("i", [file.fileno()])
             hello = place.to_bytes(_HELLO_BYTES, "little")
             asks[-1].sendmsg([hello], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, handle)])
     answers: dict[int, socket.socket] = {}
     queries: dict[int, np.ndarray] = {}
     for _ in paths:
-        connection, _ = listener.accept()
+        try:
+            connection, _ = listener.accept()
+        except TimeoutError as error:
+            missing = ", ".join(str(rank) for other, rank in enumerate(ranks) if other not in answers)
+            raise RetrievalError(
+                f"rank {missing} did not link up within {listener.gettimeout():g} s: it is gone, or hangs"
+            ) from error
         hello, handles, _, _ = socket.recv_fds(connection, _HELLO_BYTES, 1)
         theirs = int.from_bytes(hello, "little")
         assert len(handles) == 1 and theirs not in answers

@@ -57,10 +57,10 @@ def open_sharded(
     """Search over all rows, of which this rank holds its share of those of its machine. A collective: every rank calls
     it, and every rank raises where one cannot open its part.
 
-    open_part: (begin, end) -> the search over these rows, which may be none. timeout: seconds that one search of
-    another rank may take. choose_merge: number of parts -> who merges their hits.
+    open_part: (begin, end) -> the search over these rows, which may be none. timeout: seconds that another rank
+    may take to link up, and for one search. choose_merge: number of parts -> who merges their hits.
     """
-    link = meet(peers, MAX_QUERIES, dimension, identity)
+    link = meet(peers, MAX_QUERIES, dimension, identity, timeout)
     own, failure = None, None
     try:
         own = open_part(*share(num_rows, link.place, link.size))

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from searchr1_fast.protocol import format_observation
 from searchr1_fast.types import Passage
@@ -39,6 +39,9 @@ class TraceMix:
     """Passages as a good retriever finds them, the right one first, and reading exercises that are searches, one after
     the other. Where the right one is anywhere, a model of this size has to tell it by the name, and does not learn to:
     of two passages of look-alikes it took either (the stem, after 4,000 steps: right 51 of 100 times)."""
+    object_first: float = 1.0
+    """How many times as often as others exercises draw sentences that begin with their object ("Pekok Grame is the
+    rival of …"). They are few, and a model that met them no more often read .68 of them and .96 of the others."""
 
     def __post_init__(self) -> None:
         total = self.complete + self.first_hop_only + self.guess + self.wrong_search
@@ -46,12 +49,9 @@ class TraceMix:
 
 
 STEM_MIX = TraceMix(complete=0.25, first_hop_only=0.45, guess=0.15, wrong_search=0.15)
-BASE_MIX = TraceMix(
-    complete=0.25, first_hop_only=0.45, guess=0.15, wrong_search=0.15, resolve_aliases=True, as_found=True
-)
-INSTRUCT_MIX = TraceMix(
-    complete=0.60, first_hop_only=0.30, guess=0.05, wrong_search=0.05, resolve_aliases=True, as_found=True
-)
+READER_MIX = replace(STEM_MIX, resolve_aliases=True, as_found=True)
+BASE_MIX = replace(READER_MIX, object_first=4.0)
+INSTRUCT_MIX = replace(BASE_MIX, complete=0.60, first_hop_only=0.30, guess=0.05, wrong_search=0.05)
 
 
 class TraceWriter:
@@ -179,7 +179,10 @@ class TraceWriter:
             other = self.world.near_duplicate(entity)
             told.append((other, self._some_facts(generator, other)))
         return format_observation(
-            [Passage("", e.name, self.world.excerpt(e, told_of, generator)) for e, told_of in told]
+            [
+                Passage("", e.name, self.world.excerpt(e, told_of, generator, self.mix.object_first))
+                for e, told_of in told
+            ]
         )
 
     def _some_facts(self, generator: random.Random, entity: Entity) -> list[Fact]:

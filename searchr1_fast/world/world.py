@@ -153,16 +153,19 @@ class World:
         generator.shuffle(sentences)
         return " ".join((_opening(entity), *sentences))
 
-    def excerpt(self, entity: Entity, facts: Sequence[Fact], generator: random.Random) -> str:
+    def excerpt(
+        self, entity: Entity, facts: Sequence[Fact], generator: random.Random, object_first: float = 1.0
+    ) -> str:
         """A passage as `describe` might have written it: these facts alone, in any order, in words drawn anew.
 
         For exercises. In a plain world facts always stand in the same places, and a model that has read nothing else
-        finds them by counting: two passages that begin alike, or one fact more, and it is lost.
+        finds them by counting: two passages that begin alike, or one fact more, and it is lost. Sentences that begin
+        with their object are drawn `object_first` times as often as others.
         """
         if not self.rich:
             sentences = [_plain_sentence(entity, fact) for fact in facts]
         else:
-            sentences = [_rich_sentence(entity, fact, generator) for fact in facts]
+            sentences = [_rich_sentence(entity, fact, generator, object_first) for fact in facts]
             if generator.random() < 0.6:
                 sentences.append(self._filler(entity, generator))
             if generator.random() < 0.6:
@@ -274,8 +277,14 @@ def _plain_sentence(entity: Entity, fact: Fact) -> str:
     return f"The {fact.relation.name} of {entity.name} is {fact.mention}."
 
 
-def _rich_sentence(entity: Entity, fact: Fact, generator: random.Random) -> str:
-    return generator.choice(fact.relation.sentences).format(s=entity.name, o=fact.mention)
+def _rich_sentence(entity: Entity, fact: Fact, generator: random.Random, object_first: float = 1.0) -> str:
+    sentences = fact.relation.sentences
+    if object_first == 1.0:  # `choices` draws otherwise than `choice`: worlds must not change
+        sentence = generator.choice(sentences)
+    else:
+        weights = [object_first if sentence.startswith("{o}") else 1.0 for sentence in sentences]
+        sentence = generator.choices(sentences, weights)[0]
+    return sentence.format(s=entity.name, o=fact.mention)
 
 
 def _also_called(entity: Entity, generator: random.Random) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -256,6 +257,28 @@ def test_a_part_that_cannot_be_opened_fails_every_rank():
     assert [type(error) for error in found] == [ValueError, ValueError]
     assert str(found[0]) == "rank 1 could not open its part of the index: ValueError: the index does not fit"
     assert str(found[1]) == "the index does not fit"
+
+
+class SilentPeers(ThreadPeers):
+    """Two ranks, of which the second gave this address and no more."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(0, 2, threading.Barrier(1), {})
+        self._path = path
+
+    def gather(self, value):
+        machine, _, identity = value
+        return [value, (machine, self._path, identity)]
+
+
+def test_a_rank_that_does_not_link_up_is_named(tmp_path):
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "shard"))
+        listener.listen()  # takes the connection, and never makes its own
+        with pytest.raises(RetrievalError, match=r"rank 1 did not link up within 0\.2 s"):
+            open_sharded(SilentPeers(str(tmp_path / "shard")), NUM_ROWS, DIMENSION, "index", open_part, 0.2)
+    with pytest.raises(RetrievalError, match="rank 1 ended before it linked up"):
+        open_sharded(SilentPeers(str(tmp_path / "nobody")), NUM_ROWS, DIMENSION, "index", open_part, 0.2)
 
 
 def test_other_indexes_are_refused():
