@@ -45,6 +45,7 @@ from searchr1_fast.errors import entry_point
 
 KERNELS = ("head", "score", "gae", "group", "kl", "topk")
 _FILL_SECONDS = 2e-3
+_PROFILED_SECONDS = 0.1  # of calls under the profiler, which keeps an event per launch: a loop of launches has millions
 
 
 class Clock:
@@ -76,10 +77,11 @@ class Clock:
             "cpu_seconds": (time.process_time() - cpu) / calls,
         }
 
-    def device_seconds(self, provider: Provider, calls: int = 10) -> float | None:
-        """Seconds per call that the GPU's kernels take, without the gaps between them."""
-        if self.device.type != "cuda":
+    def device_seconds(self, provider: Provider, seconds: float) -> float | None:
+        """Seconds per call that the GPU's kernels take, without the gaps between them; None for what takes long."""
+        if self.device.type != "cuda" or seconds > _PROFILED_SECONDS:
             return None
+        calls = min(10, math.ceil(_PROFILED_SECONDS / seconds))
         activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
         with torch.profiler.profile(activities=activities) as profile:
             for _ in range(calls):
@@ -127,10 +129,17 @@ def difference(have: Sequence[torch.Tensor], want: Sequence[torch.Tensor]) -> fl
 
 def measure(case: Case, clock: Clock, repetitions: int, rates: dict[str, float]) -> dict[str, Any]:
     """The measured part of a row."""
-    systems: dict[str, dict[str, Any]] = {name: {} for name in case.providers}
+    systems: dict[str, dict[str, Any]] = {}
     wanted = None
     for name, provider in case.providers.items():
-        output = provider.run()
+        try:
+            output = provider.run()
+        except torch.OutOfMemoryError:
+            if name == OURS:
+                raise
+            case.left_out[name] = "does not fit into the GPU's memory"
+            continue
+        systems[name] = {}
         if provider.answer is not None:
             answer = provider.answer(output)
             wanted = answer if wanted is None else wanted
@@ -140,14 +149,14 @@ def measure(case: Case, clock: Clock, repetitions: int, rates: dict[str, float])
         once = clock.measure(provider, 1)["seconds"]
         systems[name]["calls"] = max(1, math.ceil(_FILL_SECONDS / max(once, 1e-7)))
     del wanted
-    samples: dict[str, list[dict[str, float]]] = {name: [] for name in case.providers}
-    for _, name in harness.interleaved(list(case.providers), repetitions):
+    samples: dict[str, list[dict[str, float]]] = {name: [] for name in systems}
+    for _, name in harness.interleaved(list(systems), repetitions):
         samples[name].append(clock.measure(case.providers[name], systems[name]["calls"]))
     floor = max(case.flops / rates["matmul_flops"], case.bytes / rates["copy_bytes"])
     for name, system in systems.items():
         system |= harness.medians(samples[name])
         system["all_seconds"] = [sample["seconds"] for sample in samples[name]]
-        system["device_seconds"] = clock.device_seconds(case.providers[name])
+        system["device_seconds"] = clock.device_seconds(case.providers[name], system["seconds"])
         system["roofline"] = floor / system["seconds"]
     for system in systems.values():
         for key in ("seconds", "cpu_seconds"):

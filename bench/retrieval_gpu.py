@@ -132,7 +132,7 @@ def faiss_search(rows: np.ndarray, device: torch.device) -> Search | None:
 
 
 def measure_scans(
-    rows: np.ndarray, device: torch.device, batches: Sequence[int], k: int, repetitions: int
+    rows: np.ndarray, device: torch.device, batches: Sequence[int], k: int, repetitions: int, say: Callable[[str], None]
 ) -> tuple[list[dict[str, Any]], int]:
     """(a row per way and batch size, how many hits differ from the CPU's)."""
     half = len(rows) // 2
@@ -143,11 +143,13 @@ def measure_scans(
         "torch": (torch_search(rows, device), rows.nbytes),
         "faiss": (faiss_search(rows, device), rows.nbytes),
     }
+    say("rows are on the device, and kernels compiled")
     queries = make_rows(max(batches), rows.shape[1], device, seed=1).astype(np.float32)
     few = rows[:CHECKED_ROWS]
     wanted = HostRows([(0, few)]).search(queries[:64], k)
     found = (DeviceRows([(0, few)], device, scan).search(queries[:64], k) for scan in ("float16", "int8"))
     wrong = sum(int((one != other).sum()) for hits in found for one, other in zip(hits, wanted, strict=True))
+    say(f"{wrong} hits differ from the CPU's, of {len(few):,} rows")
     table = []
     for num_queries in batches:
         batch = queries[:num_queries]
@@ -164,6 +166,8 @@ def measure_scans(
                 "way": name, "queries": num_queries, "ms": median * 1e3, "queries_per_second": num_queries / median,
                 "bytes_per_second": ways[name][1] / median,
             })  # fmt: skip
+        shown = ", ".join(f"{row['way']} {row['ms']:.2f} ms" for row in table[-len(names) :])
+        say(f"{num_queries} queries: {shown}")
     return table, wrong
 
 
@@ -357,10 +361,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     device = torch.device(arguments.device)
     console = make_console()
+    started = time.perf_counter()
+
+    def say(text: str) -> None:
+        console.print(f"{time.perf_counter() - started:5.0f} s  {text}")
+
     console.print(str(MemoryPlan(arguments.rows, arguments.dimension, "float16")))
     rows = make_rows(arguments.rows, arguments.dimension, device)
+    say("rows made")
     bandwidth = copy_bandwidth(device, 2**30 if device.type == "cuda" else 2**26)
-    scans, wrong = measure_scans(rows, device, arguments.batches, arguments.k, arguments.repetitions)
+    scans, wrong = measure_scans(rows, device, arguments.batches, arguments.k, arguments.repetitions, say)
     console.print(scan_table(scans, bandwidth))
     row = {"benchmark": "retrieval_gpu", "rows": arguments.rows, "dimension": arguments.dimension, "k": arguments.k}
     row |= harness.circumstances(device) | {"copy_bytes_per_second": bandwidth, "wrong_hits": wrong, "scans": scans}

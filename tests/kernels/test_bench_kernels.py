@@ -99,3 +99,17 @@ def test_the_script_is_not_found_as_the_package_kernels(tmp_path):
         [sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_what_does_not_fit_is_left_out_and_said(bench, cases):
+    def too_much():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    case = cases.Case(
+        "kl", {"N": 1}, {"ours": cases.Provider(lambda: (torch.ones(1),)), "plain": cases.Provider(too_much)}
+    )
+    row = bench.measure(case, bench.Clock(CPU), 1, {"matmul_flops": 1.0, "copy_bytes": 1.0})
+    assert list(row["providers"]) == ["ours"] and "memory" in row["left_out"]["plain"]
+    case.providers = {"ours": case.providers["plain"]}
+    with pytest.raises(torch.OutOfMemoryError):
+        bench.measure(case, bench.Clock(CPU), 1, {"matmul_flops": 1.0, "copy_bytes": 1.0})
