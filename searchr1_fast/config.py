@@ -264,6 +264,15 @@ class Config(Section):
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
+    @model_validator(mode="after")
+    def _has_a_critic(self) -> Config:
+        if self.optimizer.critic_warmup_ratio is not None and self.algorithm.name != "ppo":
+            raise ValueError(
+                f"optimizer.critic_warmup_ratio: {self.algorithm.name.upper()} has no critic; drop it, or set "
+                "algorithm.name=ppo"
+            )
+        return self
+
     @property
     def run_directory(self) -> Path:
         """`run.directory/run.name`."""

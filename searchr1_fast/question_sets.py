@@ -148,6 +148,8 @@ class _Preparation:
         """Bring every row of a file to where it belongs."""
         for where, row in read_rows(file.path):
             name = file.source(row)
+            if not isinstance(name, str):
+                raise ValueError(f"{where}: `data_source` must be the name of a set, not {name!r}")
             if Path(name).name != name or name in ("", ".", ".."):
                 raise ValueError(f"{where}: a set cannot be called {name!r}, as a file is named after it")
             summary = self.summaries.setdefault((part, name), SetSummary(part, name))

@@ -191,6 +191,10 @@ def test_broken_empty_and_missing_files(tmp_path):
     named = write_lines(tmp_path / "q.jsonl", published("train", 0, "Who?", data_source="../../etc"))
     with pytest.raises(ValueError, match=r"q\.jsonl, line 1: a set cannot be called '\.\./\.\./etc'"):
         prepare_questions([], [QuestionFile(named)], tmp_path / "out")
+    for number in (7, 2.5, ["nq"]):
+        numbered = write_lines(tmp_path / "n.jsonl", published("train", 0, "Who?", data_source=number))
+        with pytest.raises(ValueError, match=r"n\.jsonl, line 1: `data_source` must be the name of a set, not "):
+            prepare_questions([], [QuestionFile(numbered)], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

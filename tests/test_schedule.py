@@ -49,7 +49,7 @@ def test_after_the_warm_up_it_is_that_of_transformers(shape, theirs):
 
 
 def test_shares_count_optimizer_steps():
-    settings = ["train.num_steps=1005", "train.num_minibatches=2", "optimizer.warmup_ratio=0.285"]
+    settings = ["train.num_steps=1005", "train.num_minibatches=2", "optimizer.warmup_ratio=0.285", "algorithm.name=ppo"]
     config = load_config(None, [*settings, "optimizer.critic_warmup_ratio=0.015", "optimizer.learning_rate=1e-6"])
     policy, critic = policy_learning_rate(config), critic_learning_rate(config)
     assert (policy.num_warmup, policy.num_updates, critic.num_warmup, critic.num_updates) == (572, 2010, 30, 2010)
@@ -78,3 +78,8 @@ def test_two_lengths_of_the_warm_up_are_refused():
         load_config(None, ["optimizer.warmup_steps=5", "optimizer.warmup_ratio=0.1"])
     with pytest.raises(ValueError, match=r"optimizer\.final_learning_rate_ratio: a constant schedule"):
         load_config(None, ["optimizer.final_learning_rate_ratio=0.1"])
+
+
+def test_a_warm_up_of_a_critic_that_is_not_there_is_refused():
+    with pytest.raises(ValueError, match=r"optimizer\.critic_warmup_ratio: GRPO has no critic; drop it"):
+        load_config(None, ["optimizer.critic_warmup_ratio=0.1"])

@@ -30,7 +30,7 @@ from searchr1_fast.models.attention import packed_attention, suffix_masks
 
 _MAX_FLASH_HEAD_DIM = 256
 _MIN_FLASH_CAPABILITY = (8, 0)  # FlashAttention 2: Ampere
-_MIN_FLASH_VERSION = (2, 1)  # before, the causal mask was aligned at the start
+_MIN_FLASH_VERSION = (2, 5)  # from 2.1 the causal mask is aligned at the end, from 2.4.1 the gradient may be repeatable
 
 
 @dataclass(slots=True)
@@ -79,7 +79,7 @@ def choose_attention(device: torch.device, dtype: torch.dtype, head_dim: int) ->
     except importlib.metadata.PackageNotFoundError:
         return AttentionBackend("varlen", "flash-attn is not installed; it is taken where it is", attend_varlen())
     if tuple(int(part) for part in version.split(".")[:2]) < _MIN_FLASH_VERSION:
-        return AttentionBackend("varlen", f"flash-attn {version} is older than 2.1", attend_varlen())
+        return AttentionBackend("varlen", f"flash-attn {version} is older than 2.5", attend_varlen())
     return AttentionBackend("flash-attn", f"version {version} is installed", attend_flash())
 
 
@@ -115,7 +115,10 @@ def attend_sdpa(
 
 
 def attend_flash() -> PackedAttention:
-    """flash-attn's function, which aligns the causal mask at the end (from 2.1), and groups heads by itself."""
+    """flash-attn's function, which aligns the causal mask at the end, and groups heads by itself.
+
+    `deterministic`: else blocks add to the queries' gradient in the order in which they happen to end.
+    """
     varlen_func = importlib.import_module("flash_attn").flash_attn_varlen_func
 
     def attend(query, key, value, layout):
@@ -128,6 +131,7 @@ def attend_flash() -> PackedAttention:
             layout.max_seqlen_q,
             layout.max_seqlen_k,
             causal=True,
+            deterministic=True,
         )
 
     return attend

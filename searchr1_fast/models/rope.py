@@ -21,7 +21,9 @@ def rotary_embedding(
     scaling: Llama3Scaling | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # cos, sin: [T, 1, d] fp32
     """Angles of rotary position embedding (eq. 34), halves layout as in Hugging Face."""
-    angles = positions[:, None].float() * _frequencies(head_dim, theta, scaling, positions.device)  # [T, d/2]
+    # A tensor that only stands for one (torch traces with such) must not be kept for others, nor meet one that was.
+    frequencies = _frequencies if type(positions) is torch.Tensor else _frequencies.__wrapped__
+    angles = positions[:, None].float() * frequencies(head_dim, theta, scaling, positions.device)  # [T, d/2]
     angles = torch.cat((angles, angles), dim=-1).unsqueeze(1)
     return angles.cos(), angles.sin()
 

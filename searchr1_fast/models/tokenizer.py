@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,35 @@ class TextTokenizer:
         """
         self.backend.encode_special_tokens = not special_tokens
         return self.backend.encode(text, add_special_tokens=False).ids
+
+    def encode_prompt(self, prompt: str, question: str) -> list[int]:
+        """Ids of a prompt, the special tokens of its template read as the tokens they name, the question's as text.
+
+        The two cannot be encoded apart, as a token may hold the end of one and the beginning of the other. A question
+        that is a special token and nothing else makes it text in the template as well.
+        """
+        if not any(special in question for special in self._specials):
+            return self.encode(prompt, special_tokens=True)
+        question = question.strip()  # as chat templates do
+        pieces = [""]  # text and special tokens in turn
+        for number, part in enumerate(prompt.split(question)):
+            first, *rest = self._split_at_specials(part)
+            pieces[-1] += first if number == 0 else question + first
+            pieces += rest
+        ids: list[int] = []
+        for number, piece in enumerate(pieces):
+            ids += [self.backend.token_to_id(piece)] if number % 2 else self.encode(piece)
+        return ids
+
+    @functools.cached_property
+    def _specials(self) -> list[str]:
+        """The texts of special tokens, longer ones first."""
+        tokens = self.backend.get_added_tokens_decoder().values()
+        return sorted((token.content for token in tokens if token.special), key=len, reverse=True)
+
+    def _split_at_specials(self, text: str) -> list[str]:
+        """Text, special token, text, …: ends with a text, as it begins, which may be empty."""
+        return re.split(f"({'|'.join(map(re.escape, self._specials))})", text)
 
     def decode(self, token_ids: list[int]) -> str:
         """Text of the ids, special tokens spelled out."""

@@ -111,7 +111,7 @@ class SearchLoop:
 
     def _start(self, request: RolloutRequest, stream_key: np.uint64) -> Sequence:
         """A sequence with its prompt, ready to be added."""
-        token_ids = self.tokenizer.encode(request.prompt, special_tokens=True)  # a chat template's
+        token_ids = self.tokenizer.encode_prompt(request.prompt, request.question.text)
         if not token_ids:
             raise ValueError(f"the prompt of question {request.question.id!r} is empty; check prompt.template")
         sequence = Sequence(request, stream_key)

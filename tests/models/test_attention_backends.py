@@ -52,6 +52,7 @@ def flash_attn_varlen_func(
     deterministic=False, return_attn_probs=False, block_table=None,
 ):  # fmt: skip
     assert causal
+    assert deterministic
     assert window_size == (-1, -1)
     k, v = repeat(k, q.shape[1]), repeat(v, q.shape[1])
     return documented(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
@@ -180,7 +181,7 @@ def version_of(flash_attn: str | None):
     [
         ("2.8.3", "flash-attn (version 2.8.3 is installed)"),
         ("2.7.4.post1", "flash-attn (version 2.7.4.post1 is installed)"),
-        ("2.0.9", "varlen (flash-attn 2.0.9 is older than 2.1)"),
+        ("2.4.1", "varlen (flash-attn 2.4.1 is older than 2.5)"),
         (None, "varlen (flash-attn is not installed; it is taken where it is)"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from searchr1_fast.models import Decoder, DecoderConfig, KVCache, attention, load_model
 from searchr1_fast.models.attention import cached_attention, cached_attention_reference, find_chunks
@@ -186,3 +187,13 @@ def test_parameters_are_begun_anew_whatever_the_memory_held(model_type):
         assert parameter.isfinite().all(), name
         if "norm" in name:
             assert (parameter == 1).all(), name
+
+
+def test_angles_that_were_traced_are_not_kept_for_others():
+    """torch traces with tensors that only stand for numbers; neither kind may be given to who has the other."""
+    with FakeTensorMode():
+        traced, _ = rotary_embedding(torch.arange(5), 22, 1234.5)
+    real, _ = rotary_embedding(torch.arange(5), 22, 1234.5)
+    assert (type(traced), type(real)) == (FakeTensor, torch.Tensor)
+    with FakeTensorMode():
+        assert type(rotary_embedding(torch.arange(5), 22, 1234.5)[0]) is FakeTensor

@@ -52,6 +52,21 @@ def test_special_tokens_are_text_unless_they_are_meant(tokenizer):
     assert tokenizer.eos_id not in tokenizer.encode(text)  # the switch does not stick
 
 
+@pytest.mark.parametrize("chat_template", [False, True])
+@pytest.mark.parametrize("text", ["who is <|end|>?", " a <|end|> ", "who <é> <|end|><|end|>", "who is the cat"])
+def test_special_tokens_of_a_question_are_text_and_those_of_its_template_are_not(tokenizer, chat_template, text):
+    build = PromptBuilder(PromptConfig(template="the {question} cat", chat_template=chat_template), tokenizer)
+    prompt = build(Question("q", text, ("x",), "test"))
+    token_ids = tokenizer.encode_prompt(prompt, text)
+    assert tokenizer.decode(token_ids) == prompt
+    assert token_ids.count(tokenizer.eos_id) == int(chat_template)
+    if chat_template:
+        assert token_ids[0] == tokenizer.eos_id
+        assert token_ids[1:] == tokenizer.encode(prompt.removeprefix("<|end|>"))
+    else:
+        assert token_ids == tokenizer.encode(prompt)
+
+
 def test_round_trip_through_a_directory(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
     again = load_tokenizer(tmp_path)
