@@ -62,7 +62,7 @@ def test_the_critic_warms_up_as_the_policy_does_unless_told_otherwise():
     assert critic_learning_rate(config).num_warmup == policy_learning_rate(config).num_warmup == 5
     config = load_config(None, ["optimizer.warmup_ratio=0.29", "train.num_steps=100"])
     assert critic_learning_rate(config).num_warmup == policy_learning_rate(config).num_warmup == 29  # not 28.999…
-    config = load_config(None, ["optimizer.warmup_steps=5", "optimizer.critic_warmup_ratio=0"])
+    config = load_config(None, ["algorithm.name=ppo", "optimizer.warmup_steps=5", "optimizer.critic_warmup_ratio=0"])
     assert (critic_learning_rate(config).num_warmup, policy_learning_rate(config).num_warmup) == (0, 5)
 
 

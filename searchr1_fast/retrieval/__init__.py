@@ -126,6 +126,6 @@ def _open_dense(
     if corpus is None:
         raise ValueError("retrieval.backend dense searches an index (retrieval.index) or a corpus (data.corpus)")
     passages = read_corpus(corpus) if isinstance(corpus, str | Path) else corpus
-    search, store = hash_corpus(passages, config.hashing_dimension, config.device)
+    search, store = hash_corpus(passages, config.hashing_dimension, config.device, config.scan)
     identity = f"hashed in memory, {config.hashing_dimension} components, {store.digest()}"
     return BatchedRetriever(search, store, timeout=config.timeout_seconds, identity=identity)

@@ -199,7 +199,9 @@ def open_rows(parts: Iterable[Part], device: str, scan: Scan, show: Show) -> Row
         return DeviceRows(parts, device, scan, progress)
 
 
-def hash_corpus(passages: Iterable[Passage], dimension: int, device: str = "cpu") -> tuple[DenseSearch, MemoryStore]:
+def hash_corpus(
+    passages: Iterable[Passage], dimension: int, device: str = "cpu", scan: Scan = "float16"
+) -> tuple[DenseSearch, MemoryStore]:
     """Search over passages in memory with the hashing encoder fitted to them, and their store."""
     device = check_device(device)
     store = MemoryStore(passages)
@@ -209,7 +211,7 @@ def hash_corpus(passages: Iterable[Passage], dimension: int, device: str = "cpu"
     contents = store.contents()
     encoder.count([contents])
     vectors = encoder.encode_passages(contents).astype(np.float16)
-    return DenseSearch(encoder, open_rows([(0, vectors)], device, "float16", Silence()), device), store
+    return DenseSearch(encoder, open_rows([(0, vectors)], device, scan, Silence()), device), store
 
 
 def check_sizes(search: DenseSearch, store: PassageSource) -> None:

@@ -1,0 +1,172 @@
+"""Operators of searchr1_kernels on a GPU as tests/kernels has them on a CPU: torch's own checks, compilation into one
+graph, the same bits twice, nothing to do, a vocabulary of real size. What Triton kernels compute is in tests/kernels."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from searchr1_kernels import (
+    PolicyLoss,
+    TopKIndex,
+    gae,
+    group_advantages,
+    linear_logprob,
+    linear_policy_loss,
+    masked_kl,
+    masked_moments,
+    masked_whiten,
+    reference,
+    topk_inner_product,
+)
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+OPERATORS = torch.ops.searchr1_kernels
+ROWS, SIZE, VOCABULARY = 40, 64, 1000
+
+
+def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).cuda()
+
+
+def head(rows: int = ROWS, dtype=torch.float32, vocabulary: int = VOCABULARY):
+    """hidden, weight, targets, rollout_logprobs, advantages."""
+    hidden, weight = numbers(rows, SIZE).to(dtype), (0.1 * numbers(vocabulary, SIZE, seed=1)).to(dtype)
+    targets = torch.arange(rows).cuda() * 7 % vocabulary
+    return hidden, weight, targets, 0.3 * numbers(rows, seed=2) - 6.0, numbers(rows, seed=3)
+
+
+def mask(rows: int = ROWS) -> torch.Tensor:
+    return torch.arange(rows).cuda() % 3 != 0
+
+
+def offsets() -> torch.Tensor:
+    return torch.tensor([0, 3, 3, 30, ROWS], dtype=torch.int32).cuda()
+
+
+def groups(rows: int = ROWS) -> torch.Tensor:
+    return torch.arange(rows).cuda() % 9
+
+
+def policy_loss(hidden, weight, targets, rollout, advantages):
+    loss, metrics = linear_policy_loss(
+        hidden, weight, targets, rollout, advantages, ref_logprobs=rollout.cos(), denominator=9,
+        loss=PolicyLoss(kl_coefficient=0.2, importance_cap=2.0, entropy_coefficient=0.1),
+    )  # fmt: skip
+    return loss, *metrics.values()
+
+
+CALLS = {
+    "gae": lambda: ((numbers(ROWS), numbers(ROWS, seed=1)),
+                    lambda r, v: gae(r, v, offsets(), gamma=0.9, lam=0.8, mask=mask())),
+    "masked_kl": lambda: ((numbers(ROWS), numbers(ROWS, seed=1)), lambda x, y: (masked_kl(x, y, "k3", mask()),)),
+    "group_advantages": lambda: ((numbers(ROWS),), lambda x: group_advantages(x, groups())),
+    "masked_moments": lambda: ((numbers(ROWS),), lambda x: (masked_moments(x, mask()),)),
+    "masked_whiten": lambda: ((numbers(ROWS),), lambda x: (masked_whiten(x, mask()),)),
+    "topk_inner_product": lambda: ((numbers(4, 32), numbers(500, 32, seed=1).half()),
+                                   lambda q, c: topk_inner_product(q, c, 7)),
+    "linear_logprob": lambda: (head()[:3], lambda *x: linear_logprob(*x, temperature=0.7, return_entropy=True)),
+    "linear_logprob bf16": lambda: (head(dtype=torch.bfloat16)[:3], lambda *x: (linear_logprob(*x),)),
+    "linear_policy_loss": lambda: (head(), policy_loss),
+    "linear_policy_loss bf16": lambda: (head(dtype=torch.bfloat16), policy_loss),
+}  # fmt: skip
+DIFFERENTIABLE = {name: 2 for name in CALLS if name.startswith("linear")} | {"masked_kl": 1}
+each_call = pytest.mark.parametrize("name", CALLS)
+
+
+def run(name: str, wrap=lambda function: function) -> list[torch.Tensor]:
+    """Outputs, and where there are any the gradients of the first inputs."""
+    inputs, function = CALLS[name]()
+    count = DIFFERENTIABLE.get(name, 0)
+    sides = [tensor.clone().requires_grad_() for tensor in inputs[:count]]
+    outputs = wrap(function)(*sides, *inputs[count:])
+    if sides:
+        sum(output.sum() for output in outputs if output.requires_grad).backward()
+    return [output.detach() for output in outputs] + [side.grad for side in sides]
+
+
+@each_call
+def test_the_same_bits_twice(name):
+    for one, other in zip(run(name), run(name), strict=True):
+        assert torch.equal(one, other)
+
+
+@each_call
+def test_compiles_into_one_graph_with_the_same_bits(name):
+    torch._dynamo.reset()
+    compiled = run(name, lambda function: torch.compile(function, fullgraph=True, backend="aot_eager"))
+    for one, other in zip(compiled, run(name), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_torchs_own_checks():
+    hidden, weight, targets, rollout, _ = head()
+    corpus = numbers(500, 32, seed=1).half()
+    arguments = {
+        "gae": (rollout, rollout.cos(), offsets(), 0.9, 0.8, mask()),
+        "masked_kl": (rollout.clone().requires_grad_(), rollout.cos(), "k3", mask()),
+        "group_advantages": (rollout, groups(), True, 1e-6),
+        "masked_moments": (rollout, mask()),
+        "masked_whiten": (rollout, None, None, 1e-8),
+        "topk_inner_product": (numbers(4, 32), corpus, 3, None, TopKIndex(corpus).parts),
+        "linear_logprob": (hidden.requires_grad_(), weight.requires_grad_(), targets, 0.7, None, True, True),
+    }
+    for name, values in arguments.items():
+        torch.library.opcheck(getattr(OPERATORS, name).default, values)
+
+
+@pytest.mark.parametrize("normalize_std", [True, False])
+def test_groups_and_whitening_are_those_of_the_oracle(normalize_std):
+    rewards = (numbers(200) > 0).float()
+    have = group_advantages(rewards, groups(200), normalize_std=normalize_std)
+    want = reference.group_advantages(rewards.double().cpu(), groups(200).cpu(), normalize_std=normalize_std)
+    torch.testing.assert_close(have[0].double().cpu(), want[0].double(), rtol=1e-6, atol=1e-6)
+    assert torch.equal(have[1].cpu(), want[1])
+    values = numbers(200)
+    kept = values[mask(200)].double()
+    expected = ((values.double() - kept.mean()) / kept.std()).masked_fill(~mask(200), 0.0)
+    torch.testing.assert_close(masked_whiten(values, mask(200)).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
+def test_the_kl_is_that_of_the_cpu_in_fp64(kind):
+    x, y = numbers(200), numbers(200, seed=1)
+    results = []
+    for left, right in ((x.clone(), y), (x.double().cpu(), y.double().cpu())):
+        left.requires_grad_()
+        value = masked_kl(left, right, kind, mask(200).to(left.device))
+        (gradient,) = torch.autograd.grad(value.sum(), left)
+        results.append([tensor.detach().double().cpu() for tensor in (value, gradient)])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_to_do(dtype):
+    hidden, weight, targets, rollout, advantages = head(0, dtype)
+    assert linear_logprob(hidden, weight, targets).shape == (0,)
+    hidden.requires_grad_(), weight.requires_grad_()
+    logprob, entropy = linear_logprob(hidden, weight, targets, return_entropy=True)
+    loss, _ = linear_policy_loss(hidden, weight, targets, rollout, advantages, denominator=3)
+    (loss + logprob.sum() + entropy.sum()).backward()
+    assert hidden.grad.shape == (0, SIZE) and (weight.grad == 0).all()
+    nothing = numbers(0)
+    assert gae(nothing, nothing, torch.zeros(3, dtype=torch.int32).cuda())[0].shape == (0,)
+    assert masked_kl(nothing, nothing).shape == masked_whiten(nothing).shape == (0,)
+    assert group_advantages(nothing, torch.zeros(0, dtype=torch.int64).cuda())[0].shape == (0,)
+    assert topk_inner_product(numbers(0, 32), numbers(50, 32), 3)[1].shape == (0, 3)
+
+
+def test_a_real_vocabulary_twice_and_a_row_alone():
+    """Without gradients a row's numbers do not depend on the rows beside it; with them, the same call repeats."""
+    hidden, weight, targets, *_ = head(200, torch.bfloat16, 151_936)
+    together = torch.stack(linear_logprob(hidden, weight, targets, return_entropy=True))
+    for rows in (slice(0, 1), slice(199, 200), slice(30, 131)):
+        some = torch.stack(linear_logprob(hidden[rows], weight, targets[rows], return_entropy=True))
+        assert torch.equal(some, together[:, rows])
+    gradients = []
+    for _ in range(2):
+        sides = [tensor.detach().clone().requires_grad_() for tensor in (hidden, weight)]
+        gradients.append(torch.autograd.grad(linear_logprob(*sides, targets).sum(), sides))
+    for one, other in zip(*gradients, strict=True):
+        assert torch.equal(one, other)

@@ -1,0 +1,106 @@
+"""Rollouts on a GPU: greedy tokens are the plain twin's and the CPU's, samples do not depend on who else is there."""
+
+from __future__ import annotations
+
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from searchr1_kernels import linear_logprob
+
+from searchr1_fast.config import RolloutConfig
+from searchr1_fast.models import load_model
+from searchr1_fast.packing import pack
+from searchr1_fast.policy import to_device
+from searchr1_fast.rollout import Engine, PlainEngine, RolloutRequest, SamplingParams, SearchLoop
+from searchr1_fast.types import Passage
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+CONFIG = RolloutConfig(
+    max_searches=2, max_turn_tokens=16, max_observation_tokens=60, max_sequence_tokens=160, max_num_seqs=9
+)
+GREEDY = SamplingParams(temperature=0.0)
+
+
+def search(queries):
+    """One passage that depends on the query alone."""
+    return [[Passage("1", f"k{zlib.crc32(query.encode()) % 8}", "says b")] for query in queries]
+
+
+@pytest.fixture
+def requests(make_question):
+    """Six groups of three, each of one prompt."""
+    questions = [make_question(index // 3) for index in range(18)]
+    return [RolloutRequest(q, i // 3, f"{q.text}?", seed=i) for i, q in enumerate(questions)]
+
+
+@pytest.fixture
+def loop(tiny_model_directory, tiny_tokenizer):
+    """device, sampling -> a loop over the pre-trained tiny model."""
+
+    def make(device, sampling=None, engine=Engine, dtype=torch.float32) -> SearchLoop:
+        model = load_model(tiny_model_directory, dtype=dtype, device=device)
+        return SearchLoop(engine(model, tiny_tokenizer, CONFIG, sampling), search)
+
+    return make
+
+
+def check_same(trajectories, others, tolerance=1e-4) -> None:
+    assert len(trajectories) == len(others)
+    for one, other in zip(trajectories, others, strict=True):
+        np.testing.assert_array_equal(one.token_ids, other.token_ids)
+        np.testing.assert_array_equal(one.loss_mask, other.loss_mask)
+        np.testing.assert_allclose(one.rollout_logprobs, other.rollout_logprobs, atol=tolerance)
+        assert (one.turns, one.finish_reason) == (other.turns, other.finish_reason)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SamplingParams(1.0), SamplingParams(0.8, top_p=0.9, top_k=20)])
+def test_tokens_are_those_of_the_plain_twin_and_of_the_cpu(loop, requests, sampling):
+    """In fp32, where a choice hangs on the last digits once in a million tokens."""
+    ours = loop("cuda", sampling).run(requests)
+    assert sum(trajectory.num_searches for trajectory in ours) > 0
+    check_same(ours, loop("cuda", sampling, PlainEngine).run(requests))
+    check_same(ours, loop("cpu", sampling).run(requests))
+
+
+def test_samples_do_not_depend_on_the_batch(loop, requests):
+    native = loop("cuda")
+    together = native.run(requests)
+    order = np.random.default_rng(0).permutation(len(requests))
+    check_same([together[i] for i in order], native.run([requests[i] for i in order]))
+    for place in (0, 7, 17):
+        check_same([together[place]], native.run([requests[place]]))
+
+
+def test_the_same_run_twice_has_the_same_bits(loop, requests):
+    for dtype in (torch.float32, torch.bfloat16):
+        native = loop("cuda", dtype=dtype)
+        check_same(native.run(requests), native.run(requests), tolerance=0)
+
+
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 1e-4), (torch.bfloat16, 0.15)])
+def test_the_sampler_saw_the_log_probabilities_that_the_trainer_computes(loop, requests, dtype, allowed):
+    native = loop("cuda", dtype=dtype)
+    trajectories = native.run(requests)
+    model = native.engine.model
+    for batch in pack(trajectories, [0.0] * len(trajectories), 1000):
+        batch = to_device(batch, torch.device("cuda"))
+        with torch.no_grad():
+            hidden = model.hidden(
+                batch.token_ids, batch.cu_seqlens, batch.scored_rows, batch.prefixes, batch.max_seqlen
+            )
+            logprobs = batch.spread(linear_logprob(hidden, model.head_weight, batch.scored_targets))
+        difference = (logprobs - batch.rollout_logprobs).abs()
+        assert float(difference.mean()) <= allowed / 5
+        assert float(difference.quantile(0.99)) <= allowed
+
+
+def test_the_cache_can_be_given_back(loop, requests):
+    native = loop("cuda")
+    first = native.run(requests)
+    with_cache = torch.cuda.memory_allocated()
+    native.engine.free_cache()
+    assert torch.cuda.memory_allocated() < with_cache
+    check_same(first, native.run(requests))

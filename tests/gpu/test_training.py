@@ -1,0 +1,196 @@
+"""Trainings on a GPU: they run in both types, go on from a checkpoint, and an update waits for the device once."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from searchr1_fast.config import Config
+from searchr1_fast.critic import Critic
+from searchr1_fast.distributed import process
+from searchr1_fast.packing import pack
+from searchr1_fast.policy import Policy, to_device
+from searchr1_fast.train import train
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+ALGORITHMS = {
+    "grpo": {"name": "grpo", "group_size": 4, "kl_coefficient": 0.02},
+    "ppo": {"name": "ppo", "group_size": 2, "critic_learning_rate": 1e-4, "kl_coefficient": 0.01, "kl_in_reward": True},
+}
+each_algorithm = pytest.mark.parametrize("algorithm", ALGORITHMS)
+each_dtype = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+
+
+def rows(config: Config) -> list[dict]:
+    return [json.loads(line) for line in (config.run_directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def demo(tmp_path: Path, algorithm: str, dtype: str) -> Config:
+    """Two steps of the built-in model in a world of 60 entities."""
+    world = {"num_entities": 60, "num_questions": 64}
+    return Config.model_validate({
+        "run": {"directory": str(tmp_path), "device": "cuda", "tensorboard": False, "trajectories_every": 0},
+        "model": {"path": "builtin:base", "dtype": dtype},
+        "prompt": {"template": "plain"},
+        "data": {"world": world},
+        "retrieval": {"topk": 2},
+        "rollout": {
+            "max_searches": 2, "max_turn_tokens": 32, "max_observation_tokens": 120, "max_sequence_tokens": 400,
+            "max_num_seqs": 32,
+        },
+        "algorithm": ALGORITHMS[algorithm],
+        "optimizer": {"learning_rate": 1e-4},
+        "train": {"num_steps": 2, "questions_per_step": 6, "tokens_per_microbatch": 2000, "eval_every": 0},
+        "eval": {"sets": {"unseen": {"world": world | {"split": "eval", "num_questions": 8}}}},
+    })  # fmt: skip
+
+
+@each_algorithm
+@each_dtype
+def test_two_steps_of_the_built_in_model(tmp_path, make_console, algorithm, dtype):
+    config, console = demo(tmp_path, algorithm, dtype), make_console()
+    result = train(config, console)
+    assert (result["step"], result["interrupted"]) == (2, False)
+    last = rows(config)[-1]
+    assert last["skipped_updates"] == 0 and last["searches_mean"] > 0
+    assert last["policy_tokens"] > 0 and math.isfinite(last["grad_norm"]) and last["grad_norm"] > 0
+    # The first minibatch is on-policy: what separates sampler and trainer is rounding.
+    assert abs(last["rollout_policy_kl"]) < (1e-5 if dtype == "float32" else 0.02)
+    name = "sdpa" if dtype == "float32" else "varlen"
+    assert any(note.startswith((f"attention: {name}", "attention: flash-attn")) for note in console.notes)
+    assert (config.run_directory / "checkpoints" / "latest" / "hf" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(("algorithm", "dtype"), [("grpo", "float32"), ("ppo", "bfloat16")])
+def test_a_checkpoint_is_taken_up_where_it_was_left(make_config, make_console, algorithm, dtype):
+    """Step 3 after a checkpoint of step 2 is step 3 of the run that wrote it: what is sampled to the token, what is
+    learned up to sums that a GPU may add in any order."""
+    settings = {
+        "algorithm": ALGORITHMS[algorithm] | {"drop_zero_variance_groups": False},
+        "model": {"dtype": dtype},
+        "train": {"num_steps": 3, "num_minibatches": 2},
+        "checkpoint": {"every": 2},
+    }
+    run = {"device": "cuda"}
+    config = changed(make_config, settings, run)
+    train(config, make_console())
+    whole = rows(config)[-1]
+    checkpoints = config.run_directory / "checkpoints"
+    (checkpoints / "latest").unlink()
+    (checkpoints / "latest").symlink_to("step_000002", target_is_directory=True)
+    shutil.rmtree(checkpoints / "step_000003")
+    resumed = changed(make_config, settings, run | {"resume": True})
+    console = make_console()
+    train(resumed, console)
+    assert console.notes[0].startswith("going on after step 2")
+    again = rows(resumed)[-1]
+    assert again["step"] == whole["step"] == 3
+    for key in ("reward_mean", "searches_mean", "response_tokens_mean", "policy_tokens", "lr"):
+        assert again[key] == whole[key], key
+    for key in ("entropy", "kl_ref", "policy_loss", "grad_norm"):
+        assert again[key] == pytest.approx(whole[key], rel=2e-2, abs=2e-3), key
+
+
+def changed(make_config, settings: dict, run: dict) -> Config:
+    """The configuration of the letters with changes to sections, and in them."""
+    base = make_config()
+    sections = settings | {"run": run}
+    values = base.model_dump()
+    for name, section in sections.items():
+        values[name] |= section
+    return Config.model_validate(values)
+
+
+def test_one_rank_under_torchrun(tmp_path):
+    """NCCL and FSDP over a group of one, which bf16 takes."""
+    config = demo(tmp_path, "grpo", "bfloat16")
+    file = tmp_path / "config.yaml"
+    file.write_text(config.to_yaml())
+    root = Path(__file__).parents[2]
+    path = os.pathsep.join([str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")])
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
+    done = subprocess.run(
+        [*launcher, "-m", "searchr1_fast.train", str(file)],
+        env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert [row["step"] for row in rows(config)] == [0, 1, 2]
+
+
+def prepared(make_config, make_decoder, make_trajectory, ranks):
+    """A policy with a reference and a critic in bf16, several micro-batches with shared beginnings, and their number
+    of policy tokens."""
+    config = make_config(model={"dtype": "bfloat16"}, algorithm=ALGORITHMS["grpo"] | {"entropy_coefficient": 0.01})
+    decoders = [make_decoder(seed).to(ranks.device) for seed in (0, 1, 2)]
+    policy, critic = Policy(decoders[0], config, ranks, decoders[1]), Critic(decoders[2], config, ranks)
+    trajectories = [make_trajectory(seed, [(False, 9), (True, 6 + seed), (False, 12), (True, 4)]) for seed in range(6)]
+    for trajectory in trajectories[1:]:
+        trajectory.token_ids[:12] = trajectories[0].token_ids[:12]
+    batches = pack(trajectories, [1.0, -1.0, 0.5, -0.5, 2.0, -2.0], 60)
+    assert len(batches) > 2 and any(batch.prefixes is not None for batch in batches)
+    count = sum(batch.num_policy_tokens for batch in batches)
+    return policy, critic, [to_device(batch, ranks.device) for batch in batches], count
+
+
+def test_an_update_waits_for_the_device_once(make_config, make_decoder, make_trajectory):
+    """For the norm of the gradient; forward and backward passes of policy, reference and critic not at all."""
+    with process("cuda") as ranks:
+        policy, critic, batches, count = prepared(make_config, make_decoder, make_trajectory, ranks)
+        returns = [torch.ones_like(batch.advantages) for batch in batches]
+
+        def learn() -> None:
+            values = critic.values(batches)
+            references = policy.reference_logprobs(batches)
+            critic.update(batches, returns, values, count)
+            policy.update(batches, count, references)
+            policy.update(batches, count, references, on_policy=False)
+
+        for _ in range(2):  # compiles, allocates, makes the optimizers' state
+            learn()
+        steps = policy.step, critic.step
+        policy.step = critic.step = lambda: 0.0
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            learn()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+            policy.step, critic.step = steps
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                policy.step()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        waits = [str(warning.message) for warning in caught if "synchroniz" in str(warning.message)]
+        assert len(waits) == 1, waits
+
+
+def test_bf16_updates_as_the_cpu_does_in_fp32(make_config, make_decoder, make_trajectory):
+    """The norm of the gradient, and where the first step of AdamW takes the weights."""
+    norms, weights = [], []
+    for device, dtype in (("cpu", "float32"), ("cuda", "float32"), ("cuda", "bfloat16")):
+        with process(device) as ranks:
+            config = make_config(model={"dtype": dtype})
+            policy = Policy(make_decoder(0).to(ranks.device), config, ranks)
+            trajectories = [make_trajectory(seed, [(False, 9), (True, 8)]) for seed in range(5)]
+            batches = [to_device(b, ranks.device) for b in pack(trajectories, [1.0, -1.0, 0.5, -0.5, 2.0], 40)]
+            norms.append(policy.update([replace(batch) for batch in batches], 40)[1])
+            policy.sync_replica()
+            weights.append(torch.cat([p.detach().float().cpu().flatten() for p in policy.replica.parameters()]))
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4)
+    assert norms[2] == pytest.approx(norms[0], rel=0.05)
+    # A weight whose gradient is rounding noise may go either way.
+    assert ((weights[1] - weights[0]).abs() < 1e-6).float().mean() > 0.99
