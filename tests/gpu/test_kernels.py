@@ -1,5 +1,5 @@
 """Operators of searchr1_kernels on a GPU as tests/kernels has them on a CPU: torch's own checks, compilation into one
-graph, the same bits twice, nothing to do, a vocabulary of real size. What Triton kernels compute is in tests/kernels."""
+graph, the same bits twice, nothing to do, a vocabulary of real size. What Triton kernels compute: tests/kernels."""
 
 from __future__ import annotations
 
