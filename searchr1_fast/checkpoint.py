@@ -242,7 +242,7 @@ def _rng_state() -> dict[str, Any]:
     _, numpy_keys, numpy_position, numpy_has_gauss, numpy_gauss = np.random.get_state()
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,  # asking would initialise it
         "numpy": (torch.from_numpy(numpy_keys.astype(np.int64)), numpy_position, numpy_has_gauss, numpy_gauss),
         "python": random.getstate(),
     }

@@ -14,8 +14,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 @pytest.mark.parametrize("scan", ["float16", "int8"])
 def test_hits_are_those_of_the_cpu(scan):
-    world = World(WorldConfig(num_entities=300))
-    queries = [chain.question.text for chain in world.chains()[:100]] + ["", "nothing like it"]
+    world = World(WorldConfig(num_entities=300, num_questions=100))
+    queries = [chain.question.text for chain in world.chains()] + ["", "nothing like it"]
     found = []
     for device in ("cpu", "cuda"):
         config = RetrievalConfig(backend="dense", device=device, scan=scan, hashing_dimension=512)

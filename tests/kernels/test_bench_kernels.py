@@ -45,7 +45,8 @@ def test_main_leaves_a_row_per_case_and_a_plot_per_kernel(bench, cases, monkeypa
     monkeypatch.setattr(bench, "copy_rate", lambda device: 1e9)
     monkeypatch.setattr(bench, "KERNELS", ("gae", "group", "topk"))
     rows_file = tmp_path / "rows.jsonl"
-    assert bench.main(["--device", "cpu", "--repetitions", "2", "--output", str(rows_file), "--plot", str(tmp_path)]) == 0
+    arguments = ["--device", "cpu", "--repetitions", "2", "--output", str(rows_file), "--plot", str(tmp_path)]
+    assert bench.main(arguments) == 0
     rows = [json.loads(line) for line in rows_file.read_text(encoding="utf-8").splitlines()]
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == rows[-1]
     assert [row["kernel"] for row in rows] == ["gae", "gae", "group", "topk"]
