@@ -36,7 +36,7 @@ def results(model: Decoder, batch) -> dict[str, torch.Tensor]:
     return {name: tensor.float().cpu() for name, tensor in found.items()}
 
 
-@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 2e-5), (torch.bfloat16, 0.05)])
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 2e-5), (torch.bfloat16, 0.1)])
 def test_forward_and_backward_are_those_of_the_cpu(make_decoder, batch, dtype, allowed):
     model = make_decoder(0).to(dtype)
     ours = results(copy.deepcopy(model).cuda(), batch)

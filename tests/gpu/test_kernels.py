@@ -57,12 +57,12 @@ def policy_loss(hidden, weight, targets, rollout, advantages):
 
 
 CALLS = {
-    "gae": lambda: ((numbers(ROWS), numbers(ROWS, seed=1)),
-                    lambda r, v: gae(r, v, offsets(), gamma=0.9, lam=0.8, mask=mask())),
-    "masked_kl": lambda: ((numbers(ROWS), numbers(ROWS, seed=1)), lambda x, y: (masked_kl(x, y, "k3", mask()),)),
-    "group_advantages": lambda: ((numbers(ROWS),), lambda x: group_advantages(x, groups())),
-    "masked_moments": lambda: ((numbers(ROWS),), lambda x: (masked_moments(x, mask()),)),
-    "masked_whiten": lambda: ((numbers(ROWS),), lambda x: (masked_whiten(x, mask()),)),
+    "gae": lambda: ((numbers(ROWS), numbers(ROWS, seed=1), offsets(), mask()),
+                    lambda r, v, o, m: gae(r, v, o, gamma=0.9, lam=0.8, mask=m)),
+    "masked_kl": lambda: ((numbers(ROWS), numbers(ROWS, seed=1), mask()), lambda x, y, m: (masked_kl(x, y, "k3", m),)),
+    "group_advantages": lambda: ((numbers(ROWS), groups()), group_advantages),
+    "masked_moments": lambda: ((numbers(ROWS), mask()), lambda x, m: (masked_moments(x, m),)),
+    "masked_whiten": lambda: ((numbers(ROWS), mask()), lambda x, m: (masked_whiten(x, m),)),
     "topk_inner_product": lambda: ((numbers(4, 32), numbers(500, 32, seed=1).half()),
                                    lambda q, c: topk_inner_product(q, c, 7)),
     "linear_logprob": lambda: (head()[:3], lambda *x: linear_logprob(*x, temperature=0.7, return_entropy=True)),

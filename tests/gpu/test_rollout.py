@@ -80,7 +80,7 @@ def test_the_same_run_twice_has_the_same_bits(loop, requests):
         check_same(native.run(requests), native.run(requests), tolerance=0)
 
 
-@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 1e-4), (torch.bfloat16, 0.15)])
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 1e-4), (torch.bfloat16, 0.3)])
 def test_the_sampler_saw_the_log_probabilities_that_the_trainer_computes(loop, requests, dtype, allowed):
     native = loop("cuda", dtype=dtype)
     trajectories = native.run(requests)
