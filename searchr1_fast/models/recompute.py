@@ -6,8 +6,8 @@
     full       keeps the block's input alone
 
 `selective` checkpoints what lies before attention and what lies behind it. A policy over single operators
-(`create_selective_checkpoint_contexts`) could drop query, key and value too, which are a few per cent of a block; but it
-would have to know the operator's name in every back-end, and flash-attn's older releases have none.
+(`create_selective_checkpoint_contexts`) could drop query, key and value too, which are a few per cent of a block; but
+it would have to know the operator's name in every back-end, and flash-attn's older releases have none.
 
 Gradients are the same to the bit where the operations are: the same kernels on the same inputs.
 """

@@ -88,7 +88,7 @@ def test_gradients_are_the_same_to_the_bit(make_config, make_decoder, batch, lea
 
 
 def test_less_is_kept(batch):
-    """A layer more costs its input, with `full`; query, key, value and what attention returned too, with `selective`."""
+    """A layer more costs its input, with `full`; with `selective` query, key, value and what attention returned."""
     costs = {}
     for mode in ("none", "selective", "full"):
         kept = []
