@@ -1,7 +1,7 @@
 """One real training workload on a published shape, with random weights: how fast the update and the engine are.
 
     python bench/workload.py --model qwen2.5-1.5b
-    python bench/workload.py --model qwen2.5-3b --checkpointing selective --tokens-per-microbatch 32768 --output
+    python bench/workload.py --model qwen2.5-3b --checkpointing selective --tokens-per-microbatch 16384 --output
     python bench/workload.py --model tiny --device cpu --dtype float32
 
 The update is `Policy.update` on trajectories of random tokens in the mix of Search-R1's traces (prompt, turn, passages,
@@ -9,16 +9,11 @@ turn; 35 % of the tokens are the policy's; lengths spread by half around their m
 The engine samples from prompts of which a group shares one, so many tokens each; random weights never end a turn, so
 lengths are fixed. Nothing is loaded or downloaded. What does not fit, by the planner, is left out and said.
 
-Two counts of floating-point operations, both by matrix products, 2 per multiplication and addition:
+Operations are counted twice (random_work.py): what the workload asks for if nothing is shared and the head sees every
+token (`model`, of which MFU is made), and what is `done` of it, with what checkpointing computes again.
 
-    model   6 P T + 12 A x layers x pairs: what the workload asks for if nothing is shared and the head sees every token.
-            P: weights of all matrices, head included and embedding not; T: tokens of all trajectories; A: query heads x
-            head size; pairs: of a token and one before it or itself. MFU is these per second by the peak.
-    done    what this project computes of it: shared beginnings once, the last layer behind its attention and the head
-            on scored rows alone; and what checkpointing computes again. By the peak: how busy the machine was.
-
-So MFU may exceed the other by what is saved, and neither is the other. The peak is the data sheet's of an H100 SXM or
-H200 (989 TFLOP/s, bf16, dense), and beside it the rate of one large matrix product, measured here.
+MFU may exceed the other by what is saved. The peak is the data sheet's of an H100 SXM or H200 (989 TFLOP/s, bf16,
+dense), and beside it stands the rate of one large matrix product, measured here.
 """
 
 from __future__ import annotations
@@ -28,12 +23,12 @@ import gc
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import harness
 import numpy as np
 import torch
+from random_work import QUESTION, Work, count_flops, make_trajectories
 from rich import box
 from rich.table import Table
 
@@ -51,101 +46,10 @@ from searchr1_fast.retrieval.memory_plan import size_text
 from searchr1_fast.rollout import Engine, RolloutRequest
 from searchr1_fast.rollout.sampling import stream_keys
 from searchr1_fast.rollout.sequence import Sequence as Rollout
-from searchr1_fast.types import FinishReason, PackedBatch, Question, Trajectory
+from searchr1_fast.types import PackedBatch
 
 HOPPER, HOPPER_FLOPS = (9, 0), 989e12  # bf16, dense; NVIDIA's data sheets of H100 SXM and H200
-PROMPT_SHARE, POLICY_SHARE = 0.24, 0.35  # of a trajectory's tokens; the rest are passages
-FIRST_TURN = 0.6  # of the policy's tokens
 WARM_UP_STEPS = 8  # decode steps before the clock
-QUESTION = Question("q", "", ("",), "random")
-
-
-# ------------------------------------------------------------------------------------------------------------ workload
-
-
-def tiny_config(vocab_size: int) -> DecoderConfig:
-    """For a CPU and the tests."""
-    return DecoderConfig(vocab_size, 64, 160, 2, 4, 2, tie_word_embeddings=True)
-
-
-def make_trajectories(
-    num_tokens: int, mean_length: int, group_size: int, vocab_size: int, seed: int = 0
-) -> list[Trajectory]:
-    """Whole groups, until there are so many tokens."""
-    generator = np.random.default_rng(seed)
-    trajectories: list[Trajectory] = []
-    total = 0
-    while total < num_tokens:
-        prompt = generator.integers(0, vocab_size, max(1, round(PROMPT_SHARE * mean_length)))
-        for _ in range(group_size):
-            scale = generator.uniform(0.5, 1.5) * mean_length
-            policy = POLICY_SHARE * scale
-            sizes = [FIRST_TURN * policy, (1 - PROMPT_SHARE - POLICY_SHARE) * scale, (1 - FIRST_TURN) * policy]
-            sizes = [len(prompt), *(max(1, round(size)) for size in sizes)]
-            mask = np.repeat([False, True, False, True], sizes)
-            logprobs = np.where(mask, generator.normal(-np.log(vocab_size), 0.1, len(mask)), 0.0)
-            tokens = np.concatenate([prompt, generator.integers(0, vocab_size, len(mask) - len(prompt))])
-            trajectories.append(
-                Trajectory(
-                    question=QUESTION,
-                    group=len(trajectories) // group_size,
-                    token_ids=tokens,
-                    loss_mask=mask,
-                    rollout_logprobs=logprobs.astype(np.float32),
-                    prompt_length=len(prompt),
-                    turns=[],
-                    finish_reason=FinishReason.ANSWER,
-                )
-            )
-            total += len(mask)
-    return trajectories
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """What an update is asked for, and what of it is laid out."""
-
-    tokens: int  # of all trajectories
-    pairs: int  # of tokens and what they attend to, nothing shared
-    policy_tokens: int
-    rows: int  # of all micro-batches
-    row_pairs: int
-    scored: int  # rows that the head sees
-
-    @classmethod
-    def of(cls, trajectories: Sequence[Trajectory], batches: Sequence[PackedBatch]) -> Work:
-        """Counted on the host."""
-        lengths = [len(trajectory.token_ids) for trajectory in trajectories]
-        return cls(
-            tokens=sum(lengths),
-            pairs=sum(length * (length + 1) // 2 for length in lengths),
-            policy_tokens=sum(batch.num_policy_tokens for batch in batches),
-            rows=sum(batch.num_tokens for batch in batches),
-            row_pairs=sum(int(batch.positions.sum()) + batch.num_tokens for batch in batches),
-            scored=sum(len(batch.scored_rows) for batch in batches),
-        )
-
-
-def count_flops(decoder: DecoderConfig, work: Work, checkpointing: str) -> dict[str, float]:
-    """`model` and `done`, as on top of the file."""
-    hidden, layers = decoder.hidden_size, decoder.num_hidden_layers
-    queries, keys = (n * decoder.head_dim for n in (decoder.num_attention_heads, decoder.num_key_value_heads))
-    before = hidden * (queries + 2 * keys)
-    down = hidden * decoder.intermediate_size
-    after = hidden * queries + 3 * down
-    head = decoder.vocab_size * hidden
-    model = 6.0 * (layers * (before + after) + head) * work.tokens + 12.0 * queries * layers * work.pairs
-
-    def blocks(behind: int) -> float:
-        """All layers' products of a forward pass, of which `behind` weights lie behind attention."""
-        last = before * work.rows + behind * work.scored
-        return 2.0 * ((layers - 1) * (before + behind) * work.rows + last)
-
-    attention = 4.0 * queries * layers * work.row_pairs
-    done = 3.0 * (blocks(after) + attention + 2.0 * head * work.scored)
-    if checkpointing != "none":  # the last product of a block is not needed again
-        done += blocks(after - down) + (attention if checkpointing == "full" else 0.0)
-    return {"model": model, "done": done}
 
 
 # ------------------------------------------------------------------------------------------------------------- update
@@ -217,16 +121,15 @@ def run_rollout(model: Decoder, tokenizer: TextTokenizer, config: Config, num_se
     engine = Engine(model, tokenizer, rollout, stop_at_tags=False)
     wait = waiter(model.head_weight.device)
     prefill, decode = [], []  # seconds of steps
-    with torch.inference_mode():
-        engine.add(make_sequences(num_seqs, model.config.vocab_size, options))
-        while engine.has_work:
-            had = engine.statistics.num_prefill_tokens
-            wait()
-            started = time.perf_counter()
-            engine.step()
-            wait()
-            is_prefill = engine.statistics.num_prefill_tokens > had
-            (prefill if is_prefill else decode).append(time.perf_counter() - started)
+    engine.add(make_sequences(num_seqs, model.config.vocab_size, options))
+    while engine.has_work:
+        had = engine.statistics.num_prefill_tokens
+        wait()
+        started = time.perf_counter()
+        engine.step()
+        wait()
+        is_prefill = engine.statistics.num_prefill_tokens > had
+        (prefill if is_prefill else decode).append(time.perf_counter() - started)
     statistics = engine.statistics
     engine.reset()
     engine.free_cache()
@@ -285,8 +188,7 @@ def measure(options, ranks: Ranks, say: Callable[[str], None]) -> dict[str, Any]
         if plan.device_bytes is not None and plan.update + RESERVE > plan.device_bytes:
             say(f"update left out: {size_text(plan.update)} are needed, {size_text(plan.device_bytes)} are there")
         else:
-            with ranks.device:
-                policy = Policy(Decoder(decoder), config, ranks)
+            policy = Policy(random_decoder(decoder, ranks.device), config, ranks)
             row["update"] = run_update(policy, batches, work, plan, options)
             model = policy.replica.requires_grad_(False)
             del policy
@@ -294,12 +196,16 @@ def measure(options, ranks: Ranks, say: Callable[[str], None]) -> dict[str, Any]
     row["rollout"] = []
     if "rollout" in options.phases:
         if model is None:
-            with ranks.device:
-                model = Decoder(decoder).to(getattr(torch, options.dtype)).requires_grad_(False)
+            model = random_decoder(decoder, ranks.device).to(getattr(torch, options.dtype)).requires_grad_(False)
         for num_seqs in options.num_seqs:
             row["rollout"].append(run_rollout(model, tokenizer, config, num_seqs, options))
             release(ranks.device)
     return row
+
+
+def tiny_config(vocab_size: int) -> DecoderConfig:
+    """For a CPU and the tests."""
+    return DecoderConfig(vocab_size, 64, 160, 2, 4, 2, tie_word_embeddings=True)
 
 
 def make_config(options) -> Config:
@@ -316,6 +222,12 @@ def make_config(options) -> Config:
             "rollout": {"max_sequence_tokens": length, "max_turn_tokens": options.new_tokens},
         }
     )
+
+
+def random_decoder(decoder: DecoderConfig, device: torch.device) -> Decoder:
+    """In fp32, drawn on the device: a CPU takes a minute for some billions."""
+    with device:
+        return Decoder(decoder)
 
 
 def make_plan(
@@ -406,7 +318,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--tokens", type=int, default=65536, help="of an update's trajectories, at least")
     parser.add_argument("--sequence-length", type=int, default=1024, help="mean of a trajectory's tokens")
-    parser.add_argument("--tokens-per-microbatch", type=int, default=16384)
+    parser.add_argument("--tokens-per-microbatch", type=int, default=8192)
     parser.add_argument("--checkpointing", choices=("none", "selective", "full"), default="none")
     parser.add_argument("--group-size", type=int, default=8, help="trajectories and sequences that share a prompt")
     parser.add_argument("--repetitions", type=int, default=3)

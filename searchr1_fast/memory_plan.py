@@ -225,7 +225,8 @@ def _update(config: Config, decoder: DecoderConfig, num_ranks: int, batch: Batch
 
 
 def head_bytes(decoder: DecoderConfig, size: int, num_scored: int) -> list[tuple[str, int]]:
-    """`linear_policy_loss` on CUDA at its peak: a chunk of logits with its gradient, and both gradients of the head."""
+    """`linear_policy_loss` on CUDA at its peak: both gradients of the head, and a chunk of logits with its gradient; or
+    if that is more, in the backward pass, the weight's gradient in the compute type."""
     row = decoder.vocab_size * (_FP32 + (size if size != _FP32 else 0))
     most = max(256, CHUNK_BYTES // row)
     chunks = max(1, -(-num_scored // most))
@@ -233,7 +234,7 @@ def head_bytes(decoder: DecoderConfig, size: int, num_scored: int) -> list[tuple
     rows = longest + -longest % TILE_ROWS
     weight = decoder.vocab_size * decoder.hidden_size
     return [
-        ("logits of a chunk", rows * row),
+        ("logits of a chunk", max(rows * row, size * weight)),
         ("weight's gradient", _FP32 * weight),
         ("hidden states and gradient", 2 * num_scored * decoder.hidden_size * size),
     ]
