@@ -128,6 +128,7 @@ def train_parser() -> argparse.ArgumentParser:
         "searchr1 train configs/demo.yaml\n"
         "searchr1 train configs/demo.yaml run.name=hot optimizer.learning_rate=3e-4 rollout.temperature=1.2\n"
         "searchr1 train configs/demo.yaml --resume\n"
+        "searchr1 train configs/search_r1_7b_ppo.yaml --dry-run --ranks 8 --device-memory 80GB --shape qwen2.5-7b\n"
         "torchrun --nproc-per-node 8 -m searchr1_fast.train configs/demo.yaml",
         "Writes runs/<run.name>/: config.yaml, metrics.jsonl, tensorboard/, trajectories/, checkpoints/, curves.png.",
     )
@@ -135,6 +136,14 @@ def train_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--resume", action="store_true", help="go on from the run's newest checkpoint (run.resume=true)"
     )
+    parser.add_argument(
+        "--dry-run", action="store_true",
+        help="train nothing: print what each rank's GPU will hold, whether that fits (exit code 1: it does not), and "
+        "what to change; the next three go with it",
+    )  # fmt: skip
+    parser.add_argument("--device-memory", metavar="SIZE", help="80GB, 79.6GiB, … (default: that of the GPU here)")
+    parser.add_argument("--ranks", metavar="N", type=int, help="GPUs of all machines (default: torchrun's, else 1)")
+    parser.add_argument("--shape", metavar="NAME", help="a published model, qwen2.5-3b, instead of a directory")
     return parser
 
 

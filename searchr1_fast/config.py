@@ -225,6 +225,8 @@ class TrainConfig(Section):
     """Optimizer steps per rollout; groups are split whole."""
     tokens_per_microbatch: Positive = 8192
     """Packed tokens per forward pass; one longer trajectory goes alone."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """What the backward pass computes again. `selective`: all but attention; `full`: whole blocks."""
     eval_every: NonNegative = 10
     """0: before and after only."""
 

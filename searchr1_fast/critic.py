@@ -53,6 +53,7 @@ class Critic(Learner):
 
     def __init__(self, decoder: Decoder, config: Config, ranks: Ranks, weights: Path | None = None) -> None:
         """`decoder`: fp32, its own copy of the policy's start. `weights`: as `Policy` takes it."""
+        decoder.checkpoint_blocks(config.train.activation_checkpointing)
         model = ValueModel(decoder)
         model.value_head.to(ranks.device)
         shard(model, decoder.layers, ranks, getattr(torch, config.model.dtype))

@@ -156,6 +156,7 @@ class Policy(Learner):
         `weights`: the directory that both were made from, where they are `meta_model`s: each rank reads its own rows.
         """
         dtype = getattr(torch, config.model.dtype)
+        decoder.checkpoint_blocks(config.train.activation_checkpointing)
         scorer = TokenScorer(decoder, config.rollout.temperature)
         self.replica = decoder  # generates; the trained module itself where it is whole and in the compute type
         if ranks.world_size > 1 or dtype != torch.float32:

@@ -35,6 +35,7 @@ from torch.distributed import ReduceOp
 from searchr1_fast.advantage import grpo_advantages, ppo_advantages, token_rewards
 from searchr1_fast.cli import train_parser
 from searchr1_fast.config import Config, load_config
+from searchr1_fast.dry_run import dry_run
 from searchr1_fast.errors import INTERRUPTED, entry_point
 from searchr1_fast.evaluate import score, trajectory_seed
 from searchr1_fast.losses import accumulate_metrics
@@ -325,7 +326,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """`searchr1 train`."""
     arguments = train_parser().parse_intermixed_args(argv)
     overrides = [*arguments.overrides, *(["run.resume=true"] if arguments.resume else [])]
-    return INTERRUPTED if train(load_config(arguments.config, overrides))["interrupted"] else 0
+    config = load_config(arguments.config, overrides)
+    planned = {"device_memory": arguments.device_memory, "ranks": arguments.ranks, "shape": arguments.shape}
+    if arguments.dry_run:
+        return dry_run(config, **planned)
+    if stray := [f"--{name.replace('_', '-')}" for name, value in planned.items() if value is not None]:
+        raise ValueError(f"{stray[0]} goes with --dry-run; a run finds out by itself")
+    return INTERRUPTED if train(config)["interrupted"] else 0
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from searchr1_fast.distributed import Ranks, process
 from searchr1_fast.train import train
 
 TRAIN = {"num_steps": 2, "num_minibatches": 2}
+RECOMPUTE = {"grpo": "selective", "ppo": "full"}  # on two ranks; one rank keeps every activation
 ALGORITHMS = {
     "grpo": {"kl_coefficient": 0.05},
     "ppo": {
@@ -34,7 +35,8 @@ def two_ranks(make_config, tmp_path):
     """The reports of both ranks, and the configurations that they ran."""
     configs, files = {}, []
     for name, algorithm in ALGORITHMS.items():
-        configs[name] = make_config(algorithm=algorithm, run={"name": f"{name}-two"}, train=TRAIN)
+        recompute = {"activation_checkpointing": RECOMPUTE[name]}
+        configs[name] = make_config(algorithm=algorithm, run={"name": f"{name}-two"}, train=TRAIN | recompute)
         files.append(tmp_path / f"{name}.yaml")
         files[-1].write_text(configs[name].to_yaml())
     root = Path(__file__).parent

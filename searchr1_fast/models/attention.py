@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-_GATHERED_TOKENS = 512  # bounds what the plain twin gathers: [512, H, length, d]
+GATHERED_TOKENS = 512  # bounds what the plain twin gathers: [512, H, length, d]
 
 # Tokens that join one sequence are faster through matrix products than one by one where they meet many keys: 2.4 times
 # for 210 tokens behind 300, 1.4 for 8 behind 500; 0.6 times for 40 at the beginning (4 heads of 32, one core of an AMD
@@ -168,8 +168,8 @@ def cached_attention_reference(
     positions: torch.Tensor,  # [T] int64
 ) -> torch.Tensor:  # [T, H, d]
     """`cached_attention` in plain torch: gathers every token's slot up to the longest, some tokens at a time."""
-    if len(query) > _GATHERED_TOKENS:
-        parts = zip(*(x.split(_GATHERED_TOKENS) for x in (query, slots, positions)), strict=True)
+    if len(query) > GATHERED_TOKENS:
+        parts = zip(*(x.split(GATHERED_TOKENS) for x in (query, slots, positions)), strict=True)
         return torch.cat([cached_attention_reference(q, keys, values, s, p) for q, s, p in parts])
     length = int(positions.max()) + 1 if len(positions) else 0
     group = query.shape[1] // keys.shape[1]

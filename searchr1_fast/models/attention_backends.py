@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import importlib.util
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -89,6 +90,19 @@ def describe_attention(device: torch.device, dtype: torch.dtype, head_dim: int) 
     return f"attention: {chosen.name} ({chosen.reason})"
 
 
+def repeats_key_heads(dtype: torch.dtype) -> bool:
+    """Whether a GPU's attention of 16-bit types is given a key head per query head: memory that a plan must count."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return True  # the plain twin does
+    if importlib.util.find_spec("flash_attn") is not None:
+        return False
+    return not _has_groups(importlib.import_module("torch.nn.attention.varlen").varlen_attn)
+
+
+def _has_groups(varlen_attn: Callable) -> bool:
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
 def _obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
     """What keeps the kernels from these tensors, or ""."""
     if device.type != "cuda":
@@ -144,7 +158,7 @@ def attend_varlen() -> PackedAttention:
     torch 2.11 has no `enable_gqa` and documents equal numbers of heads; from 2.12 groups must be asked for.
     """
     varlen_attn = importlib.import_module("torch.nn.attention.varlen").varlen_attn
-    has_groups = "enable_gqa" in inspect.signature(varlen_attn).parameters
+    has_groups = _has_groups(varlen_attn)
 
     def attend(query, key, value, layout):
         group = query.shape[1] // key.shape[1]

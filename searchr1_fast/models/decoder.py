@@ -20,6 +20,7 @@ from torch import nn
 from searchr1_fast.models.attention import cached_attention, find_chunks, gather_rows
 from searchr1_fast.models.attention_backends import PackedLayout, choose_attention
 from searchr1_fast.models.decoder_config import DecoderConfig
+from searchr1_fast.models.recompute import Recompute, recomputed
 from searchr1_fast.models.rope import apply_rotary, rotary_embedding
 from searchr1_fast.types import SharedPrefixes
 
@@ -93,6 +94,7 @@ class Block(nn.Module):
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
+        self.recompute: Recompute = "none"
         self.self_attn = Attention(config)
         self.mlp = MLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -105,10 +107,18 @@ class Block(nn.Module):
         rows: torch.Tensor | None = None,  # [R] int64: the tokens whose output is wanted
     ) -> torch.Tensor:  # [T, D], or [R, D]
         """All tokens are keys and values; past the attention only `rows` are worked on."""
-        attended = context.attend(self.layer, *self.before_attention(x, context.cos, context.sin))
+        if self.recompute == "full":
+            return recomputed(self._run, x, context, rows, _call)
+        return self._run(x, context, rows, recomputed if self.recompute == "selective" else _call)
+
+    def _run(
+        self, x: torch.Tensor, context: PackedContext | CachedContext, rows: torch.Tensor | None, part: Callable
+    ) -> torch.Tensor:  # [T, D], or [R, D]
+        """`part` calls what lies before attention, and what lies behind it."""
+        attended = context.attend(self.layer, *part(self.before_attention, x, context.cos, context.sin))
         if rows is not None:
             x, attended = x.index_select(0, rows), attended.index_select(0, rows)
-        return self.after_attention(x, attended)
+        return part(self.after_attention, x, attended)
 
     def before_attention(
         self,
@@ -129,6 +139,10 @@ class Block(nn.Module):
         would be compiled anew for each."""
         self.before_attention = torch.compile(self.before_attention, backend=backend, fullgraph=True, dynamic=True)
         self.after_attention = torch.compile(self.after_attention, backend=backend, fullgraph=True, dynamic=True)
+
+
+def _call(function: Callable, *arguments: torch.Tensor) -> torch.Tensor:
+    return function(*arguments)
 
 
 class PackedContext:
@@ -237,6 +251,11 @@ class Decoder(nn.Module):
         """
         for block in self.layers:
             block.compile_in_place(backend)
+
+    def checkpoint_blocks(self, recompute: Recompute) -> None:
+        """What blocks keep for the backward pass of `hidden`; generation keeps nothing in any case."""
+        for block in self.layers:
+            block.recompute = recompute
 
     @property
     def layers(self) -> nn.ModuleList:

@@ -1,0 +1,104 @@
+"""Trajectories of random tokens in the mix of Search-R1's traces, and what training on them asks for in operations.
+
+    model   6 P T + 12 A x layers x pairs: what the workload asks for if nothing is shared and the head sees every
+            token. P: weights of all matrices, head included and embedding not; T: tokens of all trajectories; A: query
+            heads x head size; pairs: of a token and one before it or itself.
+    done    what this project computes of it: shared beginnings once, the last layer behind its attention and the head
+            on scored rows alone; and what checkpointing computes again.
+
+Both count products of matrices alone, two operations per multiplication and addition, backward twice forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from searchr1_fast.models import DecoderConfig
+from searchr1_fast.types import FinishReason, PackedBatch, Question, Trajectory
+
+PROMPT_SHARE, POLICY_SHARE = 0.24, 0.35  # of a trajectory's tokens; the rest are passages
+FIRST_TURN = 0.6  # of the policy's tokens
+QUESTION = Question("q", "", ("",), "random")
+
+
+def make_trajectories(
+    num_tokens: int, mean_length: int, group_size: int, vocab_size: int, seed: int = 0
+) -> list[Trajectory]:
+    """Whole groups, until there are so many tokens."""
+    generator = np.random.default_rng(seed)
+    trajectories: list[Trajectory] = []
+    total = 0
+    while total < num_tokens:
+        prompt = generator.integers(0, vocab_size, max(1, round(PROMPT_SHARE * mean_length)))
+        for _ in range(group_size):
+            scale = generator.uniform(0.5, 1.5) * mean_length
+            policy = POLICY_SHARE * scale
+            sizes = [FIRST_TURN * policy, (1 - PROMPT_SHARE - POLICY_SHARE) * scale, (1 - FIRST_TURN) * policy]
+            sizes = [len(prompt), *(max(1, round(size)) for size in sizes)]
+            mask = np.repeat([False, True, False, True], sizes)
+            logprobs = np.where(mask, generator.normal(-np.log(vocab_size), 0.1, len(mask)), 0.0)
+            tokens = np.concatenate([prompt, generator.integers(0, vocab_size, len(mask) - len(prompt))])
+            trajectories.append(
+                Trajectory(
+                    question=QUESTION,
+                    group=len(trajectories) // group_size,
+                    token_ids=tokens,
+                    loss_mask=mask,
+                    rollout_logprobs=logprobs.astype(np.float32),
+                    prompt_length=len(prompt),
+                    turns=[],
+                    finish_reason=FinishReason.ANSWER,
+                )
+            )
+            total += len(mask)
+    return trajectories
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What an update is asked for, and what of it is laid out."""
+
+    tokens: int  # of all trajectories
+    pairs: int  # of tokens and what they attend to, nothing shared
+    policy_tokens: int
+    rows: int  # of all micro-batches
+    row_pairs: int
+    scored: int  # rows that the head sees
+
+    @classmethod
+    def of(cls, trajectories: Sequence[Trajectory], batches: Sequence[PackedBatch]) -> Work:
+        """Counted on the host."""
+        lengths = [len(trajectory.token_ids) for trajectory in trajectories]
+        return cls(
+            tokens=sum(lengths),
+            pairs=sum(length * (length + 1) // 2 for length in lengths),
+            policy_tokens=sum(batch.num_policy_tokens for batch in batches),
+            rows=sum(batch.num_tokens for batch in batches),
+            row_pairs=sum(int(batch.positions.sum()) + batch.num_tokens for batch in batches),
+            scored=sum(len(batch.scored_rows) for batch in batches),
+        )
+
+
+def count_flops(decoder: DecoderConfig, work: Work, checkpointing: str) -> dict[str, float]:
+    """`model` and `done`, as on top of the file."""
+    hidden, layers = decoder.hidden_size, decoder.num_hidden_layers
+    queries, keys = (n * decoder.head_dim for n in (decoder.num_attention_heads, decoder.num_key_value_heads))
+    before = hidden * (queries + 2 * keys)
+    down = hidden * decoder.intermediate_size
+    after = hidden * queries + 3 * down
+    head = decoder.vocab_size * hidden
+    model = 6.0 * (layers * (before + after) + head) * work.tokens + 12.0 * queries * layers * work.pairs
+
+    def blocks(behind: int) -> float:
+        """All layers' products of a forward pass, of which `behind` weights lie behind attention."""
+        last = before * work.rows + behind * work.scored
+        return 2.0 * ((layers - 1) * (before + behind) * work.rows + last)
+
+    attention = 4.0 * queries * layers * work.row_pairs
+    done = 3.0 * (blocks(after) + attention + 2.0 * head * work.scored)
+    if checkpointing != "none":  # the last product of a block is not needed again
+        done += blocks(after - down) + (attention if checkpointing == "full" else 0.0)
+    return {"model": model, "done": done}

@@ -1,0 +1,357 @@
+"""How much of a GPU a run takes, computed from its configuration and the shape of its model; nothing is loaded.
+
+What each part of policy.py, critic.py and the engine holds, and when:
+
+    always    master weights and Adam's two moments, fp32, a part on each of N ranks; the whole replica that generates,
+              in the compute type (none where one rank computes in fp32: then it is the trained module); the
+              reference's part, in the compute type; the part of the index
+    rollout   the KV cache, the activations of a prefill, logits, what attention over the cache gathers
+    update    gradients, fp32, a part on each rank, of one learner at a time (the critic's are freed before the
+              policy's are made); what FSDP gathers: embedding, head and last norm whole, and two blocks; what the
+              blocks keep for the backward pass; what one block needs while it is in it, or if that is more, logits of a
+              chunk and the head's gradient
+
+Rollout and update never meet, so the peak is the larger of them. Activations are those of the 16-bit attention kernels
+and of CUDA's fused norm. The allocator's fragments, the CUDA context and NCCL's buffers come on top: `RESERVE`.
+
+Shape legend
+    T  rows of a micro-batch    P  parameters    D  hidden size    I  MLP size    V  vocabulary    N  ranks
+    H, G  query, key/value heads    d  head size
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from searchr1_fast.config import Config
+from searchr1_fast.critic import ValueModel
+from searchr1_fast.models import Decoder, DecoderConfig
+from searchr1_fast.models.attention import GATHERED_TOKENS
+from searchr1_fast.models.recompute import Recompute
+from searchr1_fast.retrieval.memory_plan import MemoryPlan as IndexPlan
+from searchr1_fast.retrieval.memory_plan import size_text
+from searchr1_fast.rollout.engine import MAX_PREFILL_TOKENS
+
+RESERVE = 1 << 30  # CUDA context, NCCL, what the allocator cannot use: an estimate
+_FP32 = 4
+CHUNK_BYTES = 1 << 30  # searchr1_kernels: logits of a chunk and their gradient, on CUDA
+TILE_ROWS = 128  # a chunk is a multiple of so many rows
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the plan."""
+
+    name: str
+    num_bytes: int
+    when: str  # "always", "rollout" or "update"
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingPlan:
+    """Bytes on one rank."""
+
+    rows: tuple[Row, ...]
+    device_bytes: int | None  # None: not known
+    advice: tuple[str, ...]  # what would make it smaller, the cheapest first
+
+    def total(self, when: str) -> int:
+        """Of one kind of rows."""
+        return sum(row.num_bytes for row in self.rows if row.when == when)
+
+    @property
+    def rollout(self) -> int:
+        """While trajectories are sampled."""
+        return self.total("always") + self.total("rollout")
+
+    @property
+    def update(self) -> int:
+        """While a micro-batch's backward pass begins."""
+        return self.total("always") + self.total("update")
+
+    @property
+    def peak(self) -> int:
+        """The larger of the two."""
+        return max(self.rollout, self.update)
+
+    @property
+    def fits(self) -> bool | None:
+        """With the reserve; None where the device's memory is not known."""
+        return None if self.device_bytes is None else self.peak + RESERVE <= self.device_bytes
+
+    def __str__(self) -> str:
+        lines = []
+        for when in ("always", "rollout", "update"):
+            lines.append(f"{when:<38}{size_text(self.total(when)):>10}")
+            lines += [
+                f"  {row.name:<36}{size_text(row.num_bytes):>10}  {row.detail}".rstrip()
+                for row in self.rows
+                if row.when == when
+            ]
+        lines.append(f"{'peak, rollout':<38}{size_text(self.rollout):>10}")
+        lines.append(f"{'peak, update':<38}{size_text(self.update):>10}")
+        if self.device_bytes is None:
+            lines.append("no GPU here: say how much memory it will have with --device-memory 80GB")
+            return "\n".join(lines)
+        verdict = "fits" if self.fits else "DOES NOT FIT"
+        lines.append(
+            f"{verdict}: {size_text(self.peak)} and {size_text(RESERVE)} in reserve, of {size_text(self.device_bytes)}"
+        )
+        if not self.fits:
+            lines += ["what to change:", *(f"  {one}" for one in self.advice)]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What is known of a micro-batch; by default the worst that the configuration allows."""
+
+    num_rows: int  # T
+    num_keys: int  # rows that are attended to: more than T where sequences share beginnings
+    num_scored: int  # rows that the head sees
+
+
+def plan_training(
+    config: Config,
+    decoder: DecoderConfig,
+    *,
+    num_ranks: int = 1,
+    ranks_per_machine: int | None = None,
+    index_shape: tuple[int, int] | None = None,
+    device_bytes: int | None = None,
+    batch: Batch | None = None,
+    repeats_keys: bool = False,
+) -> TrainingPlan:
+    """What a rank takes.
+
+    `index_shape`: rows and components, where the run has an index on a GPU. `ranks_per_machine` (None: as many as there
+    are, up to 8): among whom a machine's index is split. `batch` None: as many rows as the configuration allows, all of
+    them scored, nothing shared. `repeats_keys`: the attention kernel wants as many key heads as query heads.
+    """
+    longest = max(config.train.tokens_per_microbatch, config.rollout.max_sequence_tokens)
+    rows = [
+        *_resident(config, decoder, num_ranks),
+        *_index(config, index_shape, min(num_ranks, ranks_per_machine or 8)),
+        *_rollout(config, decoder, num_ranks),
+        *_update(config, decoder, num_ranks, batch or Batch(longest, longest, longest), repeats_keys),
+    ]
+    plan = TrainingPlan(tuple(row for row in rows if row.num_bytes), device_bytes, ())
+    return TrainingPlan(plan.rows, device_bytes, tuple(_advice(config, plan, num_ranks)))
+
+
+# ---------------------------------------------------------------------------------------------------------------- rows
+
+
+def _resident(config: Config, decoder: DecoderConfig, num_ranks: int) -> Iterator[Row]:
+    """What lives as long as the run."""
+    policy, size = meta_decoder(decoder), itemsize(config)
+    part = f"1/{num_ranks} of " if num_ranks > 1 else ""
+    text = f"{part}{count(policy) / 1e9:.3f}e9"
+    local = sharded(policy, num_ranks)
+    yield Row("policy: master weights", _FP32 * local, "always", f"{text} x fp32")
+    yield Row("policy: Adam's moments", 2 * _FP32 * local, "always", f"{text} x 2 x fp32")
+    if is_wrapped(config, num_ranks):
+        yield Row("policy: replica that generates", size * count(policy), "always", f"whole, {config.model.dtype}")
+    if config.algorithm.kl_coefficient > 0:
+        yield Row("reference", size * local, "always", f"{text} x {config.model.dtype}")
+    if config.algorithm.name == "ppo":
+        critic = sharded(meta_critic(decoder), num_ranks)
+        yield Row("critic: weights and Adam's moments", 3 * _FP32 * critic, "always", "3 x fp32")
+
+
+def _index(config: Config, shape: tuple[int, int] | None, num_parts: int) -> Iterator[Row]:
+    retrieval = config.retrieval
+    if shape is None or retrieval.backend != "dense" or retrieval.device == "cpu":
+        return
+    num_parts = num_parts if retrieval.sharded else 1
+    index = IndexPlan(-(-shape[0] // num_parts), shape[1], retrieval.scan)
+    yield Row("index", index.total, "always", str(index))
+
+
+def _rollout(config: Config, decoder: DecoderConfig, num_ranks: int) -> Iterator[Row]:
+    rollout, size = config.rollout, itemsize(config)
+    questions = -(-config.train.questions_per_step // num_ranks)
+    own = questions * config.algorithm.group_size
+    slots = rollout.max_num_seqs if config.eval.sets else min(rollout.max_num_seqs, own)
+    keys = decoder.num_key_value_heads * decoder.head_dim
+    token = 2 * decoder.num_hidden_layers * keys * size
+    length = rollout.max_sequence_tokens
+    yield Row("KV cache", slots * length * token, "rollout", f"{slots} x {length} tokens x {token} bytes")
+    prefill = MAX_PREFILL_TOKENS * block_working(decoder, size)
+    yield Row("a prefill's activations", prefill, "rollout", f"{MAX_PREFILL_TOKENS} tokens")
+    # Keys and values of each token's slot, and again for every query head.
+    tokens = min(GATHERED_TOKENS, MAX_PREFILL_TOKENS)
+    gathered = 2 * tokens * length * (keys + decoder.num_attention_heads * decoder.head_dim) * size
+    yield Row("attention over the cache gathers", gathered, "rollout", f"{tokens} tokens x {length}")
+    logits = 3 * slots * decoder.vocab_size * _FP32
+    yield Row("logits, probabilities, weights", logits, "rollout", f"3 x {slots} x {decoder.vocab_size} x fp32")
+
+
+def _update(config: Config, decoder: DecoderConfig, num_ranks: int, batch: Batch, repeats: bool) -> Iterator[Row]:
+    policy, size, mode = meta_decoder(decoder), itemsize(config), config.train.activation_checkpointing
+    trained = max(sharded(policy, num_ranks), sharded(meta_critic(decoder), num_ranks) if is_ppo(config) else 0)
+    yield Row("gradients", _FP32 * trained, "update", "fp32, of one learner at a time")
+    block = count(policy.layers[0])
+    root = count(policy) - block * decoder.num_hidden_layers
+    if is_wrapped(config, num_ranks):
+        yield Row("gathered weights", size * (root + 2 * block), "update", "embedding, head, two blocks")
+    kept = block_kept(decoder, size, mode, batch.num_keys / batch.num_rows, repeats)
+    layers = decoder.num_hidden_layers
+    whole = (layers - 1) * kept[0] * batch.num_rows
+    last = kept[1] * batch.num_rows + (kept[0] - kept[1]) * batch.num_scored
+    last += norm_kept(decoder.hidden_size, size) * batch.num_scored
+    detail = f"{batch.num_rows} rows x {layers} layers x {kept[0] / 1e3:.1f} kB, checkpointing: {mode}"
+    yield Row("activations", int(whole + last), "update", detail)
+    again = 0 if mode == "none" else block_kept(decoder, size, "none", batch.num_keys / batch.num_rows, repeats)[0]
+    working = block_working(decoder, size) + again
+    head = sum(row for _, row in head_bytes(decoder, size, batch.num_scored))
+    in_block = int(working * batch.num_rows)
+    # The head's gradient waits, in the compute type, for the embedding's while the blocks run backward; the chunk of
+    # logits and the fp32 gradient do not: so it is the larger of the two.
+    head_gradient = size * decoder.vocab_size * decoder.hidden_size
+    if head >= in_block + head_gradient:
+        parts = head_bytes(decoder, size, batch.num_scored)
+        yield Row("head and loss", head, "update", ", ".join(f"{name} {size_text(part)}" for name, part in parts))
+    else:
+        yield Row("a block's backward pass", in_block, "update", f"{batch.num_rows} rows x {working / 1e3:.1f} kB")
+        yield Row("head's gradient", head_gradient, "update", config.model.dtype)
+
+
+def head_bytes(decoder: DecoderConfig, size: int, num_scored: int) -> list[tuple[str, int]]:
+    """`linear_policy_loss` on CUDA at its peak: both gradients of the head, and a chunk of logits with its gradient; or
+    if that is more, in the backward pass, the weight's gradient in the compute type."""
+    row = decoder.vocab_size * (_FP32 + (size if size != _FP32 else 0))
+    most = max(256, CHUNK_BYTES // row)
+    chunks = max(1, -(-num_scored // most))
+    longest = -(-num_scored // chunks)
+    rows = longest + -longest % TILE_ROWS
+    weight = decoder.vocab_size * decoder.hidden_size
+    return [
+        ("logits of a chunk", max(rows * row, size * weight)),
+        ("weight's gradient", _FP32 * weight),
+        ("hidden states and gradient", 2 * num_scored * decoder.hidden_size * size),
+    ]
+
+
+# --------------------------------------------------------------------------------------------------------- activations
+
+
+def norm_kept(width: int, size: int) -> int:
+    """An RMS norm per row: its input in fp32, the root, and its output (which the next product keeps)."""
+    return _FP32 * width + _FP32 + size * width
+
+
+def block_kept(
+    decoder: DecoderConfig, size: int, mode: Recompute, keys_per_row: float = 1.0, repeats_keys: bool = False
+) -> tuple[float, float]:
+    """Bytes per row that a block keeps for its backward pass, and the part of them up to attention.
+
+    In the last layer the rest is kept of scored rows alone.
+    """
+    hidden, heads = decoder.hidden_size, decoder.num_attention_heads
+    queries, keys = heads * decoder.head_dim, decoder.num_key_value_heads * decoder.head_dim
+    attention = size * queries + 2 * size * (queries if repeats_keys else keys) * keys_per_row + _FP32 * heads
+    attention += size * queries  # what it returned, which the output projection keeps
+    if mode == "full":
+        return size * hidden, size * hidden
+    if mode == "selective":
+        return size * hidden + attention, size * hidden + attention
+    before = norm_kept(hidden, size) + attention
+    if decoder.family.qk_norm:
+        before += _FP32 * (queries + keys) + _FP32 * (heads + decoder.num_key_value_heads)
+    return before + norm_kept(hidden, size) + 4 * size * decoder.intermediate_size, before
+
+
+def block_working(decoder: DecoderConfig, size: int) -> int:
+    """Bytes per row that come and go in a block: three as wide as the MLP, and the residual with a norm in fp32."""
+    return 3 * size * decoder.intermediate_size + 2 * (size + _FP32) * decoder.hidden_size
+
+
+# ---------------------------------------------------------------------------------------------------------- parameters
+
+
+def meta_decoder(decoder: DecoderConfig) -> Decoder:
+    """Shapes without memory."""
+    with torch.device("meta"):
+        return Decoder(decoder)
+
+
+def meta_critic(decoder: DecoderConfig) -> ValueModel:
+    """The same, as the critic has it."""
+    with torch.device("meta"):
+        return ValueModel(Decoder(decoder))
+
+
+def count(module: nn.Module) -> int:
+    """Parameters; a tied head once."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def sharded(module: nn.Module, num_ranks: int) -> int:
+    """Parameters on a rank: FSDP2 splits rows, and fills up to equal parts."""
+    return sum(-(-p.shape[0] // num_ranks) * (p.numel() // p.shape[0]) for p in module.parameters())
+
+
+def itemsize(config: Config) -> int:
+    """Of the compute type."""
+    return getattr(torch, config.model.dtype).itemsize
+
+
+def is_ppo(config: Config) -> bool:
+    """Whether there is a critic."""
+    return config.algorithm.name == "ppo"
+
+
+def is_wrapped(config: Config, num_ranks: int) -> bool:
+    """Whether FSDP holds the weights, and the replica is another module (`Policy`)."""
+    return num_ranks > 1 or config.model.dtype != "float32"
+
+
+# -------------------------------------------------------------------------------------------------------------- advice
+
+
+def _advice(config: Config, plan: TrainingPlan, num_ranks: int) -> Iterator[str]:
+    """What would help, with the least loss first. Of the phase that is too large."""
+    if plan.fits in (True, None):
+        return
+    room = plan.device_bytes - RESERVE
+    sizes = {row.name: row.num_bytes for row in plan.rows}
+    if config.model.dtype == "float32":
+        yield "model.dtype=bfloat16: activations, cache and reference take half"
+    if plan.update > room:
+        tokens, mode = config.train.tokens_per_microbatch, config.train.activation_checkpointing
+        if mode == "none":
+            yield "train.activation_checkpointing=selective: keeps a fifth or less of the activations"
+        if mode != "full":
+            yield "train.activation_checkpointing=full: keeps the least, and computes each block twice"
+        if tokens > config.rollout.max_sequence_tokens:
+            fewer = max(config.rollout.max_sequence_tokens, tokens // 2)
+            yield f"train.tokens_per_microbatch={fewer}: fewer rows at a time"
+    if plan.rollout > room:
+        cache = sizes.get("KV cache", 0)
+        over = plan.rollout - room
+        slots = config.rollout.max_num_seqs
+        if cache > over:
+            yield f"rollout.max_num_seqs={max(1, int(slots * (1 - over / cache)))}: fewer sequences in the cache"
+        yield "rollout.max_sequence_tokens lower: the cache has room for the longest of each sequence"
+    if "index" in sizes:
+        yield "retrieval.device=cpu: the index leaves the GPU"
+    if plan.total("always") > room // 2:
+        yield f"more than {num_ranks} ranks: weights, gradients and moments are split among them"
+    if "reference" in sizes:
+        yield "algorithm.kl_coefficient=0: no reference model"
+
+
+def memory_size(text: str) -> int:
+    """Bytes of "80GB", "79.6GiB", … . ValueError for anything else."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?", text.strip().lower())
+    if match is None or match[2] not in _UNITS:
+        raise ValueError(f"--device-memory {text!r} is not a size; write it as 80GB or 79.6GiB")
+    return int(float(match[1]) * _UNITS[match[2]])

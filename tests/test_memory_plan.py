@@ -1,0 +1,236 @@
+"""The memory planner: numbers by hand, and bytes of small policies and critics as they really lie in memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from searchr1_kernels import _linear_chunks
+from torch.distributed.tensor import DTensor
+
+from searchr1_fast import memory_plan
+from searchr1_fast.cli import main as command
+from searchr1_fast.config import load_config
+from searchr1_fast.critic import Critic
+from searchr1_fast.distributed import process
+from searchr1_fast.losses import value_loss
+from searchr1_fast.memory_plan import Batch, block_kept, memory_size, plan_training
+from searchr1_fast.models import Decoder, DecoderConfig, KVCache
+from searchr1_fast.models import decoder as decoder_module
+from searchr1_fast.models.attention_backends import AttentionBackend
+from searchr1_fast.models.published import published_config
+from searchr1_fast.packing import pack
+from searchr1_fast.policy import Policy
+
+GB = 10**9
+
+
+def rows_of(plan) -> dict[str, int]:
+    return {row.name: row.num_bytes for row in plan.rows}
+
+
+def test_numbers_by_hand():
+    """Qwen2.5-7B with PPO on 8 ranks, computed on paper from the published shape."""
+    config = load_config("configs/search_r1_7b_ppo.yaml")
+    plan = plan_training(config, published_config("qwen2.5-7b"), num_ranks=8, device_bytes=80 * GB)
+    rows = rows_of(plan)
+    parameters, head = 7_615_616_512, 152_064 * 3584  # every matrix has a multiple of 8 rows
+    assert rows["policy: master weights"] == parameters // 8 * 4
+    assert rows["policy: Adam's moments"] == parameters // 8 * 8
+    assert rows["policy: replica that generates"] == 2 * parameters
+    assert rows["reference"] == parameters // 8 * 2
+    # the value head: one row of 3584 and a bias, which on every rank fill up to one row
+    assert rows["critic: weights and Adam's moments"] == 12 * ((parameters - head) // 8 + 3584 + 1)
+    assert rows["KV cache"] == 64 * 4596 * 57_344
+    block = (3584 * 3584 + 3584) + 2 * (512 * 3584 + 512) + 3584 * 3584 + 3 * 3584 * 18944 + 2 * 3584
+    assert rows["gathered weights"] == 2 * (2 * head + 3584 + 2 * block)
+    # per row of a block: 2 norms, query, key and value, attention's output and its 28 sums, four of the MLP's width
+    kept = 2 * (4 * 3584 + 4 + 2 * 3584) + 2 * (3584 + 512 + 512 + 3584) + 4 * 28 + 4 * 2 * 18944
+    longest = max(config.train.tokens_per_microbatch, config.rollout.max_sequence_tokens)
+    assert rows["activations"] == longest * (28 * kept + 4 * 3584 + 4 + 2 * 3584)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])
+@pytest.mark.parametrize("tied", [True, False])
+def test_resident_rows_are_the_bytes_of_a_real_policy_and_critic(
+    make_config, make_decoder, make_trajectory, dtype, size, tied
+):
+    """After a step, so that there are moments; on one rank nothing is filled up."""
+    algorithm = {"name": "ppo", "group_size": 2, "kl_coefficient": 0.1}
+    config = make_config(model={"dtype": dtype}, algorithm=algorithm)
+    (batch,) = pack([make_trajectory(0, [(False, 5), (True, 6)])], [1.0], 100)
+    with process("cpu", 1, 0) as ranks:
+        reference = make_decoder(1, tied).to(getattr(torch, dtype))
+        policy = Policy(make_decoder(0, tied), config, ranks, reference)
+        critic = Critic(make_decoder(0, tied), config, ranks)
+        references = policy.reference_logprobs([batch])
+        gradients = []
+        for learner, loss in (
+            (policy, lambda: policy.loss(batch, 6, references[0])[0]),
+            (critic, lambda: value_loss(critic.module(batch), torch.ones(6), torch.zeros(6), 0.5, 6)),
+        ):
+            learner.backward(loss())
+            gradients.append(num_bytes(parameter.grad for parameter in learner.parameters.values()))
+            learner.step()
+        plan = plan_training(config, policy.replica.config)
+        rows = rows_of(plan)
+        assert rows["policy: master weights"] == num_bytes(policy.parameters.values())
+        assert rows["policy: Adam's moments"] == moments(policy)
+        assert rows["reference"] == num_bytes(policy.reference.parameters())
+        critics = num_bytes(critic.parameters.values()) + moments(critic)
+        assert rows["critic: weights and Adam's moments"] == critics
+        assert rows["gradients"] == max(gradients)
+        if dtype == "float32":
+            assert policy.replica is policy.module.decoder
+            assert "policy: replica that generates" not in rows
+        else:
+            assert rows["policy: replica that generates"] == num_bytes(policy.replica.parameters())
+
+
+def num_bytes(tensors) -> int:
+    local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+    return sum(tensor.numel() * tensor.element_size() for tensor in local)
+
+
+def moments(learner) -> int:
+    """Without the counter of steps, one number a parameter."""
+    return num_bytes(state[key] for state in learner.optimizer.state.values() for key in ("exp_avg", "exp_avg_sq"))
+
+
+def test_cache_is_as_large_as_planned(make_config, make_decoder):
+    config = make_config(rollout={"max_num_seqs": 3})
+    decoder = make_decoder().config
+    cache = KVCache(decoder, 3, config.rollout.max_sequence_tokens)
+    assert rows_of(plan_training(config, decoder))["KV cache"] == cache.num_bytes
+
+
+class StandIn(torch.autograd.Function):
+    """Keeps what a kernel keeps: its arguments, its output and a number per row and head."""
+
+    @staticmethod
+    def forward(ctx, query, key, value):
+        output = torch.empty_like(query)
+        ctx.save_for_backward(query, key, value, output, query.new_empty(query.shape[:2], dtype=torch.float32))
+        return output
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise AssertionError
+
+
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
+def test_a_block_keeps_what_is_planned(monkeypatch, mode, model_type):
+    """On the meta device in bf16, a layer more or less. Off CUDA a norm is not fused, and keeps the normed row too."""
+    backend = AttentionBackend("stand-in", "", lambda query, key, value, layout: StandIn.apply(query, key, value))
+    monkeypatch.setattr(decoder_module, "choose_attention", lambda *_: backend)
+    rows, kept = 4096, []
+    shape = {"vocab_size": 64, "hidden_size": 96, "intermediate_size": 320, "model_type": model_type}
+    for num_layers in (2, 3):
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": num_layers}
+        config = DecoderConfig(**shape, **heads, head_dim=32)
+        with torch.device("meta"):
+            decoder = Decoder(config).to(torch.bfloat16)
+        decoder.checkpoint_blocks(mode)
+        kept.append(saved_bytes(decoder, rows))
+    planned, _ = block_kept(config, 2, mode)
+    if mode == "none":
+        planned += 2 * 4 * config.hidden_size
+        if model_type == "qwen3":
+            planned += 4 * 32 * (4 + 2)
+    parameters_in_fp32 = 8192  # weights of the norms, whatever the number of rows
+    assert kept[1] - kept[0] == pytest.approx(rows * planned, abs=parameters_in_fp32)
+
+
+def saved_bytes(decoder: Decoder, rows: int) -> int:
+    own = {parameter.untyped_storage()._cdata for parameter in decoder.parameters()}
+    kept = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage()._cdata not in own:
+            kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    token_ids = torch.zeros(rows, dtype=torch.int64, device="meta")
+    ends = torch.tensor([0, rows], dtype=torch.int32, device="meta")
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        hidden = decoder.hidden(token_ids, ends, max_seqlen=rows)
+    assert hidden.requires_grad
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def test_the_head_s_chunks_are_the_kernel_s():
+    assert _linear_chunks._CHUNK_BYTES["cuda"] == memory_plan.CHUNK_BYTES
+    assert memory_plan.TILE_ROWS == _linear_chunks._TILE_ROWS
+    head = dict(memory_plan.head_bytes(published_config("qwen2.5-3b"), 2, 4096))
+    row = 151_936 * 6  # logits in fp32, their gradient in bf16: 1177 rows are a GiB, 4096 rows four chunks of 1024
+    assert head == {
+        "logits of a chunk": 1024 * row,
+        "weight's gradient": 4 * 151_936 * 2048,
+        "hidden states and gradient": 2 * 2 * 4096 * 2048,
+    }
+
+
+def test_less_scored_or_more_shared_is_other_memory():
+    config = load_config("configs/search_r1_3b_grpo.yaml")
+    decoder = published_config("qwen2.5-3b")
+
+    def activations(batch):
+        return rows_of(plan_training(config, decoder, batch=batch))["activations"]
+
+    whole = activations(Batch(8192, 8192, 8192))
+    inner = 2 * (4 * 2048 + 4 + 2 * 2048) + 4 * 2 * 11008  # a block behind its attention, and the last norm
+    assert whole - activations(Batch(8192, 8192, 3000)) == 5192 * inner
+    assert activations(Batch(8192, 12000, 8192)) - whole == 36 * (12000 - 8192) * 2 * 2 * 256
+
+
+def test_checkpointing_is_advised_where_activations_are_too_much():
+    config = load_config("configs/search_r1_7b_ppo.yaml", ["train.tokens_per_microbatch=16384"])
+    decoder = published_config("qwen2.5-7b")
+    plan = plan_training(config, decoder, num_ranks=8, device_bytes=80 * GB)
+    assert plan.fits is False and plan.update > 80 * GB
+    assert "train.activation_checkpointing=selective" in plan.advice[0]
+    changed = load_config("configs/search_r1_7b_ppo.yaml", ["train.activation_checkpointing=selective"])
+    again = plan_training(changed, decoder, num_ranks=8, device_bytes=80 * GB)
+    assert again.update < plan.update / 1.5
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("80GB", 80 * GB), ("79.5GiB", int(79.5 * 2**30)), ("141 gb", 141 * GB), ("1024", 1024)]
+)
+def test_sizes(text, size):
+    assert memory_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["80 gigs", "", "-3GB"])
+def test_what_is_no_size(text):
+    with pytest.raises(ValueError, match="write it as 80GB"):
+        memory_size(text)
+
+
+def test_dry_run_says_whether_it_fits(capsys, tmp_path):
+    arguments = ["train", "configs/search_r1_3b_grpo.yaml", "--dry-run", "--shape", "qwen2.5-3b", "--ranks", "8"]
+    assert command([*arguments, "--device-memory", "80GB", f"run.directory={tmp_path}"]) == 0
+    out = capsys.readouterr().out
+    assert "each of 8 ranks" in out and "fits: " in out
+    assert command([*arguments, "--device-memory", "24GB"]) == 1
+    out = capsys.readouterr().out
+    assert "DOES NOT FIT" in out and "train.activation_checkpointing=selective" in out
+    assert list(tmp_path.iterdir()) == []  # nothing was begun
+
+
+def test_dry_run_of_a_directory(capsys):
+    assert command(["train", "configs/demo.yaml", "--dry-run", "--device-memory", "8GB"]) == 0
+    assert "policy: master weights" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--dry-run", "--shape", "qwen9"], "no published shape 'qwen9'"),
+        (["--dry-run", "--device-memory", "lots"], "write it as 80GB"),
+        (["--device-memory", "80GB"], "goes with --dry-run"),
+    ],
+)
+def test_mistakes_are_one_sentence(capsys, arguments, sentence):
+    assert command(["train", "configs/demo.yaml", *arguments]) == 2
+    assert sentence in capsys.readouterr().err
