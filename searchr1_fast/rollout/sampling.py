@@ -4,8 +4,11 @@ Each sequence has its own stream of uniforms, a hash of (its seed, the number of
 the inverse of the distribution's cumulative function at the next uniform. What a sequence samples is therefore a
 function of its seed and its logits: not of the sequences it shares a batch with, nor of the order they came in.
 
+On a GPU the host learns nothing on the way, and no shape depends on values: decode steps are recorded with it. Only
+top-p and top-k sort.
+
 Shape legend
-    S  running sequences    V  vocabulary    K  weights to draw from: the vocabulary, or a part of it
+    S  running sequences    D  hidden size    V  vocabulary    K  weights to draw from: the vocabulary, or a part of it
 """
 
 from __future__ import annotations
@@ -44,6 +47,13 @@ class SamplingParams:
     def keeps_all(self) -> bool:
         """Whether every token may be drawn."""
         return self.top_p == 1.0 and self.top_k == 0
+
+
+def head_logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:  # [S, D], [V, D] -> [S, V] fp32
+    """The head. On CUDA the sums of a bf16 product are kept in fp32, as the trainer keeps them."""
+    if hidden.is_cuda and hidden.dtype != torch.float32:
+        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+    return torch.mm(hidden, weight.T).float()
 
 
 def sample(
