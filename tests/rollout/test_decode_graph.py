@@ -182,12 +182,28 @@ def test_transfers_change_nothing(device):
 # ---------------------------------------------------------------------------------------------------------------- GPU
 
 
+def whole_attention(query, keys, values, slots, positions, *_):
+    """Cached attention over all places of a slot, masked: simple, and free of shapes that depend on values."""
+    group = query.shape[1] // keys.shape[1]
+    k, v = (cache[slots].repeat_interleave(group, dim=1) for cache in (keys, values))  # [T, H, M, d]
+    visible = torch.arange(keys.shape[2], device=query.device) <= positions[:, None]  # [T, M]
+    mask = visible[:, None, None, :]
+    return torch.nn.functional.scaled_dot_product_attention(query.unsqueeze(2), k, v, attn_mask=mask).squeeze(2)
+
+
+@pytest.fixture(params=["whole", "own"])
+def attention(request, monkeypatch):
+    """Which attention a model on the GPU uses: one that is simple enough to be beyond doubt, or its own."""
+    if request.param == "whole":
+        monkeypatch.setattr("searchr1_fast.models.decoder.cached_attention", whole_attention)
+
+
 @pytest.fixture
-def gpu_loops(make_model, tokenizer, config, fake_search):
+def gpu_loops(make_model, tokenizer, config, fake_search, attention):
     """seed, changes -> search loops with and without graphs over one model on the GPU."""
 
     def make(seed: int, sampling: SamplingParams, **changes) -> list[SearchLoop]:
-        model = make_model(seed).to("cuda")
+        model = make_model(seed, head_dim=64).to("cuda")
         configs = [config.model_copy(update={"cuda_graphs": flag} | changes) for flag in (True, False)]
         return [SearchLoop(Engine(model, tokenizer, one, sampling), fake_search) for one in configs]
 
@@ -240,9 +256,9 @@ def test_a_step_waits_once(gpu_loops, make_requests, monkeypatch, sampling):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("num_rows", [1, 5, 8, 13])
-def test_a_graph_in_bf16_is_the_step(make_model, num_rows):
+def test_a_graph_in_bf16_is_the_step(make_model, attention, num_rows):
     """The same inputs twice: likeliest tokens up to rounding, log-probs within it, nothing written elsewhere."""
-    model = make_model(4).to("cuda", torch.bfloat16)
+    model = make_model(4, head_dim=64).to("cuda", torch.bfloat16)
     generator = np.random.default_rng(num_rows)
     slots, lengths = generator.permutation(16)[:num_rows], generator.integers(1, 30, num_rows)
     tokens = generator.integers(0, model.config.vocab_size, num_rows)
