@@ -180,6 +180,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rows", default="256,64,8,1", help="sequences, batch sizes in turn (default: 256,64,8,1)")
     parser.add_argument("--context", type=int, default=900, help="tokens in the cache at the start (default: 900)")
     parser.add_argument("--steps", type=int, default=50, help="timed steps of each, a multiple of 10 (default: 50)")
+    parser.add_argument("--compile", action="store_true", help="the blocks around attention by torch.compile, in both")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--top-k", type=int, default=0)
@@ -198,13 +199,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         device = ranks.device
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         model = build_model(SHAPES[arguments.shape], dtype, device)
+        if arguments.compile:
+            model.compile_blocks()
         tokenizer = load_tokenizer(ASSETS)
         bandwidth = copy_bandwidth(device)
         results = [
             measure(model, tokenizer, arguments, int(num_rows), bandwidth) for num_rows in arguments.rows.split(",")
         ]
         row = {"benchmark": "decode", "shape": arguments.shape, "dtype": str(dtype), "context": arguments.context}
-        row |= {name: getattr(arguments, name) for name in ("steps", "temperature", "top_p", "top_k")}
+        row |= {name: getattr(arguments, name) for name in ("steps", "compile", "temperature", "top_p", "top_k")}
         row |= harness.circumstances(device) | {"copy_gigabytes_per_second": bandwidth / 1e9, "results": results}
     make_console().print(table(results))
     harness.emit(row, arguments.output)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
 
 from searchr1_fast.models import KVCache
-from searchr1_fast.rollout import Engine, PlainEngine, SamplingParams, SearchLoop
+from searchr1_fast.rollout import Engine, PlainEngine, SamplingParams, SearchLoop, decode_graph
 from searchr1_fast.rollout.decode_graph import CudaDecodeGraphs, DecodeGraphs, bucket_size
 from searchr1_fast.rollout.sampling import head_logits, sample
 from searchr1_fast.rollout.transfers import Transfers, pack
@@ -144,6 +145,75 @@ def test_new_weights_are_seen(make_model, tokenizer, config, make_requests, fake
     expected = SearchLoop(Engine(model, tokenizer, config), fake_search).run(requests)
     check_same(expected, loop.run(requests))
     assert loop.statistics.num_recordings > 0
+
+
+class StandIns:
+    """What `CudaDecodeGraphs` calls of torch.cuda, on a CPU: a graph runs again what was called while it recorded."""
+
+    def __init__(self, monkeypatch):
+        self.pools, self.log = [], []
+        names = ("Stream", "CUDAGraph", "graph_pool_handle", "current_stream", "stream", "graph")
+        for name in names:
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+
+    class Stream:
+        def __init__(self, device=None):
+            pass
+
+        def wait_stream(self, stream):
+            pass
+
+    class CUDAGraph:
+        def replay(self):
+            self.step()
+
+    def graph_pool_handle(self):
+        self.pools.append(object())
+        return self.pools[-1]
+
+    def current_stream(self, device):
+        return self.Stream()
+
+    @contextmanager
+    def stream(self, stream):
+        self.log.append("warm-up")
+        yield
+
+    @contextmanager
+    def graph(self, cuda_graph, pool=None, stream=None, capture_error_mode="global"):  # torch 2.11 and later
+        assert pool is self.pools[-1] and isinstance(stream, self.Stream) and capture_error_mode == "thread_local"
+        self.log.append("recording")
+        yield
+        cuda_graph.step = self.last_step
+
+
+def test_what_is_asked_of_cuda(make_model, tokenizer, config, make_requests, fake_search, monkeypatch):
+    """The calls, through stand-ins: one pool for all graphs, a warm-up before each, a new pool for moved weights."""
+    stand_ins = StandIns(monkeypatch)
+
+    def watched(*arguments):
+        step = decode_step(*arguments)
+
+        def run():
+            stand_ins.last_step = step
+            step()
+
+        return run
+
+    decode_step = decode_graph._decode_step
+    monkeypatch.setattr(decode_graph, "_decode_step", watched)
+    model, requests = make_model(4), make_requests(9)
+    expected = SearchLoop(Engine(model, tokenizer, config), fake_search).run(requests)
+    loop = SearchLoop(Engine(model, tokenizer, config, decode_graphs=CudaDecodeGraphs), fake_search)
+    for _ in range(2):
+        check_same(expected, loop.run(requests))
+    graphs = loop.engine._graphs
+    assert stand_ins.log == ["warm-up", "recording"] * graphs.num_recordings
+    pool = graphs._pool
+    model.lm_head.weight = torch.nn.Parameter(model.head_weight.detach().clone())
+    check_same(expected, loop.run(requests))
+    assert loop.statistics.num_recordings > 0
+    assert graphs._pool is not pool
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
