@@ -325,6 +325,38 @@ def test_a_step_waits_once(gpu_loops, make_requests, monkeypatch, sampling):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_graphs_give_their_memory_back(gpu_loops, make_requests):
+    loop, _ = gpu_loops(4, NUCLEUS)
+    left = []
+    for _ in range(3):
+        loop.run(make_requests(12, group_size=4))
+        assert loop.statistics.num_recordings > 0
+        loop.engine.free_cache()
+        torch.cuda.empty_cache()
+        left.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
+    assert left[1] == left[2]  # the first run leaves what libraries keep
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("num_rows", [1, 8, 136])  # torch sorts few rows one by one, many together
+@pytest.mark.parametrize("params", [*SAMPLINGS, SamplingParams(1.0, top_p=0.95)], ids=str)
+def test_sampling_from_a_large_vocabulary_can_be_recorded(num_rows, params):
+    generator = torch.Generator("cuda").manual_seed(num_rows)
+    logits = 3 * torch.randn(num_rows, 151936, device="cuda", generator=generator)
+    uniforms = torch.rand(num_rows, device="cuda", dtype=torch.float64, generator=generator)
+    expected = pack(*sample(logits, uniforms, params))  # also the warm-up
+    results, graph = torch.zeros_like(expected), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results.copy_(pack(*sample(logits, uniforms, params)))
+    graph.replay()
+    assert torch.equal(results[:num_rows], expected[:num_rows])
+    logprobs = (one[num_rows:].view(torch.float32) for one in (results, expected))
+    torch.testing.assert_close(*logprobs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("num_rows", [1, 5, 8, 13])
 def test_a_graph_in_bf16_is_the_step(make_model, attention, num_rows):
     """The same inputs twice: likeliest tokens up to rounding, log-probs within it, nothing written elsewhere."""
