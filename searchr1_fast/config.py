@@ -146,6 +146,11 @@ class RolloutConfig(Section):
     """Prompt, turns and observations together."""
     max_num_seqs: Positive = 256
     """Sequences that hold KV cache at a time, searching ones included."""
+    cuda_graphs: bool = True
+    """On a GPU: record a decode step once per batch size and sampling, and replay it. Off: launch kernel by kernel."""
+    keep_cache: bool = False
+    """Keep KV cache and recorded decode steps while the weights are updated. Off: the update has their memory, and the
+    steps are recorded anew in every rollout."""
     final_turn_message: str = ""
     """Environment text before the forced final turn; masked from the loss. A tag opened in it is not the policy's."""
 

@@ -206,3 +206,16 @@ def test_what_cannot_be_measured_is_one_sentence(bench, capsys, arguments, sente
 def test_every_provider_has_its_turn(bench):
     order = list(bench("harness").interleaved(["a", "b"], 3))
     assert order == [(0, "a"), (0, "b"), (1, "b"), (1, "a"), (2, "a"), (2, "b")]
+
+
+def test_decode_steps_are_timed_with_graphs_and_without(bench, capsys):
+    arguments = ["--shape", "tiny", "--device", "cpu", "--rows", "3,1", "--context", "5", "--steps", "10"]
+    assert bench("decode").main(arguments) == 0
+    row = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [one["rows"] for one in row["results"]] == [3, 1]
+    for one in row["results"]:
+        assert one["milliseconds"].keys() == one["tokens_per_second"].keys() == {"graphs", "single"}
+    config = bench("decode").SHAPES["tiny"]
+    model = bench("decode").build_model(config, torch.float32, torch.device("cpu"))
+    weights = 4 * sum(parameter.numel() for parameter in model.parameters())
+    assert bench("decode").step_bytes(model, 3, 10) == weights + 4 * 2 * 3 * 10 * 2 * 2 * 16  # layers, heads, head size

@@ -309,6 +309,18 @@ class Decoder(nn.Module):
         context = CachedContext(slots, packed_positions(cu_seqlens, num_tokens) + starts, cache, self.config)
         return self._run(self.model.embed_tokens(token_ids), context, rows=cu_seqlens[1:] - 1)
 
+    @torch.no_grad()
+    def decode_cached(
+        self,
+        token_ids: torch.Tensor,  # [S] int64: one new token of each of S sequences
+        slots: torch.Tensor,  # [S] int64: their cache slots
+        positions: torch.Tensor,  # [S] int64: how many tokens each slot holds already
+        cache: KVCache,
+    ) -> torch.Tensor:  # [S, D]
+        """`forward_cached` where every sequence has one new token; what `DecodeGraphs` records."""
+        context = CachedContext(slots, positions, cache, self.config)
+        return self._run(self.model.embed_tokens(token_ids), context, rows=None)
+
     def _run(
         self, x: torch.Tensor, context: PackedContext | CachedContext, rows: torch.Tensor | None
     ) -> torch.Tensor:  # [T, D] -> [T, D], or [R, D]

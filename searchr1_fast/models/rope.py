@@ -7,7 +7,7 @@ Shape legend
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from functools import cache
 
 import torch
 
@@ -34,9 +34,10 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
     return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
 
 
-@lru_cache(maxsize=16)
+@cache
 def _frequencies(head_dim: int, theta: float, scaling: Llama3Scaling | None, device: torch.device) -> torch.Tensor:
-    """[d/2] fp32, radians per token; made once, as on a GPU each of these small operations is a launch per step."""
+    """[d/2] fp32, radians per token; made once, as on a GPU each of these small operations is a launch per step.
+    Kept for good: CUDA graphs of decode steps read them where they lie."""
     with torch.inference_mode(False):  # or a first call in inference mode would leave what autograd cannot save
         exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
         frequencies = 1.0 / theta**exponents

@@ -2,12 +2,15 @@
 
 The engine knows nothing of actions or searches. It is given sequences with tokens that the model has not seen (a
 prompt, or an observation behind the last token of a turn), runs every running sequence one token further per `step`,
-and hands back those whose turn ended. `step` is the whole of it: schedule, run, sample, postprocess.
+and hands back those whose turn ended. `step` is the whole of it: schedule, run (with sampling), postprocess.
 
 What is known per slot lies in numpy arrays, so that a step costs a few gathers and no Python per token; Python runs
 once per turn. What a sequence has in common with one that holds a slot is not computed but copied from that slot: the
 prompt of a GRPO group, and the observations of those of its samples that wrote the same so far (prefixes.py). The model
 is the trainer's own object: new weights need no copy.
+
+On a GPU, a step that only decodes is a recorded graph (decode_graph.py); what a step needs is sent in one copy, and its
+tokens and log-probabilities are read back in one, the only wait for the device (transfers.py).
 
 Left out: splitting one prompt over steps, paged memory (a slot has room for the longest sequence), speculation.
 
@@ -29,10 +32,12 @@ import torch
 
 from searchr1_fast.config import RolloutConfig
 from searchr1_fast.models import Decoder, KVCache, TextTokenizer
+from searchr1_fast.rollout.decode_graph import CudaDecodeGraphs, DecodeGraphs
 from searchr1_fast.rollout.prefixes import Match, PrefixTree, longest_cached
-from searchr1_fast.rollout.sampling import SamplingParams, sample, uniforms
+from searchr1_fast.rollout.sampling import SamplingParams, head_logits, sample, uniforms
 from searchr1_fast.rollout.sequence import Sequence, SequenceStatus
 from searchr1_fast.rollout.stop import START, StopMatcher, vocabulary_bytes
+from searchr1_fast.rollout.transfers import Transfers, pack
 
 # Prompts and observations join a step up to this many tokens together: it bounds the activations of one forward pass.
 MAX_PREFILL_TOKENS = 16384
@@ -44,8 +49,11 @@ class RolloutStatistics:
 
     time_total: float = 0.0
     time_forward: float = 0.0  # model, head and sampling, until the tokens are on the host
+    time_recording: float = 0.0  # the part of it that went into recording decode steps
     time_search_wait: float = 0.0  # in which nothing could be decoded
     num_steps: int = 0
+    num_replayed_steps: int = 0  # the part of them that was a recorded decode step
+    num_recordings: int = 0
     num_decode_tokens: int = 0  # the one token of a sequence that was running already
     num_prefill_tokens: int = 0  # computed for joining sequences: prompts, observations, what they had lost
     num_recomputed_tokens: int = 0  # the part of them that had been cached before
@@ -62,6 +70,11 @@ class Batch(NamedTuple):
     token_ids: np.ndarray  # [T] int64
     lengths: np.ndarray  # [S] int64, adding up to T
     copies: list[PrefixCopy]  # before the forward pass
+
+    @property
+    def only_decodes(self) -> bool:
+        """Whether it is one token per sequence and nothing else."""
+        return len(self.token_ids) == len(self.slots) and not self.copies
 
 
 class PrefixCopy(NamedTuple):
@@ -129,9 +142,11 @@ class Engine:
         sampling: SamplingParams | None = None,
         *,
         stop_at_tags: bool = True,
+        decode_graphs: type[DecodeGraphs] | None = None,
     ) -> None:
         """`sampling` None: as the configuration says. `stop_at_tags` off: turns run on to EOS or their limit and are
-        cut afterwards, as the original does it; same trajectories, more work.
+        cut afterwards, as the original does it; same trajectories, more work. `decode_graphs` None: CUDA graphs where
+        there is a GPU and `rollout.cuda_graphs` says so.
         """
         vocab_size = model.config.vocab_size
         if tokenizer.vocab_size > vocab_size:
@@ -147,6 +162,10 @@ class Engine:
         self._matcher = StopMatcher(self.token_bytes)
         self.is_eos = np.zeros(vocab_size, dtype=bool)  # [V]: ends a turn by itself
         self.is_eos[list(tokenizer.eos_ids)] = True
+        self._transfers = Transfers(model.head_weight.device)
+        if decode_graphs is None and config.cuda_graphs and self._transfers.device.type == "cuda":
+            decode_graphs = CudaDecodeGraphs
+        self._graphs_class, self._graphs = decode_graphs, None
         self._cache: KVCache | None = None
         self._slots = SlotTable(0, 0)
         self.reset()
@@ -162,6 +181,8 @@ class Engine:
         wanted = min(self.config.max_num_seqs, len(self._waiting))
         if wanted > len(self._slots) == len(self._slots.free):
             self._allocate(wanted)
+        if self._graphs is not None:
+            self._graphs.refresh()
 
     def resume(self, sequence: Sequence) -> None:
         """Take back a sequence whose turn ended, the observation appended and `turn_limit` set."""
@@ -181,26 +202,35 @@ class Engine:
         self._slots = SlotTable(len(self._slots), self.config.max_turn_tokens)
 
     def free_cache(self) -> None:
-        """Give the cache's memory to others until the next `add`; no sequence may be held."""
+        """Give the memory of cache and graphs to others until the next `add`, unless `rollout.keep_cache`; no sequence
+        may be held."""
         assert len(self._slots.free) == len(self._slots)
-        self._cache, self._slots = None, SlotTable(0, 0)
+        if not self.config.keep_cache:
+            self._cache, self._graphs, self._slots = None, None, SlotTable(0, 0)
 
     def step(self) -> list[Sequence]:
         """Run every running sequence one token further; the sequences whose turn ended with it, tokens appended."""
         assert self.has_work
         batch = self._schedule()
         started = time.perf_counter()
-        hidden = self._run(batch)
-        token_ids, logprobs = self._sample(batch, hidden)
+        randoms = self._randoms(batch.slots)
+        token_ids, logprobs = (self._replay if self._can_replay(batch) else self._run)(batch, randoms)
+        self._slots.num_cached[batch.slots] += batch.lengths
         self.statistics.time_forward += time.perf_counter() - started
+        if not np.isfinite(logprobs).all():
+            raise ValueError(
+                f"the model's logits are not finite for {np.count_nonzero(~np.isfinite(logprobs))} of {len(logprobs)} "
+                "sequences; its weights are broken: go back to a checkpoint before this"
+            )
         return self._postprocess(batch, token_ids, logprobs)
 
     def _allocate(self, num_slots: int) -> None:
-        weight = self.model.head_weight
-        self._cache = None  # first, so that old and new are never held together
-        self._cache = KVCache(
-            self.model.config, num_slots, self.config.max_sequence_tokens, dtype=weight.dtype, device=weight.device
-        )
+        weight, max_length = self.model.head_weight, self.config.max_sequence_tokens
+        self._cache = self._graphs = None  # first, so that old and new are never held together
+        num_spare = int(self._graphs_class is not None)  # for rows without a sequence
+        self._cache = KVCache(self.model.config, num_slots + num_spare, max_length, weight.dtype, weight.device)
+        if self._graphs_class is not None:
+            self._graphs = self._graphs_class(self.model, self._cache, self._transfers, num_slots)
         self._slots = SlotTable(num_slots, self.config.max_turn_tokens)
 
     def _schedule(self) -> Batch:
@@ -273,45 +303,38 @@ class Engine:
             prefixes = self._slots.prefixes
             prefixes.append(sequence.slot, sequence.tokens_from(prefixes.num_tokens(sequence.slot)))
 
-    def _run(self, batch: Batch) -> torch.Tensor:  # [S, D]
-        """The hidden states that predict each sequence's next token."""
-        if batch.copies:
-            self._copy_prefixes(batch.copies)
-        cu_seqlens = np.zeros(len(batch.slots) + 1, dtype=np.int64)
-        np.cumsum(batch.lengths, out=cu_seqlens[1:])
-        hidden = self.model.forward_cached(
-            self._to_device(batch.token_ids),
-            self._to_device(cu_seqlens),
-            self._to_device(batch.slots),
-            self._to_device(self._slots.num_cached[batch.slots]),
-            self._cache,
-        )
-        self._slots.num_cached[batch.slots] += batch.lengths
-        return hidden
+    def _randoms(self, slots: np.ndarray) -> np.ndarray:  # [S] int64 -> [S] fp64
+        """The next number of each sequence's own stream."""
+        table = self._slots
+        return uniforms(table.stream_key[slots], table.stream_start[slots] + table.turn_count[slots].astype(np.uint64))
 
-    def _copy_prefixes(self, copies: list[PrefixCopy]) -> None:
-        """All at once, a row of the cache per token."""
-        sources, targets, starts, ends = np.array(copies, dtype=np.int64).T
-        lengths = ends - starts
-        offsets = np.repeat(starts - (np.cumsum(lengths) - lengths), lengths)
-        positions = np.arange(len(offsets)) + offsets
-        rows = (np.repeat(sources, lengths), np.repeat(targets, lengths), positions)
-        self._cache.copy(*map(self._to_device, rows))
+    def _can_replay(self, batch: Batch) -> bool:
+        return self._graphs is not None and batch.only_decodes
+
+    def _replay(self, batch: Batch, randoms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # [S] int64, [S] fp32
+        """`_run` of a batch that only decodes, by a recorded step."""
+        graphs, statistics = self._graphs, self.statistics
+        num_recordings, time_recording = graphs.num_recordings, graphs.time_recording
+        positions = self._slots.num_cached[batch.slots]
+        results = graphs.decode(batch.token_ids, batch.slots, positions, randoms, self.sampling)
+        statistics.num_replayed_steps += 1
+        statistics.num_recordings += graphs.num_recordings - num_recordings
+        statistics.time_recording += graphs.time_recording - time_recording
+        return results
 
     @torch.no_grad()
-    def _sample(self, batch: Batch, hidden: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:  # [S] int64, [S] fp32
+    def _run(self, batch: Batch, randoms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # [S] int64, [S] fp32
         """The next tokens and their log-probabilities, on the host."""
-        slots, table = batch.slots, self._slots
-        counters = table.stream_start[slots] + table.turn_count[slots].astype(np.uint64)
-        randoms = self._to_device(uniforms(table.stream_key[slots], counters))
-        token_ids, logprobs = sample(_logits(hidden, self.model.head_weight), randoms, self.sampling)
-        token_ids, logprobs = token_ids.cpu().numpy(), logprobs.cpu().numpy()
-        if not np.isfinite(logprobs).all():
-            raise ValueError(
-                f"the model's logits are not finite for {np.count_nonzero(~np.isfinite(logprobs))} of {len(slots)} "
-                "sequences; its weights are broken: go back to a checkpoint before this"
-            )
-        return token_ids, logprobs
+        cu_seqlens = np.zeros(len(batch.slots) + 1, dtype=np.int64)
+        np.cumsum(batch.lengths, out=cu_seqlens[1:])
+        positions = self._slots.num_cached[batch.slots]
+        arrays = (batch.token_ids, cu_seqlens, batch.slots, positions, randoms, *_copied_rows(batch.copies))
+        token_ids, cu_seqlens, slots, positions, randoms, *copied = self._transfers.send(arrays)
+        if copied:
+            self._cache.copy(*copied)
+        hidden = self.model.forward_cached(token_ids, cu_seqlens, slots, positions, self._cache)  # [S, D]
+        logits = head_logits(hidden, self.model.head_weight)
+        return self._transfers.receive(pack(*sample(logits, randoms, self.sampling)))
 
     def _postprocess(self, batch: Batch, token_ids: np.ndarray, logprobs: np.ndarray) -> list[Sequence]:
         """Keep the tokens, find the turns that ended."""
@@ -346,8 +369,16 @@ class Engine:
         self._register(sequence)
         return sequence
 
-    def _to_device(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(self.model.head_weight.device, non_blocking=True)
+
+def _copied_rows(copies: list[PrefixCopy]) -> list[np.ndarray]:
+    """Source slot, target slot and place of every token that is copied, [tokens] int64 each; nothing where none is."""
+    if not copies:
+        return []
+    sources, targets, starts, ends = np.array(copies, dtype=np.int64).T
+    lengths = ends - starts
+    offsets = np.repeat(starts - (np.cumsum(lengths) - lengths), lengths)
+    positions = np.arange(len(offsets)) + offsets
+    return [np.repeat(sources, lengths), np.repeat(targets, lengths), positions]
 
 
 def _stays_behind(sequence: Sequence, num_cached: int, matches: list[Match], joining: dict[int, Sequence]) -> bool:
@@ -360,10 +391,3 @@ def _stays_behind(sequence: Sequence, num_cached: int, matches: list[Match], joi
     if sequence.stayed_behind or num_cached == last:
         return False
     return any(length == last and not joining.keys().isdisjoint(slots) for length, slots in matches)
-
-
-def _logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:  # [S, D], [V, D] -> [S, V] fp32
-    """The head. On CUDA the sums of a bf16 product are kept in fp32, as the trainer keeps them."""
-    if hidden.is_cuda and hidden.dtype != torch.float32:
-        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
-    return torch.mm(hidden, weight.T).float()

@@ -4,8 +4,11 @@ Each sequence has its own stream of uniforms, a hash of (its seed, the number of
 the inverse of the distribution's cumulative function at the next uniform. What a sequence samples is therefore a
 function of its seed and its logits: not of the sequences it shares a batch with, nor of the order they came in.
 
+On a GPU the host learns nothing on the way, and no shape depends on values: decode steps are recorded with it. Only
+top-p without top-k sorts the vocabulary.
+
 Shape legend
-    S  running sequences    V  vocabulary    K  weights to draw from: the vocabulary, or a part of it
+    S  running sequences    D  hidden size    V  vocabulary    K  weights to draw from: the vocabulary, or a part of it
 """
 
 from __future__ import annotations
@@ -44,6 +47,13 @@ class SamplingParams:
     def keeps_all(self) -> bool:
         """Whether every token may be drawn."""
         return self.top_p == 1.0 and self.top_k == 0
+
+
+def head_logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:  # [S, D], [V, D] -> [S, V] fp32
+    """The head. On CUDA the sums of a bf16 product are kept in fp32, as the trainer keeps them."""
+    if hidden.is_cuda and hidden.dtype != torch.float32:
+        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+    return torch.mm(hidden, weight.T).float()
 
 
 def sample(
@@ -102,14 +112,15 @@ def _first_above(sums: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:  # [
 def _keep(probabilities: torch.Tensor, params: SamplingParams) -> torch.Tensor:  # [S, V] fp32 -> [S, V] fp32
     """The probabilities with 0 for what top-k and top-p leave out; equals are kept or left out together.
 
-    Top-p counts in the distribution that top-k left, and always keeps the likeliest token. Only values are sorted, on
-    the CPU by numpy, which is six times as fast there.
+    Top-p counts in the distribution that top-k left, and always keeps the likeliest token. Only values are sorted; all
+    of them on the CPU by numpy, which is six times as fast there.
     """
-    if probabilities.device.type == "cpu":
-        ascending = torch.from_numpy(np.sort(probabilities.numpy(), axis=-1))
+    if params.top_k:
+        descending = probabilities.topk(min(params.top_k, probabilities.shape[1])).values  # [S, K]
+    elif probabilities.device.type == "cpu":
+        descending = torch.from_numpy(np.sort(probabilities.numpy(), axis=-1)).flip(-1)  # [S, V]
     else:
-        ascending = probabilities.sort(dim=-1).values
-    descending = ascending.flip(-1)[:, : params.top_k or None]  # [S, K]
+        descending = probabilities.sort(dim=-1, descending=True).values
     before = descending.cumsum(dim=-1) - descending
     num_kept = (before < params.top_p * descending.sum(dim=-1, keepdim=True)).sum(dim=-1, keepdim=True)  # [S, 1]
     least = descending.gather(1, (num_kept - 1).clamp(min=0))

@@ -85,9 +85,9 @@ def tokenizer() -> TextTokenizer:
 
 @pytest.fixture(scope="session")
 def make_model(tokenizer):
-    """seed -> random decoder with the HABITS; `padding` ids beyond the tokenizer's."""
+    """seed -> random decoder with the HABITS; `padding` ids beyond the tokenizer's. `head_dim` 0: 8, as it comes."""
 
-    def make(seed: int, padding: int = 3) -> Decoder:
+    def make(seed: int, padding: int = 3, head_dim: int = 0) -> Decoder:
         torch.manual_seed(seed)
         model = Decoder(
             DecoderConfig(
@@ -97,6 +97,7 @@ def make_model(tokenizer):
                 num_hidden_layers=2,
                 num_attention_heads=4,
                 num_key_value_heads=2,
+                head_dim=head_dim,
                 initializer_range=0.25,
             )
         )

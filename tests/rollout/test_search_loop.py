@@ -197,14 +197,15 @@ def test_sharing_changes_nothing(
 
 
 def watch_copies(engine):
-    """The copies that an engine makes from now on, as they are made."""
-    copies, copy_prefixes = [], engine._copy_prefixes
+    """The copies that an engine makes from now on, as they are scheduled."""
+    copies, schedule = [], engine._schedule
 
-    def watched(batch):
-        copies.extend(batch)
-        copy_prefixes(batch)
+    def watched():
+        batch = schedule()
+        copies.extend(batch.copies)
+        return batch
 
-    engine._copy_prefixes = watched
+    engine._schedule = watched
     return copies
 
 

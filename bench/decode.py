@@ -1,0 +1,218 @@
+"""Steps in which every sequence decodes one token: recorded as CUDA graphs, and launched kernel by kernel.
+
+    python bench/decode.py                                # Qwen2.5-3B's shape, random weights: for a GPU
+    python bench/decode.py --shape tiny --rows 8 --context 50
+    python bench/decode.py --rows 256,64,1 --top-p 0.95 --output
+
+The engine is the trainer's. Its sequences are said to have `--context` tokens in the cache (zeros, which cost as much
+as any), so no prompt is computed; then they decode, and each step is timed whole: schedule, one copy in, layers, head,
+sampling, one copy out, bookkeeping. Both engines share the weights and run in turn, some steps each.
+
+A step cannot be faster than memory: it reads every weight once and every sequence's keys and values. The floor that is
+printed is these bytes over the bandwidth of a copy, measured in the same run.
+
+Without a GPU both run the same kernels, and the first column is the plain twin of the graphs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import harness
+import torch
+from rich import box
+from rich.table import Table
+
+from searchr1_fast.config import RolloutConfig
+from searchr1_fast.console import make_console
+from searchr1_fast.distributed import process
+from searchr1_fast.errors import entry_point
+from searchr1_fast.models import Decoder, DecoderConfig, TextTokenizer, load_tokenizer
+from searchr1_fast.rollout import Engine, RolloutRequest, SamplingParams
+from searchr1_fast.rollout.decode_graph import DecodeGraphs
+from searchr1_fast.rollout.sampling import stream_keys
+from searchr1_fast.rollout.sequence import Sequence as RolloutSequence
+from searchr1_fast.types import Question
+
+SHAPES = {
+    "3b": DecoderConfig(
+        vocab_size=151936,
+        hidden_size=2048,
+        intermediate_size=11008,
+        num_hidden_layers=36,
+        num_attention_heads=16,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    ),
+    "tiny": DecoderConfig(
+        vocab_size=4096,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    ),
+}
+ASSETS = Path(__file__).resolve().parent.parent / "searchr1_fast" / "assets" / "base"  # for its tokenizer
+WARM_UP_STEPS, STEPS_IN_A_ROW = 4, 10
+
+
+def build_model(config: DecoderConfig, dtype: torch.dtype, device: torch.device) -> Decoder:
+    """Random weights."""
+    with torch.device("meta"):
+        model = Decoder(config)
+    model = model.to(dtype).to_empty(device=device).requires_grad_(False)
+    torch.manual_seed(0)
+    model.reset_parameters()
+    return model
+
+
+class Decoding:
+    """An engine of which every sequence decodes, and what its steps took."""
+
+    def __init__(
+        self, model: Decoder, tokenizer: TextTokenizer, arguments: argparse.Namespace, num_rows: int, graphs: bool
+    ) -> None:
+        num_steps = WARM_UP_STEPS + arguments.steps + 1
+        config = RolloutConfig(
+            max_num_seqs=num_rows,
+            max_turn_tokens=num_steps,
+            max_sequence_tokens=arguments.context + 1 + num_steps,
+            cuda_graphs=graphs,
+        )
+        sampling = SamplingParams(arguments.temperature, arguments.top_p, arguments.top_k)
+        twin = DecodeGraphs if graphs and model.head_weight.device.type == "cpu" else None
+        self.engine = Engine(model, tokenizer, config, sampling, stop_at_tags=False, decode_graphs=twin)
+        self.engine.share_prefixes = False
+        self.engine.is_eos[:] = False
+        self.engine.add([self._sequence(row, arguments.context, num_steps) for row in range(num_rows)])
+        self.seconds: list[float] = []
+        self.run(WARM_UP_STEPS)
+        self.seconds.clear()
+
+    def run(self, num_steps: int) -> None:
+        """So many more steps."""
+        for _ in range(num_steps):
+            started = time.perf_counter()
+            ended = self.engine.step()
+            self.seconds.append(time.perf_counter() - started)
+            assert not ended
+
+    @staticmethod
+    def _sequence(row: int, context: int, turn_limit: int) -> RolloutSequence:
+        request = RolloutRequest(Question(str(row), "", ("",), "bench"), row, "", seed=row)
+        sequence = RolloutSequence(request, stream_keys([row])[0])
+        sequence.append_prompt([0] * context + [row % 1000], "")
+        sequence.num_cached, sequence.turn_limit = context, turn_limit
+        return sequence
+
+
+def measure(
+    model: Decoder, tokenizer: TextTokenizer, arguments: argparse.Namespace, num_rows: int, bandwidth: float
+) -> dict[str, Any]:
+    """One batch size: milliseconds a step, with graphs and without, and the floor."""
+    engines = {name: Decoding(model, tokenizer, arguments, num_rows, name == "graphs") for name in ("graphs", "single")}
+    for _, name in harness.interleaved(list(engines), arguments.steps // STEPS_IN_A_ROW):
+        engines[name].run(STEPS_IN_A_ROW)
+    seconds = {name: statistics.median(one.seconds) for name, one in engines.items()}
+    graphs = engines["graphs"].engine
+    assert graphs.statistics.num_replayed_steps == graphs.statistics.num_steps
+    floor = step_bytes(model, num_rows, arguments.context + WARM_UP_STEPS + arguments.steps // 2) / bandwidth
+    return {
+        "rows": num_rows,
+        "milliseconds": {name: 1e3 * value for name, value in seconds.items()},
+        "tokens_per_second": {name: num_rows / value for name, value in seconds.items()},
+        "floor_milliseconds": 1e3 * floor,
+        "recording_milliseconds": 1e3 * graphs.statistics.time_recording,
+    }
+
+
+def step_bytes(model: Decoder, num_rows: int, length: int) -> int:
+    """What a step must read: every weight but an embedding of its own, and the keys and values of every sequence."""
+    parameters = {name: p.numel() * p.element_size() for name, p in model.named_parameters()}
+    if not model.config.tie_word_embeddings:
+        del parameters["model.embed_tokens.weight"]
+    config, size = model.config, model.head_weight.element_size()
+    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * size
+    return sum(parameters.values()) + num_rows * length * per_token
+
+
+def copy_bandwidth(device: torch.device, repetitions: int = 10) -> float:
+    """Bytes per second, read and written, of the best of some copies."""
+    source = torch.zeros(2**30 if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    seconds = []
+    for _ in range(repetitions):
+        wait()
+        started = time.perf_counter()
+        target.copy_(source)
+        wait()
+        seconds.append(time.perf_counter() - started)
+    return 2 * len(source) / min(seconds)
+
+
+def table(results: list[dict[str, Any]]) -> Table:
+    """A row per batch size."""
+    shown = Table(box=box.SIMPLE_HEAD)
+    for title in ("sequences", "graphs ms", "single ms", "graphs tokens/s", "single tokens/s", "floor ms", "record ms"):
+        shown.add_column(title, justify="right")
+    for one in results:
+        times, rates = one["milliseconds"], one["tokens_per_second"]
+        cells = [times["graphs"], times["single"], rates["graphs"], rates["single"], one["floor_milliseconds"]]
+        cells.append(one["recording_milliseconds"])
+        shown.add_row(f"{one['rows']:,}", *(f"{cell:,.2f}" for cell in cells))
+    return shown
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments."""
+    parser = argparse.ArgumentParser(prog="decode.py", description="One decode step, with CUDA graphs and without.")
+    parser.add_argument("--shape", choices=SHAPES, default="3b", help="decoder, random weights (default: 3b)")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    parser.add_argument("--rows", default="256,64,8,1", help="sequences, batch sizes in turn (default: 256,64,8,1)")
+    parser.add_argument("--context", type=int, default=900, help="tokens in the cache at the start (default: 900)")
+    parser.add_argument("--steps", type=int, default=50, help="timed steps of each, a multiple of 10 (default: 50)")
+    parser.add_argument("--compile", action="store_true", help="the blocks around attention by torch.compile, in both")
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--top-k", type=int, default=0)
+    harness.add_output_argument(parser, "decode")
+    arguments = parser.parse_args(argv)
+    if arguments.steps < STEPS_IN_A_ROW or arguments.steps % STEPS_IN_A_ROW:
+        raise ValueError(f"--steps {arguments.steps}: give a multiple of {STEPS_IN_A_ROW}")
+    return arguments
+
+
+@entry_point
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print, and leave the row as the last line."""
+    arguments = parse_arguments(argv)
+    with process(arguments.device) as ranks:
+        device = ranks.device
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        model = build_model(SHAPES[arguments.shape], dtype, device)
+        if arguments.compile:
+            model.compile_blocks()
+        tokenizer = load_tokenizer(ASSETS)
+        bandwidth = copy_bandwidth(device)
+        results = [
+            measure(model, tokenizer, arguments, int(num_rows), bandwidth) for num_rows in arguments.rows.split(",")
+        ]
+        row = {"benchmark": "decode", "shape": arguments.shape, "dtype": str(dtype), "context": arguments.context}
+        row |= {name: getattr(arguments, name) for name in ("steps", "compile", "temperature", "top_p", "top_k")}
+        row |= harness.circumstances(device) | {"copy_gigabytes_per_second": bandwidth / 1e9, "results": results}
+    make_console().print(table(results))
+    harness.emit(row, arguments.output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,145 @@
+"""Decode steps recorded once per batch size, and replayed.
+
+A step in which no sequence joins is the same work every time: each sequence's last token through the layers, the head
+and the sampler. Launched one by one, its hundreds of small kernels take the host longer than the device. Recorded as a
+CUDA graph they are one launch, which reads what differs from step to step (tokens, slots, positions, uniforms) from
+memory that stays where it is, and leaves tokens and log-probabilities in memory that stays.
+
+A graph has a fixed number of rows. So a step takes the next larger of a few sizes (`bucket_size`), and its rows without
+a sequence write place 0 of a spare slot of the cache, the last, which nobody else uses; what they sample is not read.
+
+`DecodeGraphs` replays by calling the function that would be recorded: the plain twin, for tests on a CPU.
+`CudaDecodeGraphs` records it. Graphs hold addresses, of the cache, of the weights and of one another's scratch memory
+(they share one pool, as only one runs at a time): new ones are made with every cache, and `refresh` forgets those whose
+weights have moved. Weights that are written in place stay where they are.
+
+Shape legend
+    S  sequences of a step    B  rows of a bucket, at least S
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from searchr1_fast.models import Decoder, KVCache
+from searchr1_fast.rollout.sampling import SamplingParams, head_logits, sample
+from searchr1_fast.rollout.transfers import Transfers, pack
+
+NUM_INPUTS = 4  # numbers per row that a step sends
+
+
+class DecodeGraphs:
+    """Replays steps over one cache, whose last slot is spare. Here a step is replayed by running it again."""
+
+    def __init__(self, model: Decoder, cache: KVCache, transfers: Transfers, max_rows: int) -> None:
+        assert cache.num_slots > max_rows
+        self._model, self._cache, self._transfers, self._max_rows = model, cache, transfers, max_rows
+        self._inputs = torch.zeros(NUM_INPUTS * max_rows, dtype=torch.int64, device=transfers.device)
+        self._outputs = torch.zeros(2 * max_rows, dtype=torch.int32, device=transfers.device)
+        self._replays: dict[tuple[SamplingParams, int], Callable[[], None]] = {}
+        self._addresses = self._weight_addresses()
+        self.num_recordings = 0
+        self.time_recording = 0.0  # seconds
+
+    def decode(
+        self,
+        token_ids: np.ndarray,  # [S] int64: the last token of each sequence
+        slots: np.ndarray,  # [S] int64
+        positions: np.ndarray,  # [S] int64: how many tokens each slot holds already
+        uniforms: np.ndarray,  # [S] fp64
+        params: SamplingParams,
+    ) -> tuple[np.ndarray, np.ndarray]:  # [S] int64, [S] fp32
+        """The next tokens and their log-probabilities, on the host; the last tokens are cached."""
+        num_rows = len(slots)
+        size = bucket_size(num_rows, self._max_rows)
+        rows = ((token_ids, 0), (slots, self._cache.num_slots - 1), (positions, 0), (uniforms, 0))
+        inputs = self._transfers.send([_lengthen(array, size, filling) for array, filling in rows], self._inputs)
+        outputs = self._outputs[: 2 * size]
+        replay = self._replays.get((params, size))
+        if replay is None:  # after the inputs were sent: recording runs the step, and writes where they say
+            started = time.perf_counter()
+            step = _decode_step(self._model, self._cache, inputs, outputs, params)
+            replay = self._replays[params, size] = self._record(step)
+            self.num_recordings += 1
+            self.time_recording += time.perf_counter() - started
+        replay()
+        sampled, logprobs = self._transfers.receive(outputs)
+        return sampled[:num_rows], logprobs[:num_rows]
+
+    def refresh(self) -> None:
+        """Forget what was recorded if a weight no longer lies where it lay."""
+        addresses = self._weight_addresses()
+        if addresses != self._addresses:
+            self._replays.clear()
+            self._addresses = addresses
+
+    def _weight_addresses(self) -> list[int]:
+        return [parameter.data_ptr() for parameter in self._model.parameters()]
+
+    def _record(self, step: Callable[[], None]) -> Callable[[], None]:
+        """A function that does what the step does, from and to the same memory."""
+        return step
+
+
+class CudaDecodeGraphs(DecodeGraphs):
+    """Records steps as CUDA graphs.
+
+    The first step of a rollout is about its widest, so that the pool has its size from the first graph on. A step runs
+    once before it is recorded: kernels are compiled and loaded then, and libraries take their memory, none of which
+    may happen in a recording. It writes what the replay writes again.
+    """
+
+    def __init__(self, model: Decoder, cache: KVCache, transfers: Transfers, max_rows: int) -> None:
+        super().__init__(model, cache, transfers, max_rows)
+        self._stream = torch.cuda.Stream(transfers.device)  # a recording needs one that is not the default
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def refresh(self) -> None:
+        """Also the pool: one whose graphs are all gone cannot be used again."""
+        super().refresh()
+        if not self._replays:
+            self._pool = torch.cuda.graph_pool_handle()
+
+    def _record(self, step: Callable[[], None]) -> Callable[[], None]:
+        current = torch.cuda.current_stream(self._transfers.device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            step()
+        current.wait_stream(self._stream)
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: a search in another thread may use the device while this one records
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            step()
+        return graph.replay
+
+
+def bucket_size(num_rows: int, max_rows: int) -> int:
+    """The rows of the graph for so many sequences: 1, 2, 4, 8, 16, 24, 32, …, and `max_rows` at most."""
+    size = 1 << (num_rows - 1).bit_length() if num_rows <= 8 else -(-num_rows // 8) * 8
+    return min(size, max_rows)
+
+
+def _decode_step(
+    model: Decoder,
+    cache: KVCache,
+    inputs: list[torch.Tensor],  # token_ids, slots, positions [B] int64, uniforms [B] fp64
+    outputs: torch.Tensor,  # [2 * B] int32, from `pack`
+    params: SamplingParams,
+) -> Callable[[], None]:
+    """One step from these inputs to these outputs, nothing of it known to the host."""
+    token_ids, slots, positions, uniforms = inputs
+
+    @torch.no_grad()
+    def step() -> None:
+        hidden = model.decode_cached(token_ids, slots, positions, cache)  # [B, D]
+        outputs.copy_(pack(*sample(head_logits(hidden, model.head_weight), uniforms, params)))
+
+    return step
+
+
+def _lengthen(array: np.ndarray, size: int, filling: int) -> np.ndarray:  # [S] -> [B]
+    return np.concatenate((array, np.full(size - len(array), filling, dtype=array.dtype)))

@@ -1,0 +1,381 @@
+"""Recorded decode steps against the ordinary path; on a CPU a recording is its plain twin, over the same memory."""
+
+from __future__ import annotations
+
+from collections import Counter
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+
+from searchr1_fast.models import KVCache
+from searchr1_fast.rollout import Engine, PlainEngine, SamplingParams, SearchLoop, decode_graph
+from searchr1_fast.rollout.decode_graph import CudaDecodeGraphs, DecodeGraphs, bucket_size
+from searchr1_fast.rollout.sampling import head_logits, sample
+from searchr1_fast.rollout.transfers import Transfers, pack
+
+GREEDY, NUCLEUS = SamplingParams(temperature=0.0), SamplingParams(0.8, top_p=0.9, top_k=20)
+SAMPLINGS = [GREEDY, SamplingParams(), NUCLEUS]
+CPU = torch.device("cpu")
+HAS_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+
+
+class WatchedGraphs(DecodeGraphs):
+    """Counts the rows of every replay: (sequences, rows)."""
+
+    sizes: Counter
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.sizes = Counter()
+
+    def decode(self, token_ids, slots, positions, uniforms, params):
+        self.sizes[len(slots), bucket_size(len(slots), self._max_rows)] += 1
+        return super().decode(token_ids, slots, positions, uniforms, params)
+
+
+def check_same(trajectories, others, tolerance=1e-4):
+    for one, other in zip(trajectories, others, strict=True):
+        np.testing.assert_array_equal(one.token_ids, other.token_ids)
+        np.testing.assert_array_equal(one.loss_mask, other.loss_mask)
+        np.testing.assert_allclose(one.rollout_logprobs, other.rollout_logprobs, atol=tolerance)
+        assert (one.turns, one.finish_reason) == (other.turns, other.finish_reason)
+
+
+def test_rows_of_a_graph():
+    sizes = {n: bucket_size(n, 60) for n in range(1, 61)}
+    assert sorted(set(sizes.values())) == [1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 60]
+    assert all(n <= size < n + max(8, n) for n, size in sizes.items())
+    assert bucket_size(4, 5) == 4 < bucket_size(5, 5) == 5
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+@pytest.mark.parametrize("engine_class", [Engine, PlainEngine])
+def test_trajectories_are_those_of_the_ordinary_path(
+    make_model, tokenizer, config, make_requests, fake_search, sampling, engine_class
+):
+    rows = Counter()
+    for seed, max_num_seqs in ((3, 5), (4, 64)):  # 5: slots change hands, and the last graph has an odd size
+        changed = config.model_copy(update={"max_num_seqs": max_num_seqs})
+        model, requests = make_model(seed), make_requests(19, group_size=4, seed=seed)
+        ordinary = SearchLoop(engine_class(model, tokenizer, changed, sampling), fake_search)
+        engine = engine_class(model, tokenizer, changed, sampling, decode_graphs=WatchedGraphs)
+        replayed = SearchLoop(engine, fake_search)
+        check_same(ordinary.run(requests), replayed.run(requests))
+        ours, theirs = replayed.statistics, ordinary.statistics
+        assert theirs.num_replayed_steps == theirs.num_recordings == 0
+        for name in ("num_steps", "num_decode_tokens", "num_prefill_tokens", "num_shared_tokens", "num_searches"):
+            assert getattr(ours, name) == getattr(theirs, name)
+        assert ours.num_searches > 0
+        assert engine_class is PlainEngine or ours.num_shared_tokens > 0
+        sizes = engine._graphs.sizes
+        assert 0 < sizes.total() == ours.num_replayed_steps < ours.num_steps
+        assert ours.num_recordings == len({size for _, size in sizes})
+        assert ours.time_recording < ours.time_forward
+        rows += sizes
+    assert any(size > num_sequences for num_sequences, size in rows)
+    assert any(size == num_sequences for num_sequences, size in rows)
+
+
+def test_what_is_sampled_does_not_depend_on_the_rows(make_model, tokenizer, config, make_requests, fake_search):
+    model, requests = make_model(4), make_requests(12)
+    runs = []
+    for max_num_seqs in (1, 3, 12):
+        changed = config.model_copy(update={"overlap": True, "max_num_seqs": max_num_seqs})
+        engine = Engine(model, tokenizer, changed, decode_graphs=WatchedGraphs)
+        runs.append(SearchLoop(engine, fake_search).run(requests))
+        assert engine._graphs.sizes
+    check_same(runs[0], runs[1])
+    check_same(runs[0], runs[2])
+
+
+def test_rows_without_a_sequence_write_nowhere_else(make_model, tokenizer, config, make_requests, fake_search):
+    engine = Engine(make_model(4), tokenizer, config, decode_graphs=WatchedGraphs)
+    SearchLoop(engine, fake_search).run(make_requests(9))
+    cache = engine._cache
+    assert cache.num_slots == config.max_num_seqs + 1 == len(engine._slots) + 1
+    for memory in (*cache.keys, *cache.values):
+        assert memory[-1, :, 0].any()
+        assert not memory[-1, :, 1:].any()
+
+
+def test_graphs_live_as_long_as_their_cache(make_model, tokenizer, config, make_requests, fake_search):
+    model = make_model(4)
+    expected = SearchLoop(Engine(model, tokenizer, config), fake_search).run(make_requests(7))
+    for keep_cache in (False, True):
+        changed = config.model_copy(update={"keep_cache": keep_cache})
+        loop = SearchLoop(Engine(model, tokenizer, changed, decode_graphs=DecodeGraphs), fake_search)
+        loop.run(make_requests(2))
+        small = loop.engine._graphs
+        check_same(expected, loop.run(make_requests(7)))  # needs more slots
+        graphs, cache = loop.engine._graphs, loop.engine._cache
+        assert graphs is not small
+        loop.engine.free_cache()
+        assert (loop.engine._graphs is graphs) == (loop.engine._cache is cache) == keep_cache
+        assert keep_cache or loop.engine._graphs is loop.engine._cache is None
+        check_same(expected, loop.run(make_requests(7)))
+        assert (loop.statistics.num_recordings == 0) == keep_cache
+        assert loop.statistics.num_replayed_steps > 0
+
+
+def test_every_sampling_has_its_own_graphs(make_model, tokenizer, config, make_requests, fake_search):
+    model, requests = make_model(4), make_requests(6)
+    loop = SearchLoop(Engine(model, tokenizer, config, decode_graphs=DecodeGraphs), fake_search)
+    for sampling, records in ((GREEDY, True), (NUCLEUS, True), (GREEDY, False)):  # as an evaluation changes it
+        loop.engine.sampling = sampling
+        check_same(
+            SearchLoop(Engine(model, tokenizer, config, sampling), fake_search).run(requests), loop.run(requests)
+        )
+        assert (loop.statistics.num_recordings > 0) == records
+
+
+def test_new_weights_are_seen(make_model, tokenizer, config, make_requests, fake_search):
+    model, requests = make_model(4), make_requests(6)
+    loop = SearchLoop(Engine(model, tokenizer, config, decode_graphs=DecodeGraphs), fake_search)
+    loop.run(requests)
+    other = make_model(5)
+    with torch.no_grad():  # in place, as `sync_replica` and the optimizer write them
+        for parameter, new in zip(model.parameters(), other.parameters(), strict=True):
+            parameter.copy_(new)
+    expected = SearchLoop(Engine(other, tokenizer, config), fake_search).run(requests)
+    check_same(expected, loop.run(requests))
+    assert loop.statistics.num_recordings == 0
+    model.lm_head.weight = torch.nn.Parameter(make_model(4).head_weight.detach().clone())  # and somewhere else
+    expected = SearchLoop(Engine(model, tokenizer, config), fake_search).run(requests)
+    check_same(expected, loop.run(requests))
+    assert loop.statistics.num_recordings > 0
+
+
+class StandIns:
+    """What `CudaDecodeGraphs` calls of torch.cuda, on a CPU: a graph runs again what was called while it recorded."""
+
+    def __init__(self, monkeypatch):
+        self.pools, self.log = [], []
+        names = ("Stream", "CUDAGraph", "graph_pool_handle", "current_stream", "stream", "graph")
+        for name in names:
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+
+    class Stream:
+        def __init__(self, device=None):
+            pass
+
+        def wait_stream(self, stream):
+            pass
+
+    class CUDAGraph:
+        def replay(self):
+            self.step()
+
+    def graph_pool_handle(self):
+        self.pools.append(object())
+        return self.pools[-1]
+
+    def current_stream(self, device):
+        return self.Stream()
+
+    @contextmanager
+    def stream(self, stream):
+        self.log.append("warm-up")
+        yield
+
+    @contextmanager
+    def graph(self, cuda_graph, pool=None, stream=None, capture_error_mode="global"):  # torch 2.11 and later
+        assert pool is self.pools[-1] and isinstance(stream, self.Stream) and capture_error_mode == "thread_local"
+        self.log.append("recording")
+        yield
+        cuda_graph.step = self.last_step
+
+
+def test_what_is_asked_of_cuda(make_model, tokenizer, config, make_requests, fake_search, monkeypatch):
+    """The calls, through stand-ins: one pool for all graphs, a warm-up before each, a new pool for moved weights."""
+    stand_ins = StandIns(monkeypatch)
+
+    def watched(*arguments):
+        step = decode_step(*arguments)
+
+        def run():
+            stand_ins.last_step = step
+            step()
+
+        return run
+
+    decode_step = decode_graph._decode_step
+    monkeypatch.setattr(decode_graph, "_decode_step", watched)
+    model, requests = make_model(4), make_requests(9)
+    expected = SearchLoop(Engine(model, tokenizer, config), fake_search).run(requests)
+    loop = SearchLoop(Engine(model, tokenizer, config, decode_graphs=CudaDecodeGraphs), fake_search)
+    for _ in range(2):
+        check_same(expected, loop.run(requests))
+    graphs = loop.engine._graphs
+    assert stand_ins.log == ["warm-up", "recording"] * graphs.num_recordings
+    pool = graphs._pool
+    model.lm_head.weight = torch.nn.Parameter(model.head_weight.detach().clone())
+    check_same(expected, loop.run(requests))
+    assert loop.statistics.num_recordings > 0
+    assert graphs._pool is not pool
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+def test_the_host_is_told_nothing(make_model, monkeypatch, sampling):
+    """On the meta device, where there are no values to be told; the attention's kernel has its own tests."""
+    monkeypatch.setattr("searchr1_fast.models.decoder.cached_attention", lambda query, *_: query)
+    model = make_model(4).to("meta")
+    cache = KVCache(model.config, num_slots=9, max_length=20, device="meta")
+    whole = torch.zeros(8, dtype=torch.int64, device="meta")
+    hidden = model.decode_cached(whole, whole, whole, cache)
+    uniforms = torch.zeros(8, dtype=torch.float64, device="meta")
+    results = pack(*sample(head_logits(hidden, model.head_weight), uniforms, sampling))
+    assert (results.shape, results.dtype) == ((16,), torch.int32)
+
+
+@pytest.mark.parametrize("device", [CPU, pytest.param("cuda", marks=HAS_GPU)])
+def test_transfers_change_nothing(device):
+    transfers = Transfers(torch.device(device))
+    generator = np.random.default_rng(0)
+    for count in (3, 9000, 5):  # 9000: more than the buffers had
+        ids = generator.integers(-(2**63), 2**63 - 1, count)
+        fractions = generator.random(count // 2)
+        target = torch.zeros(3 * count, dtype=torch.int64, device=device)
+        for memory in (None, target):
+            sent = transfers.send([ids, fractions, ids[:0], ids[::3]], memory)
+            for tensor, array in zip(sent, (ids, fractions, ids[:0], ids[::3]), strict=True):
+                np.testing.assert_array_equal(tensor.cpu().numpy(), array, strict=True)
+            assert memory is None or sent[0].data_ptr() == target.data_ptr()
+        tokens = torch.from_numpy(generator.integers(0, 2**31 - 1, count)).to(device)
+        logprobs = torch.tensor([-0.0, -torch.inf, torch.nan, *[-1e-30] * count])[:count].to(device)
+        received, bits = transfers.receive(pack(tokens, logprobs))
+        np.testing.assert_array_equal(received, tokens.cpu().numpy(), strict=True)
+        np.testing.assert_array_equal(bits.view(np.int32), logprobs.cpu().numpy().view(np.int32), strict=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------- GPU
+
+
+def whole_attention(query, keys, values, slots, positions, *_):
+    """Cached attention over all places of a slot, masked: simple, and free of shapes that depend on values."""
+    group = query.shape[1] // keys.shape[1]
+    k, v = (cache[slots].repeat_interleave(group, dim=1) for cache in (keys, values))  # [T, H, M, d]
+    visible = torch.arange(keys.shape[2], device=query.device) <= positions[:, None]  # [T, M]
+    mask = visible[:, None, None, :]
+    return torch.nn.functional.scaled_dot_product_attention(query.unsqueeze(2), k, v, attn_mask=mask).squeeze(2)
+
+
+@pytest.fixture(params=["whole", "own"])
+def attention(request, monkeypatch):
+    """Which attention a model on the GPU uses: one that is simple enough to be beyond doubt, or its own."""
+    if request.param == "whole":
+        monkeypatch.setattr("searchr1_fast.models.decoder.cached_attention", whole_attention)
+
+
+@pytest.fixture
+def gpu_loops(make_model, tokenizer, config, fake_search, attention):
+    """seed, changes -> search loops with and without graphs over one model on the GPU."""
+
+    def make(seed: int, sampling: SamplingParams, **changes) -> list[SearchLoop]:
+        model = make_model(seed, head_dim=64).to("cuda")
+        configs = [config.model_copy(update={"cuda_graphs": flag} | changes) for flag in (True, False)]
+        return [SearchLoop(Engine(model, tokenizer, one, sampling), fake_search) for one in configs]
+
+    return make
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+@pytest.mark.parametrize("overlap", [False, True])
+def test_on_a_gpu(gpu_loops, make_requests, sampling, overlap):
+    for seed, max_num_seqs, keep_cache in ((3, 5, False), (4, 64, True)):
+        recorded, single = gpu_loops(seed, sampling, overlap=overlap, max_num_seqs=max_num_seqs, keep_cache=keep_cache)
+        requests = make_requests(19, group_size=4, seed=seed)
+        expected = single.run(requests)
+        for is_first in (True, False):
+            check_same(expected, recorded.run(requests), tolerance=2e-4)
+            assert 0 < recorded.statistics.num_replayed_steps < recorded.statistics.num_steps
+            assert single.statistics.num_replayed_steps == 0
+            if not overlap:  # with it, when a search returns decides how many rows there are
+                assert (recorded.statistics.num_recordings > 0) == (is_first or not keep_cache)
+            recorded.engine.free_cache()
+        assert keep_cache or recorded.engine._graphs is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+def test_a_step_waits_once(gpu_loops, make_requests, monkeypatch, sampling):
+    waits, wait = [], Transfers._wait
+
+    def allowed(transfers):
+        waits.append(torch.cuda.get_sync_debug_mode())
+        torch.cuda.set_sync_debug_mode("default")
+        wait(transfers)
+        torch.cuda.set_sync_debug_mode(waits[-1])
+
+    monkeypatch.setattr(Transfers, "_wait", allowed)
+    for loop in gpu_loops(4, sampling, keep_cache=True):
+        loop.run(make_requests(12, group_size=4))  # records, compiles
+        waits.clear()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            loop.run(make_requests(12, group_size=4))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert waits == [2] * loop.statistics.num_steps
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_graphs_give_their_memory_back(gpu_loops, make_requests):
+    loop, _ = gpu_loops(4, NUCLEUS)
+    left = []
+    for _ in range(3):
+        loop.run(make_requests(12, group_size=4))
+        assert loop.statistics.num_recordings > 0
+        loop.engine.free_cache()
+        torch.cuda.empty_cache()
+        left.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
+    assert left[1] == left[2]  # the first run leaves what libraries keep
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("num_rows", [1, 8, 136])  # torch sorts few rows one by one, many together
+@pytest.mark.parametrize("params", [*SAMPLINGS, SamplingParams(1.0, top_p=0.95)], ids=str)
+def test_sampling_from_a_large_vocabulary_can_be_recorded(num_rows, params):
+    generator = torch.Generator("cuda").manual_seed(num_rows)
+    logits = 3 * torch.randn(num_rows, 151936, device="cuda", generator=generator)
+    uniforms = torch.rand(num_rows, device="cuda", dtype=torch.float64, generator=generator)
+    expected = pack(*sample(logits, uniforms, params))  # also the warm-up
+    results, graph = torch.zeros_like(expected), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results.copy_(pack(*sample(logits, uniforms, params)))
+    graph.replay()
+    assert torch.equal(results[:num_rows], expected[:num_rows])
+    logprobs = (one[num_rows:].view(torch.float32) for one in (results, expected))
+    torch.testing.assert_close(*logprobs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("num_rows", [1, 5, 8, 13])
+def test_a_graph_in_bf16_is_the_step(make_model, attention, num_rows):
+    """The same inputs twice: likeliest tokens up to rounding, log-probs within it, nothing written elsewhere."""
+    model = make_model(4, head_dim=64).to("cuda", torch.bfloat16)
+    generator = np.random.default_rng(num_rows)
+    slots, lengths = generator.permutation(16)[:num_rows], generator.integers(1, 30, num_rows)
+    tokens = generator.integers(0, model.config.vocab_size, num_rows)
+    results, caches = [], []
+    for graphs_class in (CudaDecodeGraphs, DecodeGraphs):
+        torch.manual_seed(0)
+        cache = KVCache(model.config, num_slots=17, max_length=40, dtype=torch.bfloat16, device="cuda")
+        for memory in (*cache.keys, *cache.values):
+            memory.normal_()
+        graphs = graphs_class(model, cache, Transfers(torch.device("cuda")), max_rows=16)
+        for step in range(3):
+            result = graphs.decode(tokens, slots, lengths + step, np.zeros(num_rows), GREEDY)
+        results.append(result)
+        caches.append(cache)
+        assert graphs.num_recordings == 1
+    np.testing.assert_allclose(results[0][1], results[1][1], atol=0.05)
+    for one, other in zip(caches[0].keys, caches[1].keys, strict=True):
+        torch.testing.assert_close(one[:-1], other[:-1], atol=0.1, rtol=0.02)
