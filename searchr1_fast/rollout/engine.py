@@ -285,6 +285,7 @@ class Engine:
             self._to_device(batch.slots),
             self._to_device(self._slots.num_cached[batch.slots]),
             self._cache,
+            host_lengths=batch.lengths,
         )
         self._slots.num_cached[batch.slots] += batch.lengths
         return hidden
