@@ -20,8 +20,9 @@ import torch
 import triton
 import triton.language as tl
 
+from searchr1_kernels.cached_attention import tile_tokens
+
 PART = 512  # places; a multiple of every block of keys
-_TILE_ROWS = 64  # of a tile: tokens times query heads per key/value head
 _TOKENS_AT_ONCE = 1024  # lone ones: bounds the partial sums, [1024, H, P, d] fp32
 
 
@@ -148,11 +149,6 @@ def combine(
         peak = higher
     result = (sum_ / total).to(output.dtype.element_ty)
     tl.store(output + (token * tl.num_programs(1) + head) * D + component, result, mask=known)
-
-
-def tile_tokens(group: int) -> int:
-    """How many tokens a tile may have, with so many query heads per key/value head."""
-    return max(1, _TILE_ROWS // group)
 
 
 def configuration(group: int, head_dim: int, itemsize: int, split: bool) -> dict[str, int]:

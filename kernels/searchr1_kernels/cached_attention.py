@@ -19,6 +19,11 @@ from searchr1_kernels.registration import register
 _TILE_ROWS = 64  # tokens of a tile times query heads per key/value head
 
 
+def tile_tokens(group: int) -> int:
+    """How many tokens a tile may have, with so many query heads per key/value head."""
+    return max(1, _TILE_ROWS // group)
+
+
 def attention_tiles(lengths: Sequence[int] | np.ndarray, group: int) -> tuple[np.ndarray, int] | None:
     """How T tokens that join S sequences share the loads of keys: lengths [S], on the host, adding up to T, of runs of
     tokens at consecutive places of one slot, and `group` = H / G -> tiles [N, 2] int32 (first token, count), lone
@@ -26,7 +31,7 @@ def attention_tiles(lengths: Sequence[int] | np.ndarray, group: int) -> tuple[np
     lengths = np.asarray(lengths, dtype=np.int64)
     if (lengths <= 1).all():
         return None
-    size = max(1, _TILE_ROWS // group)
+    size = tile_tokens(group)
     begins = np.cumsum(lengths) - lengths
     alone = begins[lengths == 1]
     begins, lengths = begins[lengths > 1], lengths[lengths > 1]
@@ -110,7 +115,6 @@ def _attend_triton(query, keys, values, slots, positions, tiles, num_alone, outp
     """Shapes as `cached_attention`."""
     from searchr1_kernels import _cached_attention_triton
 
-    assert _cached_attention_triton._TILE_ROWS == _TILE_ROWS
     query = query if query.stride(2) == 1 else query.contiguous()
     if keys.stride(3) != 1 or values.stride(3) != 1:
         keys, values = keys.contiguous(), values.contiguous()

@@ -303,7 +303,8 @@ class Decoder(nn.Module):
         lengths = cu_seqlens.diff()
         num_tokens = len(token_ids)  # given to repeat_interleave, which else would wait for the device
         starts, slots = (x.repeat_interleave(lengths, output_size=num_tokens) for x in (start_positions, slots))
-        context = CachedContext(slots, packed_positions(cu_seqlens, num_tokens) + starts, cache, self.config, host_lengths)
+        positions = packed_positions(cu_seqlens, num_tokens) + starts
+        context = CachedContext(slots, positions, cache, self.config, host_lengths)
         return self._run(self.model.embed_tokens(token_ids), context, rows=cu_seqlens[1:] - 1)
 
     def _run(
