@@ -158,7 +158,7 @@ def configuration(group: int, head_dim: int, itemsize: int, split: bool) -> dict
         "BM": max(16, triton.next_power_of_2(rows)),
         "BN": 32 if head_dim > 128 or itemsize == 4 else 64,
         "BD": max(16, triton.next_power_of_2(head_dim)),
-        "num_warps": 4 if split or head_dim <= 128 and itemsize < 4 else 8,
+        "num_warps": 4 if itemsize < 4 and (split or head_dim <= 128) else 8,
         "num_stages": 2,
     }
 

@@ -27,13 +27,6 @@ def test_matches_the_oracle():
     torch.testing.assert_close(cached_attention(*tensors), reference.cached_attention(*tensors))
 
 
-def test_an_operator_of_torch():
-    tensors = problem([1, 5, 1])
-    torch.library.opcheck(torch.ops.searchr1_kernels.cached_attention.default, (*tensors, None, 0))
-    compiled = torch.compile(cached_attention, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(*tensors), cached_attention(*tensors))
-
-
 @pytest.mark.parametrize("group", [1, 7, 8, 100])
 @pytest.mark.parametrize("lengths", [[2], [1, 200, 1, 64, 65, 3, 0]])
 def test_tiles_hold_every_token_once_and_none_crosses_a_sequence(lengths, group):
