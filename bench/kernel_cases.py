@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from searchr1_kernels import (
     PolicyLoss,
     TopKIndex,
+    attention_tiles,
+    cached_attention,
     gae,
     group_advantages,
     linear_logprob,
@@ -30,6 +32,8 @@ from searchr1_kernels import (
     topk_inner_product,
 )
 from searchr1_kernels.gae import _scan_torch
+
+from searchr1_fast.models.attention import cached_attention_reference
 
 OURS = "ours"
 IGNORED = -100  # a target that a cross-entropy leaves out
@@ -85,6 +89,9 @@ def cases(device: torch.device, kernels: list[str]) -> Iterator[Case]:
         yield group_case(device, 4096, 512)
     if "kl" in kernels:
         yield kl_case(device, 1 << 20 if gpu else 1 << 16)
+    if "cached" in kernels:
+        yield cached_case(device, dtype, [1] * (256 if gpu else 8), 2048 if gpu else 256)
+        yield cached_case(device, dtype, [2048 if gpu else 64], 0)
     if "topk" in kernels:
         rows, size = (8_000_000, 768) if gpu else (200_000, 384)
         corpus = make_corpus(device, torch.float16 if gpu else torch.float32, rows, size)
@@ -305,6 +312,41 @@ def kl_case(device, tokens: int) -> Case:
     add_compiled(functions, "ours, torch.compile", functions[OURS], left_out)
     providers = {name: Provider(step(function)) for name, function in functions.items()}
     return Case("kl", {"tokens": tokens}, providers, bytes=16.0 * tokens, left_out=left_out)
+
+
+# -------------------------------------------------------------------------------------------------------- attention
+
+
+def cached_case(device, dtype, lengths: list[int], cached: int, H: int = 16, G: int = 2, d: int = 128) -> Case:
+    """New tokens of sequences that have `cached` places each, at the width of a 3B model."""
+    generator, places = torch.Generator(device).manual_seed(0), cached + max(lengths)
+    query = torch.randn(sum(lengths), H, d, device=device, generator=generator).to(dtype)
+    keys, values = (
+        torch.randn(len(lengths), G, places, d, device=device, generator=generator).to(dtype) for _ in range(2)
+    )
+    slots = torch.cat([torch.full((n,), s) for s, n in enumerate(lengths)]).to(device)
+    positions = torch.cat([torch.arange(cached, cached + n) for n in lengths]).to(device)
+    found = attention_tiles(lengths, H // G)
+    tiles, num_alone = (None, 0) if found is None else (torch.from_numpy(found[0]).to(device), found[1])
+
+    def padded():
+        """Of sequences of one length: all slots at once, as a padded batch."""
+        k, v = (x[: len(lengths)].repeat_interleave(H // G, dim=1) for x in (keys, values))
+        q = query.view(len(lengths), lengths[0], H, d).transpose(1, 2)
+        visible = torch.ones(lengths[0], places, dtype=torch.bool, device=device).tril(places - lengths[0])
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible).transpose(1, 2).flatten(0, 1)
+
+    plain = functools.partial(cached_attention_reference, query, keys, values, slots, positions)
+    runs = {
+        OURS: lambda: cached_attention(query, keys, values, slots, positions, tiles=tiles, num_alone=num_alone),
+        "torch, every token's slot gathered": plain,
+        "SDPA, padded": padded,
+    }
+    providers = {name: Provider(run, lambda output: (output.float(),)) for name, run in runs.items()}
+    seen = sum(cached * n + n * (n + 1) // 2 for n in lengths)  # pairs of a token and a place
+    shape = {"T": sum(lengths), "S": len(lengths), "cached": cached, "dtype": str(dtype).removeprefix("torch.")}
+    moved = 2.0 * len(lengths) * places * G * d * keys.element_size()
+    return Case("cached", shape, providers, flops=4.0 * seen * H * d, bytes=moved)
 
 
 # ----------------------------------------------------------------------------------------------------------- search

@@ -43,7 +43,7 @@ from rich.table import Table
 from searchr1_fast.console import make_console
 from searchr1_fast.errors import entry_point
 
-KERNELS = ("head", "score", "gae", "group", "kl", "topk")
+KERNELS = ("head", "score", "gae", "group", "kl", "cached", "topk")
 _FILL_SECONDS = 2e-3
 _PROFILED_SECONDS = 0.1  # of calls under the profiler, which keeps an event per launch: a loop of launches has millions
 

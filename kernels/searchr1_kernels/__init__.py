@@ -20,6 +20,8 @@ _HOME = {
     "group_advantages": "group",
     "masked_moments": "group",
     "masked_whiten": "group",
+    "cached_attention": "cached_attention",
+    "attention_tiles": "cached_attention",
     "topk_inner_product": "topk",
     "TopKIndex": "topk",
 }

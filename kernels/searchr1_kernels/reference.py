@@ -145,3 +145,13 @@ def topk_inner_product(queries, corpus, k, *, scales=None):
         scores = scores * scales.double()
     ordered = scores.float().sort(dim=1, descending=True, stable=True)
     return ordered.values[:, :k], ordered.indices[:, :k]
+
+
+def cached_attention(query, keys, values, slots, positions):
+    """query [T,H,d], keys, values [C,G,M,d], slots, positions [T] -> [T,H,d]; a Python loop over tokens."""
+    outputs, group = [], query.shape[1] // keys.shape[1]
+    for q, slot, position in zip(query, slots.tolist(), positions.tolist(), strict=True):
+        k, v = (x[slot, :, : position + 1].repeat_interleave(group, dim=0) for x in (keys, values))  # [H, m, d]
+        weights = torch.softmax((k @ q[:, :, None]).squeeze(2) * q.shape[1] ** -0.5, dim=-1)
+        outputs.append((weights[:, :, None] * v).sum(1))
+    return torch.stack(outputs) if outputs else torch.empty_like(query)

@@ -7,7 +7,8 @@ Shape legend
 
 `packed_attention` is differentiable. `cached_attention` is for generation: on the CPU a numba kernel reads each
 token's own slot in place, exactly as long as it is, and tokens that join a sequence together go through matrix
-products; `cached_attention_reference` is its plain twin and the path of every other device.
+products; on CUDA it is the Triton kernel of `searchr1_kernels`. `cached_attention_reference` is the plain twin of both,
+and the path of every other device and type.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import NamedTuple
 
 import numba
 import numpy as np
+import searchr1_kernels
 import torch
 import torch.nn.functional as F
 
@@ -117,6 +119,19 @@ def find_chunks(slots: torch.Tensor, positions: torch.Tensor) -> Chunks:  # [T] 
     return Chunks(together, torch.from_numpy(np.flatnonzero(is_alone)))
 
 
+class Tiles(NamedTuple):
+    """The tokens of a step by how their attention is computed on CUDA."""
+
+    table: torch.Tensor  # [N, 2] int32: first token, count; lone tokens first
+    num_alone: int
+
+
+def make_tiles(lengths: np.ndarray, group: int, device: torch.device) -> Tiles | None:
+    """lengths [S] of a step's sequences; query heads per key/value head. None where every token is alone."""
+    found = searchr1_kernels.attention_tiles(lengths, group)
+    return None if found is None else Tiles(torch.from_numpy(found[0]).to(device, non_blocking=True), found[1])
+
+
 def cached_attention(
     query: torch.Tensor,  # [T, H, d]
     keys: torch.Tensor,  # [C, G, M, d]
@@ -124,8 +139,13 @@ def cached_attention(
     slots: torch.Tensor,  # [T] int64: the cache slot of each token
     positions: torch.Tensor,  # [T] int64: its place in the slot, already written
     chunks: Chunks | None = None,  # of these slots and positions, where they are known; read on the CPU alone
+    tiles: Tiles | None = None,  # of these tokens, from `make_tiles`; read on CUDA alone
 ) -> torch.Tensor:  # [T, H, d]
     """Token t attends to places 0 … positions[t] of its slot. No gradient."""
+    if query.device.type == "cuda":
+        table, num_alone = (None, 0) if tiles is None else tiles
+        options = {"tiles": table, "num_alone": num_alone}
+        return searchr1_kernels.cached_attention(query, keys, values, slots, positions, **options)
     if query.device.type != "cpu" or query.dtype != torch.float32:
         return cached_attention_reference(query, keys, values, slots, positions)
     chunks = find_chunks(slots, positions) if chunks is None else chunks

@@ -13,11 +13,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from searchr1_fast.models.attention import cached_attention, find_chunks, gather_rows
+from searchr1_fast.models.attention import cached_attention, find_chunks, gather_rows, make_tiles
 from searchr1_fast.models.attention_backends import PackedLayout, choose_attention
 from searchr1_fast.models.decoder_config import DecoderConfig
 from searchr1_fast.models.recompute import Recompute, recomputed
@@ -180,16 +181,26 @@ class PackedContext:
 class CachedContext:
     """What attention needs when tokens are appended to cached sequences."""
 
-    def __init__(self, slots: torch.Tensor, positions: torch.Tensor, cache: KVCache, config: DecoderConfig) -> None:
+    def __init__(
+        self,
+        slots: torch.Tensor,  # [T] int64
+        positions: torch.Tensor,  # [T] int64
+        cache: KVCache,
+        config: DecoderConfig,
+        lengths: np.ndarray | None = None,  # [S], on the host
+    ) -> None:
         self.cos, self.sin = rotary_embedding(positions, config.head_dim, config.rope_theta, config.rope_scaling)
         self.slots, self.positions, self.cache = slots, positions, cache
         self.chunks = find_chunks(slots, positions) if slots.device.type == "cpu" else None  # once for all layers
+        self.tiles = None
+        if lengths is not None and slots.device.type == "cuda":
+            self.tiles = make_tiles(lengths, config.num_attention_heads // config.num_key_value_heads, slots.device)
 
     def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """[T, H, d], [T, G, d], [T, G, d] -> [T, H, d]"""
         self.cache.write(layer, key, value, self.slots, self.positions)
         keys, values = self.cache.keys[layer], self.cache.values[layer]
-        return cached_attention(query, keys, values, self.slots, self.positions, self.chunks)
+        return cached_attention(query, keys, values, self.slots, self.positions, self.chunks, self.tiles)
 
 
 class Model(nn.Module):
@@ -300,13 +311,19 @@ class Decoder(nn.Module):
         slots: torch.Tensor,  # [S] int64: their cache slots
         start_positions: torch.Tensor,  # [S] int64: how many tokens each slot holds already
         cache: KVCache,
+        host_lengths: np.ndarray | None = None,  # [S] int64: those of cu_seqlens, where the host knows them
     ) -> torch.Tensor:  # [S, D]
-        """Append tokens to cached sequences; the hidden state of each sequence's last new token."""
+        """Append tokens to cached sequences; the hidden state of each sequence's last new token.
+
+        `host_lengths`: on a GPU, tokens that join a sequence together then share the loads of its keys. Without, each
+        loads its own; neither waits for the device.
+        """
         cu_seqlens = cu_seqlens.long()
         lengths = cu_seqlens.diff()
         num_tokens = len(token_ids)  # given to repeat_interleave, which else would wait for the device
         starts, slots = (x.repeat_interleave(lengths, output_size=num_tokens) for x in (start_positions, slots))
-        context = CachedContext(slots, packed_positions(cu_seqlens, num_tokens) + starts, cache, self.config)
+        positions = packed_positions(cu_seqlens, num_tokens) + starts
+        context = CachedContext(slots, positions, cache, self.config, host_lengths)
         return self._run(self.model.embed_tokens(token_ids), context, rows=cu_seqlens[1:] - 1)
 
     @torch.no_grad()

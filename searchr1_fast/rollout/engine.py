@@ -332,7 +332,8 @@ class Engine:
         token_ids, cu_seqlens, slots, positions, randoms, *copied = self._transfers.send(arrays)
         if copied:
             self._cache.copy(*copied)
-        hidden = self.model.forward_cached(token_ids, cu_seqlens, slots, positions, self._cache)  # [S, D]
+        arguments = (token_ids, cu_seqlens, slots, positions, self._cache)
+        hidden = self.model.forward_cached(*arguments, host_lengths=batch.lengths)  # [S, D]
         logits = head_logits(hidden, self.model.head_weight)
         return self._transfers.receive(pack(*sample(logits, randoms, self.sampling)))
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from searchr1_kernels import (
     TopKIndex,
+    cached_attention,
     gae,
     group_advantages,
     masked_kl,
@@ -28,7 +29,11 @@ GROUPS = torch.tensor([4, 4, 1, 1, 1, 4, -2, 7, 7, 7])
 CORPUS = numbers(100, 6)
 INDEX = TopKIndex(numbers(100, 5))
 
+CACHE = numbers(2, 1, 6, 5, seed=2), numbers(2, 1, 6, 5, seed=3)
+PLACES = torch.tensor([0, 1]), torch.tensor([5, 2])
+
 CHECKED = {
+    "cached_attention": (numbers(2, 1, 5), *CACHE, *PLACES, None, 0),
     "gae": (numbers(10), numbers(10, seed=1), CU_SEQLENS, 0.9, 0.8, MASK),
     "masked_kl": (numbers(10, grad=True), numbers(10, seed=1), "k3", MASK),
     "group_advantages": (numbers(10), GROUPS, True, 1e-6),
@@ -38,6 +43,7 @@ CHECKED = {
 }
 
 CALLED = {
+    "cached_attention": lambda x: cached_attention(x.view(2, 1, 5), *CACHE, *PLACES),
     "gae": lambda x: gae(x, x.cos(), CU_SEQLENS, gamma=0.9, lam=0.8, mask=MASK),
     "masked_kl": lambda x: masked_kl(x, x.detach().cos(), "k3", MASK),
     "group_advantages": lambda x: group_advantages(x, GROUPS),

@@ -1,5 +1,6 @@
 """The decoder against transformers, family by family: logits and gradients; packed against cached and one at a time."""
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -197,3 +198,32 @@ def test_angles_that_were_traced_are_not_kept_for_others():
     assert (type(traced), type(real)) == (FakeTensor, torch.Tensor)
     with FakeTensorMode():
         assert type(rotary_embedding(torch.arange(5), 22, 1234.5)[0]) is FakeTensor
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("known", [True, False])
+def test_cached_forward_on_a_gpu_equals_packed_forward(known):
+    """Prompts, then tokens alone and tokens that join beside them."""
+    torch.manual_seed(0)
+    config = DecoderConfig(50, 64, 96, 2, 4, 2)
+    model = Decoder(config).cuda()
+    cache = KVCache(config, num_slots=3, max_length=600, device="cuda")
+    tokens = [torch.randint(config.vocab_size, (n,), device="cuda") for n in (551, 3, 90)]
+    done = [0, 0, 0]
+    for counts in ([540, 2, 1], [1, 1, 70], [10, 0, 19]):
+        slots = [s for s, n in enumerate(counts) if n]
+        pieces = [tokens[s][done[s] : done[s] + counts[s]] for s in slots]
+        lengths = np.array([len(piece) for piece in pieces])
+        last = model.forward_cached(
+            torch.cat(pieces),
+            torch.tensor([0, *lengths.cumsum()], device="cuda"),
+            torch.tensor(slots, device="cuda"),
+            torch.tensor([done[s] for s in slots], device="cuda"),
+            cache,
+            lengths if known else None,
+        )
+        for row, s in enumerate(slots):
+            done[s] += counts[s]
+            whole = model.hidden(tokens[s][: done[s]], torch.tensor([0, done[s]], device="cuda"))
+            torch.testing.assert_close(last[row], whole[-1], rtol=1e-4, atol=1e-4)

@@ -25,7 +25,7 @@ class ScriptedModel:
         self.head_weight = torch.eye(vocab_size) * 100
         self.turns, self.by_slot = turns, {}
 
-    def forward_cached(self, token_ids, cu_seqlens, slots, start_positions, cache):
+    def forward_cached(self, token_ids, cu_seqlens, slots, start_positions, cache, host_lengths=None):
         bounds = cu_seqlens.tolist()
         following = []
         for i, (slot, start) in enumerate(zip(slots.tolist(), start_positions.tolist(), strict=True)):

@@ -1,0 +1,233 @@
+"""Attention over a KV cache on a GPU: one program per tile of tokens, key/value head and, for lone tokens, part of the
+keys.
+
+The query heads that share a key/value head are rows of one product, so keys and values are read once for all of them.
+A token that is alone in its tile has too few rows to fill a GPU: its keys are cut into parts of `PART` places, counted
+from place 0, and a second kernel adds the parts up in their order. The grid has as many parts as the cache is long;
+those past a token's position end at once, so no position is read on the host. Tiles of tokens of one slot fill it by
+themselves and go through all their keys. Nothing in a row's arithmetic depends on other rows: blocks that it does not
+see multiply its sums by 1 and add 0.
+
+Shape legend: T tokens, U lone tokens, N tiles, P parts, H query heads, G key/value heads, C slots of M places, d head
+size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from searchr1_kernels.cached_attention import tile_tokens
+
+PART = 512  # places; a multiple of every block of keys
+_TOKENS_AT_ONCE = 1024  # lone ones: bounds the partial sums, [1024, H, P, d] fp32
+
+
+@triton.jit(do_not_specialize=["first_tile", "num_parts"])
+def attend(
+    query,  # [T, H, d]
+    keys,  # [C, G, M, d]
+    values,  # [C, G, M, d]
+    slots,  # [T] int64
+    positions,  # [T] int64
+    tiles,  # [N, 2] int32: first token, count; read if TABLE
+    output,  # [T, H, d], written unless SPLIT
+    sums,  # [U, H, P, d] fp32, written if SPLIT
+    peaks,  # [U, H, P] fp32, written if SPLIT
+    totals,  # [U, H, P] fp32, written if SPLIT
+    first_tile,
+    num_parts,
+    query_token, query_head, key_slot, key_head, key_place, value_slot, value_head, value_place,  # strides
+    scale,  # of the scores, in powers of 2
+    GROUP: tl.constexpr,  # H / G
+    D: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+    SPLIT_PLACES: tl.constexpr,
+    TABLE: tl.constexpr,
+    SPLIT: tl.constexpr,
+):  # fmt: skip
+    """Softmax attention of a tile's rows, or of one part of their keys its sums, largest score and sum of weights."""
+    tile = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    part = tl.program_id(2)
+    first = (first_tile + tile).to(tl.int64)
+    count = 1
+    if TABLE:
+        entry = tiles + first * 2
+        first = tl.load(entry).to(tl.int64)
+        count = tl.load(entry + 1)
+    row = tl.arange(0, BM)
+    inside = row < count * GROUP
+    # Rows past the end repeat the last token, whose keys are visible: no row is without a key.
+    token = first + tl.minimum(row // GROUP, count - 1)
+    head = kv_head * GROUP + row % GROUP
+    position = tl.load(positions + token)
+    last = tl.max(position, 0)
+    slot = tl.load(slots + first)
+    begin = part * SPLIT_PLACES
+    end = last + 1
+    if SPLIT:
+        end = tl.minimum(end, begin + SPLIT_PLACES)
+    if begin < end:
+        component = tl.arange(0, BD)
+        known = component < D
+        q = tl.load(
+            query + token[:, None] * query_token + head[:, None] * query_head + component[None, :],
+            mask=inside[:, None] & known[None, :], other=0.0,
+        )  # fmt: skip
+        key_pointers = keys + slot * key_slot + kv_head.to(tl.int64) * key_head
+        value_pointers = values + slot * value_slot + kv_head.to(tl.int64) * value_head
+        peak = tl.full((BM,), float("-inf"), tl.float32)
+        total = tl.zeros((BM,), tl.float32)
+        sum_ = tl.zeros((BM, BD), tl.float32)
+        for start in range(begin, end, BN):
+            place = (start + tl.arange(0, BN)).to(tl.int64)
+            mask = (place < end)[:, None] & known[None, :]
+            k = tl.load(key_pointers + place[:, None] * key_place + component[None, :], mask=mask, other=0.0)
+            score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+            seen = (place[None, :] <= position[:, None]) & (place < end)[None, :]
+            score = tl.where(seen, score, float("-inf"))
+            higher = tl.maximum(peak, tl.max(score, 1))
+            shrink = tl.exp2(peak - higher)
+            weight = tl.exp2(score - higher[:, None])
+            v = tl.load(value_pointers + place[:, None] * value_place + component[None, :], mask=mask, other=0.0)
+            total = total * shrink + tl.sum(weight, 1)
+            sum_ = tl.dot(weight.to(v.dtype), v, sum_ * shrink[:, None], input_precision="ieee")
+            peak = higher
+        writing = inside[:, None] & known[None, :]
+        if SPLIT:
+            line = (tile.to(tl.int64) * GROUP * tl.num_programs(1) + head) * num_parts + part
+            tl.store(sums + line[:, None] * D + component[None, :], sum_, mask=writing)
+            tl.store(peaks + line, peak, mask=inside)
+            tl.store(totals + line, total, mask=inside)
+        else:
+            line = token * (GROUP * tl.num_programs(1)) + head
+            result = (sum_ / total[:, None]).to(output.dtype.element_ty)
+            tl.store(output + line[:, None] * D + component[None, :], result, mask=writing)
+
+
+@triton.jit(do_not_specialize=["first_tile", "num_parts"])
+def combine(
+    positions,  # [T] int64
+    tiles,  # [N, 2] int32, read if TABLE
+    output,  # [T, H, d]
+    sums,  # [U, H, P, d] fp32
+    peaks,  # [U, H, P] fp32
+    totals,  # [U, H, P] fp32
+    first_tile,
+    num_parts,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    SPLIT_PLACES: tl.constexpr,
+    TABLE: tl.constexpr,
+):
+    """Adds up the parts that a token has, in their order."""
+    tile = tl.program_id(0)
+    head = tl.program_id(1)
+    token = (first_tile + tile).to(tl.int64)
+    if TABLE:
+        token = tl.load(tiles + token * 2).to(tl.int64)
+    parts = (tl.load(positions + token) // SPLIT_PLACES + 1).to(tl.int32)
+    line = (tile.to(tl.int64) * tl.num_programs(1) + head) * num_parts
+    component = tl.arange(0, BD)
+    known = component < D
+    peak = tl.load(peaks + line)
+    total = tl.load(totals + line)
+    sum_ = tl.load(sums + line * D + component, mask=known, other=0.0)
+    for part in range(1, parts):
+        other = tl.load(peaks + line + part)
+        higher = tl.maximum(peak, other)
+        shrink = tl.exp2(peak - higher)
+        grow = tl.exp2(other - higher)
+        total = total * shrink + tl.load(totals + line + part) * grow
+        sum_ = sum_ * shrink + tl.load(sums + (line + part) * D + component, mask=known, other=0.0) * grow
+        peak = higher
+    result = (sum_ / total).to(output.dtype.element_ty)
+    tl.store(output + (token * tl.num_programs(1) + head) * D + component, result, mask=known)
+
+
+def configuration(group: int, head_dim: int, itemsize: int, split: bool) -> dict[str, int]:
+    """Meta-parameters of `attend`."""
+    rows = group if split else tile_tokens(group) * group
+    return {
+        "BM": max(16, triton.next_power_of_2(rows)),
+        "BN": 32 if head_dim > 128 or itemsize == 4 else 64,
+        "BD": max(16, triton.next_power_of_2(head_dim)),
+        "num_warps": 4 if itemsize < 4 and (split or head_dim <= 128) else 8,
+        "num_stages": 2,
+    }
+
+
+def run(query, keys, values, slots, positions, tiles, num_alone, output) -> None:
+    """Fills output [T, H, d]. All on one device, the last dimension of each with stride 1, T above 0; tiles [N, 2]
+    int32, the lone tokens' `num_alone` first, or None where every token is alone."""
+    with torch.cuda.device_of(query):
+        num_alone = query.shape[0] if tiles is None else num_alone
+        for begin in range(0, num_alone, _TOKENS_AT_ONCE):
+            size = min(_TOKENS_AT_ONCE, num_alone - begin)
+            _run_alone(query, keys, values, slots, positions, tiles, output, begin, size)
+        if tiles is not None and tiles.shape[0] > num_alone:
+            arguments, options = _arguments(query, keys, values, slots, positions, tiles, output)
+            grid = (tiles.shape[0] - num_alone, keys.shape[1], 1)
+            unused = (output, output, output)  # not written
+            attend[grid](*arguments[:7], *unused, num_alone, 1, *arguments[7:], **options, TABLE=True, SPLIT=False)
+
+
+def _run_alone(query, keys, values, slots, positions, tiles, output, begin, size) -> None:
+    """Lone tokens `begin` to `begin + size`."""
+    num_heads, head_dim = query.shape[1:]
+    num_parts = -(-keys.shape[2] // PART)
+    sums = torch.empty(size, num_heads, num_parts, head_dim, dtype=torch.float32, device=query.device)
+    peaks, totals = torch.empty(2, size, num_heads, num_parts, dtype=torch.float32, device=query.device).unbind()
+    arguments, options = _arguments(query, keys, values, slots, positions, tiles, output, split=True)
+    table, numbers = tiles is not None, (begin, num_parts)
+    attend[(size, keys.shape[1], num_parts)](
+        *arguments[:7], sums, peaks, totals, *numbers, *arguments[7:], **options, TABLE=table, SPLIT=True
+    )
+    combine[(size, num_heads)](
+        positions, arguments[5], output, sums, peaks, totals, *numbers,
+        D=head_dim, BD=options["BD"], SPLIT_PLACES=PART, TABLE=table, num_warps=1,
+    )  # fmt: skip
+
+
+def _arguments(query, keys, values, slots, positions, tiles, output, split=False) -> tuple[tuple, dict[str, int]]:
+    """Tensors, strides and scale; constants and options of a launch."""
+    group, head_dim = query.shape[1] // keys.shape[1], query.shape[2]
+    strides = (*query.stride()[:2], *keys.stride()[:3], *values.stride()[:3])
+    scale = head_dim**-0.5 * 1.4426950408889634  # log2(e)
+    tensors = (query, keys, values, slots, positions, positions if tiles is None else tiles, output)
+    options = configuration(group, head_dim, query.element_size(), split)
+    return (*tensors, *strides, scale), options | {"GROUP": group, "D": head_dim, "SPLIT_PLACES": PART}
+
+
+def compile_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int, int, set[str]]]:
+    """What is shipped, for the compile test: name, kernel, signature, constants, warps, stages, and the arguments that
+    are multiples of 16."""
+    shapes = [("bf16", 8, 128), ("bf16", 7, 64), ("bf16", 2, 80), ("bf16", 4, 256), ("fp16", 8, 128), ("fp32", 2, 128)]
+    cases = [_attend_case(*shape, split) for shape in shapes for split in (True, False)]
+    pointers = {"positions": "*i64", "tiles": "*i32", "output": "*bf16"}
+    pointers |= dict.fromkeys(("sums", "peaks", "totals"), "*fp32")
+    constants = {"D": 128, "BD": 128, "SPLIT_PLACES": PART, "TABLE": False}
+    signature = pointers | {"first_tile": "i32", "num_parts": "i32"}
+    return [*cases, ("cached_attention_combine", combine, signature, constants, 1, 3, set(pointers))]
+
+
+def _attend_case(element: str, group: int, head_dim: int, split: bool) -> tuple:
+    """One of `compile_cases`."""
+    constants = configuration(group, head_dim, 4 if element == "fp32" else 2, split)
+    num_warps, num_stages = constants.pop("num_warps"), constants.pop("num_stages")
+    constants |= {"GROUP": group, "D": head_dim, "SPLIT_PLACES": PART, "TABLE": not split, "SPLIT": split}
+    signature = dict.fromkeys(("query", "keys", "values", "output"), f"*{element}")
+    signature |= {"slots": "*i64", "positions": "*i64", "tiles": "*i32"}
+    signature |= dict.fromkeys(("sums", "peaks", "totals"), "*fp32")
+    strides = [f"{name}_{axis}" for name in ("key", "value") for axis in ("slot", "head", "place")]
+    strides += ["query_token", "query_head"]
+    divisible = {*signature, *strides}
+    signature |= dict.fromkeys(("first_tile", "num_parts", *strides), "i32") | {"scale": "fp32"}
+    name = f"cached_attention_{element}_{group}x{head_dim}" + ("_alone" if split else "")
+    return name, attend, signature, constants, num_warps, num_stages, divisible

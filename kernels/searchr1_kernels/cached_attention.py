@@ -1,0 +1,135 @@
+"""Softmax attention of new tokens over a KV cache: every token sees the beginning of its slot, up to its own place.
+
+CUDA: `_cached_attention_triton`, which waits for nothing. Elsewhere: a loop over tokens, in torch.
+
+Shape legend: T tokens, S sequences, N tiles, H query heads, G key/value heads, d head size, C slots of M places.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from searchr1_kernels import checks
+from searchr1_kernels._installed import has_triton
+from searchr1_kernels.registration import register
+
+_TILE_ROWS = 64  # tokens of a tile times query heads per key/value head
+
+
+def tile_tokens(group: int) -> int:
+    """How many tokens a tile may have, with so many query heads per key/value head."""
+    return max(1, _TILE_ROWS // group)
+
+
+def attention_tiles(lengths: Sequence[int] | np.ndarray, group: int) -> tuple[np.ndarray, int] | None:
+    """How T tokens that join S sequences share the loads of keys: lengths [S], on the host, adding up to T, of runs of
+    tokens at consecutive places of one slot, and `group` = H / G -> tiles [N, 2] int32 (first token, count), lone
+    tokens first, and the number of those. None where every token is alone: then `cached_attention` needs no table."""
+    lengths = np.asarray(lengths, dtype=np.int64)
+    if (lengths <= 1).all():
+        return None
+    size = tile_tokens(group)
+    begins = np.cumsum(lengths) - lengths
+    alone = begins[lengths == 1]
+    begins, lengths = begins[lengths > 1], lengths[lengths > 1]
+    counts = -(-lengths // size)  # tiles of each
+    number = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    first = np.repeat(begins, counts) + number * size
+    count = np.minimum(np.repeat(lengths, counts) - number * size, size)
+    tiles = np.stack([np.concatenate((alone, first)), np.concatenate((np.ones_like(alone), count))], axis=1)
+    return tiles.astype(np.int32), len(alone)
+
+
+def cached_attention(
+    query: torch.Tensor,  # [T, H, d]
+    keys: torch.Tensor,  # [C, G, M, d]
+    values: torch.Tensor,  # [C, G, M, d]
+    slots: torch.Tensor,  # [T] int64
+    positions: torch.Tensor,  # [T] int64
+    *,
+    tiles: torch.Tensor | None = None,  # [N, 2] int32
+    num_alone: int = 0,
+) -> torch.Tensor:
+    """-> [T, H, d] in the type of `query`, a constant to autograd.
+
+    Token t attends to places 0 to positions[t] of slots[t], which are read from the device only: keys of any strides
+    but the last, fp32 softmax of scores times d^-0.5. `tiles` and `num_alone` are those of `attention_tiles`, on the
+    device: tokens of one tile share their keys; without, each reads its own. A lone token's output has the same bits
+    alone and in any batch, and so have those of tokens that join a sequence together. ValueError where a shape, type or
+    device is not as above, or d is over 256.
+    """
+    checks.check_shape("query", query, ("T", "H", "d"))
+    _, num_heads, head_dim = query.shape
+    checks.check_shape("keys", keys, ("C", "G", "M", head_dim))
+    checks.check_shape("values", values, tuple(keys.shape))
+    checks.check_floating("query", query)
+    checks.check_dtype("keys", keys, query.dtype)
+    checks.check_dtype("values", values, query.dtype)
+    for name, tensor in (("slots", slots), ("positions", positions)):
+        checks.check_shape(name, tensor, (query.shape[0],))
+        checks.check_dtype(name, tensor, torch.int64)
+    if tiles is not None:
+        checks.check_shape("tiles", tiles, ("N", 2))
+        checks.check_dtype("tiles", tiles, torch.int32)
+        if not 0 <= num_alone <= tiles.shape[0]:
+            raise ValueError(f"num_alone: expected a number of tiles, 0 to {tiles.shape[0]}, got {num_alone}")
+    named = {"keys": keys, "values": values, "slots": slots, "positions": positions, "tiles": tiles}
+    for name, tensor in named.items():
+        if tensor is not None:
+            checks.check_device(name, tensor, "query", query)
+    if keys.shape[1] == 0 or num_heads % keys.shape[1]:
+        raise ValueError(f"query: expected heads in multiples of the {keys.shape[1]} of keys, got {num_heads}")
+    if head_dim > 256:
+        raise ValueError(f"query: expected heads of at most 256 components, got {head_dim}")
+    tensors = (tensor.detach() for tensor in (query, keys, values))
+    return _OPERATOR(*tensors, slots, positions, tiles, num_alone)
+
+
+def _cached_attention(query, keys, values, slots, positions, tiles, num_alone):
+    output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    if query.numel() == 0:
+        return output
+    if query.device.type == "cuda" and has_triton():
+        if query.dtype == torch.float64:
+            raise ValueError("query: expected torch.float32, torch.float16 or torch.bfloat16 on a GPU, got fp64")
+        return _attend_triton(query, keys, values, slots, positions, tiles, num_alone, output)
+    return _attend_torch(query, keys, values, slots, positions, output)
+
+
+def _fake(query, keys, values, slots, positions, tiles, num_alone):
+    return query.new_empty(query.shape)
+
+
+_OPERATOR = register(
+    "cached_attention(Tensor query, Tensor keys, Tensor values, Tensor slots, Tensor positions, Tensor? tiles, "
+    "int num_alone) -> Tensor",
+    _cached_attention,
+    _fake,
+)
+
+
+def _attend_triton(query, keys, values, slots, positions, tiles, num_alone, output):
+    """Shapes as `cached_attention`."""
+    from searchr1_kernels import _cached_attention_triton
+
+    query = query if query.stride(2) == 1 else query.contiguous()
+    if keys.stride(3) != 1 or values.stride(3) != 1:
+        keys, values = keys.contiguous(), values.contiguous()
+    tiles = None if tiles is None else tiles.contiguous()
+    inputs = (query, keys, values, slots.contiguous(), positions.contiguous())
+    _cached_attention_triton.run(*inputs, tiles, num_alone, output)
+    return output
+
+
+def _attend_torch(query, keys, values, slots, positions, output):
+    """Shapes as `cached_attention`; waits for the device."""
+    compute = torch.promote_types(query.dtype, torch.float32)
+    group, scale = query.shape[1] // keys.shape[1], query.shape[2] ** -0.5
+    for t, (slot, position) in enumerate(zip(slots.tolist(), positions.tolist(), strict=True)):
+        k, v = (cache[slot, :, : position + 1].to(compute) for cache in (keys, values))  # [G, m, d]
+        scores = query[t].to(compute).view(-1, group, query.shape[2]) @ k.transpose(1, 2) * scale  # [G, group, m]
+        output[t] = (scores.softmax(-1) @ v).flatten(0, 1)
+    return output

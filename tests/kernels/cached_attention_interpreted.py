@@ -1,0 +1,97 @@
+"""The Triton kernels of `cached_attention`. Run by `test_triton`, not collected by itself.
+
+Without a GPU they run in Triton's interpreter, which has to be chosen before Triton is imported: hence a process of
+its own. With one they are compiled.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from searchr1_kernels import _cached_attention_triton, attention_tiles, reference
+from searchr1_kernels.cached_attention import _attend_triton
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_parts():
+    """Several parts, and several launches of lone tokens, in a short cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_cached_attention_triton, "PART", 64)
+        patch.setattr(_cached_attention_triton, "_TOKENS_AT_ONCE", 3)
+        yield
+
+
+def problem(pieces, heads, kv_heads, d, dtype=torch.float32, places=150, seed=0):
+    """pieces: (slot, first position, count) -> query, keys, values, slots, positions, and lengths on the host. What no
+    token sees is NaN."""
+    generator, slots = torch.Generator().manual_seed(seed), max(piece[0] for piece in pieces) + 1
+    query = torch.randn(sum(piece[2] for piece in pieces), heads, d, generator=generator)
+    keys, values = (torch.randn(slots, kv_heads, places, d, generator=generator) for _ in range(2))
+    for slot in range(slots):
+        end = max((start + count for s, start, count in pieces if s == slot), default=0)
+        keys[slot, :, end:] = values[slot, :, end:] = torch.nan
+    slot = torch.cat([torch.full((count,), s) for s, _, count in pieces])
+    position = torch.cat([torch.arange(start, start + count) for _, start, count in pieces])
+    floats = (tensor.to(DEVICE, dtype) for tensor in (query, keys, values))
+    return *floats, slot.to(DEVICE), position.to(DEVICE), [piece[2] for piece in pieces]
+
+
+def attend(query, keys, values, slots, positions, lengths=None):
+    output = torch.full(query.shape, torch.nan, dtype=query.dtype, device=DEVICE)
+    found = None if lengths is None else attention_tiles(lengths, query.shape[1] // keys.shape[1])
+    tiles, num_alone = (None, 0) if found is None else (torch.from_numpy(found[0]).to(DEVICE), found[1])
+    return _attend_triton(query, keys, values, slots, positions, tiles, num_alone, output)
+
+
+def close(have, query, keys, values, slots, positions):
+    want = reference.cached_attention(query.double(), keys.double(), values.double(), slots, positions)
+    torch.testing.assert_close(have.double(), want, rtol=0, atol=TOLERANCE[query.dtype])
+
+
+MIXED = [(2, 140, 1), (0, 0, 1), (1, 3, 70), (3, 63, 1), (4, 64, 2)]
+
+
+LONE = [(2, 140, 1), (0, 0, 1), (1, 62, 4), (3, 64, 1)]
+each_way = pytest.mark.parametrize(("pieces", "tiled"), [(MIXED, True), (LONE, False)])
+
+
+@each_way
+@pytest.mark.parametrize(("heads", "kv_heads", "d"), [(2, 2, 16), (4, 2, 80), (7, 1, 64), (8, 1, 32), (3, 1, 96)])
+def test_matches_the_oracle(heads, kv_heads, d, pieces, tiled):
+    *tensors, lengths = problem(pieces, heads, kv_heads, d)
+    close(attend(*tensors, lengths if tiled else None), *tensors)
+
+
+# bf16 where a GPU is: the interpreter multiplies its bit patterns as integers, as `linear_interpreted` found too.
+@pytest.mark.parametrize("dtype", [torch.float16] + [torch.bfloat16] * (DEVICE == "cuda"))
+@pytest.mark.parametrize("d", [128, 256])
+def test_other_types_and_sizes(dtype, d):
+    *tensors, lengths = problem(MIXED, 8, 1, d, dtype)
+    close(attend(*tensors, lengths), *tensors)
+
+
+@each_way
+def test_a_piece_alone_equals_the_piece_in_a_batch(pieces, tiled):
+    query, keys, values, slots, positions, lengths = problem(pieces, 4, 2, 32)
+    together = attend(query, keys, values, slots, positions, lengths if tiled else None)
+    parts = (tensor.split(lengths) for tensor in (query, slots, positions, together))
+    for q, s, p, want in zip(*parts, strict=True):
+        assert torch.equal(attend(q, keys, values, s, p, [len(q)] if tiled else None), want)
+
+
+def test_a_longer_cache_changes_no_bit():
+    query, keys, values, slots, positions, _ = problem(LONE, 4, 2, 32)
+    longer = (torch.nn.functional.pad(cache, (0, 0, 0, 200), value=torch.nan) for cache in (keys, values))
+    have = attend(query, *longer, slots, positions)
+    assert torch.equal(have, attend(query, keys, values, slots, positions))
+
+
+def test_any_strides():
+    query, keys, values, slots, positions, lengths = problem(MIXED, 4, 2, 32)
+    views = [torch.stack([x, x], dim=1)[:, 1] for x in (query, keys, values)]
+    views[1] = views[1].transpose(1, 2).contiguous().transpose(1, 2)
+    have = attend(*views, slots, positions, lengths)
+    assert torch.equal(have, attend(query, keys, values, slots, positions, lengths))

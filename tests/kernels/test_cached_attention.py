@@ -1,0 +1,100 @@
+"""The operator on a CPU, its table of tiles and its errors; on a GPU the kernels at real sizes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from searchr1_kernels import attention_tiles, cached_attention, reference
+
+
+def problem(lengths, heads=4, kv_heads=2, d=16, places=40, dtype=torch.float32, device="cpu", starts=None):
+    """-> query, keys, values, slots, positions: a sequence per slot, its tokens at the end of what is cached."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def numbers(*shape):
+        return torch.randn(*shape, generator=generator, device=device).to(dtype)
+
+    cache = [numbers(len(lengths), kv_heads, places, d) for _ in range(2)]
+    starts = [3 + s for s in range(len(lengths))] if starts is None else starts
+    slots = torch.cat([torch.full((n,), s) for s, n in enumerate(lengths)]).to(device)
+    positions = torch.cat([torch.arange(a, a + n) for a, n in zip(starts, lengths, strict=True)]).to(device)
+    return numbers(sum(lengths), heads, d), *cache, slots, positions
+
+
+def test_matches_the_oracle():
+    tensors = problem([1, 5, 1], dtype=torch.float64)
+    torch.testing.assert_close(cached_attention(*tensors), reference.cached_attention(*tensors))
+
+
+@pytest.mark.parametrize("group", [1, 7, 8, 100])
+@pytest.mark.parametrize("lengths", [[2], [1, 200, 1, 64, 65, 3, 0]])
+def test_tiles_hold_every_token_once_and_none_crosses_a_sequence(lengths, group):
+    tiles, num_alone = attention_tiles(lengths, group)
+    ends = np.cumsum(lengths)
+    owner = np.searchsorted(ends, tiles[:, 0], side="right")
+    assert (tiles.sum(1) <= ends[owner]).all()
+    tokens = np.concatenate([np.arange(first, first + count) for first, count in tiles])
+    assert sorted(tokens) == list(range(sum(lengths)))
+    assert tiles[:, 1].max() * group <= max(64, group)
+    assert num_alone == lengths.count(1)
+    assert (tiles[:num_alone, 1] == 1).all()
+
+
+def test_no_table_where_every_token_is_alone():
+    assert attention_tiles([1, 1], 2) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"query": torch.zeros(3, 4)}, "query: expected shape"),
+        ({"keys": torch.zeros(2, 2, 9, 8)}, "keys: expected shape"),
+        ({"values": torch.zeros(2, 2, 8, 16)}, "values: expected shape"),
+        ({"values": torch.zeros(2, 2, 9, 16).half()}, "values: expected torch.float32"),
+        ({"slots": torch.zeros(3, dtype=torch.int32)}, "slots: expected torch.int64"),
+        ({"positions": torch.zeros(2, dtype=torch.int64)}, "positions: expected shape"),
+        ({"positions": torch.zeros(3, dtype=torch.int64, device="meta")}, "positions: expected the device of query"),
+        ({"query": torch.zeros(3, 3, 16)}, "heads in multiples of the 2 of keys, got 3"),
+        ({"tiles": torch.zeros(3, 2)}, "tiles: expected torch.int32"),
+        ({"tiles": torch.zeros(1, 2, dtype=torch.int32), "num_alone": 2}, "num_alone: expected a number of tiles"),
+    ],
+)
+def test_wrong_arguments_are_named(change, message):
+    arguments = {"query": torch.zeros(3, 4, 16), "keys": torch.zeros(2, 2, 9, 16), "values": torch.zeros(2, 2, 9, 16)}
+    arguments |= {name: torch.zeros(3, dtype=torch.int64) for name in ("slots", "positions")}
+    with pytest.raises(ValueError, match=message):
+        cached_attention(**(arguments | change))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 2e-3), (torch.float32, 1e-5)])
+@pytest.mark.parametrize(("heads", "kv_heads", "d"), [(16, 2, 128), (14, 2, 64), (4, 4, 80), (8, 2, 256)])
+def test_a_gpu_and_fp64_agree(heads, kv_heads, d, dtype, tolerance):
+    lengths, starts = [1, 1, 1, 150, 1], [0, 511, 512, 700, 1500]
+    tensors = problem(lengths, heads, kv_heads, d, 1600, dtype, "cuda", starts)
+    want = reference.cached_attention(*(x.double() for x in tensors[:3]), *tensors[3:])
+    table, num_alone = attention_tiles(lengths, heads // kv_heads)
+    tiles = torch.from_numpy(table).cuda()
+    together = cached_attention(*tensors, tiles=tiles, num_alone=num_alone)
+    for have in (together, cached_attention(*tensors)):
+        torch.testing.assert_close(have.double(), want, rtol=0, atol=tolerance)
+    query, keys, values, slots, positions = tensors
+    alone = cached_attention(query[-1:], keys, values, slots[-1:], positions[-1:])
+    assert torch.equal(alone, together[-1:])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_recorded_step_follows_its_positions():
+    """Neither launch nor grid depends on what positions hold."""
+    tensors = problem([1] * 8, 16, 2, 128, 2048, torch.bfloat16, "cuda")
+    positions = tensors[-1]
+    cached_attention(*tensors)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = cached_attention(*tensors)
+    positions += 1500
+    graph.replay()
+    assert torch.equal(output, cached_attention(*tensors))
