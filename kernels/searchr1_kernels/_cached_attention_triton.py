@@ -156,9 +156,9 @@ def configuration(group: int, head_dim: int, itemsize: int, split: bool) -> dict
     rows = group if split else tile_tokens(group) * group
     return {
         "BM": max(16, triton.next_power_of_2(rows)),
-        "BN": 32 if head_dim > 128 or itemsize == 4 else 64,
+        "BN": 64 if head_dim <= 128 and itemsize < 4 else 32 if split or itemsize < 4 else 16,
         "BD": max(16, triton.next_power_of_2(head_dim)),
-        "num_warps": 4 if itemsize < 4 and (split or head_dim <= 128) else 8,
+        "num_warps": 4 if itemsize < 4 and (split or head_dim in (16, 32, 64, 128)) else 8,
         "num_stages": 2,
     }
 
