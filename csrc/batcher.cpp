@@ -7,8 +7,6 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
-#include <fstream>
-#include <iterator>
 #include <utility>
 
 #include "check.h"
@@ -16,6 +14,20 @@
 
 namespace searchr1 {
 namespace {
+
+std::string read_file(const std::string& path) {
+  std::FILE* file = std::fopen(path.c_str(), "rb");
+  CHECK_INPUT(file != nullptr, "cannot read ", path, ": ", std::strerror(errno));
+  std::string bytes;
+  char part[1 << 16];
+  size_t count;
+  while ((count = std::fread(part, 1, sizeof part, file)) > 0) bytes.append(part, count);
+  const bool is_read = std::ferror(file) == 0;
+  const int reason = errno;
+  std::fclose(file);
+  CHECK_INPUT(is_read, "cannot read ", path, ": ", std::strerror(reason));
+  return bytes;
+}
 
 constexpr int32_t kLargestK = 1 << 20;
 
@@ -229,10 +241,7 @@ void Batcher::save_cache(const std::string& path) const {
 
 int64_t Batcher::load_cache(const std::string& path) {
   core_->check_process();
-  std::ifstream file(path, std::ios::binary);
-  CHECK_INPUT(file.is_open(), "cannot read ", path, ": ", std::strerror(errno));
-  const std::string bytes((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
-  auto entries = ResultCache::deserialize(bytes, core_->options.identity, path);
+  auto entries = ResultCache::deserialize(read_file(path), core_->options.identity, path);
   std::lock_guard lock(core_->mutex);
   for (auto& entry : entries) core_->cache.insert({entry.query, entry.depth}, std::move(entry.hits));
   return static_cast<int64_t>(entries.size());

@@ -4,9 +4,9 @@
 // expires or is cancelled is no exception but an Outcome of its ticket: it belongs to whoever waits for it.
 #pragma once
 
-#include <sstream>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 namespace searchr1 {
 
@@ -20,11 +20,16 @@ struct UsedAfterFork : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+// One string of strings and whole numbers. Without a stream, as in all of the extension: where another library in the
+// process brings a C++ library of its own (seen with torch 2.11 for CUDA 13 and its neighbours, Python 3.12), writing to
+// a std::ostringstream ended in a segmentation fault.
 template <typename... Parts>
 std::string message(const Parts&... parts) {
-  std::ostringstream stream;
-  (stream << ... << parts);
-  return stream.str();
+  const auto text = [](const auto& part) {
+    if constexpr (std::is_integral_v<std::decay_t<decltype(part)>>) return std::to_string(part);
+    else return std::string(part);
+  };
+  return (std::string() + ... + text(parts));
 }
 
 }  // namespace searchr1
