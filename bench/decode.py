@@ -1,4 +1,5 @@
-"""Steps in which every sequence decodes one token: recorded as CUDA graphs, and launched kernel by kernel.
+"""Steps in which every sequence decodes one token: recorded as CUDA graphs, of fused blocks and of the modules, and
+launched kernel by kernel.
 
     python bench/decode.py                                # Qwen2.5-3B's shape, random weights: for a GPU
     python bench/decode.py --shape tiny --rows 8 --context 50
@@ -6,12 +7,15 @@
 
 The engine is the trainer's. Its sequences are said to have `--context` tokens in the cache (zeros, which cost as much
 as any), so no prompt is computed; then they decode, and each step is timed whole: schedule, one copy in, layers, head,
-sampling, one copy out, bookkeeping. Both engines share the weights and run in turn, some steps each.
+sampling, one copy out, bookkeeping. The engines share the weights and run in turn, some steps each.
 
 A step cannot be faster than memory: it reads every weight once and every sequence's keys and values. The floor that is
 printed is these bytes over the bandwidth of a copy, measured in the same run.
 
-Without a GPU both run the same kernels, and the first column is the plain twin of the graphs.
+`graphs` is what the trainer runs; `modules` are graphs too, of the blocks as training has them; `single` is the first,
+launched kernel by kernel. With `--compile` the modules are compiled.
+
+Without a GPU all run the same kernels but for the fused operations' twins, and graphs are their plain twin.
 """
 
 from __future__ import annotations
@@ -62,6 +66,7 @@ SHAPES = {
 }
 ASSETS = Path(__file__).resolve().parent.parent / "searchr1_fast" / "assets" / "base"  # for its tokenizer
 WARM_UP_STEPS, STEPS_IN_A_ROW = 4, 10
+ENGINES = ("graphs", "modules", "single")
 
 
 def build_model(config: DecoderConfig, dtype: torch.dtype, device: torch.device) -> Decoder:
@@ -71,6 +76,7 @@ def build_model(config: DecoderConfig, dtype: torch.dtype, device: torch.device)
     model = model.to(dtype).to_empty(device=device).requires_grad_(False)
     torch.manual_seed(0)
     model.reset_parameters()
+    model.join_projections()
     return model
 
 
@@ -78,8 +84,10 @@ class Decoding:
     """An engine of which every sequence decodes, and what its steps took."""
 
     def __init__(
-        self, model: Decoder, tokenizer: TextTokenizer, arguments: argparse.Namespace, num_rows: int, graphs: bool
+        self, model: Decoder, tokenizer: TextTokenizer, arguments: argparse.Namespace, num_rows: int, name: str
     ) -> None:
+        graphs = name != "single"
+        model.fused_generation = name != "modules"  # read where a step is recorded, and in every other
         num_steps = WARM_UP_STEPS + arguments.steps + 1
         config = RolloutConfig(
             max_num_seqs=num_rows,
@@ -118,8 +126,9 @@ def measure(
     model: Decoder, tokenizer: TextTokenizer, arguments: argparse.Namespace, num_rows: int, bandwidth: float
 ) -> dict[str, Any]:
     """One batch size: milliseconds a step, with graphs and without, and the floor."""
-    engines = {name: Decoding(model, tokenizer, arguments, num_rows, name == "graphs") for name in ("graphs", "single")}
+    engines = {name: Decoding(model, tokenizer, arguments, num_rows, name) for name in arguments.engines}
     for _, name in harness.interleaved(list(engines), arguments.steps // STEPS_IN_A_ROW):
+        model.fused_generation = name != "modules"
         engines[name].run(STEPS_IN_A_ROW)
     seconds = {name: statistics.median(one.seconds) for name, one in engines.items()}
     graphs = engines["graphs"].engine
@@ -162,11 +171,12 @@ def copy_bandwidth(device: torch.device, repetitions: int = 10) -> float:
 def table(results: list[dict[str, Any]]) -> Table:
     """A row per batch size."""
     shown = Table(box=box.SIMPLE_HEAD)
-    for title in ("sequences", "graphs ms", "single ms", "graphs tokens/s", "single tokens/s", "floor ms", "record ms"):
+    names = list(results[0]["milliseconds"])
+    titles = (*(f"{name} ms" for name in names), *(f"{name} tokens/s" for name in names), "floor ms", "record ms")
+    for title in ("sequences", *titles):
         shown.add_column(title, justify="right")
     for one in results:
-        times, rates = one["milliseconds"], one["tokens_per_second"]
-        cells = [times["graphs"], times["single"], rates["graphs"], rates["single"], one["floor_milliseconds"]]
+        cells = [*one["milliseconds"].values(), *one["tokens_per_second"].values(), one["floor_milliseconds"]]
         cells.append(one["recording_milliseconds"])
         shown.add_row(f"{one['rows']:,}", *(f"{cell:,.2f}" for cell in cells))
     return shown
@@ -180,12 +190,16 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rows", default="256,64,8,1", help="sequences, batch sizes in turn (default: 256,64,8,1)")
     parser.add_argument("--context", type=int, default=900, help="tokens in the cache at the start (default: 900)")
     parser.add_argument("--steps", type=int, default=50, help="timed steps of each, a multiple of 10 (default: 50)")
-    parser.add_argument("--compile", action="store_true", help="the blocks around attention by torch.compile, in both")
+    parser.add_argument("--engines", default=",".join(ENGINES), help=f"which of {', '.join(ENGINES)} (default: all)")
+    parser.add_argument("--compile", action="store_true", help="the modules around attention by torch.compile")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--top-k", type=int, default=0)
     harness.add_output_argument(parser, "decode")
     arguments = parser.parse_args(argv)
+    arguments.engines = [name for name in ENGINES if name in arguments.engines.split(",")]
+    if "graphs" not in arguments.engines:
+        raise ValueError(f"--engines: give `graphs` and any of {', '.join(ENGINES[1:])}")
     if arguments.steps < STEPS_IN_A_ROW or arguments.steps % STEPS_IN_A_ROW:
         raise ValueError(f"--steps {arguments.steps}: give a multiple of {STEPS_IN_A_ROW}")
     return arguments

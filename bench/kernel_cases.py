@@ -29,11 +29,15 @@ from searchr1_kernels import (
     linear_logprob,
     linear_policy_loss,
     masked_kl,
+    rms_norm,
+    rotary_write,
+    silu_mul,
     topk_inner_product,
 )
 from searchr1_kernels.gae import _scan_torch
 
 from searchr1_fast.models.attention import cached_attention_reference
+from searchr1_fast.models.rope import apply_rotary
 
 OURS = "ours"
 IGNORED = -100  # a target that a cross-entropy leaves out
@@ -92,6 +96,11 @@ def cases(device: torch.device, kernels: list[str]) -> Iterator[Case]:
     if "cached" in kernels:
         yield cached_case(device, dtype, [1] * (256 if gpu else 8), 2048 if gpu else 256)
         yield cached_case(device, dtype, [2048 if gpu else 64], 0)
+    if "generation" in kernels:
+        for rows in (1, 256) if gpu else (8,):
+            yield norm_case(device, dtype, rows)
+            yield rotary_case(device, dtype, rows)
+            yield silu_case(device, dtype, rows)
     if "topk" in kernels:
         rows, size = (8_000_000, 768) if gpu else (200_000, 384)
         corpus = make_corpus(device, torch.float16 if gpu else torch.float32, rows, size)
@@ -347,6 +356,62 @@ def cached_case(device, dtype, lengths: list[int], cached: int, H: int = 16, G: 
     shape = {"T": sum(lengths), "S": len(lengths), "cached": cached, "dtype": str(dtype).removeprefix("torch.")}
     moved = 2.0 * len(lengths) * places * G * d * keys.element_size()
     return Case("cached", shape, providers, flops=4.0 * seen * H * d, bytes=moved)
+
+
+# ------------------------------------------------------------------------------------------------------- generation
+
+
+def norm_case(device, dtype, rows: int, size: int = 2048) -> Case:
+    """The residual's sum and its norm."""
+    x, residual, weight = random_rows(device, dtype, (rows, size), (rows, size), (size,))
+
+    def plain():
+        total = x + residual
+        return F.rms_norm(total.float(), (size,), weight.float(), 1e-6).to(dtype), total
+
+    runs = {OURS: lambda: rms_norm(x, weight, 1e-6, residual), "torch": plain}
+    return generation_case("rms_norm", dtype, rows, runs, 4.0 * x.nbytes)
+
+
+def rotary_case(device, dtype, rows: int, H: int = 16, G: int = 2, d: int = 128, places: int = 1024) -> Case:
+    """Rotation of query and key, and the write of a token per sequence."""
+    query, key, value = random_rows(device, dtype, (rows, H, d), (rows, G, d), (rows, G, d))
+    slots, positions = torch.arange(rows, device=device), torch.arange(rows, device=device) % places
+    angles = positions[:, None, None].float() / torch.arange(1, d + 1, device=device)
+    cos, sin = angles.cos(), angles.sin()
+    caches = [torch.zeros(rows, G, places, d, dtype=dtype, device=device) for _ in range(2)]
+
+    def plain():
+        rotated = [apply_rotary(x, cos, sin) for x in (query, key)]
+        for cache, new in zip(caches, (rotated[1], value), strict=True):
+            cache[slots, :, positions] = new
+        return rotated[0]
+
+    def ours():
+        return rotary_write(query, key, value, cos, sin, *caches, slots, positions)
+
+    runs = {OURS: lambda: (ours(),), "torch": lambda: (plain(),)}
+    moved = 2.0 * (query.nbytes + key.nbytes + value.nbytes) + cos.nbytes + sin.nbytes
+    return generation_case("rotary_write", dtype, rows, runs, moved)
+
+
+def silu_case(device, dtype, rows: int, size: int = 11008) -> Case:
+    """SwiGLU."""
+    gate, up = random_rows(device, dtype, (rows, size), (rows, size))
+    runs = {OURS: lambda: (silu_mul(gate, up),), "torch": lambda: (F.silu(gate) * up,)}
+    return generation_case("silu_mul", dtype, rows, runs, 3.0 * gate.nbytes)
+
+
+def generation_case(kernel: str, dtype, rows: int, runs: dict[str, Callable], moved: float) -> Case:
+    """One of the three, at the widths of a 3B model."""
+    providers = {name: Provider(run, lambda output: tuple(x.float() for x in output)) for name, run in runs.items()}
+    return Case(kernel, {"T": rows, "dtype": str(dtype).removeprefix("torch.")}, providers, bytes=moved)
+
+
+def random_rows(device, dtype, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
+    """A tensor of each shape."""
+    generator = torch.Generator(device).manual_seed(0)
+    return [torch.randn(shape, device=device, generator=generator).to(dtype) for shape in shapes]
 
 
 # ----------------------------------------------------------------------------------------------------------- search

@@ -4,8 +4,9 @@
     python bench/kernels.py gae topk --repetitions 7 --output --plot
     taskset -c 0 env OMP_NUM_THREADS=1 python bench/kernels.py topk      one thread each
 
-Kernels: head (loss and gradients from hidden states), score (log-probabilities without), gae, group, kl, topk. The
-problems and providers are in kernel_cases.py.
+Kernels: head (loss and gradients from hidden states), score (log-probabilities without), gae, group, kl, cached
+(attention over the cache), generation (norm, rotation and SwiGLU of a decoding step), topk. The problems and providers
+are in kernel_cases.py.
 
 Where the time can go. The head is matrix products, so its floor is the bare products of the rows that count; what is
 above it is row passes, chunking, and products of rows that do not count. Scans, group statistics and KL move a few
@@ -43,7 +44,7 @@ from rich.table import Table
 from searchr1_fast.console import make_console
 from searchr1_fast.errors import entry_point
 
-KERNELS = ("head", "score", "gae", "group", "kl", "cached", "topk")
+KERNELS = ("head", "score", "gae", "group", "kl", "cached", "generation", "topk")
 _FILL_SECONDS = 2e-3
 _PROFILED_SECONDS = 0.1  # of calls under the profiler, which keeps an event per launch: a loop of launches has millions
 

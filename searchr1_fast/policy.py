@@ -240,7 +240,9 @@ def empty_replica(decoder: Decoder, dtype: torch.dtype, device: torch.device) ->
     """A decoder of the same shape whose weights are memory only: initialising billions of them takes minutes."""
     with torch.device("meta"):
         replica = Decoder(decoder.config)
-    return replica.to(dtype).to_empty(device=device).requires_grad_(False)
+    replica = replica.to(dtype).to_empty(device=device).requires_grad_(False)
+    replica.join_projections()
+    return replica
 
 
 def padding_batch() -> PackedBatch:

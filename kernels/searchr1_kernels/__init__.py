@@ -22,6 +22,9 @@ _HOME = {
     "masked_whiten": "group",
     "cached_attention": "cached_attention",
     "attention_tiles": "cached_attention",
+    "rms_norm": "generation",
+    "rotary_write": "generation",
+    "silu_mul": "generation",
     "topk_inner_product": "topk",
     "TopKIndex": "topk",
 }

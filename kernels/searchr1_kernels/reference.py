@@ -155,3 +155,30 @@ def cached_attention(query, keys, values, slots, positions):
         weights = torch.softmax((k @ q[:, :, None]).squeeze(2) * q.shape[1] ** -0.5, dim=-1)
         outputs.append((weights[:, :, None] * v).sum(1))
     return torch.stack(outputs) if outputs else torch.empty_like(query)
+
+
+def rms_norm(x, weight, eps, residual=None):
+    """x, residual [T,D], weight [D] -> the norm of the sum, and the sum."""
+    total = x if residual is None else x + residual
+    return total / (total.square().mean(1, keepdim=True) + eps).sqrt() * weight, total
+
+
+def rotary_write(query, key, value, cos, sin, keys, values, slots, positions, query_norm=None, key_norm=None, eps=1e-6):
+    """Shapes as the operation's -> rotated query, and copies of keys and values with the tokens written."""
+    keys, values, half = keys.clone(), values.clone(), query.shape[2] // 2
+    if query_norm is not None:
+        query = rms_norm(query.flatten(0, 1), query_norm, eps)[0].view_as(query)
+        key = rms_norm(key.flatten(0, 1), key_norm, eps)[0].view_as(key)
+
+    def rotate(x):
+        pairs = torch.complex(x[..., :half], x[..., half:]) * torch.complex(cos, sin)[..., :half]
+        return torch.cat((pairs.real, pairs.imag), dim=-1)
+
+    for t, (slot, position) in enumerate(zip(slots.tolist(), positions.tolist(), strict=True)):
+        keys[slot, :, position], values[slot, :, position] = rotate(key)[t], value[t]
+    return rotate(query), keys, values
+
+
+def silu_mul(gate, up):
+    """[T,I], [T,I] -> [T,I]."""
+    return gate / (1 + (-gate).exp()) * up

@@ -2,7 +2,7 @@
 
 Module and parameter names are those of Hugging Face, so a checkpoint's state dict is this module's. Left out on
 purpose: padding, attention masks, dropout, and what `DecoderConfig.from_hf` refuses. One matrix product for q, k and v
-together, and one for gate and up, were measured and left out: docs/models.md.
+together, and one for gate and up, are for generation alone (generation.py): docs/models.md.
 
 Shape legend
     T  packed tokens    S  sequences    D  hidden size    V  vocabulary    H, G  query, key/value heads    d  head size
@@ -21,6 +21,7 @@ from torch import nn
 from searchr1_fast.models.attention import cached_attention, find_chunks, gather_rows, make_tiles
 from searchr1_fast.models.attention_backends import PackedLayout, choose_attention
 from searchr1_fast.models.decoder_config import DecoderConfig
+from searchr1_fast.models.generation import join_projections, run_blocks
 from searchr1_fast.models.recompute import Recompute, recomputed
 from searchr1_fast.models.rope import apply_rotary, rotary_embedding
 from searchr1_fast.types import SharedPrefixes
@@ -199,6 +200,10 @@ class CachedContext:
     def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """[T, H, d], [T, G, d], [T, G, d] -> [T, H, d]"""
         self.cache.write(layer, key, value, self.slots, self.positions)
+        return self.read(layer, query)
+
+    def read(self, layer: int, query: torch.Tensor) -> torch.Tensor:  # [T, H, d] -> [T, H, d]
+        """Attention to what is cached, the tokens themselves included."""
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         return cached_attention(query, keys, values, self.slots, self.positions, self.chunks, self.tiles)
 
@@ -215,6 +220,8 @@ class Model(nn.Module):
 
 class Decoder(nn.Module):
     """A causal language model over packed token ids."""
+
+    fused_generation: bool | None = None  # the cached passes by generation.py, or by the modules; None: on CUDA
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -262,6 +269,10 @@ class Decoder(nn.Module):
         """
         for block in self.layers:
             block.compile_in_place(backend)
+
+    def join_projections(self) -> None:
+        """Let fused generation multiply once by the weights of q, k and v, and once by gate's and up's."""
+        join_projections(self.model)
 
     def checkpoint_blocks(self, recompute: Recompute) -> None:
         """What blocks keep for the backward pass of `hidden`; generation keeps nothing in any case."""
@@ -341,6 +352,10 @@ class Decoder(nn.Module):
     def _run(
         self, x: torch.Tensor, context: PackedContext | CachedContext, rows: torch.Tensor | None
     ) -> torch.Tensor:  # [T, D] -> [T, D], or [R, D]
+        if isinstance(context, CachedContext) and (
+            x.is_cuda if self.fused_generation is None else self.fused_generation
+        ):
+            return run_blocks(self.model, x, context, rows)
         *blocks, last = self.model.layers
         for block in blocks:
             x = block(x, context)

@@ -13,6 +13,9 @@ from searchr1_kernels import (
     masked_kl,
     masked_moments,
     masked_whiten,
+    rms_norm,
+    rotary_write,
+    silu_mul,
     topk_inner_product,
 )
 
@@ -32,8 +35,20 @@ INDEX = TopKIndex(numbers(100, 5))
 CACHE = numbers(2, 1, 6, 5, seed=2), numbers(2, 1, 6, 5, seed=3)
 PLACES = torch.tensor([0, 1]), torch.tensor([5, 2])
 
+TOKENS = numbers(2, 2, 4), numbers(2, 1, 4, seed=1), numbers(2, 1, 4, seed=2), *numbers(2, 2, 1, 4, seed=3)
+ROWS = numbers(3, 8), numbers(3, 8, seed=1), numbers(8, seed=2)
+
+
+def written():
+    return [torch.zeros(2, 1, 6, 4) for _ in range(2)]
+
+
 CHECKED = {
     "cached_attention": (numbers(2, 1, 5), *CACHE, *PLACES, None, 0),
+    "rms_norm": (ROWS[0], ROWS[2], 1e-6),
+    "add_rms_norm": (*ROWS, 1e-6),
+    "rotary_write": (*TOKENS, *written(), *PLACES, None, None, 1e-6),
+    "silu_mul": ROWS[:2],
     "gae": (numbers(10), numbers(10, seed=1), CU_SEQLENS, 0.9, 0.8, MASK),
     "masked_kl": (numbers(10, grad=True), numbers(10, seed=1), "k3", MASK),
     "group_advantages": (numbers(10), GROUPS, True, 1e-6),
@@ -44,6 +59,9 @@ CHECKED = {
 
 CALLED = {
     "cached_attention": lambda x: cached_attention(x.view(2, 1, 5), *CACHE, *PLACES),
+    "rms_norm": lambda x: rms_norm(x.view(2, 5), x[:5], 1e-6, x.view(2, 5)),
+    "rotary_write": lambda x: rotary_write(x[:8].view(2, 1, 4), *TOKENS[1:], *written(), *PLACES),
+    "silu_mul": lambda x: silu_mul(x.view(2, 5), x.view(2, 5)),
     "gae": lambda x: gae(x, x.cos(), CU_SEQLENS, gamma=0.9, lam=0.8, mask=MASK),
     "masked_kl": lambda x: masked_kl(x, x.detach().cos(), "k3", MASK),
     "group_advantages": lambda x: group_advantages(x, GROUPS),

@@ -1,0 +1,188 @@
+"""What a decoder does between its matrix products while it generates, a launch each on a GPU; constants to autograd.
+
+A step of one token per sequence does so little in each operation that its number of launches decides: written in
+torch's operators these three are about 30 a layer. Types are rounded where the operators would round, so that the
+result is theirs but for the order of sums and fused multiply-adds.
+
+CUDA: `_generation_triton`. Elsewhere: torch's operators.
+
+Shape legend: T tokens, D hidden size, I MLP size, H query heads, G key/value heads, d head size, C slots of M places.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from searchr1_kernels import checks
+from searchr1_kernels._installed import has_triton
+from searchr1_kernels.registration import register
+
+MAX_NORM_SIZE = 16384  # components of a row, which one program holds
+MAX_HEAD_DIM = 512
+
+
+def rms_norm(
+    x: torch.Tensor,  # [T, D]
+    weight: torch.Tensor,  # [D]
+    eps: float,
+    residual: torch.Tensor | None = None,  # [T, D]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """-> the root-mean-square norm (arXiv 1910.07467, eq. 4) of `x + residual`, and that sum, [T, D] in the type of
+    `x`; without `residual` of `x`, and `x` itself. The sum is rounded to the type before the norm, whose statistics are
+    fp32. ValueError where a shape, type or device differs, or D is over 16,384.
+    """
+    checks.check_shape("x", x, ("T", "D"))
+    checks.check_floating("x", x)
+    checks.check_shape("weight", weight, (x.shape[1],))
+    checks.check_floating("weight", weight)
+    checks.check_device("weight", weight, "x", x)
+    if x.shape[1] > MAX_NORM_SIZE:
+        raise ValueError(f"x: expected rows of at most {MAX_NORM_SIZE} components, got {x.shape[1]}")
+    if residual is None:
+        return _NORM(x.detach(), weight.detach(), eps), x
+    _check_like("residual", residual, "x", x)
+    return _ADD_NORM(x.detach(), residual.detach(), weight.detach(), eps)
+
+
+def rotary_write(
+    query: torch.Tensor,  # [T, H, d]
+    key: torch.Tensor,  # [T, G, d]
+    value: torch.Tensor,  # [T, G, d]
+    cos: torch.Tensor,  # [T, 1, d] fp32
+    sin: torch.Tensor,  # [T, 1, d] fp32
+    keys: torch.Tensor,  # [C, G, M, d], written
+    values: torch.Tensor,  # [C, G, M, d], written
+    slots: torch.Tensor,  # [T] int64
+    positions: torch.Tensor,  # [T] int64
+    *,
+    query_norm: torch.Tensor | None = None,  # [d]
+    key_norm: torch.Tensor | None = None,  # [d]
+    eps: float = 1e-6,
+) -> torch.Tensor:
+    """-> `query` with its pairs (i, i + d/2) rotated by the angles (arXiv 2104.09864, eq. 34), [T, H, d].
+
+    The keys, rotated, and the values go to places `positions` of `slots` in the cache; `slots` and `positions` are read
+    on the device only. With `query_norm` and `key_norm` (both or none) the heads go through an RMS norm first, rounded
+    to their type. ValueError where a shape, type or device is not as above, d is odd or over 512.
+    """
+    checks.check_shape("query", query, ("T", "H", "d"))
+    checks.check_floating("query", query)
+    num_tokens, _, head_dim = query.shape
+    checks.check_shape("key", key, (num_tokens, "G", head_dim))
+    checks.check_shape("value", value, tuple(key.shape))
+    checks.check_shape("keys", keys, ("C", key.shape[1], "M", head_dim))
+    checks.check_shape("values", values, tuple(keys.shape))
+    for name, tensor in (("key", key), ("value", value), ("keys", keys), ("values", values)):
+        checks.check_dtype(name, tensor, query.dtype)
+    for name, tensor in (("cos", cos), ("sin", sin)):
+        checks.check_shape(name, tensor, (num_tokens, 1, head_dim))
+        checks.check_dtype(name, tensor, torch.promote_types(query.dtype, torch.float32))
+    for name, tensor in (("slots", slots), ("positions", positions)):
+        checks.check_shape(name, tensor, (num_tokens,))
+        checks.check_dtype(name, tensor, torch.int64)
+    if (query_norm is None) != (key_norm is None):
+        raise ValueError("query_norm, key_norm: expected both or none")
+    norms = () if query_norm is None else (("query_norm", query_norm), ("key_norm", key_norm))
+    for name, tensor in norms:
+        checks.check_shape(name, tensor, (head_dim,))
+        checks.check_floating(name, tensor)
+    named = {"key": key, "value": value, "cos": cos, "sin": sin, "keys": keys, "values": values, "slots": slots}
+    for name, tensor in (*named.items(), ("positions", positions), *norms):
+        checks.check_device(name, tensor, "query", query)
+    if head_dim % 2 or head_dim > MAX_HEAD_DIM:
+        raise ValueError(f"query: expected heads of an even number of components, at most 512, got {head_dim}")
+    floats = (tensor.detach() for tensor in (query, key, value, cos, sin, keys, values))
+    detached = (None, None) if query_norm is None else (query_norm.detach(), key_norm.detach())
+    return _ROTARY_WRITE(*floats, slots, positions, *detached, eps)
+
+
+def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """-> `silu(gate) * up` (SwiGLU, arXiv 2002.05202, eq. 5), [T, I] in the type of `gate`; the SiLU is rounded to it.
+    gate, up [T, I]. ValueError where they differ in shape, type or device."""
+    checks.check_shape("gate", gate, ("T", "I"))
+    checks.check_floating("gate", gate)
+    _check_like("up", up, "gate", gate)
+    return _SILU_MUL(gate.detach(), up.detach())
+
+
+def _check_like(name: str, tensor: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
+    checks.check_shape(name, tensor, tuple(other.shape))
+    checks.check_dtype(name, tensor, other.dtype)
+    checks.check_device(name, tensor, other_name, other)
+
+
+# ------------------------------------------------------------------------------------------------------- the operators
+
+
+def _rms_norm(x, weight, eps):
+    if _on_gpu("x", x):
+        return _triton().norm(x, None, weight, eps)[0]
+    return _norm_torch(x, weight, eps)
+
+
+def _add_rms_norm(x, residual, weight, eps):
+    if _on_gpu("x", x):
+        return _triton().norm(x, residual, weight, eps)
+    total = x + residual
+    return _norm_torch(total, weight, eps), total
+
+
+def _rotary_write(query, key, value, cos, sin, keys, values, slots, positions, query_norm, key_norm, eps):
+    if _on_gpu("query", query):
+        tensors = (query, key, value, cos, sin, keys, values, slots, positions)
+        return _triton().rotary_write(*tensors, query_norm, key_norm, eps)
+    if query_norm is not None:
+        query, key = _norm_torch(query, query_norm, eps), _norm_torch(key, key_norm, eps)
+    keys[slots, :, positions] = _rotate_torch(key, cos, sin)
+    values[slots, :, positions] = value
+    return _rotate_torch(query, cos, sin)
+
+
+def _silu_mul(gate, up):
+    if _on_gpu("gate", gate):
+        return _triton().silu_mul(gate, up)
+    return torch.nn.functional.silu(gate) * up
+
+
+def _on_gpu(name: str, x: torch.Tensor) -> bool:
+    if x.device.type != "cuda" or not has_triton():
+        return False
+    if x.dtype == torch.float64:
+        raise ValueError(f"{name}: expected torch.float32, torch.float16 or torch.bfloat16 on a GPU, got fp64")
+    return True
+
+
+def _triton():
+    from searchr1_kernels import _generation_triton
+
+    return _generation_triton
+
+
+def _norm_torch(x, weight, eps):
+    """The last dimension of any tensor."""
+    compute = torch.promote_types(x.dtype, torch.float32)
+    return torch.nn.functional.rms_norm(x.to(compute), weight.shape, weight.to(compute), eps).to(x.dtype)
+
+
+def _rotate_torch(x, cos, sin):
+    first, second = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+
+
+_NORM = register(
+    "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", _rms_norm, lambda x, weight, eps: x.new_empty(x.shape)
+)
+_ADD_NORM = register(
+    "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)",
+    _add_rms_norm,
+    lambda x, residual, weight, eps: (x.new_empty(x.shape), x.new_empty(x.shape)),
+)
+_ROTARY_WRITE = register(
+    "rotary_write(Tensor query, Tensor key, Tensor value, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, "
+    "Tensor slots, Tensor positions, Tensor? query_norm, Tensor? key_norm, float eps) -> Tensor",
+    _rotary_write,
+    lambda query, *others: query.new_empty(query.shape),
+)
+_SILU_MUL = register(
+    "silu_mul(Tensor gate, Tensor up) -> Tensor", _silu_mul, lambda gate, up: gate.new_empty(gate.shape)
+)

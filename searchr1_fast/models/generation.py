@@ -1,0 +1,108 @@
+"""The blocks as they generate on a GPU: the weights of decoder.py's modules, and between their products one launch
+where the modules have several (`searchr1_kernels`: `rms_norm`, `rotary_write`, `silu_mul`).
+
+A step of one token per sequence is bound by its launches, and recorded as a CUDA graph by what each takes at the least:
+written as modules a layer has about 40, here 13, and 10 where `join_projections` laid weights side by side. Values are
+rounded where the modules round. Without gradients only; the plain twin is `Decoder` itself.
+
+Shape legend
+    T  new tokens    R  those whose output is wanted    D  hidden size    I  MLP size    H, G  query, key/value heads
+    d  head size
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from searchr1_kernels import rms_norm, rotary_write, silu_mul
+from torch import nn
+
+if TYPE_CHECKING:
+    from searchr1_fast.models.decoder import Attention, Block, CachedContext, Model
+
+
+def run_blocks(
+    model: Model,
+    x: torch.Tensor,  # [T, D]: embeddings
+    context: CachedContext,
+    rows: torch.Tensor | None,  # [R] int64
+) -> torch.Tensor:  # [T, D], or [R, D]
+    """All blocks and the final norm. Each norm adds what the part before it gave to the residual stream `x`."""
+    added = None  # [T, D]
+    for block in model.layers:
+        normed, x = rms_norm(x, *_norm(block.input_layernorm), residual=added)
+        attended = _attend(block, normed, context)
+        if rows is not None and block is model.layers[-1]:
+            x, attended = x.index_select(0, rows), attended.index_select(0, rows)
+        projected = block.self_attn.o_proj(attended.flatten(1))
+        normed, x = rms_norm(x, *_norm(block.post_attention_layernorm), residual=projected)
+        gate, up = _project(normed, (block.mlp.gate_proj, block.mlp.up_proj))
+        added = block.mlp.down_proj(silu_mul(gate, up))
+    return rms_norm(x, *_norm(model.norm), residual=added)[0]
+
+
+def _attend(block: Block, normed: torch.Tensor, context: CachedContext) -> torch.Tensor:
+    """[T, D] -> [T, H, d]; keys and values of the tokens are cached."""
+    attention, cache = block.self_attn, context.cache
+    heads = (_heads(x, attention) for x in _project(normed, (attention.q_proj, attention.k_proj, attention.v_proj)))
+    norms = {}
+    if attention.has_norms:
+        norms = {
+            "query_norm": attention.q_norm.weight,
+            "key_norm": attention.k_norm.weight,
+            "eps": attention.q_norm.eps,
+        }
+    memory = cache.keys[block.layer], cache.values[block.layer]
+    query = rotary_write(*heads, context.cos, context.sin, *memory, context.slots, context.positions, **norms)
+    return context.read(block.layer, query)
+
+
+def _norm(module: nn.Module) -> tuple[torch.Tensor, float]:
+    return module.weight, module.eps
+
+
+def _heads(x: torch.Tensor, attention: Attention) -> torch.Tensor:  # [T, n * d] -> [T, n, d]
+    return x.unflatten(-1, (-1, attention.head_dim))
+
+
+def _project(x: torch.Tensor, layers: Sequence[nn.Linear]) -> Sequence[torch.Tensor]:
+    """[T, D] -> what each layer gives, by one product where their weights are side by side."""
+    weight = side_by_side([layer.weight for layer in layers])
+    if weight is None:
+        return [layer(x) for layer in layers]
+    bias = None if layers[0].bias is None else side_by_side([layer.bias for layer in layers])
+    return F.linear(x, weight, bias).split([layer.out_features for layer in layers], dim=-1)
+
+
+# ------------------------------------------------------------------------------------------------- weights side by side
+
+
+def join_projections(model: Model) -> None:
+    """Lay the weights of q, k and v side by side in memory, and those of gate and up. The parameters stay themselves,
+    their names and values too; what gives them other memory (`Module.to`) undoes it, and costs the speed alone."""
+    for block in model.layers:
+        _join((block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj))
+        _join((block.mlp.gate_proj, block.mlp.up_proj))
+
+
+def _join(layers: Sequence[nn.Linear]) -> None:
+    for name in ("weight", "bias"):
+        parameters = [getattr(layer, name) for layer in layers]
+        if parameters[0] is not None:
+            memory = torch.cat([parameter.detach() for parameter in parameters])
+            for parameter, piece in zip(parameters, memory.split([len(p) for p in parameters]), strict=True):
+                parameter.data = piece
+
+
+def side_by_side(parts: Sequence[torch.Tensor]) -> torch.Tensor | None:  # [n, …] each -> [sum of n, …]
+    """A view of all of them where they lie one behind the other in one memory; else None."""
+    first = parts[0]
+    expected, memory = first.data_ptr(), first.untyped_storage().data_ptr()
+    for part in parts:
+        if part.data_ptr() != expected or part.untyped_storage().data_ptr() != memory or not part.is_contiguous():
+            return None
+        expected += part.numel() * part.element_size()
+    return first.detach().as_strided((sum(len(part) for part in parts), *first.shape[1:]), first.stride())

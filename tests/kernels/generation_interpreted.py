@@ -1,0 +1,90 @@
+"""The Triton kernels of `rms_norm`, `rotary_write` and `silu_mul`. Run by `test_triton`, not collected by itself.
+
+Without a GPU they run in Triton's interpreter, which has to be chosen before Triton is imported: hence a process of
+its own. With one they are compiled.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from searchr1_kernels import _generation_triton, reference
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+each_type = pytest.mark.parametrize("dtype", TOLERANCE)
+
+
+def numbers(*shape, dtype, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def close(have, want):
+    tolerance = TOLERANCE[have.dtype]
+    torch.testing.assert_close(have.double(), want, rtol=tolerance, atol=tolerance)
+
+
+@each_type
+@pytest.mark.parametrize(("rows", "size"), [(3, 16), (2, 100), (1, 2048), (5, 1030)])
+def test_norm_matches_the_oracle(rows, size, dtype):
+    x, residual = (numbers(rows, size, dtype=dtype, seed=seed) for seed in range(2))
+    weight = numbers(size, dtype=dtype, seed=2)
+    normed, nothing = _generation_triton.norm(x, None, weight, 1e-3)
+    assert nothing is None
+    close(normed, reference.rms_norm(x.double(), weight.double(), 1e-3)[0])
+    normed, total = _generation_triton.norm(x, residual, weight, 1e-3)
+    if dtype != torch.bfloat16 or DEVICE == "cuda":  # the interpreter cuts bf16 off, and does not round
+        assert torch.equal(total, x + residual)
+    close(total, x.double() + residual.double())
+    # of the sum as it is rounded, which is what goes on through the layers
+    close(normed, reference.rms_norm(total.double(), weight.double(), 1e-3)[0])
+
+
+@each_type
+@pytest.mark.parametrize("has_norm", [True, False])
+@pytest.mark.parametrize(("heads", "kv_heads", "d"), [(4, 2, 16), (3, 3, 20), (7, 1, 64), (2, 1, 128)])
+def test_rotation_and_write_match_the_oracle(heads, kv_heads, d, has_norm, dtype):
+    query = numbers(5, heads, d, dtype=dtype)
+    key, value = (numbers(5, kv_heads, d, dtype=dtype, seed=seed) for seed in (1, 2))
+    keys, values = (numbers(4, kv_heads, 9, d, dtype=dtype, seed=seed) for seed in (3, 4))
+    angles = numbers(5, 1, d // 2, dtype=torch.float32, seed=5).repeat(1, 1, 2)
+    slots = torch.tensor([3, 0, 0, 1, 3], device=DEVICE)
+    positions = torch.tensor([8, 0, 1, 5, 2], device=DEVICE)
+    norms = [numbers(d, dtype=dtype, seed=seed) for seed in (6, 7)] if has_norm else [None, None]
+    tensors = (query, key, value, angles.cos(), angles.sin(), keys, values)
+    exact = (tensor.double() for tensor in tensors)
+    want = reference.rotary_write(*exact, slots, positions, *(n if n is None else n.double() for n in norms), 1e-6)
+    have = _generation_triton.rotary_write(*tensors, slots, positions, *norms, 1e-6)
+    for left, right in zip((have, keys, values), want, strict=True):
+        close(left, right)
+
+
+def test_rotation_takes_views_of_one_product():
+    """q, k and v side by side, and a cache with its heads inside its places."""
+    product = numbers(3, 8 * 16, dtype=torch.float32)
+    query, key, value = (x.unflatten(1, (-1, 16)) for x in product.split([64, 32, 32], dim=1))
+    caches = [torch.zeros(2, 5, 2, 16, device=DEVICE).transpose(1, 2) for _ in range(2)]
+    angles = numbers(3, 1, 8, dtype=torch.float32, seed=5).repeat(1, 1, 2)
+    slots, positions = torch.tensor([1, 0, 1], device=DEVICE), torch.tensor([0, 4, 1], device=DEVICE)
+    tensors = (query, key, value, angles.cos(), angles.sin(), *caches)
+    want = reference.rotary_write(*(tensor.double() for tensor in tensors), slots, positions)
+    have = _generation_triton.rotary_write(*tensors, slots, positions, None, None, 1e-6)
+    for left, right in zip((have, *caches), want, strict=True):
+        close(left, right)
+
+
+@each_type
+@pytest.mark.parametrize(("rows", "size"), [(1, 16), (3, 1024), (2, 2500)])
+def test_product_matches_the_oracle(rows, size, dtype):
+    both = 4 * numbers(rows, 2 * size, dtype=dtype)
+    gate, up = both.chunk(2, dim=1)
+    close(_generation_triton.silu_mul(gate, up), reference.silu_mul(gate.double(), up.double()))
+
+
+def test_large_numbers_and_none():
+    gate = torch.tensor([[-1e4, -90.0, 0.0, 90.0, 1e4]], device=DEVICE)
+    have = _generation_triton.silu_mul(gate, torch.ones_like(gate))
+    torch.testing.assert_close(have, torch.nn.functional.silu(gate))
+    nothing = torch.empty(0, 16, device=DEVICE)
+    assert _generation_triton.silu_mul(nothing, nothing).shape == (0, 16)
+    assert _generation_triton.norm(nothing, nothing, nothing.new_ones(16), 1e-6)[1].shape == (0, 16)

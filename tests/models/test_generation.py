@@ -1,0 +1,133 @@
+"""Fused generation against the modules: the same numbers, the same tokens, whether or not weights lie side by side."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from searchr1_fast.models import Decoder, DecoderConfig, KVCache, load_model, save_model
+from searchr1_fast.models.generation import side_by_side
+from searchr1_fast.rollout.sampling import head_logits
+
+
+def build(model_type: str = "qwen3") -> Decoder:
+    """Every parameter random: zero biases and unit norms would hide mistakes."""
+    torch.manual_seed(0)
+    model = Decoder(DecoderConfig(50, 32, 48, 3, 4, 2, model_type=model_type, head_dim=12)).requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        parameter.normal_(std=0.2).add_(1.0 if "norm" in name else 0.0)
+    return model
+
+
+def appended(model: Decoder, fused: bool, counts=([4, 2, 7], [1, 1, 1], [6, 3, 20], [1, 3, 1]), decodes: int = 12):
+    """Ragged appends to slots out of order, then greedy tokens -> hidden states, tokens, and the cache."""
+    model.fused_generation = fused
+    cache = KVCache(model.config, num_slots=4, max_length=64, dtype=model.head_weight.dtype)
+    generator, slots, done = (
+        torch.Generator().manual_seed(1),
+        torch.tensor([3, 0, 2]),
+        torch.zeros(3, dtype=torch.int64),
+    )
+    found, tokens = [], []
+    for count in counts:
+        token_ids = torch.randint(model.config.vocab_size, (sum(count),), generator=generator)
+        hidden = model.forward_cached(token_ids, torch.tensor([0, *count]).cumsum(0), slots, done, cache)
+        found.append(hidden)
+        done = done + torch.tensor(count)
+    for _ in range(decodes):
+        tokens.append(head_logits(hidden, model.head_weight).argmax(-1))
+        hidden = model.decode_cached(tokens[-1], slots, done, cache)
+        found.append(hidden)
+        done = done + 1
+    return torch.stack(found), torch.stack(tokens), cache
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_equals_the_modules(shape, joined, make_reference, tmp_path):
+    make_reference(shape, seed=1).save_pretrained(tmp_path)
+    model = load_model(tmp_path)
+    want = appended(model, fused=False)
+    if joined:
+        model.requires_grad_(False).join_projections()
+    have = appended(model, fused=True)
+    torch.testing.assert_close(have[0], want[0], rtol=1e-4, atol=1e-5)
+    assert torch.equal(have[1], want[1])
+    for left, right in zip((*have[2].keys, *have[2].values), (*want[2].keys, *want[2].values), strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "llama"])
+def test_equals_the_modules_in_bf16(model_type):
+    """Twins round where the modules round, so not a bit differs."""
+    model = build(model_type).bfloat16()
+    have, want = appended(model, fused=True), appended(model, fused=False)
+    assert torch.equal(have[0], want[0])
+    assert torch.equal(have[1], want[1])
+
+
+def test_it_is_taken_where_it_should_be(monkeypatch):
+    model, calls = build(), []
+    monkeypatch.setattr("searchr1_fast.models.decoder.run_blocks", lambda model, x, *_: calls.append(1) or x)
+    token_ids, cu_seqlens = torch.arange(5), torch.tensor([0, 5])
+    cache, zero = KVCache(model.config, 1, 8), torch.zeros(1, dtype=torch.int64)
+    for fused, expected in ((None, 0), (False, 0), (True, 1)):  # None: on CUDA
+        model.fused_generation = fused
+        model.hidden(token_ids, cu_seqlens)  # a packed pass never
+        model.forward_cached(token_ids, cu_seqlens, zero, zero, cache)
+        assert len(calls) == expected
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
+def test_joined_weights_are_the_same_parameters(model_type, tmp_path):
+    model = build(model_type)
+    before = {name: (id(p), p.clone()) for name, p in model.named_parameters()}
+    model.join_projections()
+    for name, parameter in model.named_parameters():
+        assert id(parameter) == before[name][0]
+        assert torch.equal(parameter, before[name][1])
+    attention = model.layers[0].self_attn
+    weights = [layer.weight for layer in (attention.q_proj, attention.k_proj, attention.v_proj)]
+    assert torch.equal(side_by_side(weights), torch.cat(weights))
+    weights[1].copy_(torch.ones_like(weights[1]))  # as `sync_replica` writes
+    assert torch.equal(side_by_side(weights), torch.cat(weights))
+    save_model(model, tmp_path)
+    written = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(written[name], p) for name, p in model.named_parameters() if name in written)
+    assert set(dict(load_model(tmp_path).named_parameters())) == set(before)
+
+
+def test_what_is_not_side_by_side():
+    memory = torch.zeros(6, 4)
+    first, second, third = memory.split(2)
+    assert side_by_side([first, second, third]).shape == (6, 4)
+    assert side_by_side([second, third]).data_ptr() == second.data_ptr()
+    assert side_by_side([first, third]) is None
+    assert side_by_side([second, first]) is None
+    assert side_by_side([first, torch.zeros(2, 4)]) is None
+    assert side_by_side([memory[:, :2], second]) is None
+    moved = build()
+    moved.join_projections()
+    moved.double()  # gives every parameter memory of its own
+    mlp = moved.layers[0].mlp
+    assert side_by_side([mlp.gate_proj.weight, mlp.up_proj.weight]) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])
+def test_on_a_gpu_it_equals_the_modules(dtype, tolerance):
+    model = build().to("cuda", dtype)
+    model.join_projections()
+    cache = [KVCache(model.config, 4, 64, dtype, "cuda") for _ in range(2)]
+    slots = torch.tensor([3, 0, 2], device="cuda")
+    done = torch.zeros(3, dtype=torch.int64, device="cuda")
+    for count in ([4, 2, 7], [1, 1, 1], [6, 3, 20], [1, 1, 1]):
+        token_ids = (torch.arange(sum(count)) % 50).cuda()
+        found = []
+        for fused, memory in zip((None, False), cache, strict=True):
+            model.fused_generation = fused
+            ends = torch.tensor([0, *count]).cumsum(0).cuda()
+            found.append(model.forward_cached(token_ids, ends, slots, done, memory))
+        torch.testing.assert_close(*found, rtol=tolerance, atol=tolerance)
+        done = done + torch.tensor(count, device="cuda")
