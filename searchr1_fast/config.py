@@ -52,6 +52,9 @@ class ModelConfig(Section):
     """A Hugging Face directory, or `builtin:base` / `builtin:instruct` for the tiny models in the package."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute type of the forward and backward pass; master weights, log-probs and reductions are fp32 always."""
+    compile_blocks: bool = False
+    """`torch.compile` all blocks around attention. On a GPU generation has kernels of its own; a CPU needs a C++
+    compiler."""
 
 
 class PromptConfig(Section):
@@ -148,9 +151,9 @@ class RolloutConfig(Section):
     """Sequences that hold KV cache at a time, searching ones included."""
     cuda_graphs: bool = True
     """On a GPU: record a decode step once per batch size and sampling, and replay it. Off: launch kernel by kernel."""
-    keep_cache: bool = False
-    """Keep KV cache and recorded decode steps while the weights are updated. Off: the update has their memory, and the
-    steps are recorded anew in every rollout."""
+    keep_cache: Literal["auto"] | bool = "auto"
+    """On a GPU: keep KV cache and recorded decode steps while the weights are updated. Off: the update has their
+    memory, and the steps are recorded in every rollout. `auto`: kept where the memory planner has room for both."""
     final_turn_message: str = ""
     """Environment text before the forced final turn; masked from the loss. A tag opened in it is not the policy's."""
 

@@ -19,7 +19,7 @@ from searchr1_fast.config import Config
 from searchr1_fast.distributed import Ranks, reshard, shard
 from searchr1_fast.losses import accumulate_metrics, value_loss
 from searchr1_fast.models import Decoder
-from searchr1_fast.policy import Learner, fill
+from searchr1_fast.policy import Learner, fill, prepare_blocks
 from searchr1_fast.schedule import critic_learning_rate
 from searchr1_fast.types import PackedBatch
 
@@ -53,7 +53,7 @@ class Critic(Learner):
 
     def __init__(self, decoder: Decoder, config: Config, ranks: Ranks, weights: Path | None = None) -> None:
         """`decoder`: fp32, its own copy of the policy's start. `weights`: as `Policy` takes it."""
-        decoder.checkpoint_blocks(config.train.activation_checkpointing)
+        prepare_blocks(decoder, config)
         model = ValueModel(decoder)
         model.value_head.to(ranks.device)
         shard(model, decoder.layers, ranks, getattr(torch, config.model.dtype))

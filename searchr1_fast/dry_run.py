@@ -12,11 +12,9 @@ from pathlib import Path
 import torch
 
 from searchr1_fast.config import Config
-from searchr1_fast.memory_plan import memory_size, plan_training
+from searchr1_fast.memory_plan import memory_size, plan_rank
 from searchr1_fast.models import DecoderConfig, resolve
-from searchr1_fast.models.attention_backends import repeats_key_heads
 from searchr1_fast.models.published import published_config
-from searchr1_fast.retrieval.index_format import read_manifest
 
 DOES_NOT_FIT = 1  # exit code
 
@@ -29,15 +27,8 @@ def dry_run(config: Config, shape: str | None, device_memory: str | None, ranks:
     """
     num_ranks = ranks or int(os.environ.get("WORLD_SIZE", "1"))
     decoder = published_config(shape) if shape else _read_decoder(Path(resolve(config.model.path)))
-    plan = plan_training(
-        config,
-        decoder,
-        num_ranks=num_ranks,
-        ranks_per_machine=int(os.environ.get("LOCAL_WORLD_SIZE", "0")) or None,
-        index_shape=_index_shape(config),
-        device_bytes=_device_bytes(config, device_memory),
-        repeats_keys=repeats_key_heads(getattr(torch, config.model.dtype)),
-    )
+    ranks_per_machine = int(os.environ.get("LOCAL_WORLD_SIZE", "0")) or None
+    plan = plan_rank(config, decoder, num_ranks, ranks_per_machine, _device_bytes(config, device_memory))
     if os.environ.get("RANK", "0") == "0":
         print(_title(config, shape, num_ranks))
         print(plan)
@@ -51,14 +42,6 @@ def _title(config: Config, shape: str | None, num_ranks: int) -> str:
 
 def _read_decoder(directory: Path) -> DecoderConfig:
     return DecoderConfig.from_hf(json.loads((directory / "config.json").read_text(encoding="utf-8")))
-
-
-def _index_shape(config: Config) -> tuple[int, int] | None:
-    """Rows and components of the index. One that is hashed in memory is small, and not counted."""
-    if config.retrieval.backend != "dense" or config.retrieval.index is None:
-        return None
-    manifest = read_manifest(Path(config.retrieval.index))
-    return manifest.num_rows, manifest.dimension
 
 
 def _device_bytes(config: Config, device_memory: str | None) -> int | None:

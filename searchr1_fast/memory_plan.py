@@ -5,14 +5,17 @@ What each part of policy.py, critic.py and the engine holds, and when:
     always    master weights and Adam's two moments, fp32, a part on each of N ranks; the whole replica that generates,
               in the compute type (none where one rank computes in fp32: then it is the trained module); the
               reference's part, in the compute type; the part of the index
-    rollout   the KV cache, the activations of a prefill, logits, what attention over the cache gathers
+    rollout   the KV cache and what recorded decode steps work in, the activations of a prefill, logits, partial sums of
+              attention over the cache
     update    gradients, fp32, a part on each rank, of one learner at a time (the critic's are freed before the
               policy's are made); what FSDP gathers: embedding, head and last norm whole, and two blocks; what the
               blocks keep for the backward pass; what one block needs while it is in it, or if that is more, logits of a
               chunk and the head's gradient
 
-Rollout and update never meet, so the peak is the larger of them. Activations are those of the 16-bit attention kernels
-and of CUDA's fused norm. The allocator's fragments, the CUDA context and NCCL's buffers come on top: `RESERVE`.
+Rollout and update never meet, so the peak is the larger of them; but cache and recorded steps are there always where
+`rollout.keep_cache` has them, as `auto` does where the sum fits with `KEEPING_SHARE` to spare. Activations are those of
+the 16-bit attention kernels and of CUDA's fused norm. The allocator's fragments, the CUDA context and NCCL's buffers
+come on top: `RESERVE`.
 
 Shape legend
     T  rows of a micro-batch    P  parameters    D  hidden size    I  MLP size    V  vocabulary    N  ranks
@@ -23,7 +26,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -31,8 +35,9 @@ from torch import nn
 from searchr1_fast.config import Config
 from searchr1_fast.critic import ValueModel
 from searchr1_fast.models import Decoder, DecoderConfig
-from searchr1_fast.models.attention import GATHERED_TOKENS
+from searchr1_fast.models.attention_backends import repeats_key_heads
 from searchr1_fast.models.recompute import Recompute
+from searchr1_fast.retrieval.index_format import read_manifest
 from searchr1_fast.retrieval.memory_plan import MemoryPlan as IndexPlan
 from searchr1_fast.retrieval.memory_plan import size_text
 from searchr1_fast.rollout.engine import MAX_PREFILL_TOKENS
@@ -41,6 +46,10 @@ RESERVE = 1 << 30  # CUDA context, NCCL, what the allocator cannot use: an estim
 _FP32 = 4
 CHUNK_BYTES = 1 << 30  # searchr1_kernels: logits of a chunk and their gradient, on CUDA
 TILE_ROWS = 128  # a chunk is a multiple of so many rows
+ATTENTION_PLACES, ATTENTION_TOKENS = 512, 1024  # searchr1_kernels: places of a part, lone tokens at a time, on CUDA
+# What the arithmetic may be off by where `auto` keeps the cache. To be wrong ends a run; recording again costs seconds.
+KEEPING_SHARE = 0.1
+KEPT = ("KV cache", "recorded decode steps")
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
@@ -61,6 +70,7 @@ class TrainingPlan:
     rows: tuple[Row, ...]
     device_bytes: int | None  # None: not known
     advice: tuple[str, ...]  # what would make it smaller, the cheapest first
+    keeps_cache: bool = False  # whether cache and recorded steps are among what is there always
 
     def total(self, when: str) -> int:
         """Of one kind of rows."""
@@ -86,6 +96,17 @@ class TrainingPlan:
         """With the reserve; None where the device's memory is not known."""
         return None if self.device_bytes is None else self.peak + RESERVE <= self.device_bytes
 
+    def describe_cache(self) -> str:
+        """What becomes of cache and recorded steps after a rollout, in one line."""
+        kept = sum(row.num_bytes for row in self.rows if row.name in KEPT)
+        both = f"KV cache and recorded decode steps ({size_text(kept)})"
+        if self.keeps_cache:
+            return f"{both} are kept during updates: {size_text(self.update)} planned{self._of_device()}"
+        return f"{both} are given to the updates: with them {size_text(self.update + kept)} planned{self._of_device()}"
+
+    def _of_device(self) -> str:
+        return "" if self.device_bytes is None else f", of {size_text(self.device_bytes)}"
+
     def __str__(self) -> str:
         lines = []
         for when in ("always", "rollout", "update"):
@@ -97,6 +118,7 @@ class TrainingPlan:
             ]
         lines.append(f"{'peak, rollout':<38}{size_text(self.rollout):>10}")
         lines.append(f"{'peak, update':<38}{size_text(self.update):>10}")
+        lines.append(self.describe_cache())
         if self.device_bytes is None:
             lines.append("no GPU here: say how much memory it will have with --device-memory 80GB")
             return "\n".join(lines)
@@ -142,8 +164,47 @@ def plan_training(
         *_rollout(config, decoder, num_ranks),
         *_update(config, decoder, num_ranks, batch or Batch(longest, longest, longest), repeats_keys),
     ]
-    plan = TrainingPlan(tuple(row for row in rows if row.num_bytes), device_bytes, ())
-    return TrainingPlan(plan.rows, device_bytes, tuple(_advice(config, plan, num_ranks)))
+    plan = _settle_cache(config, TrainingPlan(tuple(row for row in rows if row.num_bytes), device_bytes, ()))
+    return replace(plan, advice=tuple(_advice(config, plan, num_ranks)))
+
+
+def plan_rank(
+    config: Config,
+    decoder: DecoderConfig,
+    num_ranks: int,
+    ranks_per_machine: int | None,
+    device_bytes: int | None,
+) -> TrainingPlan:
+    """`plan_training` of a configuration as it stands: its index's manifest is read, the attention kernel looked up."""
+    return plan_training(
+        config,
+        decoder,
+        num_ranks=num_ranks,
+        ranks_per_machine=ranks_per_machine,
+        index_shape=_index_shape(config),
+        device_bytes=device_bytes,
+        repeats_keys=repeats_key_heads(getattr(torch, config.model.dtype)),
+    )
+
+
+def _index_shape(config: Config) -> tuple[int, int] | None:
+    """Rows and components of the index. One that is hashed in memory is small, and not counted."""
+    if config.retrieval.backend != "dense" or config.retrieval.index is None:
+        return None
+    manifest = read_manifest(Path(config.retrieval.index))
+    return manifest.num_rows, manifest.dimension
+
+
+def _settle_cache(config: Config, plan: TrainingPlan) -> TrainingPlan:
+    """The plan with cache and recorded steps where `rollout.keep_cache` has them."""
+    if config.rollout.keep_cache is False:
+        return plan
+    rows = tuple(replace(row, when="always") if row.name in KEPT else row for row in plan.rows)
+    kept = replace(plan, rows=rows, keeps_cache=True)
+    if config.rollout.keep_cache is True:
+        return kept
+    room = 0 if plan.device_bytes is None else plan.device_bytes * (1 - KEEPING_SHARE) - RESERVE
+    return kept if kept.peak <= room else plan
 
 
 # ---------------------------------------------------------------------------------------------------------------- rows
@@ -182,15 +243,19 @@ def _rollout(config: Config, decoder: DecoderConfig, num_ranks: int) -> Iterator
     slots = rollout.max_num_seqs if config.eval.sets else min(rollout.max_num_seqs, own)
     keys = decoder.num_key_value_heads * decoder.head_dim
     token = 2 * decoder.num_hidden_layers * keys * size
-    length = rollout.max_sequence_tokens
-    yield Row("KV cache", slots * length * token, "rollout", f"{slots} x {length} tokens x {token} bytes")
+    length, heads = rollout.max_sequence_tokens, decoder.num_attention_heads
+    spare = 1 if rollout.cuda_graphs else 0  # a slot for rows without a sequence
+    detail = f"{slots} + {spare} x {length} tokens x {token} bytes"
+    yield Row("KV cache", (slots + spare) * length * token, "rollout", detail)
+    logits = 3 * slots * decoder.vocab_size * _FP32
+    if rollout.cuda_graphs:
+        recorded = logits + slots * block_working(decoder, size)
+        yield Row("recorded decode steps", recorded, "rollout", f"logits and activations of {slots} tokens")
     prefill = MAX_PREFILL_TOKENS * block_working(decoder, size)
     yield Row("a prefill's activations", prefill, "rollout", f"{MAX_PREFILL_TOKENS} tokens")
-    # Keys and values of each token's slot, and again for every query head.
-    tokens = min(GATHERED_TOKENS, MAX_PREFILL_TOKENS)
-    gathered = 2 * tokens * length * (keys + decoder.num_attention_heads * decoder.head_dim) * size
-    yield Row("attention over the cache gathers", gathered, "rollout", f"{tokens} tokens x {length}")
-    logits = 3 * slots * decoder.vocab_size * _FP32
+    tokens, parts = min(slots, ATTENTION_TOKENS), -(-length // ATTENTION_PLACES)
+    sums = tokens * heads * parts * (decoder.head_dim + 2) * _FP32
+    yield Row("attention's partial sums", sums, "rollout", f"{tokens} x {heads} heads x {parts} parts, fp32")
     yield Row("logits, probabilities, weights", logits, "rollout", f"3 x {slots} x {decoder.vocab_size} x fp32")
 
 
@@ -323,6 +388,8 @@ def _advice(config: Config, plan: TrainingPlan, num_ranks: int) -> Iterator[str]
         return
     room = plan.device_bytes - RESERVE
     sizes = {row.name: row.num_bytes for row in plan.rows}
+    if config.rollout.keep_cache is True and plan.update > room:
+        yield "rollout.keep_cache=auto: the cache goes during updates where there is no room for both"
     if config.model.dtype == "float32":
         yield "model.dtype=bfloat16: activations, cache and reference take half"
     if plan.update > room:

@@ -156,11 +156,12 @@ class Policy(Learner):
         `weights`: the directory that both were made from, where they are `meta_model`s: each rank reads its own rows.
         """
         dtype = getattr(torch, config.model.dtype)
-        decoder.checkpoint_blocks(config.train.activation_checkpointing)
+        prepare_blocks(decoder, config)
         scorer = TokenScorer(decoder, config.rollout.temperature)
         self.replica = decoder  # generates; the trained module itself where it is whole and in the compute type
         if ranks.world_size > 1 or dtype != torch.float32:
             self.replica = empty_replica(decoder, dtype, ranks.device)
+            prepare_blocks(self.replica, config)
         shard(scorer, decoder.layers, ranks, dtype)
         fill(scorer, decoder, weights, ranks.device)
         super().__init__("policy", scorer, policy_learning_rate(config), config.optimizer, ranks)
@@ -168,6 +169,7 @@ class Policy(Learner):
         self.reference: TokenScorer | None = None
         if config.algorithm.kl_coefficient > 0:
             assert reference is not None, "a KL needs a reference"
+            prepare_blocks(reference, config)
             self.reference = TokenScorer(reference.requires_grad_(False), config.rollout.temperature)
             shard(self.reference, reference.layers, ranks, dtype)
             fill(self.reference, reference, weights, ranks.device)
@@ -224,6 +226,13 @@ class Policy(Learner):
         """Give the generating replica the trained weights. Nothing to do where they are the same module."""
         if self.replica is not self.module.decoder:
             copy_parameters(self.module.decoder, self.replica)
+
+
+def prepare_blocks(decoder: Decoder, config: Config) -> None:
+    """What blocks keep for the backward pass, and whether they are compiled. Before they are sharded."""
+    decoder.checkpoint_blocks(config.train.activation_checkpointing)
+    if config.model.compile_blocks:
+        decoder.compile_blocks()
 
 
 def fill(module: nn.Module, decoder: Decoder, weights: Path | None, device: torch.device) -> None:

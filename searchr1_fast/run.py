@@ -5,6 +5,7 @@ The loop in train.py moves it from step to step; nothing here knows what a step 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from searchr1_fast.data import QuestionStream
 from searchr1_fast.distributed import Ranks, process
 from searchr1_fast.environment import Environment, build_environments
 from searchr1_fast.evaluate import EvalResult, Progress, build_engine, evaluate
+from searchr1_fast.memory_plan import plan_rank
 from searchr1_fast.metrics import MetricsLog, PhaseTimers, read_metrics
 from searchr1_fast.models import TextTokenizer, describe_attention, load_tokenizer, meta_model, resolve, save_model
 from searchr1_fast.policy import Learner, Policy
@@ -127,6 +129,14 @@ class Run:
         if said := self.environment.load_searches(checkpoint.searches):
             self.ui.note(said)
 
+    def settle_cache(self, device_bytes: int) -> None:
+        """Whether KV cache and recorded decode steps stay during updates, by the planner; says so in one line."""
+        per_machine = int(os.environ.get("LOCAL_WORLD_SIZE", "0")) or None
+        decoder = self.policy.replica.config
+        plan = plan_rank(self.config, decoder, self.ranks.world_size, per_machine, device_bytes)
+        self.engine.keep_cache = plan.keeps_cache
+        self.ui.note(plan.describe_cache())
+
     def take_search_statistics(self) -> SearchStatistics:
         """Of training, all ranks together, since they were last taken. A collective."""
         return sum(self.ranks.gather(self.environment.take_statistics()), SearchStatistics())
@@ -176,6 +186,8 @@ def open_run(config: Config, ui: UserInterface | None = None) -> Iterator[Run]:
                 run.load(checkpoint)
             dtype, head_dim = getattr(torch, config.model.dtype), run.policy.replica.config.head_dim
             ui.note(describe_attention(ranks.device, dtype, head_dim))
+            if ranks.device.type == "cuda":
+                run.settle_cache(torch.cuda.get_device_properties(ranks.device).total_memory)
             # Last: whatever is wrong with the configuration has been said by now, and nothing was written.
             run.log = open_log(config, run.step if checkpoint else -1) if ranks.is_main else None
             yield run

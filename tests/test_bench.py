@@ -214,7 +214,10 @@ def test_decode_steps_are_timed_with_graphs_and_without(bench, capsys):
     row = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [one["rows"] for one in row["results"]] == [3, 1]
     for one in row["results"]:
-        assert one["milliseconds"].keys() == one["tokens_per_second"].keys() == {"graphs", "single"}
+        assert one["milliseconds"].keys() == one["tokens_per_second"].keys() == {"graphs", "modules", "single"}
+    assert bench("decode").main([*arguments, "--engines", "graphs"]) == 0
+    row = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert row["results"][0]["milliseconds"].keys() == {"graphs"}
     config = bench("decode").SHAPES["tiny"]
     model = bench("decode").build_model(config, torch.float32, torch.device("cpu"))
     weights = 4 * sum(parameter.numel() for parameter in model.parameters())

@@ -40,7 +40,7 @@ def test_numbers_by_hand():
     assert rows["reference"] == parameters // 8 * 2
     # the value head: one row of 3584 and a bias, which on every rank fill up to one row
     assert rows["critic: weights and Adam's moments"] == 12 * ((parameters - head) // 8 + 3584 + 1)
-    assert rows["KV cache"] == 64 * 4596 * 57_344
+    assert rows["KV cache"] == (64 + 1) * 4596 * 57_344  # one for rows of a graph without a sequence
     block = (3584 * 3584 + 3584) + 2 * (512 * 3584 + 512) + 3584 * 3584 + 3 * 3584 * 18944 + 2 * 3584
     assert rows["gathered weights"] == 2 * (2 * head + 3584 + 2 * block)
     # per row of a block: 2 norms, query, key and value, attention's output and its 28 sums, four of the MLP's width
@@ -97,10 +97,13 @@ def moments(learner) -> int:
 
 
 def test_cache_is_as_large_as_planned(make_config, make_decoder):
-    config = make_config(rollout={"max_num_seqs": 3})
     decoder = make_decoder().config
-    cache = KVCache(decoder, 3, config.rollout.max_sequence_tokens)
-    assert rows_of(plan_training(config, decoder))["KV cache"] == cache.num_bytes
+    for graphs in (True, False):
+        config = make_config(rollout={"max_num_seqs": 3, "cuda_graphs": graphs})
+        cache = KVCache(decoder, 3 + graphs, config.rollout.max_sequence_tokens)
+        rows = rows_of(plan_training(config, decoder))
+        assert rows["KV cache"] == cache.num_bytes
+        assert ("recorded decode steps" in rows) == graphs
 
 
 class StandIn(torch.autograd.Function):
@@ -234,3 +237,40 @@ def test_dry_run_of_a_directory(capsys):
 def test_mistakes_are_one_sentence(capsys, arguments, sentence):
     assert command(["train", "configs/demo.yaml", *arguments]) == 2
     assert sentence in capsys.readouterr().err
+
+
+def plan_3b(*overrides, device_bytes=None):
+    config = load_config("configs/search_r1_3b_grpo.yaml", overrides)
+    return plan_training(config, published_config("qwen2.5-3b"), num_ranks=8, device_bytes=device_bytes)
+
+
+def test_the_cache_is_kept_where_both_fit():
+    given, kept = plan_3b("rollout.keep_cache=false"), plan_3b("rollout.keep_cache=true")
+    both = sum(rows_of(given)[name] for name in memory_plan.KEPT)
+    assert both > 0
+    assert (given.keeps_cache, kept.keeps_cache) == (False, True)
+    assert kept.update == given.update + both
+    assert kept.rollout == given.rollout
+    enough = (kept.peak + memory_plan.RESERVE) / (1 - memory_plan.KEEPING_SHARE)
+    assert plan_3b(device_bytes=int(enough) + 2) == plan_3b("rollout.keep_cache=true", device_bytes=int(enough) + 2)
+    assert plan_3b(device_bytes=int(enough) - 2).keeps_cache is False
+    assert plan_3b().keeps_cache is False  # nobody knows how much there is
+
+
+def test_what_becomes_of_the_cache_is_one_line():
+    assert "are kept during updates" in plan_3b(device_bytes=200 * GB).describe_cache()
+    assert "are given to the updates" in plan_3b(device_bytes=60 * GB).describe_cache()
+    plan = plan_3b("rollout.keep_cache=true", device_bytes=60 * GB)
+    assert plan.fits is False
+    assert plan.advice[0].startswith("rollout.keep_cache=auto")
+
+
+def test_partial_sums_are_those_of_the_kernel():
+    """`_run_alone` makes [tokens, H, parts, d] of sums, and two numbers beside each."""
+    triton_kernel = pytest.importorskip("searchr1_kernels._cached_attention_triton")
+    assert memory_plan.ATTENTION_PLACES == triton_kernel.PART
+    assert memory_plan.ATTENTION_TOKENS == triton_kernel._TOKENS_AT_ONCE
+    config = load_config("configs/search_r1_3b_grpo.yaml")
+    rows = rows_of(plan_training(config, published_config("qwen2.5-3b"), num_ranks=8))
+    slots, parts = min(1024, config.rollout.max_num_seqs), -(-config.rollout.max_sequence_tokens // 512)
+    assert rows["attention's partial sums"] == slots * 16 * parts * (128 + 2) * 4

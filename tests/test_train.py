@@ -17,7 +17,7 @@ from searchr1_fast import run as run_module
 from searchr1_fast import train as train_module
 from searchr1_fast.config import Config
 from searchr1_fast.evaluate import trajectory_seed
-from searchr1_fast.run import changed_keys
+from searchr1_fast.run import changed_keys, open_run
 from searchr1_fast.train import StopSignal, baselines, main, train
 
 DESIGN_KEYS = (
@@ -182,6 +182,22 @@ def test_without_a_kl_no_reference_is_loaded(make_config, make_console, monkeypa
     assert len(loads) == num_loads
     kl = rows(config)[-1]["kl_ref"]
     assert (kl is None) if coefficient == 0 else kl == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("keep_cache", "expected"), [("auto", (True, False)), (True, (True, True)), (False, (False, False))]
+)
+def test_the_cache_is_kept_as_the_planner_says(make_config, make_console, keep_cache, expected):
+    """With a GPU's memory made up: of 80 GB the letters leave room, of 1 GB the reserve alone does not."""
+    with open_run(make_config(rollout={"keep_cache": keep_cache}), make_console()) as run:
+        notes = []
+        run.ui.note = notes.append
+        for size, kept in zip((80 * 10**9, 10**9), expected, strict=True):
+            run.settle_cache(size)
+            assert run.engine.keep_cache is kept
+            assert ("are kept during updates" in notes[-1]) is kept
+        run.engine.free_cache()
+    assert len(notes) == 2
 
 
 def test_critic_warm_up_leaves_the_policy_alone(make_config, make_console):

@@ -130,7 +130,7 @@ class SlotTable:
 
 
 class Engine:
-    """Continuous batching over cache slots. `sampling` and `statistics` may be replaced between runs."""
+    """Continuous batching over cache slots. `sampling`, `statistics`, `keep_cache` may be replaced between runs."""
 
     share_prefixes = True
 
@@ -157,6 +157,7 @@ class Engine:
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.sampling = sampling or SamplingParams(config.temperature, config.top_p, config.top_k)
         self.stop_at_tags = stop_at_tags
+        self.keep_cache = config.keep_cache is True  # `auto` is the run's to settle, which knows what else there is
         self.statistics = RolloutStatistics()
         self.token_bytes = vocabulary_bytes(tokenizer, vocab_size)
         self._matcher = StopMatcher(self.token_bytes)
@@ -202,10 +203,10 @@ class Engine:
         self._slots = SlotTable(len(self._slots), self.config.max_turn_tokens)
 
     def free_cache(self) -> None:
-        """Give the memory of cache and graphs to others until the next `add`, unless `rollout.keep_cache`; no sequence
-        may be held."""
+        """Give the memory of cache and graphs to others until the next `add`, unless `keep_cache`; no sequence may be
+        held."""
         assert len(self._slots.free) == len(self._slots)
-        if not self.config.keep_cache:
+        if not self.keep_cache:
             self._cache, self._graphs, self._slots = None, None, SlotTable(0, 0)
 
     def step(self) -> list[Sequence]:

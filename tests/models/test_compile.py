@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 import torch._dynamo
 from torch._dynamo.utils import counters
 
+from searchr1_fast.metrics import read_metrics
 from searchr1_fast.models import Decoder, DecoderConfig, KVCache
+from searchr1_fast.models.decoder import Block
+from searchr1_fast.train import train
 
 
 @pytest.fixture(autouse=True)
@@ -72,3 +78,47 @@ def test_cached_steps_of_any_size_share_their_graphs():
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6, msg=lambda text, s=step: f"step {s}: {text}")
         start[slots] += torch.tensor(counts)
         assert num_graphs() == 2
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {
+            "algorithm": {"name": "ppo", "group_size": 4, "kl_coefficient": 0.01},
+            "model": {"dtype": "bfloat16"},  # one rank of FSDP2, and a replica
+            "train": {"activation_checkpointing": "selective"},
+        },
+    ],
+    ids=["grpo", "ppo-bf16-selective"],
+)
+def test_a_run_with_compiled_blocks_is_the_run_without(changes, make_config, make_console, monkeypatch):
+    """Policy, replica, reference and critic; by the backend that only traces, which needs no C++ compiler."""
+    compiled = []
+
+    def compile_traced(block: Block, backend: str) -> None:
+        compiled.append(block)
+        compile_in_place(block, "aot_eager")
+
+    compile_in_place = Block.compile_in_place
+    monkeypatch.setattr(Block, "compile_in_place", compile_traced)
+    rows = {}
+    for name in (False, True):
+        settings = {key: dict(value) for key, value in changes.items()}
+        settings["model"] = settings.get("model", {}) | {"compile_blocks": name}
+        settings["train"] = settings.get("train", {}) | {"num_steps": 2, "eval_every": 0}
+        config = make_config(**settings, run={"name": f"compiled-{name}"}, eval={"sets": {}})
+        train(config, make_console())
+        rows[name] = read_metrics(config.run_directory)
+        num_layers = len(compiled)
+        assert (num_layers > 0) == name
+    num_models = 4 if "algorithm" in changes else 1
+    assert num_layers == num_models * DecoderConfig.from_hf(json.loads(model_config(config))).num_hidden_layers
+    for want, have in zip(rows[False], rows[True], strict=True):
+        for key in ("reward_mean", "policy_tokens", "entropy", "grad_norm", "kl_ref", "rollout_policy_kl"):
+            expected = None if want[key] is None else pytest.approx(want[key], rel=1e-3, abs=1e-5)
+            assert have[key] == expected, key
+
+
+def model_config(config) -> str:
+    return (Path(config.model.path) / "config.json").read_text(encoding="utf-8")
