@@ -30,13 +30,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from searchr1_fast.config import Config
-from searchr1_fast.critic import ValueModel
-from searchr1_fast.models import Decoder, DecoderConfig
+from searchr1_fast.models import DecoderConfig
 from searchr1_fast.models.attention_backends import repeats_key_heads
 from searchr1_fast.models.recompute import Recompute
+from searchr1_fast.parameter_counts import count, is_ppo, is_wrapped, itemsize, meta_critic, meta_decoder, sharded
 from searchr1_fast.retrieval.index_format import read_manifest
 from searchr1_fast.retrieval.memory_plan import MemoryPlan as IndexPlan
 from searchr1_fast.retrieval.memory_plan import size_text
@@ -337,46 +336,6 @@ def block_kept(
 def block_working(decoder: DecoderConfig, size: int) -> int:
     """Bytes per row that come and go in a block: three as wide as the MLP, and the residual with a norm in fp32."""
     return 3 * size * decoder.intermediate_size + 2 * (size + _FP32) * decoder.hidden_size
-
-
-# ---------------------------------------------------------------------------------------------------------- parameters
-
-
-def meta_decoder(decoder: DecoderConfig) -> Decoder:
-    """Shapes without memory."""
-    with torch.device("meta"):
-        return Decoder(decoder)
-
-
-def meta_critic(decoder: DecoderConfig) -> ValueModel:
-    """The same, as the critic has it."""
-    with torch.device("meta"):
-        return ValueModel(Decoder(decoder))
-
-
-def count(module: nn.Module) -> int:
-    """Parameters; a tied head once."""
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-def sharded(module: nn.Module, num_ranks: int) -> int:
-    """Parameters on a rank: FSDP2 splits rows, and fills up to equal parts."""
-    return sum(-(-p.shape[0] // num_ranks) * (p.numel() // p.shape[0]) for p in module.parameters())
-
-
-def itemsize(config: Config) -> int:
-    """Of the compute type."""
-    return getattr(torch, config.model.dtype).itemsize
-
-
-def is_ppo(config: Config) -> bool:
-    """Whether there is a critic."""
-    return config.algorithm.name == "ppo"
-
-
-def is_wrapped(config: Config, num_ranks: int) -> bool:
-    """Whether FSDP holds the weights, and the replica is another module (`Policy`)."""
-    return num_ranks > 1 or config.model.dtype != "float32"
 
 
 # -------------------------------------------------------------------------------------------------------------- advice
