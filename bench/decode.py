@@ -38,6 +38,7 @@ from searchr1_fast.console import make_console
 from searchr1_fast.distributed import process
 from searchr1_fast.errors import entry_point
 from searchr1_fast.models import Decoder, DecoderConfig, TextTokenizer, load_tokenizer
+from searchr1_fast.models.published import published_config
 from searchr1_fast.rollout import Engine, RolloutRequest, SamplingParams
 from searchr1_fast.rollout.decode_graph import DecodeGraphs
 from searchr1_fast.rollout.sampling import stream_keys
@@ -45,15 +46,7 @@ from searchr1_fast.rollout.sequence import Sequence as RolloutSequence
 from searchr1_fast.types import Question
 
 SHAPES = {
-    "3b": DecoderConfig(
-        vocab_size=151936,
-        hidden_size=2048,
-        intermediate_size=11008,
-        num_hidden_layers=36,
-        num_attention_heads=16,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-    ),
+    "3b": published_config("qwen2.5-3b"),
     "tiny": DecoderConfig(
         vocab_size=4096,
         hidden_size=64,
@@ -153,21 +146,6 @@ def step_bytes(model: Decoder, num_rows: int, length: int) -> int:
     return sum(parameters.values()) + num_rows * length * per_token
 
 
-def copy_bandwidth(device: torch.device, repetitions: int = 10) -> float:
-    """Bytes per second, read and written, of the best of some copies."""
-    source = torch.zeros(2**30 if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    seconds = []
-    for _ in range(repetitions):
-        wait()
-        started = time.perf_counter()
-        target.copy_(source)
-        wait()
-        seconds.append(time.perf_counter() - started)
-    return 2 * len(source) / min(seconds)
-
-
 def table(results: list[dict[str, Any]]) -> Table:
     """A row per batch size."""
     shown = Table(box=box.SIMPLE_HEAD)
@@ -202,6 +180,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         raise ValueError(f"--engines: give `graphs` and any of {', '.join(ENGINES[1:])}")
     if arguments.steps < STEPS_IN_A_ROW or arguments.steps % STEPS_IN_A_ROW:
         raise ValueError(f"--steps {arguments.steps}: give a multiple of {STEPS_IN_A_ROW}")
+    if not all(number.isdecimal() and int(number) > 0 for number in arguments.rows.split(",")):
+        raise ValueError(f"--rows {arguments.rows}: give numbers from 1 on, a comma between them")
+    if arguments.context < 0:
+        raise ValueError(f"--context {arguments.context}: give 0 or more")
     return arguments
 
 
@@ -216,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.compile:
             model.compile_blocks()
         tokenizer = load_tokenizer(ASSETS)
-        bandwidth = copy_bandwidth(device)
+        bandwidth = harness.copy_bandwidth(device)
         results = [
             measure(model, tokenizer, arguments, int(num_rows), bandwidth) for num_rows in arguments.rows.split(",")
         ]

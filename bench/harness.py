@@ -12,6 +12,7 @@ repetition begins with another one, so that none always follows the same neighbo
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import importlib.metadata
 import json
@@ -57,18 +58,35 @@ def medians(rows: Iterable[Mapping[str, float]]) -> dict[str, float]:
     return {key: statistics.median(row[key] for row in rows) for key in rows[0]}
 
 
+def waiter(device: torch.device) -> Callable[[], None]:
+    """What waits until the device has done what was asked of it."""
+    return functools.partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
+
+
+def timed(function: Callable[[], Any], device: torch.device) -> float:
+    """Seconds until it is done."""
+    wait = waiter(device)
+    wait()
+    started = time.perf_counter()
+    function()
+    wait()
+    return time.perf_counter() - started
+
+
+def copy_bandwidth(device: torch.device, repetitions: int = 5) -> float:
+    """Bytes a second of a copy on the device, read and written ones counted, the best of some: what can be had of its
+    memory."""
+    source = torch.zeros(2**30 if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    seconds = [timed(lambda: target.copy_(source), device) for _ in range(repetitions + 1)]
+    return 2 * len(source) / min(seconds)  # the first warms up, and being slower is never the best
+
+
 def matmul_flops(device: torch.device, dtype: torch.dtype, size: int = 1024, repetitions: int = 5) -> float:
     """FLOP/s of a square matrix product, the best of some: what "fast" can mean on this machine right now."""
     size = size * 8 if device.type == "cuda" else size
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    wait: Callable[[], None] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    seconds = []
-    for _ in range(repetitions + 1):  # the first warms up, and being slower is never the best
-        wait()
-        started = time.perf_counter()
-        torch.mm(left, right)
-        wait()
-        seconds.append(time.perf_counter() - started)
+    seconds = [timed(lambda: torch.mm(left, right), device) for _ in range(repetitions + 1)]
     return 2 * size**3 / min(seconds)
 
 

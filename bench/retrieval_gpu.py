@@ -73,24 +73,6 @@ def make_rows(num_rows: int, dimension: int, device: torch.device, seed: int = 0
     return rows
 
 
-def copy_bandwidth(device: torch.device, num_bytes: int, repetitions: int = 5) -> float:
-    """Bytes a second of a copy on the device, read and written ones counted: what can be had of its memory."""
-    source = torch.empty(num_bytes, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    seconds = [timed(lambda: target.copy_(source), device) for _ in range(repetitions + 1)]
-    return 2 * num_bytes / min(seconds[1:])
-
-
-def timed(function: Callable[[], Any], device: torch.device) -> float:
-    """Seconds until it is done."""
-    wait = functools.partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
-    wait()
-    started = time.perf_counter()
-    function()
-    wait()
-    return time.perf_counter() - started
-
-
 # ---------------------------------------------------------------------------------------------------------------- scan
 
 
@@ -157,7 +139,7 @@ def measure_scans(
         seconds: dict[str, list[float]] = {name: [] for name in names}
         for repetition, name in harness.interleaved(names, repetitions + 1):
             search = functools.partial(ways[name][0], batch, k)
-            elapsed = timed(search, device)
+            elapsed = harness.timed(search, device)
             if repetition:  # the first compiles, and takes its memory
                 seconds[name].append(elapsed)
         for name, times in seconds.items():
@@ -195,7 +177,7 @@ def measure_batched(rows: np.ndarray, device: torch.device, repetitions: int) ->
     backend = NamedVectors(DeviceRows([(0, rows)], device), vectors)
     texts = [str(number) for number in range(_BURST)]
     with BatchedRetriever(backend, MemoryStore(()), cache_bytes=0) as retriever:
-        seconds = [timed(lambda: retriever.search_ids(texts, 3), device) for _ in range(repetitions + 1)]
+        seconds = [harness.timed(lambda: retriever.search_ids(texts, 3), device) for _ in range(repetitions + 1)]
     return _BURST / float(np.median(seconds[1:]))
 
 
@@ -217,7 +199,7 @@ def measure_upload(rows: np.ndarray, device: torch.device, repetitions: int) -> 
         ways = {"ring": through_ring, "torch": lambda: target.copy_(torch.from_numpy(mapped))}
         seconds: dict[str, list[float]] = {name: [] for name in ways}
         for _, name in harness.interleaved(list(ways), repetitions + 1):
-            seconds[name].append(timed(ways[name], device))
+            seconds[name].append(harness.timed(ways[name], device))
             if not np.array_equal(target[-1].cpu().numpy(), rows[-1]):
                 raise RuntimeError(f"upload by {name}: what arrived is not what was sent")
             target.zero_()
@@ -369,7 +351,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.print(str(MemoryPlan(arguments.rows, arguments.dimension, "float16")))
     rows = make_rows(arguments.rows, arguments.dimension, device)
     say("rows made")
-    bandwidth = copy_bandwidth(device, 2**30 if device.type == "cuda" else 2**26)
+    bandwidth = harness.copy_bandwidth(device)
     scans, wrong = measure_scans(rows, device, arguments.batches, arguments.k, arguments.repetitions, say)
     console.print(scan_table(scans, bandwidth))
     row = {"benchmark": "retrieval_gpu", "rows": arguments.rows, "dimension": arguments.dimension, "k": arguments.k}

@@ -60,7 +60,7 @@ def measure_update(
 ) -> tuple[list[float], int | None]:
     """Seconds of each optimizer step after one that warms up, and the peak of all (None: no GPU)."""
     device = policy.ranks.device
-    wait = waiter(device)
+    wait = harness.waiter(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     seconds = []
@@ -119,7 +119,7 @@ def run_rollout(model: Decoder, tokenizer: TextTokenizer, config: Config, num_se
     """The engine over `num_seqs` sequences: seconds of its prefill, and decoded tokens a second after it."""
     rollout = config.rollout.model_copy(update={"max_num_seqs": num_seqs})
     engine = Engine(model, tokenizer, rollout, stop_at_tags=False)
-    wait = waiter(model.head_weight.device)
+    wait = harness.waiter(model.head_weight.device)
     prefill, decode = [], []  # seconds of steps
     engine.add(make_sequences(num_seqs, model.config.vocab_size, options))
     while engine.has_work:
@@ -294,11 +294,6 @@ def tables(row: dict[str, Any]) -> list[Table]:
     return found
 
 
-def waiter(device: torch.device) -> Callable[[], None]:
-    """What waits for the device."""
-    return torch.cuda.synchronize if device.type == "cuda" else lambda: None
-
-
 def release(device: torch.device) -> None:
     """Give back what is no longer used."""
     gc.collect()
@@ -332,6 +327,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     for name in ("tokens", "sequence_length", "tokens_per_microbatch", "group_size", "repetitions", "prompt_tokens"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: give at least 1")
+    if min(options.num_seqs) < 1:
+        raise ValueError(f"--num-seqs {min(options.num_seqs)}: give at least 1")
     if options.new_tokens < 4:
         raise ValueError(f"--new-tokens {options.new_tokens}: give at least 4, or no step only decodes")
     return options

@@ -142,9 +142,16 @@ def train_parser() -> argparse.ArgumentParser:
         "what to change; the next three go with it",
     )  # fmt: skip
     parser.add_argument("--device-memory", metavar="SIZE", help="80GB, 79.6GiB, … (default: that of the GPU here)")
-    parser.add_argument("--ranks", metavar="N", type=int, help="GPUs of all machines (default: torchrun's, else 1)")
+    parser.add_argument("--ranks", metavar="N", type=_ranks, help="GPUs of all machines (default: torchrun's or 1)")
     parser.add_argument("--shape", metavar="NAME", help="a published model, qwen2.5-3b, instead of a directory")
     return parser
+
+
+def _ranks(text: str) -> int:
+    """A whole number from 1 on."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of ranks; give 1 or more")
+    return int(text)
 
 
 if __name__ == "__main__":

@@ -208,6 +208,19 @@ def test_every_provider_has_its_turn(bench):
     assert order == [(0, "a"), (0, "b"), (1, "b"), (1, "a"), (2, "a"), (2, "b")]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--rows", "8,"], "--rows 8,: give numbers"),
+        (["--rows", "0"], "--rows 0"),
+        (["--context", "-1"], "--context -1"),
+    ],
+)
+def test_decode_steps_that_cannot_be_are_one_sentence(bench, capsys, arguments, sentence):
+    assert bench("decode").main(["--shape", "tiny", "--device", "cpu", *arguments]) == 2
+    assert sentence in capsys.readouterr().err
+
+
 def test_decode_steps_are_timed_with_graphs_and_without(bench, capsys):
     arguments = ["--shape", "tiny", "--device", "cpu", "--rows", "3,1", "--context", "5", "--steps", "10"]
     assert bench("decode").main(arguments) == 0

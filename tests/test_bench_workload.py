@@ -128,7 +128,12 @@ def test_the_update_is_the_policy_s_own(bench):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "sentence"), [(["--tokens", "0"], "--tokens 0"), (["--new-tokens", "2"], "--new-tokens 2")]
+    ("arguments", "sentence"),
+    [
+        (["--tokens", "0"], "--tokens 0"),
+        (["--new-tokens", "2"], "--new-tokens 2"),
+        (["--num-seqs", "4", "0"], "--num-seqs 0"),
+    ],
 )
 def test_what_cannot_be_measured_is_one_sentence(bench, capsys, arguments, sentence):
     assert bench("workload").main(arguments) == 2

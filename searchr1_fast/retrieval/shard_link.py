@@ -89,13 +89,13 @@ def _connect(listener: socket.socket, place: int, ranks: list[int], paths: list[
         asks = []
         for rank, path in zip(ranks, paths, strict=True):
             asks.append(socket.socket(socket.AF_UNIX))
-            try:
-                asks[-1].connect(path)
-            except OSError as error:
-                raise RetrievalError(f"rank {rank} ended before it linked up: {error}") from error
             handle = array.array("i", [file.fileno()])
             hello = place.to_bytes(_HELLO_BYTES, "little")
-            asks[-1].sendmsg([hello], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, handle)])
+            try:
+                asks[-1].connect(path)
+                asks[-1].sendmsg([hello], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, handle)])
+            except OSError as error:
+                raise RetrievalError(f"rank {rank} ended before it linked up: {error}") from error
     answers: dict[int, socket.socket] = {}
     queries: dict[int, np.ndarray] = {}
     for _ in paths:
@@ -107,6 +107,9 @@ def _connect(listener: socket.socket, place: int, ranks: list[int], paths: list[
                 f"rank {missing} did not link up within {listener.gettimeout():g} s: it is gone, or hangs"
             ) from error
         hello, handles, _, _ = socket.recv_fds(connection, _HELLO_BYTES, 1)
+        if not hello:
+            missing = ", ".join(str(rank) for other, rank in enumerate(ranks) if other not in (place, *answers))
+            raise RetrievalError(f"of rank {missing} one ended while it linked up")
         theirs = int.from_bytes(hello, "little")
         assert len(handles) == 1 and theirs not in answers
         answers[theirs] = connection

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import cache as cached
 
 import numpy as np
 import torch
@@ -95,7 +96,7 @@ class CudaDecodeGraphs(DecodeGraphs):
 
     def __init__(self, model: Decoder, cache: KVCache, transfers: Transfers, max_rows: int) -> None:
         super().__init__(model, cache, transfers, max_rows)
-        self._stream = torch.cuda.Stream(transfers.device)  # a recording needs one that is not the default
+        self._stream = _recording_stream(transfers.device)
         self._pool = torch.cuda.graph_pool_handle()
 
     def refresh(self) -> None:
@@ -115,6 +116,13 @@ class CudaDecodeGraphs(DecodeGraphs):
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             step()
         return graph.replay
+
+
+@cached
+def _recording_stream(device: torch.device) -> torch.cuda.Stream:
+    """Where recordings are made, as the default stream cannot be recorded. One for all of a device's: torch keeps
+    cuBLAS's workspace (32 MiB on Hopper) for good for every stream that it met, and caches come with every rollout."""
+    return torch.cuda.Stream(device)
 
 
 def bucket_size(num_rows: int, max_rows: int) -> int:

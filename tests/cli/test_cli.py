@@ -112,7 +112,9 @@ def test_bad_configuration_is_one_sentence(run, tmp_path, command, arguments, me
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.yaml", "ok.yaml"]  # nothing half-written
 
 
-@pytest.mark.parametrize("arguments", [[], ["c.yaml", "--resum"], ["c.yaml", "--no-such"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["c.yaml", "--resum"], ["c.yaml", "--no-such"], ["c.yaml", "--dry-run", "--ranks", "0"]]
+)
 def test_argparse_errors_are_exit_code_2(run, arguments):
     code, out, error = run("train", *arguments)
     assert (code, out) == (2, "")

@@ -281,6 +281,23 @@ def test_a_rank_that_does_not_link_up_is_named(tmp_path):
         open_sharded(SilentPeers(str(tmp_path / "nobody")), NUM_ROWS, DIMENSION, "index", open_part, 0.2)
 
 
+class BrokenPeers(SilentPeers):
+    """The second ends between its connection and its greeting."""
+
+    def gather(self, value):
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(value[1])
+        return super().gather(value)
+
+
+def test_a_rank_that_ends_while_it_links_up_is_an_error_of_retrieval(tmp_path):
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "shard"))
+        listener.listen()
+        with pytest.raises(RetrievalError, match="of rank 1 one ended while it linked up"):
+            open_sharded(BrokenPeers(str(tmp_path / "shard")), NUM_ROWS, DIMENSION, "index", open_part, 5.0)
+
+
 def test_other_indexes_are_refused():
     found = on_ranks(2, lambda peers: open_sharded(peers, len(ROWS), DIMENSION, f"index {peers.rank}", open_part, 30.0))
     assert all(isinstance(error, ValueError) and "different indexes" in str(error) for error in found)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from contextlib import contextmanager
+from functools import cache
 
 import numpy as np
 import pytest
@@ -151,15 +152,18 @@ class StandIns:
     """What `CudaDecodeGraphs` calls of torch.cuda, on a CPU: a graph runs again what was called while it recorded."""
 
     def __init__(self, monkeypatch):
-        self.pools, self.log = [], []
-        names = ("Stream", "CUDAGraph", "graph_pool_handle", "current_stream", "stream", "graph")
+        self.pools, self.log, self.num_streams = [], [], 0
+        monkeypatch.setattr(decode_graph, "_recording_stream", cache(decode_graph._recording_stream.__wrapped__))
+        names = ("CUDAGraph", "graph_pool_handle", "current_stream", "stream", "graph")
         for name in names:
             monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+        monkeypatch.setattr(torch.cuda, "Stream", self.new_stream)
+
+    def new_stream(self, device):
+        self.num_streams += 1
+        return self.Stream()
 
     class Stream:
-        def __init__(self, device=None):
-            pass
-
         def wait_stream(self, stream):
             pass
 
@@ -188,7 +192,8 @@ class StandIns:
 
 
 def test_what_is_asked_of_cuda(make_model, tokenizer, config, make_requests, fake_search, monkeypatch):
-    """The calls, through stand-ins: one pool for all graphs, a warm-up before each, a new pool for moved weights."""
+    """The calls, through stand-ins: one pool for all graphs, a warm-up before each, a new pool for moved weights; and
+    one stream for all caches, as torch keeps memory for each stream for good."""
     stand_ins = StandIns(monkeypatch)
 
     def watched(*arguments):
@@ -214,6 +219,10 @@ def test_what_is_asked_of_cuda(make_model, tokenizer, config, make_requests, fak
     check_same(expected, loop.run(requests))
     assert loop.statistics.num_recordings > 0
     assert graphs._pool is not pool
+    loop.engine.free_cache()
+    check_same(expected, loop.run(requests))
+    assert loop.engine._graphs is not graphs
+    assert stand_ins.num_streams == 1
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
