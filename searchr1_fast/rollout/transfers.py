@@ -1,4 +1,5 @@
-"""What a step of the engine sends to the device and reads back: one copy each way, and one wait.
+"""What a step of the engine sends to the device and reads back: one copy each way, and one wait. (Where sequences join,
+the model sends its attention's table of tiles besides: a few kB, from memory that the driver copies at once.)
 
 A copy of a few numbers takes a GPU longer to begin than to make, and one from memory that is not pinned makes the host
 wait. So everything that a step needs travels in one pinned buffer, 8 bytes a number, and its results come back in
