@@ -322,3 +322,24 @@ def test_documents_come_in_the_shares_and_from_the_writers_asked_for(both_writer
         assert shapes[name] / count == pytest.approx(share, abs=0.04), shapes
     plain_only = documents(writers, chains, [1.0, 0.0], "plain", 300)
     assert not any("also called" in text for document in plain_only for _, text in document)
+
+
+@pytest.mark.parametrize("object_first", [1.0, 4.0])
+def test_sentences_with_the_object_first_are_drawn_as_often_as_asked_for(monkeypatch, object_first):
+    """Where a fact can be told so; and exercises ask for what their mix says."""
+    writer, _ = make_writer("rich", replace(BASE_MIX, object_first=object_first))
+    world, asked = writer.world, set()
+    generator, drawn, expected = random.Random(3), 0, 0.0
+    for entity in (world.entity(0, number) for number in range(200)):
+        for fact in (world.fact(entity, relation) for relation in world.relations(entity.kind)):
+            first = [sentence for sentence in fact.relation.sentences if sentence.startswith("{o}")]
+            others = len(fact.relation.sentences) - len(first)
+            text = world.excerpt(entity, [fact], generator, object_first)
+            drawn += any(sentence.format(s=entity.name, o=fact.mention) in text for sentence in first)
+            expected += object_first * len(first) / (object_first * len(first) + others)
+    assert expected > 100
+    assert drawn == pytest.approx(expected, rel=0.15)
+    excerpt = world.excerpt
+    monkeypatch.setattr(world, "excerpt", lambda *arguments: asked.add(arguments[3]) or excerpt(*arguments))
+    writer.reading(generator)
+    assert asked == {object_first}
