@@ -110,6 +110,7 @@ def sample(run: Run, questions: Sequence[Question], step: int) -> list[Trajector
     with run.ui.phase("rollout", len(mine)) as progress:
         trajectories = run.loop.run(mine, progress)
     run.timers.add("search_wait", run.loop.statistics.time_search_wait)
+    run.timers.add("recording", run.loop.statistics.time_recording)
     if run.ranks.device.type == "cuda":
         run.engine.free_cache()  # the update needs the memory
     shared = run.ranks.unshare([trajectories[i : i + size] for i in range(0, len(trajectories), size)])

@@ -29,6 +29,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from searchr1_kernels._installed import has_triton
 
 from searchr1_fast.config import RolloutConfig
 from searchr1_fast.models import Decoder, KVCache, TextTokenizer
@@ -164,8 +165,8 @@ class Engine:
         self.is_eos = np.zeros(vocab_size, dtype=bool)  # [V]: ends a turn by itself
         self.is_eos[list(tokenizer.eos_ids)] = True
         self._transfers = Transfers(model.head_weight.device)
-        if decode_graphs is None and config.cuda_graphs and self._transfers.device.type == "cuda":
-            decode_graphs = CudaDecodeGraphs
+        if decode_graphs is None and config.cuda_graphs and self._transfers.device.type == "cuda" and has_triton():
+            decode_graphs = CudaDecodeGraphs  # without Triton, attention to the cache waits for the device
         self._graphs_class, self._graphs = decode_graphs, None
         self._cache: KVCache | None = None
         self._slots = SlotTable(0, 0)

@@ -41,7 +41,7 @@ class TraceMix:
     of two passages of look-alikes it took either (the stem, after 4,000 steps: right 51 of 100 times)."""
     object_first: float = 1.0
     """How many times as often as others exercises draw sentences that begin with their object ("Pekok Grame is the
-    rival of …"). They are few, and a model that met them no more often read .68 of them and .96 of the others."""
+    rival of …"). They are few, and a model that met them no more often read .71 of them and .94 of the others."""
 
     def __post_init__(self) -> None:
         total = self.complete + self.first_hop_only + self.guess + self.wrong_search
