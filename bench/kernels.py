@@ -96,7 +96,7 @@ class Clock:
         return sum(event.self_device_time_total for event in kernels) / 1e6 / calls
 
     def once(self, provider: Provider) -> tuple[dict[str, float], int | None]:
-        """-> `measure` of one call, and what that adds to the memory in use at its highest; None where nobody counts."""
+        """-> `measure` of one call, and what it adds to the memory in use at its highest; None where nobody counts."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
             before = torch.cuda.memory_allocated()
