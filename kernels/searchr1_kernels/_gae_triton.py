@@ -28,7 +28,7 @@ import torch
 import triton
 import triton.language as tl
 
-# 4,096 sequences of 244 tokens: one tile each, 7 or 8 programs on a multiprocessor by their registers.
+# 4,096 sequences of 244 tokens are one tile each; by their registers 6 programs fit on a multiprocessor.
 TILE = 512
 NUM_WARPS = 4
 # Tokens per sequence from which on every tile gets a program: a program would scan 16 tiles or more in a row.
