@@ -15,11 +15,11 @@ which the products take longer.
 
 Every provider's result is compared with ours before anything is timed; the largest relative difference is in the row,
 which may be large where a provider rounds to 16 bits. Times are medians of interleaved repetitions, each of as many
-calls as fill two milliseconds. On a GPU a repetition is timed by events, with the queue kept full: short kernels show
-what a loop of calls costs, and `device_seconds` what the device itself was busy (from the profiler). `cpu_seconds` is
-the process's CPU time: on one thread, what a quiet machine would take. "roofline" is the time that matrix units at the
-rate of a large product, or memory at the rate of a large copy, would need, over the time taken; integer products may
-pass 100 %.
+calls as fill two milliseconds; what takes more than a second is measured once. On a GPU a repetition is timed by
+events, with the queue kept full: short kernels show what a loop of calls costs, and `device_seconds` what the device
+itself was busy (from the profiler). `cpu_seconds` is the process's CPU time: on one thread, what a quiet machine would
+take. "roofline" is the time that matrix units at the rate of a large product, or memory at the rate of a large copy,
+would need, over the time taken; integer products may pass 100 %.
 
 Peak memory is what a call adds at its highest: the allocator's count on a GPU, the resident set's on Linux.
 """
@@ -46,6 +46,7 @@ from searchr1_fast.errors import entry_point
 
 KERNELS = ("head", "score", "gae", "group", "kl", "cached", "generation", "topk")
 _FILL_SECONDS = 2e-3
+_SLOW_SECONDS = 1.0  # of a call that is not repeated
 _PROFILED_SECONDS = 0.1  # of calls under the profiler, which keeps an event per launch: a loop of launches has millions
 
 
@@ -88,23 +89,26 @@ class Clock:
             for _ in range(calls):
                 provider.run()
             torch.cuda.synchronize()
-        return sum(event.self_device_time_total for event in profile.key_averages()) / 1e6 / calls
+        kernels = (
+            event
+            for event in profile.key_averages()  # of operators too, to which their kernels' time is ascribed again
+            if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
+        )
+        return sum(event.self_device_time_total for event in kernels) / 1e6 / calls
 
-    def peak_bytes(self, provider: Provider) -> int | None:
-        """What a run adds to the memory in use at its highest; None where nobody counts."""
+    def once(self, provider: Provider) -> tuple[dict[str, float], int | None]:
+        """-> `measure` of one call, and what it adds to the memory in use at its highest; None where nobody counts."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
-            provider.run()
-            return torch.cuda.max_memory_allocated() - before
+            return self.measure(provider, 1), torch.cuda.max_memory_allocated() - before
         reset = Path("/proc/self/clear_refs")
         if not reset.exists():
-            return None
+            return self.measure(provider, 1), None
         reset.write_text("5", encoding="ascii")  # the high-water mark starts again from here
         before = resident("VmRSS")
-        provider.run()
-        return max(0, resident("VmHWM") - before)
+        return self.measure(provider, 1), max(0, resident("VmHWM") - before)
 
 
 def resident(name: str) -> int:
@@ -131,6 +135,7 @@ def difference(have: Sequence[torch.Tensor], want: Sequence[torch.Tensor]) -> fl
 def measure(case: Case, clock: Clock, repetitions: int, rates: dict[str, float]) -> dict[str, Any]:
     """The measured part of a row."""
     systems: dict[str, dict[str, Any]] = {}
+    samples: dict[str, list[dict[str, float]]] = {}
     wanted = None
     for name, provider in case.providers.items():
         try:
@@ -146,12 +151,17 @@ def measure(case: Case, clock: Clock, repetitions: int, rates: dict[str, float])
             wanted = answer if wanted is None else wanted
             systems[name]["difference"] = difference(answer, wanted)
         del output
-        systems[name]["peak_bytes"] = clock.peak_bytes(provider)  # compiled by now, and what it keeps is there
-        once = clock.measure(provider, 1)["seconds"]
-        systems[name]["calls"] = max(1, math.ceil(_FILL_SECONDS / max(once, 1e-7)))
+        once, systems[name]["peak_bytes"] = clock.once(provider)  # compiled by now, and what it keeps is there
+        if once["seconds"] > _SLOW_SECONDS:
+            samples[name] = [once]
+            systems[name]["calls"] = 1
+            continue
+        seconds = clock.measure(provider, 1)["seconds"]
+        systems[name]["calls"] = max(1, math.ceil(_FILL_SECONDS / max(seconds, 1e-7)))
     del wanted
-    samples: dict[str, list[dict[str, float]]] = {name: [] for name in systems}
-    for _, name in harness.interleaved(list(systems), repetitions):
+    repeated = [name for name in systems if name not in samples]
+    samples |= {name: [] for name in repeated}
+    for _, name in harness.interleaved(repeated, repetitions) if repeated else ():
         samples[name].append(clock.measure(case.providers[name], systems[name]["calls"]))
     floor = max(case.flops / rates["matmul_flops"], case.bytes / rates["copy_bytes"])
     for name, system in systems.items():

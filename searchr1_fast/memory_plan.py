@@ -44,6 +44,7 @@ from searchr1_fast.rollout.engine import MAX_PREFILL_TOKENS
 RESERVE = 1 << 30  # CUDA context, NCCL, what the allocator cannot use: an estimate
 _FP32 = 4
 CHUNK_BYTES = 1 << 30  # searchr1_kernels: logits of a chunk and their gradient, on CUDA
+KEPT_BYTES = 3 << 29  # likewise, where a product of its own keeps 16 bits a logit
 TILE_ROWS = 128  # a chunk is a multiple of so many rows
 ATTENTION_PLACES, ATTENTION_TOKENS = 512, 1024  # searchr1_kernels: places of a part, lone tokens at a time, on CUDA
 # What the arithmetic may be off by where `auto` keeps the cache. To be wrong ends a run; recording again costs seconds.
@@ -291,17 +292,26 @@ def _update(config: Config, decoder: DecoderConfig, num_ranks: int, batch: Batch
 def head_bytes(decoder: DecoderConfig, size: int, num_scored: int) -> list[tuple[str, int]]:
     """`linear_policy_loss` on CUDA at its peak: both gradients of the head, and a chunk of logits with its gradient; or
     if that is more, in the backward pass, the weight's gradient in the compute type."""
-    row = decoder.vocab_size * (_FP32 + (size if size != _FP32 else 0))
-    most = max(256, CHUNK_BYTES // row)
-    chunks = max(1, -(-num_scored // most))
-    longest = -(-num_scored // chunks)
-    rows = longest + -longest % TILE_ROWS
     weight = decoder.vocab_size * decoder.hidden_size
+    row = decoder.vocab_size * (_FP32 + (size if size != _FP32 else 0))
+    rows, _ = _head_chunks(num_scored, CHUNK_BYTES // row)
+    ways = [(rows * row, _FP32 * weight)]
+    if size != _FP32:  # which way a GPU takes, its architecture says
+        rows, chunks = _head_chunks(num_scored, KEPT_BYTES // (decoder.vocab_size * size))
+        ways.append((rows * decoder.vocab_size * size, (size if chunks == 1 else _FP32) * weight))
+    logits, gradient = max(ways, key=sum)
     return [
-        ("logits of a chunk", max(rows * row, size * weight)),
-        ("weight's gradient", _FP32 * weight),
+        ("logits of a chunk", max(logits, size * weight)),
+        ("weight's gradient", gradient),
         ("hidden states and gradient", 2 * num_scored * decoder.hidden_size * size),
     ]
+
+
+def _head_chunks(num_scored: int, most: int) -> tuple[int, int]:
+    """-> rows of a chunk where about `most` fit, and the number of chunks."""
+    chunks = max(1, -(-num_scored // max(256, most)))
+    longest = -(-num_scored // chunks)
+    return longest + -longest % TILE_ROWS, chunks
 
 
 # --------------------------------------------------------------------------------------------------------- activations

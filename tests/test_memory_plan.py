@@ -163,6 +163,7 @@ def saved_bytes(decoder: Decoder, rows: int) -> int:
 
 def test_the_head_s_chunks_are_the_kernel_s():
     assert _linear_chunks._CHUNK_BYTES["cuda"] == memory_plan.CHUNK_BYTES
+    assert _linear_chunks._KEPT_BYTES == memory_plan.KEPT_BYTES
     assert memory_plan.TILE_ROWS == _linear_chunks._TILE_ROWS
     head = dict(memory_plan.head_bytes(published_config("qwen2.5-3b"), 2, 4096))
     row = 151_936 * 6  # logits in fp32, their gradient in bf16: 1177 rows are a GiB, 4096 rows four chunks of 1024
@@ -171,6 +172,8 @@ def test_the_head_s_chunks_are_the_kernel_s():
         "weight's gradient": 4 * 151_936 * 2048,
         "hidden states and gradient": 2 * 2 * 4096 * 2048,
     }
+    head = dict(memory_plan.head_bytes(published_config("qwen2.5-3b"), 2, 16_384))
+    assert head["logits of a chunk"] == 4096 * 151_936 * 2  # probabilities in bf16, which take more than GiBs of logits
 
 
 def test_less_scored_or_more_shared_is_other_memory():

@@ -154,11 +154,14 @@ def combine(
 def configuration(group: int, head_dim: int, itemsize: int, split: bool) -> dict[str, int]:
     """Meta-parameters of `attend`."""
     rows = group if split else tile_tokens(group) * group
+    num_warps = 4 if itemsize < 4 and (split or head_dim in (16, 32, 64, 128)) else 8
+    if itemsize == 4 and not split and head_dim > 64:
+        num_warps = 16  # with 8, sm_80 spills 32 bytes at a head size of 128 (Triton 3.6 and 3.9)
     return {
         "BM": max(16, triton.next_power_of_2(rows)),
         "BN": 64 if head_dim <= 128 and itemsize < 4 else 32 if split or itemsize < 4 else 16,
         "BD": max(16, triton.next_power_of_2(head_dim)),
-        "num_warps": 4 if itemsize < 4 and (split or head_dim in (16, 32, 64, 128)) else 8,
+        "num_warps": num_warps,
         "num_stages": 2,
     }
 

@@ -9,14 +9,18 @@ the rewards of masked tokens in between. Right to left, every token maps X to X:
 
 Maps x -> a * x + b compose to such maps, associatively: one scan, with nothing to compact and no wait for the host.
 
-Tiles are counted from the end of their sequence, so a sequence's result does not depend on the others in the batch.
-Tile `cu_seqlens[s] // B + s + c` is the c-th of sequence s: so many are always enough, and some stay empty.
+Tiles are counted from the end of their sequence and handed on in that order, so a sequence's result does not depend on
+the others in the batch. One program takes a sequence, tile by tile, and loads the next one while it scans
+(`scan_sequences`). Where there are so few sequences for the tokens that a GPU would have little to do, every tile gets
+a program (`scan_tiles`, `apply_carries`), with the same arithmetic: tile `cu_seqlens[s] // B + s + c` is then the c-th
+of sequence s; so many are always enough, and some stay empty.
 
 Shape legend: N tokens, S sequences, T tiles of B tokens.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -24,9 +28,17 @@ import torch
 import triton
 import triton.language as tl
 
-TILE = 1024
-NUM_WARPS = 8
-_TILES_AT_ONCE = 256
+# 4,096 sequences of 244 tokens are one tile each; by their registers 6 programs fit on a multiprocessor.
+TILE = 512
+NUM_WARPS = 4
+# Tokens per sequence from which on every tile gets a program: a program would scan 16 tiles or more in a row.
+_LONG = 16 * TILE
+# Whether to remember compiled kernels of `scan_sequences` by the types of its arguments.
+LAUNCH_DIRECTLY = True
+_kernels: dict[tuple, Any] = {}
+_POINTERS = ["rewards", "values", "mask", "cu_seqlens", "outputs"]
+# Nothing is loaded or stored in vectors, so no launch needs to look at what divides what.
+_ANY = {"do_not_specialize_on_alignment": _POINTERS}
 
 
 @triton.jit
@@ -51,22 +63,34 @@ def _place(cu_seqlens, num_sequences, search_steps, B: tl.constexpr):
 
 
 @triton.jit
+def _load(rewards, values, mask, begin, last, end, B: tl.constexpr, MASKED: tl.constexpr):
+    """-> reward, value and mask [B] of the tokens that follow those from `last` down; 0, 0 and 1 past either end."""
+    token = last - tl.arange(0, B)
+    following = token + 1
+    known = (token >= begin) & (following < end)
+    reward = tl.load(rewards + following, mask=known, other=0.0)
+    value = tl.load(values + following, mask=known, other=0.0)
+    kept = known  # read if MASKED
+    if MASKED:
+        kept = tl.load(mask + following, mask=known, other=1) != 0
+    return reward, value, kept
+
+
+@triton.jit
 def _scan(
-    rewards, values, mask, begin, last, end, gamma, gamma_rest, decay, decay_rest,
+    reward, value, kept, begin, last, end, gamma, gamma_rest, decay, decay_rest,
     B: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """-> tokens [B] from `last` down, and the maps that give the X each of them gets, of the X that `last` gets."""
+    """What `_load` gives -> tokens [B] from `last` down, and the maps that give the X each of them gets, of the X that
+    `last` gets."""
     gamma = tl.zeros((B,), tl.float64) + gamma + gamma_rest
     decay = tl.zeros((B,), tl.float64) + decay + decay_rest
     token = last - tl.arange(0, B)
     following = token + 1
-    known = (token >= begin) & (following < end)
-    reward = tl.load(rewards + following, mask=known, other=0.0).to(tl.float64)
-    value = tl.load(values + following, mask=known, other=0.0).to(tl.float64)
+    reward, value = reward.to(tl.float64), value.to(tl.float64)
     a = decay
     b = gamma * value + decay * (reward - value)
     if MASKED:
-        kept = tl.load(mask + following, mask=known, other=1) != 0
         a = tl.where(kept, a, 1.0)
         b = tl.where(kept, b, reward)
     a = tl.where(following < end, a, 0.0)
@@ -84,7 +108,7 @@ def _last(a, B: tl.constexpr):
 
 
 @triton.jit
-def _write(rewards, values, mask, advantages, returns, token, begin, x, MASKED: tl.constexpr):
+def _write(rewards, values, mask, outputs, num_tokens, token, begin, x, MASKED: tl.constexpr):
     inside = token >= begin
     reward = tl.load(rewards + token, mask=inside, other=0.0).to(tl.float64)
     value = tl.load(values + token, mask=inside, other=0.0).to(tl.float64)
@@ -94,77 +118,117 @@ def _write(rewards, values, mask, advantages, returns, token, begin, x, MASKED: 
         kept = tl.load(mask + token, mask=inside, other=0) != 0
         advantage = tl.where(kept, advantage, 0.0)
         total = tl.where(kept, total, 0.0)
-    tl.store(advantages + token, advantage.to(advantages.dtype.element_ty), mask=inside)
-    tl.store(returns + token, total.to(returns.dtype.element_ty), mask=inside)
+    tl.store(outputs + token, advantage.to(outputs.dtype.element_ty), mask=inside)
+    tl.store(outputs + num_tokens + token, total.to(outputs.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["num_sequences", "search_steps"])
-def scan_tiles(
+@triton.jit(do_not_specialize=["num_tokens"], **_ANY)
+def scan_sequences(
     rewards,  # [N]
     values,  # [N]
     mask,  # [N] uint8, read if MASKED
     cu_seqlens,  # [S+1]
-    advantages,  # [N]
-    returns,  # [N]
-    slopes,  # [T] fp64
-    shifts,  # [T] fp64
+    outputs,  # [2, N]: advantages, returns
+    num_tokens,
     gamma,
     gamma_rest,  # of gamma's fp64 value
     decay,  # gamma * lam
     decay_rest,
-    num_sequences,
-    search_steps,
     B: tl.constexpr,
     MASKED: tl.constexpr,
 ):
+    """Advantages and returns of a sequence."""
+    sequence = tl.program_id(0)
+    begin = tl.load(cu_seqlens + sequence).to(tl.int64)
+    end = tl.load(cu_seqlens + sequence + 1).to(tl.int64)
+    reward, value, kept = _load(rewards, values, mask, begin, end - 1, end, B, MASKED)
+    carry = tl.sum(tl.zeros((B,), tl.float64), 0)
+    last = end - 1
+    for _ in range(tl.cdiv(end - begin, B).to(tl.int32)):
+        after = _load(rewards, values, mask, begin, last - B, end, B, MASKED)
+        token, a, b = _scan(
+            reward, value, kept, begin, last, end, gamma, gamma_rest, decay, decay_rest, B, MASKED
+        )  # fmt: skip
+        x = b + a * carry
+        _write(rewards, values, mask, outputs, num_tokens, token, begin, x, MASKED)
+        carry = _last(x, B)
+        reward, value, kept = after
+        last -= B
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_sequences", "search_steps"], **_ANY)
+def scan_tiles(
+    rewards, values, mask, cu_seqlens, outputs,
+    maps,  # [2, T] fp64: slopes, shifts
+    num_tokens, gamma, gamma_rest, decay, decay_rest, num_sequences, search_steps,
+    B: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
     """Advantages and returns of every sequence's last tile, to which nothing comes in; the map of every whole tile."""
     begin, end, number = _place(cu_seqlens, num_sequences, search_steps, B)
     last = end - 1 - number.to(tl.int64) * B
     if last >= begin:
-        token, a, b = _scan(rewards, values, mask, begin, last, end, gamma, gamma_rest, decay, decay_rest, B, MASKED)
-        tl.store(slopes + tl.program_id(0), _last(a, B))
-        tl.store(shifts + tl.program_id(0), _last(b, B))
+        reward, value, kept = _load(rewards, values, mask, begin, last, end, B, MASKED)
+        token, a, b = _scan(
+            reward, value, kept, begin, last, end, gamma, gamma_rest, decay, decay_rest, B, MASKED
+        )  # fmt: skip
+        tl.store(maps + tl.program_id(0), _last(a, B))
+        tl.store(maps + tl.num_programs(0) + tl.program_id(0), _last(b, B))
         if number == 0:
-            _write(rewards, values, mask, advantages, returns, token, begin, b, MASKED)
+            _write(rewards, values, mask, outputs, num_tokens, token, begin, b, MASKED)
 
 
-@triton.jit(do_not_specialize=["num_sequences", "search_steps"])
+@triton.jit(do_not_specialize=["num_tokens", "num_sequences", "search_steps"], **_ANY)
 def apply_carries(
-    rewards, values, mask, cu_seqlens, advantages, returns, slopes, shifts,
+    rewards, values, mask, cu_seqlens, outputs, maps, num_tokens,
     gamma, gamma_rest, decay, decay_rest, num_sequences, search_steps,
-    B: tl.constexpr, MASKED: tl.constexpr, AT_ONCE: tl.constexpr,
+    B: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Advantages and returns of all other tiles."""
     begin, end, number = _place(cu_seqlens, num_sequences, search_steps, B)
     last = end - 1 - number.to(tl.int64) * B
     if (last >= begin) & (number > 0):
-        first = tl.program_id(0) - number
-        carry = tl.sum(tl.zeros((AT_ONCE,), tl.float64), 0)
-        for done in range(0, number, AT_ONCE):
-            tile = done + tl.arange(0, AT_ONCE)
-            a = tl.load(slopes + first + tile, mask=tile < number, other=1.0)
-            b = tl.load(shifts + first + tile, mask=tile < number, other=0.0)
-            a, b = tl.associative_scan((a, b), 0, _compose)
-            carry = _last(a, AT_ONCE) * carry + _last(b, AT_ONCE)
-        token, a, b = _scan(rewards, values, mask, begin, last, end, gamma, gamma_rest, decay, decay_rest, B, MASKED)
-        _write(rewards, values, mask, advantages, returns, token, begin, b + a * carry, MASKED)
+        maps += tl.program_id(0) - number
+        carry = tl.sum(tl.zeros((B,), tl.float64), 0)
+        for done in tl.range(0, number, loop_unroll_factor=8):  # loads that do not wait for each other
+            carry = tl.load(maps + tl.num_programs(0) + done) + tl.load(maps + done) * carry
+        reward, value, kept = _load(rewards, values, mask, begin, last, end, B, MASKED)
+        token, a, b = _scan(
+            reward, value, kept, begin, last, end, gamma, gamma_rest, decay, decay_rest, B, MASKED
+        )  # fmt: skip
+        _write(rewards, values, mask, outputs, num_tokens, token, begin, b + a * carry, MASKED)
 
 
-def scan(rewards, values, cu_seqlens, gamma, decay, mask, advantages, returns) -> None:
-    """Fills advantages and returns [N]; all contiguous, on one device, N and S above 0; mask [N] bool or None."""
-    num_sequences = cu_seqlens.shape[0] - 1
-    num_tiles = rewards.shape[0] // TILE + num_sequences
-    slopes, shifts = torch.empty(2, num_tiles, dtype=torch.float64, device=rewards.device).unbind()
-    arguments = (
-        rewards, values, rewards if mask is None else mask.view(torch.uint8), cu_seqlens, advantages, returns,
-        slopes, shifts, *_split(gamma), *_split(decay), num_sequences, num_sequences.bit_length(),
-    )  # fmt: skip
+def scan(rewards, values, cu_seqlens, gamma, decay, mask, outputs) -> None:
+    """Fills advantages and returns, outputs [2, N]; all contiguous, on one device, N and S above 0; mask [N] bool or
+    None."""
+    num_tokens, num_sequences = rewards.shape[0], cu_seqlens.shape[0] - 1
+    tensors = (rewards, values, rewards if mask is None else mask.view(torch.uint8), cu_seqlens, outputs)
+    numbers = (num_tokens, *_split(gamma), *_split(decay))
     options = {"B": TILE, "MASKED": mask is not None, "num_warps": NUM_WARPS}
     with torch.cuda.device_of(rewards):
-        scan_tiles[(num_tiles,)](*arguments, **options)
-        apply_carries[(num_tiles,)](*arguments, **options, AT_ONCE=_TILES_AT_ONCE)
+        if num_tokens <= _LONG * num_sequences:
+            _launch_sequences(num_sequences, tensors, numbers, options)
+            return
+        num_tiles = num_tokens // TILE + num_sequences
+        maps = torch.empty(2, num_tiles, dtype=torch.float64, device=rewards.device)
+        numbers = (*numbers, num_sequences, num_sequences.bit_length())
+        scan_tiles[(num_tiles,)](*tensors, maps, *numbers, **options)
+        apply_carries[(num_tiles,)](*tensors, maps, *numbers, **options)
 
 
+def _launch_sequences(num_sequences: int, tensors: tuple, numbers: tuple, options: dict[str, Any]) -> None:
+    """`scan_sequences`. From the second call on without what Triton's launcher does on the host to find the kernel that
+    fits the arguments: here their types say which."""
+    types = (tensor.dtype for tensor in tensors)
+    key = (tensors[0].device, *types, numbers[0] >> 31, *options.values())
+    kernel = _kernels.get(key) if LAUNCH_DIRECTLY else None
+    if kernel is None:
+        _kernels[key] = scan_sequences[(num_sequences,)](*tensors, *numbers, **options)  # None in the interpreter
+    else:
+        kernel[(num_sequences, 1, 1)](*tensors, *numbers, options["B"], options["MASKED"])
+
+
+@functools.lru_cache(maxsize=16)
 def _split(number: float) -> tuple[float, float]:
     """Two fp32 numbers whose sum is an fp64 one, to 2^-48: a launch rounds what it is given to fp32."""
     high = float(np.float32(number))
@@ -174,13 +238,12 @@ def _split(number: float) -> tuple[float, float]:
 def compile_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int, int, set[str]]]:
     """What is shipped, for the compile test: name, kernel, signature, constants, warps, stages, and the arguments that
     are multiples of 16."""
-    pointers = {"rewards": "*fp32", "values": "*fp32", "mask": "*u8", "cu_seqlens": "*i32"}
-    pointers |= {"advantages": "*fp32", "returns": "*fp32", "slopes": "*fp64", "shifts": "*fp64"}
-    numbers = dict.fromkeys(("gamma", "gamma_rest", "decay", "decay_rest"), "fp32")
-    numbers |= {"num_sequences": "i32", "search_steps": "i32"}
-    signature, constants, divisible = pointers | numbers, {"B": TILE, "MASKED": True}, set(pointers)
+    pointers = {"rewards": "*fp32", "values": "*fp32", "mask": "*u8", "cu_seqlens": "*i32", "outputs": "*fp32"}
+    numbers = dict.fromkeys(("gamma", "gamma_rest", "decay", "decay_rest"), "fp32") | {"num_tokens": "i32"}
+    tiled = pointers | numbers | {"maps": "*fp64", "num_sequences": "i32", "search_steps": "i32"}
+    constants = {"B": TILE, "MASKED": True}
     return [
-        ("gae_scan_tiles", scan_tiles, signature, constants, NUM_WARPS, 3, divisible),
-        ("gae_apply_carries", apply_carries, signature, constants | {"AT_ONCE": _TILES_AT_ONCE}, NUM_WARPS, 3,
-         divisible),
-    ]  # fmt: skip
+        ("gae_scan_sequences", scan_sequences, pointers | numbers, constants, NUM_WARPS, 3, set()),
+        ("gae_scan_tiles", scan_tiles, tiled, constants, NUM_WARPS, 3, {"maps"}),
+        ("gae_apply_carries", apply_carries, tiled, constants, NUM_WARPS, 3, {"maps"}),
+    ]

@@ -1,7 +1,8 @@
 """What `linear_logprob` and `linear_policy_loss` share: hidden states through the head, chunk by chunk.
 
-All chunks use one workspace of logits, so its size is that of a chunk, whatever N is. Two classes know what happens to
-a chunk's logits: `PlainRows` here, in torch, and its faster twin `FusedRows` in `_linear_rows_triton`. Both offer
+All chunks use one workspace of logits, so its size is that of a chunk, whatever N is. Three classes know what happens
+to a chunk's logits: `PlainRows` here, in torch, its faster twin `FusedRows` in `_linear_rows_triton`, and where a
+matrix product of our own is worth it `KeptRows` in `_linear_gradient_triton`. All offer
 
     scores(rows, …)     logits, then log-probability and entropy of every row
     gradient(…)         after that: the gradient of the logits, for the two matrix products that remain
@@ -26,6 +27,11 @@ from searchr1_kernels._installed import has_triton
 # Bytes of one chunk's logits and their gradient. CPU: small enough for the cache. CUDA: large enough for the matrix
 # products, but at most a quarter of the free memory.
 _CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 1 << 30}
+# Bytes of a chunk of `KeptRows`, which has 2 a logit: 4,096 rows of a vocabulary of 151,936 at a time for 16,384, and
+# 5,300 without a second chunk, whose fp32 sum would be written and read.
+_KEPT_BYTES = 3 << 29
+# Whether matrix products of our own, with the passes over logits inside, may take the place of a library's.
+OWN_PRODUCTS = True
 # Below this many rows the weight and its gradient would be re-read too often to be worth a smaller workspace.
 _MIN_CHUNK_ROWS = 256
 # Chunks on CUDA are multiples of so many rows, so that no tile of a matrix product is left half empty.
@@ -145,8 +151,21 @@ def runs_fused(hidden: torch.Tensor) -> bool:
     return hidden.device.type == "cuda" and hidden.dtype != torch.float64 and has_triton()
 
 
-def rows_class(hidden: torch.Tensor) -> Any:
-    """The passes for tensors of this kind."""
+def runs_products(hidden: torch.Tensor, weight: torch.Tensor, softcap: float | None) -> bool:
+    """Whether Triton's products with the passes inside take these."""
+    if not OWN_PRODUCTS or softcap is not None or hidden.dtype != torch.bfloat16 or not runs_fused(hidden):
+        return False
+    from searchr1_kernels import _linear_forward_triton
+
+    return _linear_forward_triton.takes(hidden, weight)
+
+
+def rows_class(hidden: torch.Tensor, kept: bool = False) -> Any:
+    """The passes for tensors of this kind; `kept`: those of `runs_products`."""
+    if kept:
+        from searchr1_kernels._linear_gradient_triton import KeptRows
+
+        return KeptRows
     if runs_fused(hidden):
         from searchr1_kernels._linear_rows_triton import FusedRows
 
@@ -238,14 +257,15 @@ def live_rows(slope: torch.Tensor, entropy_slope: torch.Tensor | None, share: fl
 
 class Gradients:
     """The sums that the two matrix products of every chunk add to: grad_hidden [N,D], in fp32 where hidden is fp16,
-    whose range ends at 6e-8; grad_weight [V,D], in fp32 (fp64 for fp64)."""
+    whose range ends at 6e-8; grad_weight [V,D], summed in fp32 (fp64 for fp64), of the type `weight_gradient_dtype`
+    says."""
 
     def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, want_hidden: bool, want_weight: bool) -> None:
         self.operand = operand(weight)
-        hidden_dtype, compute = gradient_dtype(hidden), compute_dtype(hidden)
-        self._hidden = hidden.new_zeros(hidden.shape, dtype=hidden_dtype) if want_hidden else None
-        self._weight = weight.new_empty(weight.shape, dtype=compute) if want_weight else None
-        self._weight_written = False
+        self._hidden = hidden.new_zeros(hidden.shape, dtype=gradient_dtype(hidden)) if want_hidden else None
+        self._num_rows, self._shape, self._want_weight = hidden.shape[0], weight.shape, want_weight
+        self._weight_dtype, self._compute = weight_gradient_dtype(weight), compute_dtype(hidden)
+        self._weight: torch.Tensor | None = None
 
     def add(self, gradient: torch.Tensor, rows: torch.Tensor, where: slice | torch.Tensor) -> None:
         """gradient [C,V] of the logits of rows [C,D], as `operand` gives them, which are those `where` in N."""
@@ -255,17 +275,21 @@ class Gradients:
             part = self._hidden.new_empty(len(rows), self._hidden.shape[1])
             multiply(gradient, self.operand, out=part)
             self._hidden[where] = part
-        if self._weight is not None and self._weight_written:
+        if self._weight is not None:
             multiply_add(gradient.t(), rows, out=self._weight)
-        elif self._weight is not None:
+        elif self._want_weight:
+            # One chunk is a sum that the product makes, and rounds once.
+            dtype = self._weight_dtype if len(rows) == self._num_rows else self._compute
+            self._weight = rows.new_empty(self._shape, dtype=dtype)
             multiply(gradient.t(), rows, out=self._weight)
-            self._weight_written = True
 
     def results(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """grad_hidden, grad_weight; None where not wanted."""
-        if self._weight is not None and not self._weight_written:
-            self._weight.zero_()
-        return self._hidden, self._weight
+        if not self._want_weight:
+            return self._hidden, None
+        if self._weight is None:
+            return self._hidden, self.operand.new_zeros(self._shape, dtype=self._weight_dtype)
+        return self._hidden, self._weight.to(self._weight_dtype)
 
 
 def multiply(left: torch.Tensor, right: torch.Tensor, *, out: torch.Tensor, scale: float = 1.0) -> None:
@@ -299,6 +323,13 @@ def gradient_dtype(hidden: torch.Tensor) -> torch.dtype:
     return torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
 
 
+def weight_gradient_dtype(weight: torch.Tensor) -> torch.dtype:
+    """Of `Gradients`' grad_weight."""
+    if weight.device.type == "cuda" and weight.dtype == torch.bfloat16:
+        return weight.dtype
+    return compute_dtype(weight)
+
+
 def operand(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor as the matrix products take it: bf16 stays so on CUDA, which multiplies it with fp32 results. A CPU
     would round the logits to bf16, and fp16 cannot hold gradients divided by a large number of tokens."""
@@ -307,8 +338,14 @@ def operand(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(compute_dtype(tensor))
 
 
-def chunk_ranges(hidden: torch.Tensor, weight: torch.Tensor, *, for_gradient: bool) -> list[slice]:
-    """Slices that cover [0, N), of equal size but for the last. `weight` as an operand."""
+def chunk_ranges(
+    hidden: torch.Tensor, weight: torch.Tensor, *, for_gradient: bool, kept: bool = False
+) -> list[slice]:  # fmt: skip
+    """Slices that cover [0, N), of equal size but for the last. `weight` as an operand; `kept`: for `KeptRows`."""
+    if kept:
+        fitting = memory_budget(hidden.device, _KEPT_BYTES) // (weight.shape[0] * weight.dtype.itemsize)
+        size = chunk_size(hidden.shape[0], max(_MIN_CHUNK_ROWS, fitting))
+        return ranges(hidden.shape[0], -(-size // _TILE_ROWS) * _TILE_ROWS)
     compute = compute_dtype(hidden)
     bytes_per_logit = compute.itemsize
     if for_gradient and weight.dtype != compute:

@@ -39,6 +39,30 @@ _MAX_ROWS = 32768
 _MERGE_ROWS, _MERGE_DEPTH = 16, 128
 
 
+@triton.jit
+def place(N, V, ROWS: tl.constexpr, SPAN: tl.constexpr, GROUP: tl.constexpr):
+    """-> first row and number of the span of this program: a group of row tiles takes one span after the other."""
+    program = tl.program_id(0)
+    row_tiles, spans = tl.cdiv(N, ROWS), tl.cdiv(V, SPAN)
+    group = program // (GROUP * spans)
+    width = tl.minimum(row_tiles - group * GROUP, GROUP)
+    within = program - group * GROUP * spans
+    return (group * GROUP + within % width) * ROWS, within // width
+
+
+@triton.jit
+def product(
+    hidden_desc, weight_desc, row, column, D, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr
+):  # fmt: skip
+    """-> logits [ROWS, COLUMNS], fp32."""
+    z = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for depth in range(0, D, DEPTH):
+        left = hidden_desc.load([row, depth])
+        right = weight_desc.load([column, depth])
+        z = tl.dot(left, right.T, z, input_precision="ieee")
+    return z
+
+
 @triton.jit(do_not_specialize=["N"])  # one kernel for every number of rows, and the same bits
 def scan_vocabulary(
     hidden_desc,  # [N, D]
@@ -57,21 +81,12 @@ def scan_vocabulary(
     SOFTCAP: tl.constexpr,
 ):
     """Statistics of ROWS rows over one span of the vocabulary."""
-    program = tl.program_id(0)
-    row_tiles, spans = tl.cdiv(N, ROWS), tl.cdiv(V, SPAN)
-    group = program // (GROUP * spans)
-    width = tl.minimum(row_tiles - group * GROUP, GROUP)
-    within = program - group * GROUP * spans
-    row, span = (group * GROUP + within % width) * ROWS, within // width
+    row, span = place(N, V, ROWS, SPAN, GROUP)
     highest = tl.full([ROWS], _LOWEST, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     weighted = tl.zeros([ROWS], tl.float32)
     for column in range(span * SPAN, tl.minimum(span * SPAN + SPAN, V), COLUMNS):
-        z = tl.zeros([ROWS, COLUMNS], tl.float32)
-        for depth in range(0, D, DEPTH):
-            left = hidden_desc.load([row, depth])
-            right = weight_desc.load([column, depth])
-            z = tl.dot(left, right.T, z, input_precision="ieee")
+        z = product(hidden_desc, weight_desc, row, column, D, ROWS, COLUMNS, DEPTH)
         if SOFTCAP:
             z = softcap * tanh(z / softcap)
         if column + COLUMNS > V:  # a mask on every tile would spill
@@ -92,6 +107,7 @@ def merge_spans(
     targets_ptr,  # [N] int64
     logprobs_ptr,  # [N] fp32
     entropy_ptr,  # [N] fp32
+    normalizer_ptr,  # [N, 2] fp32 as of `score_rows`, written if NORMALIZERS
     N,
     V,
     D,
@@ -104,6 +120,7 @@ def merge_spans(
     DEPTH: tl.constexpr,
     SOFTCAP: tl.constexpr,
     ENTROPY: tl.constexpr,
+    NORMALIZERS: tl.constexpr,
 ):
     """The spans of ROWS rows joined, first to last, and the target's logit against them."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -140,6 +157,9 @@ def merge_spans(
     tl.store(logprobs_ptr + rows, tl.where(known, logprob, float("nan")), mask=inside)
     if ENTROPY:
         tl.store(entropy_ptr + rows, (log_total - weighted / total) * _LN_2, mask=inside)
+    if NORMALIZERS:
+        tl.store(normalizer_ptr + 2 * rows, highest, mask=inside)
+        tl.store(normalizer_ptr + 2 * rows + 1, log_total, mask=inside)
 
 
 def score_without_logits(
@@ -149,31 +169,69 @@ def score_without_logits(
     temperature: float,
     softcap: float | None,
     return_entropy: bool,
+    normalizers: torch.Tensor | None = None,  # [N, 2] fp32: gets those of `score_rows`
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """-> logprobs [N] fp32, NaN where the target is no token; and entropy [N] fp32 or None."""
-    num_rows, vocabulary, targets = hidden.shape[0], weight.shape[0], targets.contiguous()
+    num_rows, vocabulary = hidden.shape[0], weight.shape[0]
     logprobs = hidden.new_empty(num_rows, dtype=torch.float32)
     entropy = torch.empty_like(logprobs) if return_entropy else None
     spans = triton.cdiv(vocabulary, _SPAN)
     partial = logprobs.new_empty(spans * 3 * min(num_rows, _MAX_ROWS))
-    tile_rows, tile_columns, tile_depth, warps, stages = _TILE
-    weight_descriptor = TensorDescriptor.from_tensor(weight, [tile_columns, tile_depth])
-    numbers = {"scale": _LOG2_E / temperature, "softcap": softcap or 1.0, "SOFTCAP": softcap is not None}
     for begin in range(0, num_rows, _MAX_ROWS):
-        chunk = hidden[begin : begin + _MAX_ROWS]
-        n, where = len(chunk), slice(begin, begin + len(chunk))
-        scan_vocabulary[(triton.cdiv(n, tile_rows) * spans,)](
-            TensorDescriptor.from_tensor(chunk, [tile_rows, tile_depth]), weight_descriptor, partial,
-            n, vocabulary, hidden.shape[1], ROWS=tile_rows, COLUMNS=tile_columns, DEPTH=tile_depth, SPAN=_SPAN,
-            GROUP=_GROUP, num_warps=warps, num_stages=stages, **numbers,
+        where = slice(begin, begin + _MAX_ROWS)
+        chunk = hidden[where]
+        scan_vocabulary[grid(chunk, vocabulary)](
+            *descriptors(chunk, weight), partial, len(chunk), vocabulary, hidden.shape[1],
+            **launch_options(temperature, softcap),
         )  # fmt: skip
-        merge_spans[(triton.cdiv(n, _MERGE_ROWS),)](
-            partial, chunk, weight, targets[where], logprobs[where],
-            logprobs[where] if entropy is None else entropy[where], n, vocabulary, hidden.shape[1], spans,
-            chunk.stride(0), weight.stride(0), ROWS=_MERGE_ROWS, DEPTH=_MERGE_DEPTH, ENTROPY=return_entropy,
-            num_warps=4, **numbers,
+        merge(
+            partial, chunk, weight, targets[where], temperature, softcap, logprobs[where],
+            None if entropy is None else entropy[where], None if normalizers is None else normalizers[where],
         )  # fmt: skip
     return logprobs, entropy
+
+
+def grid(hidden: torch.Tensor, columns: int) -> tuple[int]:
+    """Programs for all rows and spans of so many columns."""
+    return (triton.cdiv(len(hidden), _TILE[0]) * triton.cdiv(columns, _SPAN),)
+
+
+def descriptors(hidden: torch.Tensor, weight: torch.Tensor) -> tuple[TensorDescriptor, TensorDescriptor]:
+    """Of the operands, as `product` loads them."""
+    rows, columns, depth = _TILE[:3]
+    return TensorDescriptor.from_tensor(hidden, [rows, depth]), TensorDescriptor.from_tensor(weight, [columns, depth])
+
+
+def launch_options(temperature: float, softcap: float | None) -> dict[str, Any]:
+    """Of kernels that multiply."""
+    rows, columns, depth, warps, stages = _TILE
+    return {
+        "scale": _LOG2_E / temperature, "softcap": softcap or 1.0, "SOFTCAP": softcap is not None,
+        "ROWS": rows, "COLUMNS": columns, "DEPTH": depth, "SPAN": _SPAN, "GROUP": _GROUP,
+        "num_warps": warps, "num_stages": stages,
+    }  # fmt: skip
+
+
+def merge(
+    partial: torch.Tensor,  # [S, 3, N] fp32
+    hidden: torch.Tensor,  # [N, D]
+    weight: torch.Tensor,  # [V, D]
+    targets: torch.Tensor,  # [N] int64
+    temperature: float,
+    softcap: float | None,
+    logprobs: torch.Tensor,  # [N] fp32: gets the result
+    entropy: torch.Tensor | None,  # [N] fp32, likewise
+    normalizers: torch.Tensor | None,  # [N, 2] fp32, likewise
+) -> None:
+    """`merge_spans` of all rows."""
+    vocabulary, depth = weight.shape
+    merge_spans[(triton.cdiv(len(hidden), _MERGE_ROWS),)](
+        partial, hidden, weight, targets.contiguous(), logprobs, logprobs if entropy is None else entropy,
+        logprobs if normalizers is None else normalizers, len(hidden), vocabulary, depth,
+        triton.cdiv(vocabulary, _SPAN), hidden.stride(0), weight.stride(0), scale=_LOG2_E / temperature,
+        softcap=softcap or 1.0, SOFTCAP=softcap is not None, ROWS=_MERGE_ROWS, DEPTH=_MERGE_DEPTH,
+        ENTROPY=entropy is not None, NORMALIZERS=normalizers is not None, num_warps=4,
+    )  # fmt: skip
 
 
 def takes(hidden: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -203,7 +261,8 @@ def compile_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int,
     }  # fmt: skip
     merge = {
         "partial_ptr": "*fp32", "hidden_ptr": "*bf16", "weight_ptr": "*bf16", "targets_ptr": "*i64",
-        "logprobs_ptr": "*fp32", "entropy_ptr": "*fp32", "N": "i32", "V": "i32", "D": "i32", "spans": "i32",
+        "logprobs_ptr": "*fp32", "entropy_ptr": "*fp32", "normalizer_ptr": "*fp32",
+        "N": "i32", "V": "i32", "D": "i32", "spans": "i32",
         "hidden_stride": "i32", "weight_stride": "i32", "scale": "fp32", "softcap": "fp32",
     }  # fmt: skip
     aligned = {name for name in merge if name.endswith("_ptr")} | {"V", "D", "hidden_stride", "weight_stride"}
@@ -213,5 +272,6 @@ def compile_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int,
         name = f"scan_vocabulary{suffix}"
         cases.append((name, scan_vocabulary, scan, constants, warps, stages, aligned & set(scan)))
     constants = {"ROWS": _MERGE_ROWS, "DEPTH": _MERGE_DEPTH, "SOFTCAP": True, "ENTROPY": True}
+    constants["NORMALIZERS"] = True
     cases.append(("merge_spans", merge_spans, merge, constants, 4, 3, aligned))
     return cases

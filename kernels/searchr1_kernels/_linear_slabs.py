@@ -10,15 +10,19 @@ Most of what a call takes, in bytes; hidden and weight of b bytes a number (2 fo
 
     V D b           gradient of the weight, the result
     N D (4 + b)     gradient of hidden: its sum in fp32, and the result
-    (4 + b) R C     the workspace: logits in fp32 and their gradient, R rows by C columns, at most `_SLAB_BYTES`
+    (4 + b) R C     the workspace: logits in fp32 and their gradient, R rows by C columns, at most `_SLAB_BYTES`; where
+                    the product forms the gradient itself (`_linear_gradient_triton`), b R C
     4 C D           where there are more rows than R: the slab's sum in fp32
 
-For V 151,936, D 2,048, N 16,384 in bf16: 622 + 201 + 403 = 1,226 MB, and of that only 537 are not results.
+For V 151,936, D 2,048, N 16,384 in bf16: 622 + 201 + 403 = 1,226 MB, and of that only 537 are not results. With the
+gradient formed in the product: 622 + 201 + 537 = 1,360 MB, with a quarter as many slabs.
 
 Shape legend: N rows, D hidden size, V vocabulary, R rows at once, C columns of a slab.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 
@@ -31,6 +35,7 @@ from searchr1_kernels._linear_chunks import (
     multiply_add,
     operand,
     ranges,
+    runs_products,
 )
 from searchr1_kernels._linear_rows_triton import differentiate, launch_options
 
@@ -57,28 +62,21 @@ def slab_gradients(
     """-> grad_hidden [N,D] fp32 and grad_weight [V,D] in the type of the weight; None where not wanted."""
     compute = compute_dtype(hidden)
     grad_hidden = hidden.new_zeros(hidden.shape, dtype=compute) if want_hidden else None
-    chunks, columns = tiles(hidden, weight)
+    products = runs_products(hidden, weight, softcap)
+    chunks, columns = tiles(hidden, weight, products)
     grad_weight = None
     if want_weight:
         grad_weight = weight.new_empty(weight.shape) if chunks else weight.new_zeros(weight.shape)
     several = want_weight and len(chunks) > 1
     sums = weight.new_empty(columns, weight.shape[1], dtype=compute) if several else None
-    logits = hidden.new_empty(longest(chunks) * columns, dtype=compute)
-    operand_dtype = operand(weight[:0]).dtype
-    gradients = logits if operand_dtype == compute else torch.empty_like(logits, dtype=operand_dtype)
-    options = launch_options(temperature, softcap, columns)
+    form = (_own_product if products else _library_product)(hidden, weight, longest(chunks), columns)
     for slab in ranges(weight.shape[0], columns):
         part = operand(weight[slab])  # [C, D]
         for chunk in chunks:
             rows = operand(hidden[chunk])  # [R, D]
-            shape, size = (len(rows), len(part)), len(rows) * len(part)
-            z, gradient = logits[:size].view(shape), gradients[:size].view(shape)
-            multiply(rows, part.t(), out=z)
-            vectors = (grad_logprobs, grad_entropy, entropy)
-            differentiate(
-                z, gradient, slab.start, targets[chunk], *(None if x is None else x[chunk] for x in vectors),
-                normalizers[chunk], options,
-            )  # fmt: skip
+            vectors = (targets, grad_logprobs, grad_entropy, entropy, normalizers)
+            vectors = (None if x is None else x[chunk] for x in vectors)
+            gradient = form(rows, part, slab.start, *vectors, temperature, softcap)
             if want_hidden:
                 multiply_add(gradient, part, out=grad_hidden[chunk])
             if want_weight:
@@ -89,11 +87,44 @@ def slab_gradients(
     return grad_hidden, grad_weight
 
 
-def tiles(hidden: torch.Tensor, weight: torch.Tensor) -> tuple[list[slice], int]:
-    """-> chunks of rows, and columns of a slab: all, or a power of two."""
+def _library_product(hidden: torch.Tensor, weight: torch.Tensor, height: int, width: int) -> Callable:
+    """-> what fills a workspace of so many rows and columns with gradients: a product, then a pass over its logits."""
+    compute, operand_dtype = compute_dtype(hidden), operand(weight[:0]).dtype
+    logits = hidden.new_empty(height * width, dtype=compute)
+    gradients = logits if operand_dtype == compute else torch.empty_like(logits, dtype=operand_dtype)
+
+    def form(rows, part, first, targets, g, e, entropy, normalizers, temperature, softcap):
+        shape, size = (len(rows), len(part)), len(rows) * len(part)
+        z, gradient = logits[:size].view(shape), gradients[:size].view(shape)
+        multiply(rows, part.t(), out=z)
+        options = launch_options(temperature, softcap, width)
+        differentiate(z, gradient, first, targets, g, e, entropy, normalizers, options)
+        return gradient
+
+    return form
+
+
+def _own_product(hidden: torch.Tensor, weight: torch.Tensor, height: int, width: int) -> Callable:
+    """As `_library_product`, in one."""
+    from searchr1_kernels._linear_gradient_triton import aligned_rows, aligned_width, differentiate_slab
+
+    gradients = hidden.new_empty(height * aligned_width(width), dtype=weight.dtype)
+
+    def form(rows, part, first, targets, g, e, entropy, normalizers, temperature, softcap):
+        gradient = aligned_rows(gradients, len(rows), len(part))
+        differentiate_slab(rows, part, gradient, first, targets, g, e, entropy, normalizers, temperature)
+        return gradient
+
+    return form
+
+
+def tiles(hidden: torch.Tensor, weight: torch.Tensor, products: bool) -> tuple[list[slice], int]:
+    """-> chunks of rows, and columns of a slab: all, or a power of two. `products`: for those of `runs_products`."""
     rows = chunk_size(hidden.shape[0], _MAX_ROWS)
     operand_dtype, compute = operand(weight[:0]).dtype, compute_dtype(hidden)
-    bytes_per_logit = compute.itemsize + (operand_dtype.itemsize if operand_dtype != compute else 0)
+    bytes_per_logit = operand_dtype.itemsize
+    if not products:
+        bytes_per_logit = compute.itemsize + (operand_dtype.itemsize if operand_dtype != compute else 0)
     fitting = memory_budget(hidden.device, _SLAB_BYTES) // (rows * bytes_per_logit)
     columns = max(_MIN_COLUMNS, 1 << fitting.bit_length() >> 1)
     return ranges(hidden.shape[0], rows), min(columns, weight.shape[0])

@@ -12,10 +12,11 @@ import torch
 
 def check_shape(name: str, tensor: torch.Tensor, expected: Sequence[int | str]) -> None:
     """`expected` holds a size, or a letter where any size will do: `("N", 128)`."""
-    shape = tuple(tensor.shape)
-    fits = len(shape) == len(expected) and all(
-        isinstance(want, str) or want == have for want, have in zip(expected, shape, strict=True)
-    )
+    shape = tensor.shape
+    fits = len(shape) == len(expected)
+    if fits:
+        for want, have in zip(expected, shape, strict=True):  # a generator would cost as much as all the rest
+            fits = fits and (isinstance(want, str) or want == have)
     if not fits:
         wanted = ", ".join(str(size) for size in expected)
         raise ValueError(f"{name}: expected shape [{wanted}], got {list(shape)}")

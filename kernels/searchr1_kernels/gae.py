@@ -5,9 +5,10 @@
 "next" is the next unmasked token of the same sequence; after the last one V and A are 0. A reward on a masked token
 belongs to the unmasked token before it, so an environment's tokens can carry one without taking part in the recursion.
 
-CPU: one compiled pass, right to left, sequences shared out over torch's threads. CUDA: tiles in parallel
-(`_gae_triton`). Elsewhere: a scan by doubling, log2(N) passes of torch operators. All carry fp64, and none waits for
-its device. Left out: bootstrapping a value past a sequence's end, which a finished trajectory never needs.
+CPU: one compiled pass, right to left, sequences shared out over torch's threads. CUDA: sequences, or tiles of long
+ones, in parallel (`_gae_triton`). Elsewhere: a scan by doubling, log2(N) passes of torch operators. All carry fp64, and
+none waits for its device. Left out: bootstrapping a value past a sequence's end, which a finished trajectory never
+needs.
 
 Shape legend: N tokens of all sequences, S sequences.
 """
@@ -56,7 +57,8 @@ def gae(
     for name, value in (("gamma", gamma), ("lam", lam)):
         if not 0.0 <= value <= 1.0:
             raise ValueError(f"{name}: expected a number from 0 to 1, got {value}")
-    return _OPERATOR(rewards.detach(), values.detach(), cu_seqlens, gamma, lam, mask)
+    rewards, values = (tensor.detach() if tensor.requires_grad else tensor for tensor in (rewards, values))
+    return _OPERATOR(rewards, values, cu_seqlens, gamma, lam, mask)
 
 
 def _gae(rewards, values, cu_seqlens, gamma, lam, mask):
@@ -158,12 +160,12 @@ def _scan_triton(rewards, values, cu_seqlens, gamma, lam, mask, dtype):
     """Shapes as `gae`."""
     from searchr1_kernels import _gae_triton
 
-    advantages, returns = torch.empty_like(values, dtype=dtype), torch.empty_like(values, dtype=dtype)
+    outputs = values.new_empty((2, values.shape[0]), dtype=dtype)
     if values.shape[0] > 0 and cu_seqlens.shape[0] > 1:
         mask = None if mask is None else mask.contiguous()
         inputs = (tensor.contiguous() for tensor in (rewards, values, cu_seqlens))
-        _gae_triton.scan(*inputs, float(gamma), float(gamma * lam), mask, advantages, returns)
-    return advantages, returns
+        _gae_triton.scan(*inputs, float(gamma), float(gamma * lam), mask, outputs)
+    return outputs.unbind()
 
 
 def _scan_torch(rewards, values, cu_seqlens, gamma, lam, mask, dtype):

@@ -7,8 +7,9 @@ them. So the memory is one chunk (on CUDA the backward pass goes by slabs of the
 which says what that takes), and on a CPU the chunk is sized to stay in cache, which is where the speed is from:
 the plain way writes and re-reads [N,V] several times through memory that the operating system has to map first.
 
-On CUDA with Triton the passes over a chunk's logits are fused (`_linear_rows_triton`), and without a gradient to come
-bf16 and fp16 rows take one kernel that keeps no logits at all (`_linear_forward_triton`).
+On CUDA with Triton the passes over a chunk's logits are fused (`_linear_rows_triton`). On sm_90 and sm_100 bf16 rows
+(without a gradient to come fp16 too) take a kernel that keeps no logits at all (`_linear_forward_triton`), and without
+a softcap the backward pass forms the gradient in the product that makes the logits (`_linear_gradient_triton`).
 
 Precision: logits, log-probabilities, entropy and the gradient of the logits are fp32 whatever the inputs are (fp64 for
 fp64 inputs); on CUDA the gradient of bf16 rows is rounded to bf16 before its products. Low-precision inputs are
@@ -17,7 +18,7 @@ multiplied with fp32 results on CUDA and upcast on a CPU.
 Repeats bit for bit: nothing is added in an order that varies. A row's log-probability and entropy have the same bits
 alone and in any batch
 
-- on CUDA without a gradient to come, bf16 and fp16 on sm_90 and sm_100: nothing in the kernel without logits knows N;
+- on CUDA where the kernel without logits takes them: nothing in it knows N;
 - on a CPU with MKL: products have multiples of 16 rows, for which its sums over D have one order (tried up to D 8,192
   with AVX2 and AVX-512, on an AMD EPYC, 2026-11-25).
 
@@ -40,7 +41,7 @@ from torch.autograd.function import once_differentiable
 
 from searchr1_kernels import checks
 from searchr1_kernels._installed import has_triton
-from searchr1_kernels._linear_chunks import compute_dtype, head_gradients, rows_class, score_chunks
+from searchr1_kernels._linear_chunks import compute_dtype, head_gradients, rows_class, runs_products, score_chunks
 from searchr1_kernels.registration import register
 
 
@@ -103,15 +104,24 @@ def check_head(hidden, weight, targets, temperature, softcap, mask) -> None:
 def score_tokens(hidden, weight, targets, temperature, softcap, return_entropy, differentiable):
     """-> logprobs [N], entropy [N] or None, and what a backward pass wants saved."""
     checks.check_indices("targets", targets, weight.shape[0])
-    if not differentiable and hidden.device.type == "cuda" and has_triton():
+    if runs_products(hidden, weight, softcap) if differentiable else _scores_without_logits(hidden, weight):
         from searchr1_kernels import _linear_forward_triton
 
-        if _linear_forward_triton.takes(hidden, weight):
-            outputs = _linear_forward_triton.score_without_logits(
-                hidden, weight, targets, temperature, softcap, return_entropy
-            )  # fmt: skip
-            return *outputs, outputs[0].new_empty(_saved_shape(hidden, weight, softcap, False))
+        saved = hidden.new_empty(_saved_shape(hidden, weight, softcap, differentiable), dtype=torch.float32)
+        outputs = _linear_forward_triton.score_without_logits(
+            hidden, weight, targets, temperature, softcap, return_entropy, saved if differentiable else None
+        )  # fmt: skip
+        return *outputs, saved
     return score_chunks(hidden, weight, targets, temperature, softcap, return_entropy, differentiable)
+
+
+def _scores_without_logits(hidden: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether the kernel without logits takes these."""
+    if hidden.device.type != "cuda" or not has_triton():
+        return False
+    from searchr1_kernels import _linear_forward_triton
+
+    return _linear_forward_triton.takes(hidden, weight)
 
 
 def _saved_shape(hidden, weight, softcap, differentiable) -> tuple[int, int]:

@@ -5,9 +5,11 @@ chunk's logits can be formed as soon as its log-probabilities are, while the log
 `linear_logprob` with a loss behind it that saves the backward pass's recomputation: 6 N D V operations instead of 8.
 What autograd sees is a sum with two ready gradients, which the backward pass scales.
 
-The price is the weight's gradient in fp32 from the forward pass on: of V 151,936, D 2,048 that is 1.24 GB, beside a
-chunk of 1.17 on CUDA. `recompute` takes the two passes of `linear_logprob` instead: 8 N D V operations, and for 16k
-bf16 rows 1.23 GB with both gradients (`_linear_slabs`). So does GSPO, whose ratio is known only after the last row of a
+The price is the sum of the weight's gradient over chunks in fp32: of V 151,936, D 2,048 that is 1.24 GB, beside a
+chunk of 1.17 on CUDA. bf16 rows on sm_90 and sm_100 without a softcap have chunks of probabilities in bf16
+(`_linear_gradient_triton`): 1.25 GB for 16k rows, which are four chunks, and up to 5,300 rows are one, which needs no
+fp32 sum. `recompute` takes the two passes of `linear_logprob` instead: 8 N D V operations, and for 16k bf16 rows at
+most 1.36 GB with both gradients (`_linear_slabs`). So does GSPO, whose ratio is known only after the last row of a
 sequence.
 
 A row without gradient (zero advantage and no KL, or clipped) is left out of the matrix products on a CPU. On CUDA it is
@@ -36,6 +38,8 @@ from searchr1_kernels._linear_chunks import (
     longest,
     operand,
     rows_class,
+    runs_products,
+    weight_gradient_dtype,
 )
 from searchr1_kernels._objective_operator import NUM_METRICS, OBJECTIVE, SCHEMA, Objective, arguments
 from searchr1_kernels.linear_logprob import check_head, score_all
@@ -179,8 +183,9 @@ def _forward(hidden, weight, targets, *rest):
     objective = Objective.of(len(hidden), tuple(values))
     with torch.cuda.device_of(hidden):  # Triton launches on the current device, whatever that of the tensors is
         gradients = Gradients(hidden, weight, want_hidden, want_weight)
-        chunks = chunk_ranges(hidden, gradients.operand, for_gradient=True)
-        rows_type = rows_class(hidden)
+        kept = runs_products(hidden, gradients.operand, softcap)
+        chunks = chunk_ranges(hidden, gradients.operand, for_gradient=True, kept=kept)
+        rows_type = rows_class(hidden, kept)
         passes = rows_type(hidden, gradients.operand, temperature, softcap, longest(chunks), for_gradient=True)
         logprobs = hidden.new_zeros(hidden.shape[0], dtype=compute_dtype(hidden))
         entropy = torch.empty_like(logprobs)
@@ -195,6 +200,7 @@ def _forward(hidden, weight, targets, *rest):
                 inputs = tuple(None if tensor is None else tensor[live] for tensor in inputs)
                 chunk, where = chunk[live], where.start + live
             gradients.add(passes.gradient(*inputs), chunk, where)
+        del passes  # their workspace has to go before the weight's gradient is copied to another type
         grad_hidden, grad_weight = gradients.results()
     total, metrics = objective.value(logprobs, entropy)
     nothing = total.new_empty(0)
@@ -209,7 +215,7 @@ def _forward_fake(hidden, weight, targets, *rest):
         total,
         total.new_empty(NUM_METRICS),
         hidden.new_empty(hidden.shape, dtype=gradient_dtype(hidden)) if want_hidden else total.new_empty(0),
-        weight.new_empty(weight.shape, dtype=compute) if want_weight else total.new_empty(0),
+        weight.new_empty(weight.shape, dtype=weight_gradient_dtype(weight)) if want_weight else total.new_empty(0),
     )
 
 

@@ -18,11 +18,11 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @pytest.fixture(autouse=True, scope="module")
 def small_tiles():
-    """Several tiles per sequence, and several loads of what comes in from others."""
+    """Several tiles per sequence; 40 tokens per sequence make it long."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_gae_triton, "TILE", 16)
         patch.setattr(_gae_triton, "NUM_WARPS", 1)
-        patch.setattr(_gae_triton, "_TILES_AT_ONCE", 4)
+        patch.setattr(_gae_triton, "_LONG", 40)
         yield
 
 
@@ -65,6 +65,17 @@ def test_a_sequence_alone_equals_the_sequence_in_a_batch():
     ]  # 64-bit offsets
     for output in range(2):
         assert torch.equal(together[output], torch.cat([pair[output] for pair in alone]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("policy_share", [None, 0.7])
+def test_programs_per_sequence_and_per_tile_agree_to_the_bit(monkeypatch, policy_share, dtype):
+    given = problem([150, 0, 16, 1, 17, 99], policy_share, dtype)
+    outputs = []
+    for long in (0, 1000):
+        monkeypatch.setattr(_gae_triton, "_LONG", long)
+        outputs.append(torch.stack(scan(*given)))
+    assert torch.equal(*outputs)
 
 
 def test_what_stands_at_masked_tokens_does_not_matter():

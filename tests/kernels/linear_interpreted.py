@@ -11,15 +11,19 @@ import sys
 
 import pytest
 import torch
-from hypothesis import Phase, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from searchr1_kernels import PolicyLoss, _linear_chunks, _linear_slabs, linear_logprob, linear_policy_loss, reference
 from searchr1_kernels import _linear_forward_triton as forward_kernels
+from searchr1_kernels import _linear_gradient_triton as gradient_kernels
 from searchr1_kernels import _linear_rows_triton as row_kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # No shrinking: an example takes the interpreter up to a second.
-LIMITED = settings(max_examples=12, deadline=None, derandomize=True, phases=[Phase.generate])
+LIMITED = settings(
+    max_examples=12, deadline=None, derandomize=True, phases=[Phase.generate],
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -32,12 +36,28 @@ def small_tiles():
             patch.setattr(_linear_slabs, name, value)
         patch.setattr(_linear_chunks, "_MIN_CHUNK_ROWS", 7)
         patch.setitem(_linear_chunks._CHUNK_BYTES, DEVICE, 1)
+        patch.setattr(_linear_chunks, "_KEPT_BYTES", 1)
+        patch.setattr(_linear_chunks, "_TILE_ROWS", 1)
+        patch.setattr(gradient_kernels, "_TILES_AT_ONCE", 2)
         patch.setattr(row_kernels, "_BLOCK", 16)
         for name, value in (("_TILE", (16, 16, 16, 4, 2)), ("_SPAN", 32), ("_GROUP", 2), ("_MAX_ROWS", 48)):
             patch.setattr(forward_kernels, name, value)
         for name, value in (("_MERGE_ROWS", 8), ("_MERGE_DEPTH", 8)):
             patch.setattr(forward_kernels, name, value)
         yield
+
+
+@pytest.fixture(params=[False, True], ids=["library's products", "own products"])
+def products(request):
+    """Whether the products that make logits are those of `_linear_gradient_triton`, here for any type."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("linear_logprob", "linear_policy_loss", "_linear_slabs"):
+            patch.setattr(
+                sys.modules[f"searchr1_kernels.{name}"],
+                "runs_products",
+                lambda _, __, softcap: request.param and softcap is None,
+            )
+        yield request.param
 
 
 def problem(rows, size, vocabulary, seed=0, dtype=torch.float32, scale=1.0):
@@ -82,7 +102,7 @@ shapes = given(
 
 @LIMITED
 @shapes
-def test_row_kernels_match_the_oracle(rows, size, vocabulary, scale, head, seed):
+def test_row_kernels_match_the_oracle(products, rows, size, vocabulary, scale, head, seed):
     hidden, weight, targets = problem(rows, size, vocabulary, seed, scale=scale)
     options = {"temperature": head[0], "softcap": head[1]}
     for entropy_share in (0.0, 0.5):
@@ -119,7 +139,7 @@ def test_a_row_alone_has_the_bits_of_the_row_in_a_batch():
 
 
 @pytest.mark.parametrize("magnitude", [1e4, -1e4])
-def test_extreme_logits(magnitude):
+def test_extreme_logits(products, magnitude):
     """One logit far from the others, as target and not; and all of them equally far."""
     weight = torch.zeros(19, 8, device=DEVICE)
     weight[:3, 0] = torch.tensor([magnitude, 0.0, 1.0])
@@ -163,17 +183,18 @@ def test_a_target_that_is_no_token_is_loud():
 
 @pytest.mark.parametrize(("most_rows", "columns"), [(100, 64), (25, 16), (7, 64), (7, 16)])
 @pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True)])
-def test_slabs_of_any_shape(monkeypatch, most_rows, columns, wanted):
+def test_slabs_of_any_shape(products, monkeypatch, most_rows, columns, wanted):
     """One chunk of rows or several, columns that do and do not divide V; the types of the results."""
     monkeypatch.setattr(_linear_slabs, "_MAX_ROWS", most_rows)
     monkeypatch.setattr(_linear_slabs, "_SLAB_BYTES", columns * 4 * _linear_chunks.chunk_size(25, most_rows))
     hidden, weight, targets = problem(25, 8, 37)
-    rows, slab = _linear_slabs.tiles(hidden, weight)
+    rows, slab = _linear_slabs.tiles(hidden, weight, products)
     assert slab == min(columns, 37) and rows[0].stop == min(most_rows, 25)
     sides = [tensor.clone().requires_grad_(want) for tensor, want in zip((hidden, weight), wanted, strict=True)]
     exact = [tensor.double().requires_grad_() for tensor in (hidden, weight)]
+    options = {"temperature": 0.8, "softcap": None if products else 6.0, "return_entropy": True}
     for function, (left, right) in ((linear_logprob, sides), (reference.linear_logprob, exact)):
-        logprob, entropy = function(left, right, targets, temperature=0.8, softcap=6.0, return_entropy=True)
+        logprob, entropy = function(left, right, targets, **options)
         (logprob.sum() + 0.3 * entropy.sum()).backward()
     for have, want, wants in zip(sides, exact, wanted, strict=True):
         assert (have.grad is not None) == wants
@@ -182,7 +203,7 @@ def test_slabs_of_any_shape(monkeypatch, most_rows, columns, wanted):
 
 
 @pytest.mark.parametrize("rows", [14, 40])
-def test_memory_of_the_backward_pass(monkeypatch, live_bytes, rows):
+def test_memory_of_the_backward_pass(products, monkeypatch, live_bytes, rows):
     """The account of `_linear_slabs`: results, the sum of hidden's gradient, a workspace, and for many rows a slab."""
     monkeypatch.setattr(_linear_slabs, "_MAX_ROWS", 20)
     monkeypatch.setattr(_linear_slabs, "_SLAB_BYTES", 16 * 20 * 4)
@@ -192,8 +213,10 @@ def test_memory_of_the_backward_pass(monkeypatch, live_bytes, rows):
     arguments = (logprobs, logprobs, hidden, weight, targets, entropy, saved, 1.0, None, True, True)
     with live_bytes:
         head._backward(*arguments)
-    columns = _linear_slabs.tiles(hidden, weight)[1]
+    columns = _linear_slabs.tiles(hidden, weight, products)[1]
     account = weight.nbytes + hidden.nbytes + 4 * min(rows, 20) * columns + (4 * columns * 64 if rows > 20 else 0)
+    if products and DEVICE == "cpu":
+        account += weight.nbytes + hidden.nbytes  # the interpreter's views of what was there before count as made
     assert account <= live_bytes.peak <= account + 20 * 4 * rows  # and a few numbers per row
 
 
@@ -228,14 +251,16 @@ def test_offsets_beyond_32_bits(tmp_path):
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize(("kind", "shared"), [("ppo", False), ("ppo", True), ("cispo", True), ("gspo", False)])
-def test_policy_loss_on_the_row_kernels(kind, shared, recompute):
+def test_policy_loss_on_the_row_kernels(products, kind, shared, recompute):
     hidden, weight, targets = problem(25, 8, 37)
     token_rows = (torch.arange(40) * 7 % 25 if shared else torch.arange(25)).to(DEVICE)
     rollout = reference.linear_logprob(hidden, weight, targets)[token_rows]
     rollout += 0.3 * torch.randn(len(rollout)).to(DEVICE)
     advantages = torch.randn(len(rollout)).to(DEVICE)
     advantages[::4] = 0.0
-    options = {"loss": PolicyLoss(kind=kind, entropy_coefficient=0.1), "denominator": 5.0, "softcap": 8.0}
+    options = {"loss": PolicyLoss(kind=kind, entropy_coefficient=0.1), "denominator": 5.0}
+    if not products:
+        options["softcap"] = 8.0
     more = {linear_policy_loss: {"recompute": recompute}, reference.linear_policy_loss: {}}
     if shared:
         options["token_rows"] = token_rows
@@ -264,3 +289,47 @@ def test_the_gradient_may_be_of_another_type_than_the_logits():
         results.append(passes.gradient(targets, g, e, entropy))
         assert results[-1].dtype == dtype
     torch.testing.assert_close(results[0].half(), results[1], rtol=2e-3, atol=1e-6)
+
+
+@LIMITED
+@shapes
+def test_kept_probabilities_become_the_gradient(rows, size, vocabulary, scale, head, seed):
+    """Against fp64, in the type of the operand: two roundings of every probability, none of the target's 1 - p."""
+    hidden, weight, targets = problem(rows, 2 * size, vocabulary, seed, torch.float16, scale)
+    g, e = torch.randn(2, rows, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    g[::3], e[::3] = 0.0, 0.0
+    exact = (hidden.double() @ weight.double().T / head[0]).requires_grad_()
+    log_p = exact.log_softmax(1)
+    want_logprob, want_entropy = log_p.gather(1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(1)
+    passes = gradient_kernels.KeptRows(hidden, weight, head[0], None, rows, for_gradient=True)
+    logprob, entropy = torch.empty(2, rows, device=DEVICE)
+    if rows:
+        passes.scores(hidden, targets, logprob, entropy)
+        torch.testing.assert_close(logprob.double(), want_logprob, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(entropy.double(), want_entropy, rtol=1e-5, atol=1e-5)
+    for by_entropy in (e, None):
+        if rows == 0:
+            continue
+        loss = (g * want_logprob).sum() + (0.0 if by_entropy is None else (by_entropy * want_entropy).sum())
+        (want,) = torch.autograd.grad(loss, exact, retain_graph=True)
+        passes.scores(hidden, targets, logprob, entropy)
+        have = passes.gradient(targets, g, by_entropy, entropy)
+        assert have.dtype == torch.float16
+        assert (have[::3] == 0).all()
+        slopes = g.abs() + (0.0 if by_entropy is None else by_entropy.abs())
+        bound = 2e-3 * (want.abs() + log_p.exp() * slopes[:, None]) / head[0] + 2e-6  # fp16 has no exponents below
+        assert ((have.double() - want / head[0]).abs() <= bound).all()
+
+
+def test_a_sure_row_keeps_its_gradient():
+    """Of a target with p = 1 - 1e-4, 1 - p has more digits than a probability in 16 bits."""
+    hidden = torch.ones(1, 8, device=DEVICE, dtype=torch.float16)
+    weight = torch.zeros(17, 8, device=DEVICE, dtype=torch.float16)
+    weight[3, 0] = 12.0
+    target, g = torch.tensor([3], device=DEVICE), torch.ones(1, device=DEVICE)
+    passes = gradient_kernels.KeptRows(hidden, weight, 1.0, None, 1, for_gradient=True)
+    logprob, entropy = torch.empty(2, 1, device=DEVICE)
+    passes.scores(hidden, target, logprob, entropy)
+    gradient = passes.gradient(target, g, None, entropy)
+    want = -torch.special.expm1(torch.log_softmax((hidden.double() @ weight.double().T), 1)[0, 3])
+    assert float(gradient[0, 3]) == pytest.approx(float(want), rel=2e-3)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from searchr1_kernels import PolicyLoss, linear_logprob, linear_policy_loss, reference
+from searchr1_kernels import PolicyLoss, _linear_chunks, linear_logprob, linear_policy_loss, reference
 
 
 @pytest.mark.gpu
@@ -78,3 +78,33 @@ def test_memory_at_real_width(function):
     else:
         linear_policy_loss(hidden, weight, targets, zeros, zeros + 1, denominator=1, recompute=True)[0].backward()
     assert torch.cuda.max_memory_allocated() - before <= 1.5e9
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("function", ["linear_logprob", "linear_policy_loss"])
+@pytest.mark.parametrize(("rows", "vocabulary"), [(700, 151_936), (700, 32_003), (5, 151_936)])
+def test_own_products_agree_with_a_library_s(monkeypatch, function, rows, vocabulary):
+    """Several chunks and one, a vocabulary that no tile divides, rows without a gradient."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    hidden = torch.randn(rows, 1024, device="cuda", generator=generator).bfloat16()
+    weight = (torch.randn(vocabulary, 1024, device="cuda", generator=generator) * 0.1).bfloat16()
+    targets = torch.randint(vocabulary, (rows,), device="cuda", generator=generator)
+    g = torch.randn(rows, device="cuda", generator=generator)
+    g[::3] = 0.0
+    monkeypatch.setattr(_linear_chunks, "_KEPT_BYTES", 512 * vocabulary)  # 256 rows
+    for coefficient in (0.0, 0.1):
+        results = []
+        for own in (True, False):
+            monkeypatch.setattr(_linear_chunks, "OWN_PRODUCTS", own)
+            sides = [tensor.clone().requires_grad_() for tensor in (hidden, weight)]
+            if function == "linear_logprob":
+                logprob, entropy = linear_logprob(*sides, targets, return_entropy=True)
+                loss = (g * logprob).sum() - (coefficient * entropy.sum() if coefficient else 0.0)
+            else:
+                objective = PolicyLoss(kind="reinforce", entropy_coefficient=coefficient)
+                loss, _ = linear_policy_loss(*sides, targets, g * 0, g, loss=objective, denominator=1.0)
+            loss.backward()
+            results.append([tensor.detach().double() for tensor in (loss, *(side.grad for side in sides))])
+        for have, want in zip(*results, strict=True):
+            assert float((have - want).norm()) <= 6e-3 * float(want.norm())

@@ -1,0 +1,289 @@
+"""Gradients of logits that never were in memory: formed in the matrix product that makes the logits, tile by tile.
+
+With a row's normalizer known (`linear_logprob`'s backward pass), `differentiate_products` writes a slab's gradient in
+the operand's type, 2 bytes a logit for bf16; fp32 logits that a library writes, a pass reads, and turns into a gradient
+move 10.
+
+Where it is not yet known (`linear_policy_loss`, which goes through the head once), `keep_probabilities` writes a tile
+of probabilities times an unknown factor: 2^((z - m) scale), m being the row's maximum so far, which is at most 1. What
+the factor was is known afterwards, and `normalize_rows` turns them into gradients in place: 6 bytes a logit, against
+14. They are rounded to the operand's type on both ways, relative to themselves. What would suffer from that, the
+target's 1 - p, is formed from its fp32 log-probability. Left out: a softcap, whose slope wants the logit itself, and
+with which the first kernel spills (Triton 3.6, sm_90).
+
+Shape legend: C rows of a chunk, D hidden size, V vocabulary, W columns of a slab, S spans and T tiles of a row.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from searchr1_kernels import _linear_forward_triton as forward
+from searchr1_kernels._linear_forward_triton import place, product
+from searchr1_kernels._linear_rows_triton import _LN_2, _LOG2_E, _LOWEST
+
+ARCHITECTURES = forward.ARCHITECTURES
+# Tiles of a row that a program of `normalize_rows` holds at a time, and its warps.
+_TILES_AT_ONCE = 32
+_ROW_WARPS = 8
+# A row of gradients begins at a multiple of so many numbers: descriptors want 16 bytes.
+_ALIGNED = 8
+
+
+@triton.jit(do_not_specialize=["N", "first"])
+def differentiate_products(
+    hidden_desc,  # [N, D]
+    weight_desc,  # [W, D]
+    gradient_desc,  # [N, W]
+    targets_ptr,  # [N] int64
+    g_ptr,  # [N] fp32: gradient of the log-probability
+    e_ptr,  # [N] fp32: of the entropy
+    entropy_ptr,  # [N] fp32
+    normalizer_ptr,  # [N, 2] fp32: of the whole row
+    N,
+    W,
+    D,
+    first,  # number of the first column
+    scale,  # log2(e) / temperature
+    softcap,  # not used: one is not supported
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    SPAN: tl.constexpr,
+    GROUP: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+):
+    """Gradient of the logits of ROWS rows over one span of the slab, as `differentiate_rows` forms it."""
+    row, span = place(N, W, ROWS, SPAN, GROUP)
+    rows = row + tl.arange(0, ROWS)
+    inside = rows < N
+    target = tl.load(targets_ptr + rows, mask=inside, other=-1) - first
+    target = tl.where((target >= 0) & (target < W), target, -1).to(tl.int32)
+    inverse_temperature = scale * _LN_2
+    g = tl.load(g_ptr + rows, mask=inside, other=0.0) * inverse_temperature
+    highest = tl.load(normalizer_ptr + 2 * rows, mask=inside, other=0.0)
+    log_total = tl.load(normalizer_ptr + 2 * rows + 1, mask=inside, other=0.0)
+    if ENTROPY:
+        e = tl.load(e_ptr + rows, mask=inside, other=0.0) * inverse_temperature
+        entropy = tl.load(entropy_ptr + rows, mask=inside, other=0.0)
+    for column in range(span * SPAN, tl.minimum(span * SPAN + SPAN, W), COLUMNS):
+        z = product(hidden_desc, weight_desc, row, column, D, ROWS, COLUMNS, DEPTH)
+        log2_p = (z - highest[:, None]) * scale - log_total[:, None]
+        p = tl.exp2(log2_p)
+        hit = (column + tl.arange(0, COLUMNS))[None, :] == target[:, None]
+        if ENTROPY:
+            gradient = tl.where(hit, g[:, None], 0.0) - p * (
+                g[:, None] + e[:, None] * (log2_p * _LN_2 + entropy[:, None])
+            )
+        else:
+            gradient = p * -g[:, None]
+            gradient = tl.where(hit, gradient + g[:, None], gradient)
+        gradient_desc.store([row, column], gradient.to(gradient_desc.dtype))
+
+
+@triton.jit(do_not_specialize=["N"])
+def keep_probabilities(
+    hidden_desc,  # [N, D]
+    weight_desc,  # [V, D]
+    kept_desc,  # [N, V]
+    partial_ptr,  # [S, 3, N] fp32, as of `scan_vocabulary`
+    peaks_ptr,  # [T, N] fp32: the maximum that a tile's probabilities are relative to
+    N,
+    V,
+    D,
+    scale,  # log2(e) / temperature
+    softcap,  # not used: one is not supported
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    SPAN: tl.constexpr,
+    GROUP: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
+    """`scan_vocabulary`, and the probabilities times a factor."""
+    row, span = place(N, V, ROWS, SPAN, GROUP)
+    rows = row + tl.arange(0, ROWS)
+    highest = tl.full([ROWS], _LOWEST, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    weighted = tl.zeros([ROWS], tl.float32)
+    for column in range(span * SPAN, tl.minimum(span * SPAN + SPAN, V), COLUMNS):
+        z = product(hidden_desc, weight_desc, row, column, D, ROWS, COLUMNS, DEPTH)
+        if column + COLUMNS > V:  # a mask on every tile would spill
+            z = tl.where((column + tl.arange(0, COLUMNS))[None, :] < V, z, _LOWEST)
+        new = tl.maximum(highest, tl.max(z, 1))
+        shift = (highest - new) * scale
+        shrink = tl.exp2(shift)
+        d = (z - new[:, None]) * scale
+        p = tl.exp2(d)
+        weighted = shrink * (weighted + shift * total) + tl.sum(p * d, 1)
+        total = shrink * total + tl.sum(p, 1)
+        highest = new
+        kept_desc.store([row, column], p.to(kept_desc.dtype))
+        tl.store(peaks_ptr + column // COLUMNS * N + rows, new, mask=rows < N)
+    partial_ptr += span.to(tl.int64) * 3 * N + rows
+    tl.store(partial_ptr, highest, mask=rows < N)
+    tl.store(partial_ptr + N, total, mask=rows < N)
+    tl.store(partial_ptr + 2 * N, weighted, mask=rows < N)
+
+
+@triton.jit(do_not_specialize=["N"])
+def normalize_rows(
+    kept_ptr,  # [N, V] of `keep_probabilities`: gets the gradients
+    peaks_ptr,  # [T, N] fp32
+    targets_ptr,  # [N] int64
+    g_ptr,  # [N] fp32: gradient of the log-probability
+    e_ptr,  # [N] fp32: of the entropy
+    logprobs_ptr,  # [N] fp32
+    entropy_ptr,  # [N] fp32
+    normalizer_ptr,  # [N, 2] fp32
+    N,
+    V,
+    stride,  # of a row
+    scale,  # log2(e) / temperature
+    COLUMNS: tl.constexpr,
+    TILES: tl.constexpr,
+    ENTROPY: tl.constexpr,
+):
+    """Gradient of a row's logits. A row whose g and e are 0 is not read."""
+    row = tl.program_id(0).to(tl.int64)
+    kept_ptr += row * stride
+    target = tl.load(targets_ptr + row)
+    inverse_temperature = scale * _LN_2
+    g = tl.load(g_ptr + row) * inverse_temperature
+    e, entropy = 0.0, 0.0
+    if ENTROPY:
+        e = tl.load(e_ptr + row) * inverse_temperature
+        entropy = tl.load(entropy_ptr + row)
+    logprob = tl.load(logprobs_ptr + row)
+    # The target's own, from fp32: 1 - p would lose what rounding p has taken.
+    known = tl.exp2(logprob / _LN_2)
+    at_target = g * (1.0 - known) - known * e * (logprob + entropy)
+    highest = tl.load(normalizer_ptr + 2 * row)
+    log_total = tl.load(normalizer_ptr + 2 * row + 1)
+    readable = tl.where((g != 0) | (e != 0), V, 0)
+    for begin in tl.range(0, V, TILES * COLUMNS):
+        tile = begin // COLUMNS + tl.arange(0, TILES)
+        peak = tl.load(peaks_ptr + tile * N + row, mask=tile * COLUMNS < readable, other=_LOWEST)
+        shift = (peak - highest) * scale - log_total
+        columns = tile[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+        kept = tl.load(kept_ptr + columns, mask=columns < readable, other=0.0).to(tl.float32)
+        p = kept * tl.exp2(shift)[:, None]
+        if ENTROPY:
+            log2_p = tl.log2(tl.where(kept > 0, kept, 1.0)) + shift[:, None]
+            gradient = -p * (g + e * (log2_p * _LN_2 + entropy))
+        else:
+            gradient = -g * p
+        gradient = tl.where(columns == target, at_target, gradient)
+        gradient = tl.where(columns < readable, gradient, 0.0)
+        tl.store(kept_ptr + columns, gradient.to(kept_ptr.dtype.element_ty), mask=columns < V)
+
+
+def aligned_rows(buffer: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """-> [rows, columns] of a flat buffer of `aligned_width(columns)` numbers a row or more."""
+    width = aligned_width(columns)
+    return buffer[: rows * width].view(rows, width)[:, :columns]
+
+
+def aligned_width(columns: int) -> int:
+    """Numbers from one row to the next."""
+    return columns + -columns % _ALIGNED
+
+
+def differentiate_slab(
+    hidden: torch.Tensor,  # [N, D]
+    weight: torch.Tensor,  # [W, D]
+    gradient: torch.Tensor,  # [N, W] of `aligned_rows`: gets the result
+    first: int,  # number of the first column
+    targets: torch.Tensor,  # [N] int64
+    g: torch.Tensor,  # [N] gradient of the log-probability
+    e: torch.Tensor | None,  # [N] of the entropy; None where there is none
+    entropy: torch.Tensor | None,  # [N]: where e is given
+    normalizers: torch.Tensor,  # [N, 2]
+    temperature: float,
+) -> None:
+    """`differentiate_products` of a slab."""
+    with_entropy = e is not None
+    g = g.contiguous()  # of a sum it is one number, repeated by a stride of 0
+    e, entropy = (e.contiguous(), entropy) if with_entropy else (g, g)
+    columns = weight.shape[0]
+    differentiate_products[forward.grid(hidden, columns)](
+        *forward.descriptors(hidden, weight), TensorDescriptor.from_tensor(gradient, list(forward._TILE[:2])),
+        targets.contiguous(), g, e, entropy, normalizers, len(hidden), columns, hidden.shape[1], first,
+        ENTROPY=with_entropy, **forward.launch_options(temperature, None),
+    )  # fmt: skip
+
+
+class KeptRows:
+    """The passes of a chunk, as `PlainRows` in `_linear_chunks` has them, without a softcap."""
+
+    def __init__(self, hidden, weight, temperature, softcap, num_rows: int, *, for_gradient: bool) -> None:
+        """`weight` [V,D] as `operand` gives it; the workspace is for chunks of up to `num_rows`."""
+        assert softcap is None, "probabilities do not say what a softcap made of a logit"
+        self.weight, self.temperature = weight, temperature
+        vocabulary = weight.shape[0]
+        self.kept = hidden.new_empty(num_rows * aligned_width(vocabulary), dtype=weight.dtype)
+        self.peaks = hidden.new_empty(triton.cdiv(vocabulary, forward._TILE[1]) * num_rows, dtype=torch.float32)
+        self.partial = self.peaks.new_empty(triton.cdiv(vocabulary, forward._SPAN) * 3 * num_rows)
+        self.normalizers = self.peaks.new_empty(num_rows, 2)
+
+    def scores(self, rows, targets, logprobs, entropy, saved=None) -> None:
+        """rows [C,D], targets [C] -> fills logprobs [C] and entropy [C]."""
+        self.logprobs, vocabulary = logprobs, self.weight.shape[0]
+        self.chunk = aligned_rows(self.kept, len(rows), vocabulary)
+        keep_probabilities[forward.grid(rows, vocabulary)](
+            *forward.descriptors(rows, self.weight),
+            TensorDescriptor.from_tensor(self.chunk, list(forward._TILE[:2])), self.partial, self.peaks, len(rows),
+            vocabulary, rows.shape[1], **forward.launch_options(self.temperature, None),
+        )  # fmt: skip
+        forward.merge(
+            self.partial, rows, self.weight, targets, self.temperature, None, logprobs, entropy, self.normalizers
+        )
+
+    def gradient(self, targets, g, e, entropy) -> torch.Tensor:  # [C,V] in the dtype of the operand
+        """targets [C]; g, e [C] the gradients of log-probability and entropy H [C], e None where there is none."""
+        with_entropy = e is not None
+        g = g.contiguous()
+        e, entropy = (e.contiguous(), entropy) if with_entropy else (g, g)
+        normalize_rows[(len(targets),)](
+            self.chunk, self.peaks, targets.contiguous(), g, e, self.logprobs, entropy, self.normalizers,
+            len(targets), self.weight.shape[0], self.chunk.stride(0), _LOG2_E / self.temperature,
+            COLUMNS=forward._TILE[1], TILES=_TILES_AT_ONCE, ENTROPY=with_entropy, num_warps=_ROW_WARPS,
+        )  # fmt: skip
+        return self.chunk
+
+
+def compile_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int, int, set[str]]]:
+    """Kernels as they are launched on `ARCHITECTURES`: name, kernel, signature, constants, warps, stages, arguments
+    divisible by 16."""
+    rows, columns, depth, warps, stages = forward._TILE
+    multiplying = {
+        "hidden_desc": f"tensordesc<bf16[{rows},{depth}]>", "weight_desc": f"tensordesc<bf16[{columns},{depth}]>",
+        "N": "i32", "D": "i32", "scale": "fp32", "softcap": "fp32",
+    }  # fmt: skip
+    tile = f"tensordesc<bf16[{rows},{columns}]>"
+    constants = {"ROWS": rows, "COLUMNS": columns, "DEPTH": depth, "SPAN": forward._SPAN, "GROUP": forward._GROUP}
+    vectors = {"targets_ptr": "*i64"}
+    vectors |= dict.fromkeys(("g_ptr", "e_ptr", "entropy_ptr", "normalizer_ptr"), "*fp32")
+    slab = multiplying | vectors | {"gradient_desc": tile, "W": "i32", "first": "i32"}
+    keep = multiplying | {"kept_desc": tile, "partial_ptr": "*fp32", "peaks_ptr": "*fp32", "V": "i32"}
+    normalize = vectors | {"kept_ptr": "*bf16", "peaks_ptr": "*fp32", "logprobs_ptr": "*fp32"}
+    aligned = {*vectors, *normalize, "partial_ptr", "V", "W", "D", "stride"}
+    normalize |= {"N": "i32", "V": "i32", "stride": "i32", "scale": "fp32"}
+    cases = []
+    for suffix, entropy in (("", False), ("_entropy", True)):
+        more = constants | {"ENTROPY": entropy, "SOFTCAP": False}
+        name = f"differentiate_products{suffix}"
+        cases.append((name, differentiate_products, slab, more, warps, stages, aligned & set(slab)))
+    more = constants | {"SOFTCAP": False}
+    cases.append(("keep_probabilities", keep_probabilities, keep, more, warps, stages, aligned & set(keep)))
+    for suffix, entropy in (("", False), ("_entropy", True)):
+        more = {"COLUMNS": columns, "TILES": _TILES_AT_ONCE, "ENTROPY": entropy}
+        name = f"normalize_rows{suffix}"
+        cases.append((name, normalize_rows, normalize, more, _ROW_WARPS, 3, aligned & set(normalize)))
+    return cases
