@@ -111,9 +111,9 @@ class VllmEngine:
         assert sequence.turn_limit > 0
         sequence.status = SequenceStatus.RUNNING
         request_id, self._num_requests = str(self._num_requests), self._num_requests + 1
-        self._turns[request_id] = RunningTurn(sequence)
         token_ids = sequence.tokens_from(0).tolist()
         self._generator.add(request_id, token_ids, sequence.turn_limit, turn_seed(sequence), self.sampling)
+        self._turns[request_id] = RunningTurn(sequence)
 
     def release(self, sequence: Sequence) -> None:
         """Nothing is held between turns: vLLM's cache forgets what has not been asked for longest."""
