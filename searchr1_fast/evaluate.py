@@ -112,13 +112,16 @@ def evaluate(
         RolloutRequest(question, index, prompt(question), trajectory_seed("eval", name, seed, index))
         for index, question in enumerate(environment.questions)
     ]
-    engine = engine or build_engine(model, tokenizer, config)
+    own = build_engine(model, tokenizer, config) if engine is None else None
+    engine = engine or own
     previous, engine.sampling = engine.sampling, sampling
     try:
         loop = SearchLoop(engine, environment.search)
         trajectories = loop.run(ranks.share(requests) if ranks else requests, progress)
     finally:
         engine.sampling = previous
+        if own is not None:
+            own.close()
     return EvalResult(name, [score(t) for t in (ranks.unshare(trajectories) if ranks else trajectories)])
 
 

@@ -147,7 +147,8 @@ class Run:
         return sum(self.ranks.gather(self.environment.take_statistics()), SearchStatistics())
 
     def close(self) -> None:
-        """End the retrievers, whose threads would otherwise live until the garbage collector finds them."""
+        """End the engine, and the retrievers, whose threads would live until the garbage collector finds them."""
+        self.engine.close()
         for environment in (self.environment, *self.evaluations.values()):
             environment.close()
 

@@ -49,6 +49,7 @@ class Generator(Protocol):
     def load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None: ...
     def sleep(self) -> None: ...
     def score(self, sequences: list[list[int]]) -> list[np.ndarray]: ...
+    def close(self) -> None: ...
 
 
 @dataclass(slots=True)
@@ -129,6 +130,11 @@ class VllmEngine:
         if not self.config.keep_cache:
             self._generator.sleep()
             self._is_awake = False
+
+    def close(self) -> None:
+        """End vLLM; the engine is of no use any more."""
+        self.reset()
+        self._generator.close()
 
     def update_weights(self) -> None:
         """Hand the model's weights to vLLM, which wakes for it. ValueError where they did not arrive."""

@@ -14,6 +14,7 @@ Shape legend
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -70,7 +71,8 @@ class VllmModel:
         self._delta = RequestOutputKind.DELTA
         self._can_sleep = device == "cuda" and not config.keep_cache
         self._num_scored = 0
-        is_one_of_many = dist.is_initialized() and dist.get_world_size() > 1
+        self._owns_group = not dist.is_initialized()
+        is_one_of_many = not self._owns_group and dist.get_world_size() > 1
         with tempfile.TemporaryDirectory() as directory, _harmless_start(current_platform, device):
             (Path(directory) / "config.json").write_text(json.dumps(model.config.to_hf()), encoding="utf-8")
             self.llm = vllm.LLM(
@@ -95,6 +97,8 @@ class VllmModel:
                 seed=0,
             )
         self._engine = self.llm.llm_engine
+        # vLLM's own way to end, run whenever the garbage collector finds the engine, destroys every process group.
+        self._engine.engine_core._finalizer.detach()
 
     def add(self, request_id: str, token_ids: list[int], limit: int, seed: int, sampling: SamplingParams) -> None:
         """Sample up to `limit` tokens behind `token_ids`, an end-of-sequence token included. ValueError: a sampling
@@ -157,6 +161,16 @@ class VllmModel:
                     entries = zip(output.prompt_logprobs[1:], sequences[place][1:], strict=True)
                     scores[place] = np.array([entry[token].logprob for entry, token in entries], dtype=np.float32)
         return scores
+
+    def close(self) -> None:
+        """End the engine, and the process group if it is vLLM's; one that the trainer made is still in use."""
+        core = self._engine.engine_core.engine_core
+        if self._owns_group:
+            core.shutdown()
+        else:
+            core.model_executor.shutdown()
+            gc.unfreeze()  # vLLM froze all there was when it started, its own weights included
+        del self._engine, self.llm
 
 
 def import_vllm() -> Any:

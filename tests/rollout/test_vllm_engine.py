@@ -10,6 +10,7 @@ import importlib.util
 import json
 import sys
 from collections import Counter
+from contextlib import ExitStack
 from dataclasses import replace
 
 import numpy as np
@@ -88,6 +89,9 @@ class StandIn:
         generator = torch.Generator().manual_seed(0)
         for parameter in self.model.parameters():
             parameter.uniform_(-1e-3, 1e-3, generator=generator)  # what vLLM's dummy weights are
+
+    def close(self):
+        self.requests = None
 
     def score(self, sequences):
         return [score(self.model, [token_ids]) for token_ids in sequences]
@@ -351,12 +355,25 @@ def base():
     return load_model("builtin:base"), load_tokenizer("builtin:base"), config
 
 
+@pytest.fixture
+def open_engine():
+    """model, tokenizer, configuration -> an engine that is closed after the test."""
+    with ExitStack() as stack:
+
+        def open_(*arguments):
+            engine = build_engine(*arguments)
+            stack.callback(engine.close)
+            return engine
+
+        yield open_
+
+
 @only_with_vllm
-def test_vllm_writes_what_the_native_engine_writes(base):
+def test_vllm_writes_what_the_native_engine_writes(base, open_engine):
     """Greedily the same tokens; sampled, the trainer's log-probabilities, and the same tokens in any batch."""
     model, tokenizer, config = base
     num_threads, set_num_threads = torch.get_num_threads(), torch.set_num_threads
-    engine = build_engine(model, tokenizer, config)
+    engine = open_engine(model, tokenizer, config)
     assert torch.set_num_threads is set_num_threads
     assert torch.get_num_threads() == num_threads
     loop, requests = SearchLoop(engine, search_letters), requests_for(config, tokenizer, group_size=2)
@@ -380,10 +397,10 @@ def test_vllm_writes_what_the_native_engine_writes(base):
 
 
 @only_with_vllm
-def test_vllm_reports_the_whole_vocabulary_where_sampling_is_cut(base):
+def test_vllm_reports_the_whole_vocabulary_where_sampling_is_cut(base, open_engine):
     model, tokenizer, config = base
     config = config.model_copy(update={"rollout": config.rollout.model_copy(update={"top_k": 3, "top_p": 0.9})})
-    engine = build_engine(model, tokenizer, config)
+    engine = open_engine(model, tokenizer, config)
     trajectories = SearchLoop(engine, search_letters).run(requests_for(config, tokenizer))
     check_logprobs(model, trajectories, 1.0)
     for trajectory in trajectories:  # and it is cut: nothing but the three likeliest
@@ -395,9 +412,9 @@ def test_vllm_reports_the_whole_vocabulary_where_sampling_is_cut(base):
 
 
 @only_with_vllm
-def test_vllm_takes_new_weights_and_misses_a_forgotten_head(base, monkeypatch):
+def test_vllm_takes_new_weights_and_misses_a_forgotten_head(base, open_engine, monkeypatch):
     model, tokenizer, config = base
-    engine = build_engine(model, tokenizer, config)
+    engine = open_engine(model, tokenizer, config)
     engine.sampling = GREEDY
     loop, requests = SearchLoop(engine, search_letters), requests_for(config, tokenizer)
     before = loop.run(requests)
