@@ -49,6 +49,16 @@ def test_numbers_by_hand():
     assert rows["activations"] == longest * (28 * kept + 4 * 3584 + 4 + 2 * 3584)
 
 
+def test_vllm_holds_the_weights_once_more_while_it_is_awake():
+    config, shape = load_config("configs/search_r1_3b_grpo_fast.yaml"), published_config("qwen2.5-3b")
+    native = plan_training(config, shape, num_ranks=8)
+    config = config.model_copy(update={"rollout": config.rollout.model_copy(update={"engine": "vllm"})})
+    plan = plan_training(config, shape, num_ranks=8)
+    weights = rows_of(native)["policy: replica that generates"]
+    assert rows_of(plan) == rows_of(native) | {"vLLM's copy of the weights": weights}
+    assert (plan.rollout, plan.update) == (native.rollout + weights, native.update)
+
+
 @pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])
 @pytest.mark.parametrize("tied", [True, False])
 def test_resident_rows_are_the_bytes_of_a_real_policy_and_critic(

@@ -22,8 +22,8 @@ from searchr1_fast.rollout.sampling import head_logits
 
 KNOWN_LENGTH = 48  # tokens, at most
 # Mean absolute difference of log-probabilities that rounding explains, by the type that both compute in. Measured for
-# builtin:base on a CPU: 5e-6 in fp32, 0.02 in bf16 (AMD EPYC, 2026-11-27); on a GPU, and for larger models: not yet.
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+# builtin:base on a CPU: 3e-6 in fp32, 0.03 in bf16 (AMD EPYC, 2026-11-27); on a GPU, and for larger models: not yet.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}
 
 
 def named_weights(model: Decoder) -> Iterator[tuple[str, torch.Tensor]]:
