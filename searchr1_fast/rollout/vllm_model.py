@@ -19,6 +19,7 @@ import json
 import os
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -245,7 +246,9 @@ def _harmless_start(platform: Any, device: str) -> Iterator[None]:
     def register_without_llvmlite() -> None:
         hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == "llvmlite"}
         try:
-            register()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # values that it looks at are deprecated
+                register()
         finally:
             sys.modules.update(hidden)
 

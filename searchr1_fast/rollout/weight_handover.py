@@ -2,8 +2,9 @@
 
 What is not handed over stays as it was, and nothing complains: with a tied head and vLLM 0.32, weights without
 `lm_head.weight` leave the old head in place, and log-probabilities are off by up to 12 at the start of a run and by 0.2
-after the weights moved by a hundredth (`builtin:base`, AMD EPYC, 2026-11-27). So both sides score a few known sequences
-after every hand-over, the first of which finds random weights on the other side: what never arrives shows there.
+after the weights moved by a hundredth (`builtin:base`, Intel Xeon, 2026-11-27). So both sides score a few known
+sequences after every hand-over, the first of which finds random weights on the other side: what never arrives shows
+there.
 
 Shape legend
     L  tokens of a known sequence    T  of all of them    D  hidden size    V  vocabulary
@@ -22,7 +23,7 @@ from searchr1_fast.rollout.sampling import head_logits
 
 KNOWN_LENGTH = 48  # tokens, at most
 # Mean absolute difference of log-probabilities that rounding explains, by the type that both compute in. Measured for
-# builtin:base on a CPU: 3e-6 in fp32, 0.03 in bf16 (AMD EPYC, 2026-11-27); on a GPU, and for larger models: not yet.
+# builtin:base on a CPU: 3e-6 in fp32, 0.03 in bf16 (Intel Xeon, 2026-11-27); on a GPU, and for larger models: not yet.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}
 
 
