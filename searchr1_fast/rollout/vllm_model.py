@@ -70,7 +70,7 @@ class VllmModel:
         self.logprobs_mode = logprobs_mode(sampling)
         self._params, self._eos_ids = vllm.SamplingParams, list(eos_ids)
         self._delta = RequestOutputKind.DELTA
-        self._can_sleep = device == "cuda" and not config.keep_cache
+        self._can_sleep, self._is_asleep = device == "cuda" and not config.keep_cache, False
         self._num_scored = 0
         self._owns_group = not dist.is_initialized()
         is_one_of_many = not self._owns_group and dist.get_world_size() > 1
@@ -133,11 +133,12 @@ class VllmModel:
 
     def load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Overwrite the weights in place, and forget what was cached under the old ones. No request may run."""
-        if self._can_sleep:
+        if self._is_asleep:
             self.llm.wake_up(tags=["weights"])
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
-        if self._can_sleep:
+        if self._is_asleep:
             self.llm.wake_up(tags=["kv_cache"])
+            self._is_asleep = False
         is_reset = self.llm.reset_prefix_cache()
         assert is_reset, "a request still holds blocks of the cache"
 
@@ -145,6 +146,7 @@ class VllmModel:
         """Give the memory of weights and cache to others until the next `load`."""
         if self._can_sleep:
             self.llm.sleep(level=2)
+            self._is_asleep = True
 
     def score(self, sequences: list[list[int]]) -> list[np.ndarray]:  # [L - 1] fp32 each
         """The log-probability of every token but the first, at temperature 1. No request may run."""

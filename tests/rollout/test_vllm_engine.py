@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -431,20 +434,50 @@ def test_vllm_takes_new_weights_and_misses_a_forgotten_head(base, open_engine, m
     assert any(a.token_ids.tolist() != b.token_ids.tolist() for a, b in zip(before, after, strict=True))
 
 
-@only_with_vllm
-def test_the_demo_trains_with_vllm(tmp_path):
+@pytest.fixture
+def small_demo(tmp_path):
+    """The demo with vLLM: two steps of four questions."""
     overrides = [
         *("rollout.engine=vllm", f"run.directory={tmp_path}", "run.device=cpu", "run.num_threads=1"),
         *("run.tensorboard=false", "data.world.num_entities=60", "data.world.num_questions=64", "train.num_steps=2"),
         *("train.questions_per_step=4", "train.eval_every=0", "checkpoint.every=0", "rollout.max_num_seqs=32"),
         "eval.sets={unseen: {world: {split: eval, num_entities: 60, num_questions: 12}}}",
     ]
-    config = load_config("configs/demo.yaml", overrides)
-    result = train(config, Console(quiet=True))
+    return load_config("configs/demo.yaml", overrides)
+
+
+def check_trained(config: Config, result: dict) -> None:
+    """Both steps, on the policy as it was: the sampler's log-probabilities and the trainer's are the same."""
     rows = [json.loads(line) for line in (config.run_directory / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 2]
-    assert any(row["policy_tokens"] > 0 for row in rows[1:])
-    for row in rows[1:]:
-        if row["policy_tokens"]:
-            assert abs(row["rollout_policy_kl"]) < 1e-4  # on-policy: the sampler's and the trainer's are the same
+    updated = [row for row in rows[1:] if row["policy_tokens"]]
+    assert updated
+    for row in updated:
+        assert abs(row["rollout_policy_kl"]) < 1e-6
+        assert row["logprob_difference_max"] < 1e-4
     assert result["after"]["unseen"]["count"] == 12
+
+
+@only_with_vllm
+def test_the_demo_trains_with_vllm(small_demo):
+    check_trained(small_demo, train(small_demo, Console(quiet=True)))
+
+
+@only_with_vllm
+def test_two_ranks_train_with_an_engine_each(small_demo, tmp_path):
+    (tmp_path / "demo.yaml").write_text(small_demo.to_yaml())
+    root = Path(__file__).parents[2]
+    path = os.pathsep.join([str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")])
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    result = subprocess.run(
+        [*launcher, str(root / "tests" / "two_ranks.py"), str(tmp_path), str(tmp_path / "demo.yaml")],
+        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text())["trained"][0] for rank in range(2))
+    assert first == second
+    check_trained(small_demo, first)
