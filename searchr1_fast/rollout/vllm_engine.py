@@ -63,7 +63,7 @@ class RunningTurn:
 
 
 class VllmEngine:
-    """Turns by vLLM. `sampling` and `statistics` may be replaced between runs, as the native engine's."""
+    """Turns by vLLM. `sampling`, `statistics`, `keep_cache` may be replaced between runs, as the native engine's."""
 
     def __init__(
         self,
@@ -84,6 +84,7 @@ class VllmEngine:
             )
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.sampling = sampling or SamplingParams(config.temperature, config.top_p, config.top_k)
+        self.keep_cache = config.keep_cache is True  # `auto` is the run's to settle, as for the native engine
         self.statistics = RolloutStatistics()
         self.token_bytes = vocabulary_bytes(tokenizer, vocab_size)
         self.is_eos = np.zeros(vocab_size, dtype=bool)  # [V]
@@ -125,9 +126,9 @@ class VllmEngine:
         self._turns.clear()
 
     def free_cache(self) -> None:
-        """Let vLLM sleep until `update_weights`, unless `rollout.keep_cache`; no sequence may be held."""
+        """Let vLLM sleep until `update_weights`, unless `keep_cache`; no sequence may be held."""
         assert not self._turns
-        if not self.config.keep_cache:
+        if not self.keep_cache:
             self._generator.sleep()
             self._is_awake = False
 

@@ -70,7 +70,7 @@ class VllmModel:
         self.logprobs_mode = logprobs_mode(sampling)
         self._params, self._eos_ids = vllm.SamplingParams, list(eos_ids)
         self._delta = RequestOutputKind.DELTA
-        self._can_sleep, self._is_asleep = device == "cuda" and not config.keep_cache, False
+        self._can_sleep, self._is_asleep = device == "cuda" and config.keep_cache is not True, False
         self._num_scored = 0
         self._owns_group = not dist.is_initialized()
         is_one_of_many = not self._owns_group and dist.get_world_size() > 1
@@ -106,8 +106,9 @@ class VllmModel:
         whose log-probabilities vLLM was not set up to report."""
         if not is_reported(self.logprobs_mode, sampling):
             raise ValueError(
-                f"vLLM was started to report the log-probabilities of rollout.top_p and rollout.top_k at temperature "
-                f"1, and cannot at {sampling.temperature}; set eval.temperature to 0 or 1, or rollout.engine=native"
+                f"vLLM was started for log-probabilities that are not those of {sampling}: with rollout.top_p or "
+                "rollout.top_k it has them at temperature 1 only, without them it can cut nothing; set "
+                "eval.temperature to 0 or 1, or rollout.engine=native"
             )
         drawn = {"top_p": sampling.top_p, "top_k": sampling.top_k, "seed": seed}
         params = self._params(
