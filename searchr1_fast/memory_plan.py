@@ -99,8 +99,9 @@ class TrainingPlan:
 
     def describe_cache(self) -> str:
         """What becomes of cache and recorded steps after a rollout, in one line."""
-        kept = sum(row.num_bytes for row in self.rows if row.name in KEPT)
-        both = f"KV cache and recorded decode steps ({size_text(kept)})"
+        rows = [row for row in self.rows if row.name in KEPT]
+        kept = sum(row.num_bytes for row in rows)
+        both = f"{' and '.join(row.name for row in rows)} ({size_text(kept)})"
         if self.keeps_cache:
             return f"{both} are kept during updates: {size_text(self.update)} planned{self._of_device()}"
         return f"{both} are given to the updates: with them {size_text(self.update + kept)} planned{self._of_device()}"

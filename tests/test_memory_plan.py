@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from searchr1_kernels import _linear_chunks
@@ -254,17 +256,21 @@ def plan_3b(*overrides, device_bytes=None):
     return plan_training(config, published_config("qwen2.5-3b"), num_ranks=8, device_bytes=device_bytes)
 
 
-def test_the_cache_is_kept_where_both_fit():
-    given, kept = plan_3b("rollout.keep_cache=false"), plan_3b("rollout.keep_cache=true")
-    both = sum(rows_of(given)[name] for name in memory_plan.KEPT)
+@pytest.mark.parametrize("engine", ["native", "vllm"])
+def test_the_cache_is_kept_where_both_fit(engine):
+    plan = functools.partial(plan_3b, f"rollout.engine={engine}")
+    given, kept = plan("rollout.keep_cache=false"), plan("rollout.keep_cache=true")
+    rows = rows_of(given)
+    both = sum(rows[name] for name in rows.keys() & memory_plan.KEPT)
     assert both > 0
+    assert (memory_plan.VLLM_WEIGHTS in rows) == (engine == "vllm")
     assert (given.keeps_cache, kept.keeps_cache) == (False, True)
     assert kept.update == given.update + both
     assert kept.rollout == given.rollout
     enough = (kept.peak + memory_plan.RESERVE) / (1 - memory_plan.KEEPING_SHARE)
-    assert plan_3b(device_bytes=int(enough) + 2) == plan_3b("rollout.keep_cache=true", device_bytes=int(enough) + 2)
-    assert plan_3b(device_bytes=int(enough) - 2).keeps_cache is False
-    assert plan_3b().keeps_cache is False  # nobody knows how much there is
+    assert plan(device_bytes=int(enough) + 2) == plan("rollout.keep_cache=true", device_bytes=int(enough) + 2)
+    assert plan(device_bytes=int(enough) - 2).keeps_cache is False
+    assert plan().keeps_cache is False  # nobody knows how much there is
 
 
 def test_what_becomes_of_the_cache_is_one_line():
