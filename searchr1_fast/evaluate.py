@@ -19,7 +19,7 @@ from searchr1_fast.environment import Environment
 from searchr1_fast.models import Decoder, TextTokenizer
 from searchr1_fast.prompt import PromptBuilder
 from searchr1_fast.reward import exact_match, extract_answer, f1, sub_exact_match
-from searchr1_fast.rollout import Engine, PlainEngine, RolloutRequest, SamplingParams, SearchLoop
+from searchr1_fast.rollout import Engine, PlainEngine, RolloutRequest, SamplingParams, SearchLoop, VllmEngine
 from searchr1_fast.types import Trajectory
 
 Progress = Callable[[int, int], None]  # (finished, all)
@@ -95,7 +95,7 @@ def evaluate(
     name: str = "eval",
     temperature: float | None = None,
     seed: int | None = None,
-    engine: Engine | None = None,
+    engine: Engine | VllmEngine | None = None,
     ranks: Ranks | None = None,
     progress: Progress | None = None,
 ) -> EvalResult:
@@ -112,13 +112,16 @@ def evaluate(
         RolloutRequest(question, index, prompt(question), trajectory_seed("eval", name, seed, index))
         for index, question in enumerate(environment.questions)
     ]
-    engine = engine or build_engine(model, tokenizer, config)
+    own = build_engine(model, tokenizer, config) if engine is None else None
+    engine = engine or own
     previous, engine.sampling = engine.sampling, sampling
     try:
         loop = SearchLoop(engine, environment.search)
         trajectories = loop.run(ranks.share(requests) if ranks else requests, progress)
     finally:
         engine.sampling = previous
+        if own is not None:
+            own.close()
     return EvalResult(name, [score(t) for t in (ranks.unshare(trajectories) if ranks else trajectories)])
 
 
@@ -155,15 +158,16 @@ def wilson_interval(successes: float, count: int, z: float = 1.959964) -> Interv
     return max(0.0, centre - half_width), min(1.0, centre + half_width)
 
 
-def build_engine(model: Decoder, tokenizer: TextTokenizer, config: Config) -> Engine:
-    """The engine that `rollout.engine` names. ValueError where a sequence may outgrow the model's positions."""
+def build_engine(model: Decoder, tokenizer: TextTokenizer, config: Config) -> Engine | VllmEngine:
+    """The engine that `rollout.engine` names. ValueError where a sequence may outgrow the model's positions, or vLLM
+    is not there."""
     known = model.config.max_position_embeddings
     if config.rollout.max_sequence_tokens > known:
         raise ValueError(
             f"rollout.max_sequence_tokens: {config.rollout.max_sequence_tokens} is more than the model was made for; "
             f"give at most {known} (max_position_embeddings in its config.json)"
         )
-    engine_class = {"native": Engine, "plain": PlainEngine}[config.rollout.engine]
+    engine_class = {"native": Engine, "plain": PlainEngine, "vllm": VllmEngine}[config.rollout.engine]
     return engine_class(model, tokenizer, config.rollout)
 
 

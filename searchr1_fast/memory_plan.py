@@ -6,7 +6,8 @@ What each part of policy.py, critic.py and the engine holds, and when:
               in the compute type (none where one rank computes in fp32: then it is the trained module); the
               reference's part, in the compute type; the part of the index
     rollout   the KV cache and what recorded decode steps work in, the activations of a prefill, logits, partial sums of
-              attention over the cache
+              attention over the cache; vLLM's copy of the weights, where it generates (what else vLLM works in is taken
+              to be what the native engine does)
     update    gradients, fp32, a part on each rank, of one learner at a time (the critic's are freed before the
               policy's are made); what FSDP gathers: embedding, head and last norm whole, and two blocks; what the
               blocks keep for the backward pass; what one block needs while it is in it, or if that is more, logits of a
@@ -49,7 +50,8 @@ TILE_ROWS = 128  # a chunk is a multiple of so many rows
 ATTENTION_PLACES, ATTENTION_TOKENS = 512, 1024  # searchr1_kernels: places of a part, lone tokens at a time, on CUDA
 # What the arithmetic may be off by where `auto` keeps the cache. To be wrong ends a run; recording again costs seconds.
 KEEPING_SHARE = 0.1
-KEPT = ("KV cache", "recorded decode steps")
+VLLM_WEIGHTS = "vLLM's copy of the weights"
+KEPT = ("KV cache", "recorded decode steps", VLLM_WEIGHTS)
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
@@ -98,8 +100,9 @@ class TrainingPlan:
 
     def describe_cache(self) -> str:
         """What becomes of cache and recorded steps after a rollout, in one line."""
-        kept = sum(row.num_bytes for row in self.rows if row.name in KEPT)
-        both = f"KV cache and recorded decode steps ({size_text(kept)})"
+        rows = [row for row in self.rows if row.name in KEPT]
+        kept = sum(row.num_bytes for row in rows)
+        both = f"{' and '.join(row.name for row in rows)} ({size_text(kept)})"
         if self.keeps_cache:
             return f"{both} are kept during updates: {size_text(self.update)} planned{self._of_device()}"
         return f"{both} are given to the updates: with them {size_text(self.update + kept)} planned{self._of_device()}"
@@ -243,6 +246,9 @@ def _rollout(config: Config, decoder: DecoderConfig, num_ranks: int) -> Iterator
     slots = rollout.max_num_seqs if config.eval.sets else min(rollout.max_num_seqs, own)
     keys = decoder.num_key_value_heads * decoder.head_dim
     token = 2 * decoder.num_hidden_layers * keys * size
+    if rollout.engine == "vllm":
+        weights = size * count(meta_decoder(decoder))
+        yield Row(VLLM_WEIGHTS, weights, "rollout", f"whole, {config.model.dtype}")
     length, heads = rollout.max_sequence_tokens, decoder.num_attention_heads
     spare = 1 if rollout.cuda_graphs else 0  # a slot for rows without a sequence
     detail = f"{slots} + {spare} x {length} tokens x {token} bytes"

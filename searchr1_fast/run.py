@@ -30,7 +30,7 @@ from searchr1_fast.models import TextTokenizer, describe_attention, load_tokeniz
 from searchr1_fast.policy import Learner, Policy
 from searchr1_fast.prompt import PromptBuilder
 from searchr1_fast.retrieval.statistics import SearchStatistics
-from searchr1_fast.rollout import Engine, SearchLoop
+from searchr1_fast.rollout import Engine, SearchLoop, VllmEngine
 from searchr1_fast.types import Trajectory
 
 
@@ -59,7 +59,7 @@ class Run:
     prompt: PromptBuilder
     policy: Policy
     critic: Critic | None
-    engine: Engine
+    engine: Engine | VllmEngine
     loop: SearchLoop
     step: int = 0  # the last that is done
     log: MetricsLog | None = None  # rank 0's, once everything else is built
@@ -93,6 +93,11 @@ class Run:
         if trajectories is not None and is_due(row["step"], self.config.run.trajectories_every):
             self.log.write_trajectories(row["step"], trajectories)
 
+    def sync(self) -> None:
+        """Let the engine generate with the trained weights. A collective."""
+        self.policy.sync_replica()
+        self.engine.update_weights()
+
     def save(self) -> None:
         """Write a checkpoint of the step that is done."""
 
@@ -119,7 +124,7 @@ class Run:
         )
         for learner in self.learners:
             learner.load_state_dict(state["learners"][learner.name])
-        self.policy.sync_replica()
+        self.sync()
         self.step = checkpoint.step
         changed = changed_keys(yaml.safe_load(state["config"]), self.config.model_dump(mode="json"))
         self.ui.note(
@@ -142,7 +147,8 @@ class Run:
         return sum(self.ranks.gather(self.environment.take_statistics()), SearchStatistics())
 
     def close(self) -> None:
-        """End the retrievers, whose threads would otherwise live until the garbage collector finds them."""
+        """End the engine, and the retrievers, whose threads would live until the garbage collector finds them."""
+        self.engine.close()
         for environment in (self.environment, *self.evaluations.values()):
             environment.close()
 

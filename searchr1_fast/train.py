@@ -68,7 +68,7 @@ def train(config: Config, ui: UserInterface | None = None) -> dict[str, Any]:
             with run.timers("update"):
                 updates = update(run, minibatches, step)
             with run.timers("sync"):
-                run.policy.sync_replica()
+                run.sync()
             run.step = step
             metrics = {"step": step} | describe(run, trajectories, rewards, kept) | means(run, updates)
             metrics |= run.take_search_statistics().row()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from searchr1_kernels import _linear_chunks
@@ -47,6 +49,16 @@ def test_numbers_by_hand():
     kept = 2 * (4 * 3584 + 4 + 2 * 3584) + 2 * (3584 + 512 + 512 + 3584) + 4 * 28 + 4 * 2 * 18944
     longest = max(config.train.tokens_per_microbatch, config.rollout.max_sequence_tokens)
     assert rows["activations"] == longest * (28 * kept + 4 * 3584 + 4 + 2 * 3584)
+
+
+def test_vllm_holds_the_weights_once_more_while_it_is_awake():
+    config, shape = load_config("configs/search_r1_3b_grpo_fast.yaml"), published_config("qwen2.5-3b")
+    native = plan_training(config, shape, num_ranks=8)
+    config = config.model_copy(update={"rollout": config.rollout.model_copy(update={"engine": "vllm"})})
+    plan = plan_training(config, shape, num_ranks=8)
+    weights = rows_of(native)["policy: replica that generates"]
+    assert rows_of(plan) == rows_of(native) | {"vLLM's copy of the weights": weights}
+    assert (plan.rollout, plan.update) == (native.rollout + weights, native.update)
 
 
 @pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])
@@ -247,17 +259,21 @@ def plan_3b(*overrides, device_bytes=None):
     return plan_training(config, published_config("qwen2.5-3b"), num_ranks=8, device_bytes=device_bytes)
 
 
-def test_the_cache_is_kept_where_both_fit():
-    given, kept = plan_3b("rollout.keep_cache=false"), plan_3b("rollout.keep_cache=true")
-    both = sum(rows_of(given)[name] for name in memory_plan.KEPT)
+@pytest.mark.parametrize("engine", ["native", "vllm"])
+def test_the_cache_is_kept_where_both_fit(engine):
+    plan = functools.partial(plan_3b, f"rollout.engine={engine}")
+    given, kept = plan("rollout.keep_cache=false"), plan("rollout.keep_cache=true")
+    rows = rows_of(given)
+    both = sum(rows[name] for name in rows.keys() & memory_plan.KEPT)
     assert both > 0
+    assert (memory_plan.VLLM_WEIGHTS in rows) == (engine == "vllm")
     assert (given.keeps_cache, kept.keeps_cache) == (False, True)
     assert kept.update == given.update + both
     assert kept.rollout == given.rollout
     enough = (kept.peak + memory_plan.RESERVE) / (1 - memory_plan.KEEPING_SHARE)
-    assert plan_3b(device_bytes=int(enough) + 2) == plan_3b("rollout.keep_cache=true", device_bytes=int(enough) + 2)
-    assert plan_3b(device_bytes=int(enough) - 2).keeps_cache is False
-    assert plan_3b().keeps_cache is False  # nobody knows how much there is
+    assert plan(device_bytes=int(enough) + 2) == plan("rollout.keep_cache=true", device_bytes=int(enough) + 2)
+    assert plan(device_bytes=int(enough) - 2).keeps_cache is False
+    assert plan().keeps_cache is False  # nobody knows how much there is
 
 
 def test_what_becomes_of_the_cache_is_one_line():

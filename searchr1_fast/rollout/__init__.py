@@ -5,5 +5,14 @@ from searchr1_fast.rollout.plain import PlainEngine
 from searchr1_fast.rollout.sampling import SamplingParams
 from searchr1_fast.rollout.search_loop import SearchLoop
 from searchr1_fast.rollout.sequence import RolloutRequest
+from searchr1_fast.rollout.vllm_engine import VllmEngine
 
-__all__ = ["Engine", "PlainEngine", "RolloutRequest", "RolloutStatistics", "SamplingParams", "SearchLoop"]
+__all__ = [
+    "Engine",
+    "PlainEngine",
+    "RolloutRequest",
+    "RolloutStatistics",
+    "SamplingParams",
+    "SearchLoop",
+    "VllmEngine",
+]

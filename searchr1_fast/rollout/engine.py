@@ -210,6 +210,12 @@ class Engine:
         if not self.keep_cache:
             self._cache, self._graphs, self._slots = None, None, SlotTable(0, 0)
 
+    def update_weights(self) -> None:
+        """Nothing to do: the model is the trainer's own object. For engines that have a copy (vllm_engine.py)."""
+
+    def close(self) -> None:
+        """Nothing to do: the memory goes with the object."""
+
     def step(self) -> list[Sequence]:
         """Run every running sequence one token further; the sequences whose turn ended with it, tokens appended."""
         assert self.has_work

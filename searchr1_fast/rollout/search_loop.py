@@ -25,6 +25,7 @@ from searchr1_fast.rollout.engine import Engine, RolloutStatistics
 from searchr1_fast.rollout.observation import Text, encode, fit_observation
 from searchr1_fast.rollout.sampling import stream_keys
 from searchr1_fast.rollout.sequence import RolloutRequest, Sequence, SequenceStatus
+from searchr1_fast.rollout.vllm_engine import VllmEngine
 from searchr1_fast.types import Action, FinishReason, Passage, SearchFunction, Trajectory, Turn
 
 Progress = Callable[[int, int], None]  # (finished, all)
@@ -35,7 +36,7 @@ class SearchLoop:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: Engine | VllmEngine,
         search: SearchFunction,
         tokenizer: TextTokenizer | None = None,
         config: RolloutConfig | None = None,
