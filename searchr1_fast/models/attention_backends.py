@@ -7,7 +7,8 @@ more keys than queries (it continues a beginning that others share), its queries
     varlen      torch.nn.attention.varlen.varlen_attn, which is torch's own build of the same kernels
     sdpa        attention.packed_attention, one call per sequence: the plain twin, and the path of the CPU and of fp32
 
-The first two need a GPU and are not yet measured; without one, tests hold their calls against the twin.
+The first two need a GPU (flash-attn has not been tried on one yet); without one, tests hold their calls against the
+twin.
 
 Shape legend
     T  packed tokens    S  sequences    K  keys: T, or more where sequences share beginnings
