@@ -58,46 +58,46 @@ def gae(
         if not 0.0 <= value <= 1.0:
             raise ValueError(f"{name}: expected a number from 0 to 1, got {value}")
     rewards, values = (tensor.detach() if tensor.requires_grad else tensor for tensor in (rewards, values))
-    return _OPERATOR(rewards, values, cu_seqlens, gamma, lam, mask)
+    return _OPERATOR(rewards, values, cu_seqlens, gamma, lam, mask).unbind()
 
 
 def _gae(rewards, values, cu_seqlens, gamma, lam, mask):
+    """-> advantages and returns, [2,N]: in one memory, which two outputs of an operator may not share."""
     checks.check_offsets("cu_seqlens", cu_seqlens, rewards.shape[0])
     dtype = torch.promote_types(values.dtype, torch.float32)
     if rewards.device.type == "cpu":
         return _scan_cpu(rewards, values, cu_seqlens, gamma, lam, mask, dtype)
     if rewards.device.type == "cuda" and has_triton():
         return _scan_triton(rewards, values, cu_seqlens, gamma, lam, mask, dtype)
-    return _scan_torch(rewards, values, cu_seqlens, gamma, lam, mask, dtype)
+    return torch.stack(_scan_torch(rewards, values, cu_seqlens, gamma, lam, mask, dtype))
 
 
 def _fake(rewards, values, cu_seqlens, gamma, lam, mask):
     dtype = torch.promote_types(values.dtype, torch.float32)
-    return values.new_empty(values.shape, dtype=dtype), values.new_empty(values.shape, dtype=dtype)
+    return values.new_empty((2, values.shape[0]), dtype=dtype)
 
 
 _OPERATOR = register(
-    "gae(Tensor rewards, Tensor values, Tensor cu_seqlens, float gamma, float lam, Tensor? mask) -> (Tensor, Tensor)",
+    "gae(Tensor rewards, Tensor values, Tensor cu_seqlens, float gamma, float lam, Tensor? mask) -> Tensor",
     _gae,
     _fake,
 )
 
 
 def _scan_cpu(rewards, values, cu_seqlens, gamma, lam, mask, dtype):
-    """Shapes as `gae`."""
+    """[2,N], inputs as `gae`."""
     numpy_dtype = np.float64 if dtype == torch.float64 else np.float32
     # numpy takes 4 MiB and more in huge pages; the page faults of torch's memory would take as long as the scan.
-    advantages, returns = map(torch.from_numpy, np.empty((2, rewards.shape[0]), numpy_dtype))
+    outputs = np.empty((2, rewards.shape[0]), numpy_dtype)
     mask = torch.ones(rewards.shape[0], dtype=torch.bool) if mask is None else mask
     # Each in a type of its own: rewards of fp64 are not rounded to the fp32 of the values.
     precise = (tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in (rewards, values))
     inputs = (*precise, mask.contiguous().view(torch.uint8), cu_seqlens.long())
     arrays = [tensor.contiguous().numpy() for tensor in inputs]
-    outputs = (advantages.numpy(), returns.numpy())
     total = rewards.shape[0]
     cuts = np.searchsorted(arrays[3], np.linspace(0, total, num_parts(total, _TOKENS_PER_THREAD) + 1))
     run_parts(lambda *part: _reverse_scan(*part, *arrays, float(gamma), float(gamma * lam), *outputs), cuts)
-    return advantages, returns
+    return torch.from_numpy(outputs)
 
 
 @numba.njit(cache=True, nogil=True)
@@ -157,7 +157,7 @@ def _write(rewards, values, mask, carried, advantages, returns):
 
 
 def _scan_triton(rewards, values, cu_seqlens, gamma, lam, mask, dtype):
-    """Shapes as `gae`."""
+    """[2,N], inputs as `gae`."""
     from searchr1_kernels import _gae_triton
 
     outputs = values.new_empty((2, values.shape[0]), dtype=dtype)
@@ -165,7 +165,7 @@ def _scan_triton(rewards, values, cu_seqlens, gamma, lam, mask, dtype):
         mask = None if mask is None else mask.contiguous()
         inputs = (tensor.contiguous() for tensor in (rewards, values, cu_seqlens))
         _gae_triton.scan(*inputs, float(gamma), float(gamma * lam), mask, outputs)
-    return outputs.unbind()
+    return outputs
 
 
 def _scan_torch(rewards, values, cu_seqlens, gamma, lam, mask, dtype):
