@@ -77,7 +77,7 @@ def _evaluate(config: Config, names: list[str], model_path: Path | str, temperat
     import torch
 
     from searchr1_fast.distributed import process
-    from searchr1_fast.evaluate import evaluate
+    from searchr1_fast.evaluate import build_engine, evaluate
     from searchr1_fast.models import load_model, load_tokenizer, resolve
 
     directory = resolve(model_path)
@@ -88,13 +88,15 @@ def _evaluate(config: Config, names: list[str], model_path: Path | str, temperat
             stack.callback(environment.close)
         model = load_model(directory, getattr(torch, config.model.dtype), ranks.device).eval()
         tokenizer = load_tokenizer(directory)
+        engine = build_engine(model, tokenizer, config)  # one for all sets: vLLM takes its time to start
+        stack.callback(engine.close)
         results = []
         for name, environment in environments.items():
             mine = len(ranks.share(environment.questions))
             with ui.phase(f"eval {name}", mine) as progress:
                 result = evaluate(
                     model, tokenizer, environment, config,
-                    name=name, temperature=temperature, ranks=ranks, progress=progress,
+                    name=name, temperature=temperature, engine=engine, ranks=ranks, progress=progress,
                 )  # fmt: skip
             ui.rich.print(scores_table(name, result.metrics()))
             results.append(result)

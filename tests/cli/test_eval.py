@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 from commands import CORPUS, QUESTIONS, SMALL, one_sentence, write_jsonl
 
+from searchr1_fast import evaluate
+from searchr1_fast.rollout import Engine
+
 
 def write_eval_config(folder: Path) -> Path:
     write_jsonl(folder / "corpus.jsonl", CORPUS)
@@ -42,6 +45,24 @@ def test_eval_of_several_sets_ends_with_a_table_of_all(run, tmp_path, model):
     assert (rows["tiny"][:2], rows["again"][:2]) == (["2", "0.000"], ["1", "0.000"])
     assert rows["mean"][:4] == ["of", "the", "sets", "0.000"]
     assert "mean of the sets" not in run("eval", config, "--model", model, *SMALL)[1]
+
+
+def test_eval_of_several_sets_starts_one_engine_and_ends_it(run, tmp_path, model, monkeypatch):
+    config = write_eval_config(tmp_path)
+    happened = []
+
+    class Watched(Engine):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            happened.append("start")
+
+        def close(self):
+            happened.append("end")
+
+    monkeypatch.setattr(evaluate, "Engine", Watched)
+    more = "eval.sets.again={questions: questions.jsonl, corpus: corpus.jsonl}"
+    assert run("eval", config, "--model", model, *SMALL, more)[0] == 0
+    assert happened == ["start", "end"]
 
 
 def test_eval_is_greedy_and_repeats(run, tmp_path, model):
