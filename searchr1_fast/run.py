@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -148,9 +148,10 @@ class Run:
 
     def close(self) -> None:
         """End the engine, and the retrievers, whose threads would live until the garbage collector finds them."""
-        self.engine.close()
-        for environment in (self.environment, *self.evaluations.values()):
-            environment.close()
+        with ExitStack() as stack:  # the one ends whether or not the other could
+            stack.callback(self.engine.close)
+            for environment in (self.environment, *self.evaluations.values()):
+                stack.callback(environment.close)
 
     def finish(self) -> dict[str, Any]:
         """Show before and after, draw the curves; the result on every rank."""
@@ -229,6 +230,10 @@ def build_run(config: Config, ranks: Ranks, ui: UserInterface) -> Run:
     if config.algorithm.name == "ppo":
         critic = Critic(meta_model(directory), config, ranks, weights=directory)
     engine = build_engine(policy.replica, tokenizer, config)
+    with ExitStack() as on_error:
+        on_error.callback(engine.close)
+        loop = SearchLoop(engine, training.search)
+        on_error.pop_all()
     return Run(
         config=config,
         ranks=ranks,
@@ -242,7 +247,7 @@ def build_run(config: Config, ranks: Ranks, ui: UserInterface) -> Run:
         policy=policy,
         critic=critic,
         engine=engine,
-        loop=SearchLoop(engine, training.search),
+        loop=loop,
     )
 
 
