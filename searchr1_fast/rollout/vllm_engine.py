@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -35,7 +36,7 @@ from searchr1_fast.rollout.sampling import SamplingParams, stream_keys
 from searchr1_fast.rollout.sequence import Sequence, SequenceStatus
 from searchr1_fast.rollout.stop import START, StopMatcher, vocabulary_bytes
 from searchr1_fast.rollout.vllm_model import Piece, VllmModel
-from searchr1_fast.rollout.weight_handover import check_handover, known_sequences, named_weights
+from searchr1_fast.rollout.weight_handover import Scores, check_handover, known_sequences, named_weights
 
 
 class Generator(Protocol):
@@ -94,8 +95,12 @@ class VllmEngine:
         self._num_requests = 0
         self._is_awake = True
         self._known = known_sequences(tokenizer, vocab_size, config.max_sequence_tokens - 1)
+        self._scores: Scores | None = None
         self._generator = generator or VllmModel(model, config, self.sampling, tokenizer.eos_ids)
-        self.update_weights()
+        with ExitStack() as on_error:
+            on_error.callback(self.close)
+            self.update_weights()
+            on_error.pop_all()
 
     @property
     def has_work(self) -> bool:
@@ -143,7 +148,8 @@ class VllmEngine:
         self._generator.load(named_weights(self.model))
         self._is_awake = True
         scores = self._generator.score(self._known)
-        check_handover(self.model, self._known, scores, f"vLLM {self._generator.version}")
+        receiver = f"vLLM {self._generator.version}"
+        self._scores = check_handover(self.model, self._known, scores, receiver, self._scores)
 
     def step(self) -> list[Sequence]:
         """Run every running sequence one token further; the sequences whose turn ended with it, tokens appended."""

@@ -4,7 +4,10 @@ What is not handed over stays as it was, and nothing complains: with a tied head
 `lm_head.weight` leave the old head in place, and log-probabilities are off by up to 12 at the start of a run and by 0.2
 after the weights moved by a hundredth (`builtin:base`, Intel Xeon, 2026-11-27). So both sides score a few known
 sequences after every hand-over, the first of which finds random weights on the other side: what never arrives shows
-there.
+there. What arrived once and does not again is harder to see, as an update moves the scores by less than rounding
+explains: a receiver whose scores stay as they were, to the bit, while the model's move away is told apart by that. One
+that misses a part of the weights from then on shows when they have drifted past the tolerance, and in the metrics of
+agreement (`logprob_difference_max`) before.
 
 Shape legend
     L  tokens of a known sequence    T  of all of them    D  hidden size    V  vocabulary
@@ -13,6 +16,7 @@ Shape legend
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +29,16 @@ KNOWN_LENGTH = 48  # tokens, at most
 # Mean absolute difference of log-probabilities that rounding explains, by the type that both compute in. Measured for
 # builtin:base on a CPU: 3e-6 in fp32, 0.03 in bf16 (Intel Xeon, 2026-11-27); on a GPU, and for larger models: not yet.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}
+# How far the model's scores may move away in the mean, since the receiver's last moved, before theirs must: a margin
+# over a model whose sums are not ordered the same every time, far below what the tolerance lets pass.
+STANDSTILL = {torch.float32: 1e-5, torch.bfloat16: 0.02}
+
+
+class Scores(NamedTuple):
+    """Of the known sequences, by either side, when the receiver's last changed."""
+
+    model: np.ndarray  # [T - sequences] fp32
+    receiver: np.ndarray  # [T - sequences] fp32
 
 
 def named_weights(model: Decoder) -> Iterator[tuple[str, torch.Tensor]]:
@@ -57,10 +71,20 @@ def score(model: Decoder, sequences: list[list[int]]) -> np.ndarray:  # [T - seq
     return np.delete(after, starts - 1)
 
 
-def check_handover(model: Decoder, sequences: list[list[int]], scores: list[np.ndarray], receiver: str) -> None:
-    """ValueError where the receiver's scores ([L - 1] fp32 for each sequence) are not the model's."""
-    differences = np.abs(np.concatenate(scores) - score(model, sequences))
-    mean, most, allowed = differences.mean(), differences.max(), TOLERANCE[model.head_weight.dtype]
+def check_handover(
+    model: Decoder,
+    sequences: list[list[int]],
+    scores: list[np.ndarray],  # [L - 1] fp32 each
+    receiver: str,
+    before: Scores | None = None,
+) -> Scores:
+    """ValueError where the receiver's scores are not the model's, or have not moved with it.
+
+    `before`: what the check after the hand-over before this one returned.
+    """
+    now = Scores(score(model, sequences), np.concatenate(scores))
+    differences, dtype = np.abs(now.receiver - now.model), model.head_weight.dtype
+    mean, most, allowed = differences.mean(), differences.max(), TOLERANCE[dtype]
     if not mean <= allowed:  # NaN too
         raise ValueError(
             f"{receiver} has not got the trainer's weights: it scores known sequences otherwise, by {mean:.3g} in the "
@@ -68,3 +92,13 @@ def check_handover(model: Decoder, sequences: list[list[int]], scores: list[np.n
             "shares weights in another way: take one that this was tested with (docs/architecture.md), or set "
             "rollout.engine=native"
         )
+    if before is None or not np.array_equal(before.receiver, now.receiver):
+        return now
+    moved = np.abs(now.model - before.model).mean()
+    if moved > STANDSTILL[dtype]:
+        raise ValueError(
+            f"{receiver} still has the weights of an earlier step: its scores of known sequences have not changed at "
+            f"all, and the trainer's by {moved:.3g} in the mean. Most likely this release renews weights in another "
+            "way: take one that this was tested with (docs/architecture.md), or set rollout.engine=native"
+        )
+    return before

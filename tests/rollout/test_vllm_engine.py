@@ -30,8 +30,8 @@ from searchr1_fast.rollout import Engine, RolloutRequest, SamplingParams, Search
 from searchr1_fast.rollout.sampling import head_logits, sample, stream_keys, uniforms
 from searchr1_fast.rollout.sequence import Sequence
 from searchr1_fast.rollout.vllm_engine import turn_seed
-from searchr1_fast.rollout.vllm_model import Piece, is_reported, logprobs_mode
-from searchr1_fast.rollout.weight_handover import check_handover, known_sequences, named_weights, score
+from searchr1_fast.rollout.vllm_model import CPU_BLOCK, Piece, is_reported, logprobs_mode
+from searchr1_fast.rollout.weight_handover import TOLERANCE, check_handover, known_sequences, named_weights, score
 from searchr1_fast.train import train
 from searchr1_fast.types import Action, FinishReason, Passage, Question
 
@@ -287,6 +287,55 @@ def test_the_check_scores_each_sequence_by_itself_and_knows_nan(make_model, toke
         check_handover(model, known, scores, "it")
 
 
+def test_weights_that_stay_behind_are_noticed_before_they_have_gone_far(make_model, make_engine):
+    """Small updates, of which the receiver takes none: far within the tolerance, and no agreement."""
+    model = make_model(4)
+    engine = make_engine(model)
+    engine.update_weights()  # the same weights once more: nothing has moved, and nothing should
+    generator = torch.Generator().manual_seed(0)
+    moves = [torch.randn(parameter.shape, generator=generator) for parameter in model.parameters()]
+
+    @torch.no_grad()
+    def update():
+        for parameter, move in zip(model.parameters(), moves, strict=True):
+            parameter.add_(move, alpha=2e-6)
+
+    update()
+    engine.update_weights()
+    engine._generator.load = lambda weights: None
+    update()
+    differences = np.concatenate(engine._generator.score(engine._known)) - score(model, engine._known)
+    assert np.abs(differences).mean() < TOLERANCE[torch.float32]
+    with pytest.raises(ValueError, match="still has the weights of an earlier step.*rollout.engine=native"):
+        engine.update_weights()
+
+
+def test_a_standstill_is_measured_from_the_last_change(make_model, tokenizer):
+    """Steps too small to tell, one by one; not all together."""
+    model = make_model(4)
+    known = known_sequences(tokenizer, model.config.vocab_size, 20)
+    stale = [score(model, [token_ids]) for token_ids in known]
+    before = check_handover(model, known, stale, "it")
+
+    def update(times):
+        for _ in range(times):
+            with torch.no_grad():
+                model.head_weight.mul_(1 + 5e-7)
+            assert check_handover(model, known, stale, "it", before) is before
+
+    update(1)
+    with pytest.raises(ValueError, match="it still has"):
+        update(100)
+
+
+def test_an_engine_that_cannot_start_is_closed(make_model, tokenizer, config):
+    model = make_model(4)
+    stand_in = StandIn(model, tokenizer.eos_ids, lost=["model.embed_tokens.weight"])
+    with pytest.raises(ValueError, match="has not got the trainer's weights"):
+        VllmEngine(model, tokenizer, config, generator=stand_in)
+    assert stand_in.requests is None
+
+
 # --------------------------------------------------------------------------------------------------- what can be asked
 
 
@@ -371,6 +420,12 @@ def open_engine():
         yield open_
 
 
+def check_kept(statistics, trajectories) -> None:
+    """Of an earlier turn's tokens only a block that is not full is computed again, and not the whole context."""
+    later = [turn for trajectory in trajectories for turn in trajectory.turns[1:]]
+    assert statistics.num_recomputed_tokens <= len(later) * CPU_BLOCK < sum(turn.start for turn in later)
+
+
 @only_with_vllm
 def test_vllm_writes_what_the_native_engine_writes(base, open_engine):
     """Greedily the same tokens; sampled, the trainer's log-probabilities, and the same tokens in any batch."""
@@ -384,6 +439,7 @@ def test_vllm_writes_what_the_native_engine_writes(base, open_engine):
     greedy = loop.run(requests)
     check_same(greedy, SearchLoop(Engine(model, tokenizer, config.rollout, GREEDY), search_letters).run(requests))
     assert sum(len(trajectory.turns) for trajectory in greedy) > len(greedy)
+    check_kept(loop.statistics, greedy)
     engine.sampling = SamplingParams(0.8)
     sampled = loop.run(requests)
     check_logprobs(model, sampled, 0.8)
@@ -391,8 +447,6 @@ def test_vllm_writes_what_the_native_engine_writes(base, open_engine):
     engine.update_weights()  # empties the prefix cache
     check_same(sampled[::-1], loop.run(requests[::-1]))
     check_same(sampled[:1], loop.run(requests[:1]))
-    statistics = loop.statistics
-    assert statistics.num_prefill_tokens + statistics.num_shared_tokens >= sampled[0].prompt_length
     engine.sampling = SamplingParams(1.0, top_k=5)
     with pytest.raises(ValueError, match="rollout.engine=native"):
         loop.run(requests[:1])
