@@ -112,6 +112,7 @@ def _check_like(name: str, tensor: torch.Tensor, other_name: str, other: torch.T
 
 
 # ------------------------------------------------------------------------------------------------------- the operators
+# Outputs are contiguous whatever the inputs are: compiled code goes by the strides that tracing was told.
 
 
 def _rms_norm(x, weight, eps):
@@ -123,7 +124,7 @@ def _rms_norm(x, weight, eps):
 def _add_rms_norm(x, residual, weight, eps):
     if _on_gpu("x", x):
         return _triton().norm(x, residual, weight, eps)
-    total = x + residual
+    total = (x + residual).contiguous()
     return _norm_torch(total, weight, eps), total
 
 
@@ -141,7 +142,7 @@ def _rotary_write(query, key, value, cos, sin, keys, values, slots, positions, q
 def _silu_mul(gate, up):
     if _on_gpu("gate", gate):
         return _triton().silu_mul(gate, up)
-    return torch.nn.functional.silu(gate) * up
+    return (torch.nn.functional.silu(gate) * up).contiguous()
 
 
 def _on_gpu(name: str, x: torch.Tensor) -> bool:
@@ -166,7 +167,7 @@ def _norm_torch(x, weight, eps):
 
 def _rotate_torch(x, cos, sin):
     first, second = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+    return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype).contiguous()
 
 
 _NORM = register(

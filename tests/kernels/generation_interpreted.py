@@ -6,9 +6,13 @@ its own. With one they are compiled.
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
-from searchr1_kernels import _generation_triton, reference
+from searchr1_kernels import _generation_triton, reference, rms_norm
+
+generation = sys.modules[rms_norm.__module__]
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
@@ -79,6 +83,28 @@ def test_product_matches_the_oracle(rows, size, dtype):
     both = 4 * numbers(rows, 2 * size, dtype=dtype)
     gate, up = both.chunk(2, dim=1)
     close(_generation_triton.silu_mul(gate, up), reference.silu_mul(gate.double(), up.double()))
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_operators_on_these_kernels_pass_torchs_checks(monkeypatch, turned):
+    """Outputs that share no memory, with the strides that tracing is told, whatever those of the inputs are."""
+    monkeypatch.setattr(generation, "_on_gpu", lambda name, x: True)
+    operators = torch.ops.searchr1_kernels
+    rows, others = (numbers(8, 3, dtype=torch.float32, seed=seed) for seed in range(2))
+    rows, others = (x.T if turned else x.T.contiguous() for x in (rows, others))
+    weight = numbers(8, dtype=torch.float32, seed=2)
+    heads = [numbers(n, 3, 4, dtype=torch.float32, seed=n).transpose(0, 1) for n in (2, 1, 1)]
+    heads = heads if turned else [x.contiguous() for x in heads]
+    caches = [torch.zeros(2, 1, 6, 4, device=DEVICE) for _ in range(2)]
+    angles = numbers(3, 1, 4, dtype=torch.float32, seed=5)
+    places = torch.tensor([[0, 1, 1], [5, 2, 3]], device=DEVICE)
+    for operator, arguments in (
+        (operators.rms_norm, (rows, weight, 1e-6)),
+        (operators.add_rms_norm, (rows, others, weight, 1e-6)),
+        (operators.silu_mul, (rows, others)),
+        (operators.rotary_write, (*heads, angles.cos(), angles.sin(), *caches, *places, None, None, 1e-6)),
+    ):
+        torch.library.opcheck(operator.default, arguments)
 
 
 def test_large_numbers_and_none():

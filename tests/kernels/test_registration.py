@@ -77,6 +77,21 @@ def test_passes_the_checks_of_torch(name):
     torch.library.opcheck(getattr(OPERATORS, name).default, CHECKED[name])
 
 
+TURNED = numbers(8, 3).T, numbers(8, 3, seed=1).T
+TURNED_HEADS = tuple(tensor.transpose(0, 1).contiguous().transpose(0, 1) for tensor in TOKENS[:3])
+STRIDED = {
+    "rms_norm": (TURNED[0], ROWS[2], 1e-6),
+    "add_rms_norm": (*TURNED, ROWS[2], 1e-6),
+    "rotary_write": (*TURNED_HEADS, *TOKENS[3:], *written(), *PLACES, None, None, 1e-6),
+    "silu_mul": TURNED,
+}
+
+
+@pytest.mark.parametrize("name", STRIDED)
+def test_strides_are_those_that_tracing_is_told(name):
+    torch.library.opcheck(getattr(OPERATORS, name).default, STRIDED[name])
+
+
 @pytest.mark.parametrize("name", CALLED)
 def test_compiles_into_one_graph(name):
     """The numbers may differ in the last bit where torch fuses, so the backend that only traces is used."""
