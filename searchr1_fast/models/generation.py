@@ -69,11 +69,12 @@ def _heads(x: torch.Tensor, attention: Attention) -> torch.Tensor:  # [T, n * d]
 
 
 def _project(x: torch.Tensor, layers: Sequence[nn.Linear]) -> Sequence[torch.Tensor]:
-    """[T, D] -> what each layer gives, by one product where their weights are side by side."""
+    """[T, D] -> what each layer gives, by one product where their weights are side by side, and their biases too."""
     weight = side_by_side([layer.weight for layer in layers])
-    if weight is None:
+    has_bias = layers[0].bias is not None
+    bias = side_by_side([layer.bias for layer in layers]) if has_bias else None
+    if weight is None or (has_bias and bias is None):
         return [layer(x) for layer in layers]
-    bias = None if layers[0].bias is None else side_by_side([layer.bias for layer in layers])
     return F.linear(x, weight, bias).split([layer.out_features for layer in layers], dim=-1)
 
 

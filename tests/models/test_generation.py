@@ -66,6 +66,19 @@ def test_equals_the_modules_in_bf16(model_type):
     assert torch.equal(have[1], want[1])
 
 
+def test_biases_apart_are_not_lost():
+    """Weights side by side, biases with memory of their own."""
+    model = build("qwen2")
+    want = appended(model, fused=False)
+    model.join_projections()
+    for block in model.layers:
+        for layer in (block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj):
+            layer.bias.data = layer.bias.data.clone()
+    have = appended(model, fused=True)
+    torch.testing.assert_close(have[0], want[0], rtol=1e-4, atol=1e-5)
+    assert torch.equal(have[1], want[1])
+
+
 def test_it_is_taken_where_it_should_be(monkeypatch):
     model, calls = build(), []
     monkeypatch.setattr("searchr1_fast.models.decoder.run_blocks", lambda model, x, *_: calls.append(1) or x)
