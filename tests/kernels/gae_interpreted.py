@@ -78,6 +78,60 @@ def test_programs_per_sequence_and_per_tile_agree_to_the_bit(monkeypatch, policy
     assert torch.equal(*outputs)
 
 
+class Remembered:
+    """In place of `scan_sequences`: says which compiled kernel was launched, as a GPU has one per set of types."""
+
+    def __init__(self, kernel):
+        self.kernel, self.compiled = kernel, []
+
+    def __getitem__(self, grid):
+        def launch(*arguments, **options):
+            self.kernel[grid](*arguments, **options)
+            types = [argument.dtype for argument in arguments if isinstance(argument, torch.Tensor)]
+            self.compiled.append((types, options))
+            return _Compiled(self.kernel, types, options)
+
+        return launch
+
+
+class _Compiled:
+    def __init__(self, kernel, types, options):
+        self.kernel, self.types, self.options, self.num_launches = kernel, types, options, 0
+
+    def __getitem__(self, grid):
+        assert len(grid) == 3
+
+        def launch(*arguments):
+            assert [argument.dtype for argument in arguments if isinstance(argument, torch.Tensor)] == self.types
+            *arguments, tile, masked = arguments
+            assert (tile, masked) == (self.options["B"], self.options["MASKED"])
+            assert len(arguments) + 2 == len(self.kernel.arg_names)
+            self.num_launches += 1
+            self.kernel[grid[:1]](*arguments, **self.options)
+
+        return launch
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="compiled kernels are remembered there in any case")
+def test_a_remembered_kernel_is_one_for_these_types(monkeypatch):
+    stand_in, remembered = Remembered(_gae_triton.scan_sequences), {}
+    monkeypatch.setattr(_gae_triton, "scan_sequences", stand_in)
+    monkeypatch.setattr(_gae_triton, "_kernels", remembered)
+    problems = []
+    for policy_share in (None, 0.5):
+        for dtype in (torch.float32, torch.float64, torch.float16):
+            rewards, values, cu_seqlens, mask = problem([17, 3, 40], policy_share, dtype)
+            problems += [(rewards, values, cu_seqlens, mask), (rewards, values, cu_seqlens.int(), mask)]
+            problems.append((rewards.float(), values, cu_seqlens, mask))
+    first = [scan(*arguments) for arguments in problems]
+    count = len(stand_in.compiled)
+    assert count == len(remembered) == 16  # 18, of which two have the types of others
+    for arguments, want in zip(problems, first, strict=True):
+        assert torch.equal(scan(*arguments), want)
+    assert len(stand_in.compiled) == count
+    assert sum(kernel.num_launches for kernel in remembered.values()) == 18 + 2
+
+
 def test_what_stands_at_masked_tokens_does_not_matter():
     rewards, values, cu_seqlens, mask = problem([60, 40], 0.5)
     want = scan(rewards, values, cu_seqlens, mask)
