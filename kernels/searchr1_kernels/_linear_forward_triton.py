@@ -5,9 +5,9 @@ span. `merge_spans` joins the spans in order and computes the target's logit by 
 no atomics. Spans and tiles do not depend on N or on where a row stands, and a row of a tile does not see its
 neighbours; so a row's result has the same bits alone and in any batch.
 
-For passes without a gradient: a reference, a scorer. A training pass has use for the logits and keeps a chunk of them,
-because the products of a library are faster than those here (`_linear_chunks`). Weights beyond V never count: what the
-last tile reads past the end is replaced by the identity of the maximum before any exponential.
+For passes without a gradient: a reference, a scorer; and for `linear_logprob`'s forward pass where its backward pass
+has products of our own too (`_linear_gradient_triton`) and wants a row's normalizer alone. Weights beyond V never
+count: what the last tile reads past the end is replaced by the identity of the maximum before any exponential.
 
 Shape legend: N rows, D hidden size, V vocabulary, S spans of it.
 """
