@@ -14,59 +14,25 @@ import importlib.util
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from generation_cases import cached_case, norm_case, rotary_case, silu_case
+from kernel_case import OURS, Case, Provider
 from searchr1_kernels import (
     PolicyLoss,
     TopKIndex,
-    attention_tiles,
-    cached_attention,
     gae,
     group_advantages,
     linear_logprob,
     linear_policy_loss,
     masked_kl,
-    rms_norm,
-    rotary_write,
-    silu_mul,
     topk_inner_product,
 )
 from searchr1_kernels.gae import _scan_torch
 
-from searchr1_fast.models.attention import cached_attention_reference
-from searchr1_fast.models.rope import apply_rotary
-
-OURS = "ours"
 IGNORED = -100  # a target that a cross-entropy leaves out
-
-
-@dataclass(slots=True)
-class Provider:
-    """One way to the result; `answer` makes its output comparable with the others' (not timed)."""
-
-    run: Callable[[], Any]
-    answer: Callable[[Any], tuple[torch.Tensor, ...]] | None = lambda output: output
-
-
-@dataclass(slots=True)
-class Case:
-    """One problem."""
-
-    kernel: str
-    shape: dict[str, Any]
-    providers: dict[str, Provider]
-    flops: float = 0.0
-    bytes: float = 0.0
-    left_out: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def label(self) -> str:
-        """The shape in a line."""
-        return " ".join(f"{name}={value:,}" if isinstance(value, int) else f"{name}={value}"
-                        for name, value in self.shape.items())  # fmt: skip
 
 
 def cases(device: torch.device, kernels: list[str]) -> Iterator[Case]:
@@ -321,97 +287,6 @@ def kl_case(device, tokens: int) -> Case:
     add_compiled(functions, "ours, torch.compile", functions[OURS], left_out)
     providers = {name: Provider(step(function)) for name, function in functions.items()}
     return Case("kl", {"tokens": tokens}, providers, bytes=16.0 * tokens, left_out=left_out)
-
-
-# -------------------------------------------------------------------------------------------------------- attention
-
-
-def cached_case(device, dtype, lengths: list[int], cached: int, H: int = 16, G: int = 2, d: int = 128) -> Case:
-    """New tokens of sequences that have `cached` places each, at the width of a 3B model."""
-    generator, places = torch.Generator(device).manual_seed(0), cached + max(lengths)
-    query = torch.randn(sum(lengths), H, d, device=device, generator=generator).to(dtype)
-    keys, values = (
-        torch.randn(len(lengths), G, places, d, device=device, generator=generator).to(dtype) for _ in range(2)
-    )
-    slots = torch.cat([torch.full((n,), s) for s, n in enumerate(lengths)]).to(device)
-    positions = torch.cat([torch.arange(cached, cached + n) for n in lengths]).to(device)
-    found = attention_tiles(lengths, H // G)
-    tiles, num_alone = (None, 0) if found is None else (torch.from_numpy(found[0]).to(device), found[1])
-
-    def padded():
-        """Of sequences of one length: all slots at once, as a padded batch."""
-        k, v = (x[: len(lengths)].repeat_interleave(H // G, dim=1) for x in (keys, values))
-        q = query.view(len(lengths), lengths[0], H, d).transpose(1, 2)
-        visible = torch.ones(lengths[0], places, dtype=torch.bool, device=device).tril(places - lengths[0])
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible).transpose(1, 2).flatten(0, 1)
-
-    plain = functools.partial(cached_attention_reference, query, keys, values, slots, positions)
-    runs = {
-        OURS: lambda: cached_attention(query, keys, values, slots, positions, tiles=tiles, num_alone=num_alone),
-        "torch, every token's slot gathered": plain,
-        "SDPA, padded": padded,
-    }
-    providers = {name: Provider(run, lambda output: (output.float(),)) for name, run in runs.items()}
-    seen = sum(cached * n + n * (n + 1) // 2 for n in lengths)  # pairs of a token and a place
-    shape = {"T": sum(lengths), "S": len(lengths), "cached": cached, "dtype": str(dtype).removeprefix("torch.")}
-    moved = 2.0 * len(lengths) * places * G * d * keys.element_size()
-    return Case("cached", shape, providers, flops=4.0 * seen * H * d, bytes=moved)
-
-
-# ------------------------------------------------------------------------------------------------------- generation
-
-
-def norm_case(device, dtype, rows: int, size: int = 2048) -> Case:
-    """The residual's sum and its norm."""
-    x, residual, weight = random_rows(device, dtype, (rows, size), (rows, size), (size,))
-
-    def plain():
-        total = x + residual
-        return F.rms_norm(total.float(), (size,), weight.float(), 1e-6).to(dtype), total
-
-    runs = {OURS: lambda: rms_norm(x, weight, 1e-6, residual), "torch": plain}
-    return generation_case("rms_norm", dtype, rows, runs, 4.0 * x.nbytes)
-
-
-def rotary_case(device, dtype, rows: int, H: int = 16, G: int = 2, d: int = 128, places: int = 1024) -> Case:
-    """Rotation of query and key, and the write of a token per sequence."""
-    query, key, value = random_rows(device, dtype, (rows, H, d), (rows, G, d), (rows, G, d))
-    slots, positions = torch.arange(rows, device=device), torch.arange(rows, device=device) % places
-    angles = positions[:, None, None].float() / torch.arange(1, d + 1, device=device)
-    cos, sin = angles.cos(), angles.sin()
-    caches = [torch.zeros(rows, G, places, d, dtype=dtype, device=device) for _ in range(2)]
-
-    def plain():
-        rotated = [apply_rotary(x, cos, sin) for x in (query, key)]
-        for cache, new in zip(caches, (rotated[1], value), strict=True):
-            cache[slots, :, positions] = new
-        return rotated[0]
-
-    def ours():
-        return rotary_write(query, key, value, cos, sin, *caches, slots, positions)
-
-    runs = {OURS: lambda: (ours(),), "torch": lambda: (plain(),)}
-    moved = 2.0 * (query.nbytes + key.nbytes + value.nbytes) + cos.nbytes + sin.nbytes
-    return generation_case("rotary_write", dtype, rows, runs, moved)
-
-
-def silu_case(device, dtype, rows: int, size: int = 11008) -> Case:
-    """SwiGLU."""
-    gate, up = random_rows(device, dtype, (rows, size), (rows, size))
-    runs = {OURS: lambda: (silu_mul(gate, up),), "torch": lambda: (F.silu(gate) * up,)}
-    return generation_case("silu_mul", dtype, rows, runs, 3.0 * gate.nbytes)
-
-
-def generation_case(kernel: str, dtype, rows: int, runs: dict[str, Callable], moved: float) -> Case:
-    """One of the three, at the widths of a 3B model."""
-    providers = {name: Provider(run, lambda output: tuple(x.float() for x in output)) for name, run in runs.items()}
-    return Case(kernel, {"T": rows, "dtype": str(dtype).removeprefix("torch.")}, providers, bytes=moved)
-
-
-def random_rows(device, dtype, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
-    """A tensor of each shape."""
-    generator = torch.Generator(device).manual_seed(0)
-    return [torch.randn(shape, device=device, generator=generator).to(dtype) for shape in shapes]
 
 
 # ----------------------------------------------------------------------------------------------------------- search

@@ -37,7 +37,8 @@ from typing import Any
 
 import harness
 import torch
-from kernel_cases import OURS, Case, Provider, cases
+from kernel_case import OURS, Case, Provider
+from kernel_cases import cases
 from rich import box
 from rich.table import Table
 

@@ -1,0 +1,37 @@
+"""One problem of the kernels' benchmark: its providers, what it costs at the least, which peers it does without."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+OURS = "ours"
+
+
+@dataclass(slots=True)
+class Provider:
+    """One way to the result; `answer` makes its output comparable with the others' (not timed)."""
+
+    run: Callable[[], Any]
+    answer: Callable[[Any], tuple[torch.Tensor, ...]] | None = lambda output: output
+
+
+@dataclass(slots=True)
+class Case:
+    """One problem."""
+
+    kernel: str
+    shape: dict[str, Any]
+    providers: dict[str, Provider]
+    flops: float = 0.0
+    bytes: float = 0.0
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """The shape in a line."""
+        return " ".join(f"{name}={value:,}" if isinstance(value, int) else f"{name}={value}"
+                        for name, value in self.shape.items())  # fmt: skip
