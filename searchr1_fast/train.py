@@ -112,7 +112,7 @@ def sample(run: Run, questions: Sequence[Question], step: int) -> list[Trajector
     run.timers.add("search_wait", run.loop.statistics.time_search_wait)
     run.timers.add("recording", run.loop.statistics.time_recording)
     if run.ranks.device.type == "cuda":
-        run.engine.free_cache()  # the update needs the memory
+        run.engine.free_cache()  # for the update, unless there is room for both
     shared = run.ranks.unshare([trajectories[i : i + size] for i in range(0, len(trajectories), size)])
     return [trajectory for group in shared for trajectory in group]
 
