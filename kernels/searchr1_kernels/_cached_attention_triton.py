@@ -8,12 +8,16 @@ those past a token's position end at once, so no position is read on the host. T
 themselves and go through all their keys. Nothing in a row's arithmetic depends on other rows: blocks that it does not
 see multiply its sums by 1 and add 0.
 
-Shape legend: T tokens, U lone tokens, N tiles, P parts, H query heads, G key/value heads, C slots of M places, d head
-size.
+A paged slot's keys are loaded from one block of its table at a time, with one more load of a number that is the same
+for the whole program; what is multiplied, and in which order, is the same as without a table.
+
+Shape legend: T tokens, U lone tokens, N tiles, P parts, H query heads, G key/value heads, C slots of M places, or with
+a table C slots of W blocks of M places, d head size.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -26,13 +30,14 @@ PART = 512  # places; a multiple of every block of keys
 _TOKENS_AT_ONCE = 1024  # lone ones: bounds the partial sums, [1024, H, P, d] fp32
 
 
-@triton.jit(do_not_specialize=["first_tile", "num_parts"])
+@triton.jit(do_not_specialize=["first_tile", "num_parts", "num_blocks"])
 def attend(
     query,  # [T, H, d]
     keys,  # [C, G, M, d]
     values,  # [C, G, M, d]
     slots,  # [T] int64
     positions,  # [T] int64
+    blocks,  # [C, W] int32, read if PAGED
     tiles,  # [N, 2] int32: first token, count; read if TABLE
     output,  # [T, H, d], written unless SPLIT
     sums,  # [U, H, P, d] fp32, written if SPLIT
@@ -40,6 +45,8 @@ def attend(
     totals,  # [U, H, P] fp32, written if SPLIT
     first_tile,
     num_parts,
+    num_blocks,  # W
+    block_places,  # M, read if PAGED
     query_token, query_head, key_slot, key_head, key_place, value_slot, value_head, value_place,  # strides
     scale,  # of the scores, in powers of 2
     GROUP: tl.constexpr,  # H / G
@@ -48,6 +55,7 @@ def attend(
     BN: tl.constexpr,
     BD: tl.constexpr,
     SPLIT_PLACES: tl.constexpr,
+    PAGED: tl.constexpr,
     TABLE: tl.constexpr,
     SPLIT: tl.constexpr,
 ):  # fmt: skip
@@ -80,22 +88,29 @@ def attend(
             query + token[:, None] * query_token + head[:, None] * query_head + component[None, :],
             mask=inside[:, None] & known[None, :], other=0.0,
         )  # fmt: skip
-        key_pointers = keys + slot * key_slot + kv_head.to(tl.int64) * key_head
-        value_pointers = values + slot * value_slot + kv_head.to(tl.int64) * value_head
+        key_pointers = keys + kv_head.to(tl.int64) * key_head + component[None, :]
+        value_pointers = values + kv_head.to(tl.int64) * value_head + component[None, :]
+        block = slot
+        skipped = 0  # places of the slot before those of the block
         peak = tl.full((BM,), float("-inf"), tl.float32)
         total = tl.zeros((BM,), tl.float32)
         sum_ = tl.zeros((BM, BD), tl.float32)
         for start in range(begin, end, BN):
-            place = (start + tl.arange(0, BN)).to(tl.int64)
+            if PAGED:
+                number = start // block_places
+                block = tl.load(blocks + slot * num_blocks + number).to(tl.int64)
+                skipped = number * block_places
+            place = start + tl.arange(0, BN)
             mask = (place < end)[:, None] & known[None, :]
-            k = tl.load(key_pointers + place[:, None] * key_place + component[None, :], mask=mask, other=0.0)
+            offset = (place - skipped).to(tl.int64)[:, None]
+            k = tl.load(key_pointers + block * key_slot + offset * key_place, mask=mask, other=0.0)
             score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
             seen = (place[None, :] <= position[:, None]) & (place < end)[None, :]
             score = tl.where(seen, score, float("-inf"))
             higher = tl.maximum(peak, tl.max(score, 1))
             shrink = tl.exp2(peak - higher)
             weight = tl.exp2(score - higher[:, None])
-            v = tl.load(value_pointers + place[:, None] * value_place + component[None, :], mask=mask, other=0.0)
+            v = tl.load(value_pointers + block * value_slot + offset * value_place, mask=mask, other=0.0)
             total = total * shrink + tl.sum(weight, 1)
             sum_ = tl.dot(weight.to(v.dtype), v, sum_ * shrink[:, None], input_precision="ieee")
             peak = higher
@@ -166,46 +181,54 @@ def configuration(group: int, head_dim: int, itemsize: int, split: bool) -> dict
     }
 
 
-def run(query, keys, values, slots, positions, tiles, num_alone, output) -> None:
-    """Fills output [T, H, d]. All on one device, the last dimension of each with stride 1, T above 0; tiles [N, 2]
-    int32, the lone tokens' `num_alone` first, or None where every token is alone."""
+def run(query, keys, values, slots, positions, table, tiles, num_alone, output) -> None:
+    """Fills output [T, H, d]. All on one device, the last dimension of each with stride 1, T above 0; table [C, W]
+    int32, or None where a slot is a block; tiles [N, 2] int32, the lone tokens' `num_alone` first, or None where every
+    token is alone."""
+    inputs = (query, keys, values, slots, positions, table, tiles, output)
     with torch.cuda.device_of(query):
         num_alone = query.shape[0] if tiles is None else num_alone
         for begin in range(0, num_alone, _TOKENS_AT_ONCE):
             size = min(_TOKENS_AT_ONCE, num_alone - begin)
-            _run_alone(query, keys, values, slots, positions, tiles, output, begin, size)
+            _run_alone(*inputs, begin, size)
         if tiles is not None and tiles.shape[0] > num_alone:
-            arguments, options = _arguments(query, keys, values, slots, positions, tiles, output)
+            tensors, numbers, options = _arguments(*inputs)
             grid = (tiles.shape[0] - num_alone, keys.shape[1], 1)
             unused = (output, output, output)  # not written
-            attend[grid](*arguments[:7], *unused, num_alone, 1, *arguments[7:], **options, TABLE=True, SPLIT=False)
+            attend[grid](*tensors, *unused, num_alone, 1, *numbers, **options, TABLE=True, SPLIT=False)
 
 
-def _run_alone(query, keys, values, slots, positions, tiles, output, begin, size) -> None:
+def _run_alone(query, keys, values, slots, positions, table, tiles, output, begin, size) -> None:
     """Lone tokens `begin` to `begin + size`."""
     num_heads, head_dim = query.shape[1:]
-    num_parts = -(-keys.shape[2] // PART)
+    num_places = keys.shape[2] if table is None else table.shape[1] * keys.shape[2]
+    num_parts = -(-num_places // PART)
     sums = torch.empty(size, num_heads, num_parts, head_dim, dtype=torch.float32, device=query.device)
     peaks, totals = torch.empty(2, size, num_heads, num_parts, dtype=torch.float32, device=query.device).unbind()
-    arguments, options = _arguments(query, keys, values, slots, positions, tiles, output, split=True)
-    table, numbers = tiles is not None, (begin, num_parts)
-    attend[(size, keys.shape[1], num_parts)](
-        *arguments[:7], sums, peaks, totals, *numbers, *arguments[7:], **options, TABLE=table, SPLIT=True
-    )
+    inputs = (query, keys, values, slots, positions, table, tiles, output)
+    tensors, numbers, options = _arguments(*inputs, split=True)
+    partial, has_tiles = (sums, peaks, totals, begin, num_parts), tiles is not None
+    attend[(size, keys.shape[1], num_parts)](*tensors, *partial, *numbers, **options, TABLE=has_tiles, SPLIT=True)
     combine[(size, num_heads)](
-        positions, arguments[5], output, sums, peaks, totals, *numbers,
-        D=head_dim, BD=options["BD"], SPLIT_PLACES=PART, TABLE=table, num_warps=1,
+        positions, tensors[6], output, *partial,
+        D=head_dim, BD=options["BD"], SPLIT_PLACES=PART, TABLE=has_tiles, num_warps=1,
     )  # fmt: skip
 
 
-def _arguments(query, keys, values, slots, positions, tiles, output, split=False) -> tuple[tuple, dict[str, int]]:
-    """Tensors, strides and scale; constants and options of a launch."""
+def _arguments(
+    query, keys, values, slots, positions, table, tiles, output, split=False
+) -> tuple[tuple, tuple, dict[str, int]]:
+    """Tensors; numbers; constants and options of a launch."""
     group, head_dim = query.shape[1] // keys.shape[1], query.shape[2]
     strides = (*query.stride()[:2], *keys.stride()[:3], *values.stride()[:3])
     scale = head_dim**-0.5 * 1.4426950408889634  # log2(e)
-    tensors = (query, keys, values, slots, positions, positions if tiles is None else tiles, output)
+    blocks, num_blocks = (slots, 1) if table is None else (table, table.shape[1])
+    tensors = (query, keys, values, slots, positions, blocks, positions if tiles is None else tiles, output)
     options = configuration(group, head_dim, query.element_size(), split)
-    return (*tensors, *strides, scale), options | {"GROUP": group, "D": head_dim, "SPLIT_PLACES": PART}
+    if table is not None:
+        options["BN"] = math.gcd(options["BN"], keys.shape[2])
+    options |= {"GROUP": group, "D": head_dim, "SPLIT_PLACES": PART, "PAGED": table is not None}
+    return tensors, (num_blocks, keys.shape[2], *strides, scale), options
 
 
 def compile_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int, int, set[str]]]:
@@ -213,6 +236,7 @@ def compile_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int,
     are multiples of 16."""
     shapes = [("bf16", 8, 128), ("bf16", 7, 64), ("bf16", 2, 80), ("bf16", 4, 256), ("fp16", 8, 128), ("fp32", 2, 128)]
     cases = [_attend_case(*shape, split) for shape in shapes for split in (True, False)]
+    cases += [_attend_case(*shape, split, paged=True) for shape in shapes for split in (True, False)]
     pointers = {"positions": "*i64", "tiles": "*i32", "output": "*bf16"}
     pointers |= dict.fromkeys(("sums", "peaks", "totals"), "*fp32")
     constants = {"D": 128, "BD": 128, "SPLIT_PLACES": PART, "TABLE": False}
@@ -220,17 +244,19 @@ def compile_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int,
     return [*cases, ("cached_attention_combine", combine, signature, constants, 1, 3, set(pointers))]
 
 
-def _attend_case(element: str, group: int, head_dim: int, split: bool) -> tuple:
+def _attend_case(element: str, group: int, head_dim: int, split: bool, paged: bool = False) -> tuple:
     """One of `compile_cases`."""
     constants = configuration(group, head_dim, 4 if element == "fp32" else 2, split)
     num_warps, num_stages = constants.pop("num_warps"), constants.pop("num_stages")
-    constants |= {"GROUP": group, "D": head_dim, "SPLIT_PLACES": PART, "TABLE": not split, "SPLIT": split}
+    constants |= {"GROUP": group, "D": head_dim, "SPLIT_PLACES": PART, "PAGED": paged}
+    constants |= {"TABLE": not split, "SPLIT": split}
     signature = dict.fromkeys(("query", "keys", "values", "output"), f"*{element}")
-    signature |= {"slots": "*i64", "positions": "*i64", "tiles": "*i32"}
+    signature |= {"slots": "*i64", "positions": "*i64", "blocks": "*i32" if paged else "*i64", "tiles": "*i32"}
     signature |= dict.fromkeys(("sums", "peaks", "totals"), "*fp32")
     strides = [f"{name}_{axis}" for name in ("key", "value") for axis in ("slot", "head", "place")]
     strides += ["query_token", "query_head"]
-    divisible = {*signature, *strides}
-    signature |= dict.fromkeys(("first_tile", "num_parts", *strides), "i32") | {"scale": "fp32"}
-    name = f"cached_attention_{element}_{group}x{head_dim}" + ("_alone" if split else "")
+    divisible = {*signature, *strides, "block_places"}
+    numbers = ("first_tile", "num_parts", "num_blocks", "block_places", *strides)
+    signature |= dict.fromkeys(numbers, "i32") | {"scale": "fp32"}
+    name = f"cached_attention_{element}_{group}x{head_dim}" + ("_paged" if paged else "") + ("_alone" if split else "")
     return name, attend, signature, constants, num_warps, num_stages, divisible

@@ -1,8 +1,12 @@
 """Softmax attention of new tokens over a KV cache: every token sees the beginning of its slot, up to its own place.
 
+A slot is a piece of memory of its own, or paged: a row of a table of blocks, which several slots may have in common
+where their sequences begin alike (Kwon et al. 2023, arXiv 2309.06180, section 4.1).
+
 CUDA: `_cached_attention_triton`, which waits for nothing. Elsewhere: a loop over tokens, in torch.
 
-Shape legend: T tokens, S sequences, N tiles, H query heads, G key/value heads, d head size, C slots of M places.
+Shape legend: T tokens, S sequences, N tiles, H query heads, G key/value heads, d head size, C slots of M places; paged:
+P blocks of M places, C slots of up to W blocks.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from searchr1_kernels._installed import has_triton
 from searchr1_kernels.registration import register
 
 _TILE_ROWS = 64  # tokens of a tile times query heads per key/value head
+BLOCK_STEP = 16  # places of a block come in multiples of so many on a GPU, which loads the keys of as many at once
 
 
 def tile_tokens(group: int) -> int:
@@ -50,16 +55,19 @@ def cached_attention(
     slots: torch.Tensor,  # [T] int64
     positions: torch.Tensor,  # [T] int64
     *,
+    table: torch.Tensor | None = None,  # [C, W] int32
     tiles: torch.Tensor | None = None,  # [N, 2] int32
     num_alone: int = 0,
 ) -> torch.Tensor:
     """-> [T, H, d] in the type of `query`, a constant to autograd.
 
     Token t attends to places 0 to positions[t] of slots[t], which are read from the device only: keys of any strides
-    but the last, fp32 softmax of scores times d^-0.5. `tiles` and `num_alone` are those of `attention_tiles`, on the
+    but the last, fp32 softmax of scores times d^-0.5. With `table`, `keys` and `values` are [P, G, M, d], and place p
+    of slot c is place p % M of block `table[c, p // M]`; entries behind a token's position are not read. `tiles` and `num_alone` are those of `attention_tiles`, on the
     device: tokens of one tile share their keys; without, each reads its own. A lone token's output has the same bits
-    alone and in any batch, and so have those of tokens that join a sequence together. ValueError where a shape, type or
-    device is not as above, or d is over 256.
+    alone and in any batch, and so have those of tokens that join a sequence together; with a
+    table the same as without. ValueError where a shape, type or device is not as above, d is over 256, or on a GPU the
+    blocks of a table have a number of places that is no multiple of 16.
     """
     checks.check_shape("query", query, ("T", "H", "d"))
     _, num_heads, head_dim = query.shape
@@ -71,12 +79,16 @@ def cached_attention(
     for name, tensor in (("slots", slots), ("positions", positions)):
         checks.check_shape(name, tensor, (query.shape[0],))
         checks.check_dtype(name, tensor, torch.int64)
+    if table is not None:
+        checks.check_shape("table", table, ("C", "W"))
+        checks.check_dtype("table", table, torch.int32)
     if tiles is not None:
         checks.check_shape("tiles", tiles, ("N", 2))
         checks.check_dtype("tiles", tiles, torch.int32)
         if not 0 <= num_alone <= tiles.shape[0]:
             raise ValueError(f"num_alone: expected a number of tiles, 0 to {tiles.shape[0]}, got {num_alone}")
-    named = {"keys": keys, "values": values, "slots": slots, "positions": positions, "tiles": tiles}
+    named = {"keys": keys, "values": values, "slots": slots, "positions": positions}
+    named |= {"table": table, "tiles": tiles}
     for name, tensor in named.items():
         if tensor is not None:
             checks.check_device(name, tensor, "query", query)
@@ -85,51 +97,55 @@ def cached_attention(
     if head_dim > 256:
         raise ValueError(f"query: expected heads of at most 256 components, got {head_dim}")
     tensors = (tensor.detach() for tensor in (query, keys, values))
-    return _OPERATOR(*tensors, slots, positions, tiles, num_alone)
+    return _OPERATOR(*tensors, slots, positions, table, tiles, num_alone)
 
 
-def _cached_attention(query, keys, values, slots, positions, tiles, num_alone):
+def _cached_attention(query, keys, values, slots, positions, table, tiles, num_alone):
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     if query.numel() == 0:
         return output
     if query.device.type == "cuda" and has_triton():
         if query.dtype == torch.float64:
             raise ValueError("query: expected torch.float32, torch.float16 or torch.bfloat16 on a GPU, got fp64")
-        return _attend_triton(query, keys, values, slots, positions, tiles, num_alone, output)
-    return _attend_torch(query, keys, values, slots, positions, output)
+        if table is not None and keys.shape[2] % BLOCK_STEP:
+            raise ValueError(f"keys: expected blocks of a multiple of {BLOCK_STEP} places, got {keys.shape[2]}")
+        return _attend_triton(query, keys, values, slots, positions, table, tiles, num_alone, output)
+    return _attend_torch(query, keys, values, slots, positions, table, output)
 
 
-def _fake(query, keys, values, slots, positions, tiles, num_alone):
+def _fake(query, keys, values, slots, positions, table, tiles, num_alone):
     return query.new_empty(query.shape)
 
 
 _OPERATOR = register(
-    "cached_attention(Tensor query, Tensor keys, Tensor values, Tensor slots, Tensor positions, Tensor? tiles, "
-    "int num_alone) -> Tensor",
+    "cached_attention(Tensor query, Tensor keys, Tensor values, Tensor slots, Tensor positions, Tensor? table, "
+    "Tensor? tiles, int num_alone) -> Tensor",
     _cached_attention,
     _fake,
 )
 
 
-def _attend_triton(query, keys, values, slots, positions, tiles, num_alone, output):
+def _attend_triton(query, keys, values, slots, positions, table, tiles, num_alone, output):
     """Shapes as `cached_attention`."""
     from searchr1_kernels import _cached_attention_triton
 
     query = query if query.stride(2) == 1 else query.contiguous()
     if keys.stride(3) != 1 or values.stride(3) != 1:
         keys, values = keys.contiguous(), values.contiguous()
-    tiles = None if tiles is None else tiles.contiguous()
+    table, tiles = (None if x is None else x.contiguous() for x in (table, tiles))
     inputs = (query, keys, values, slots.contiguous(), positions.contiguous())
-    _cached_attention_triton.run(*inputs, tiles, num_alone, output)
+    _cached_attention_triton.run(*inputs, table, tiles, num_alone, output)
     return output
 
 
-def _attend_torch(query, keys, values, slots, positions, output):
+def _attend_torch(query, keys, values, slots, positions, table, output):
     """Shapes as `cached_attention`; waits for the device."""
     compute = torch.promote_types(query.dtype, torch.float32)
-    group, scale = query.shape[1] // keys.shape[1], query.shape[2] ** -0.5
+    group, scale, size = query.shape[1] // keys.shape[1], query.shape[2] ** -0.5, keys.shape[2]
     for t, (slot, position) in enumerate(zip(slots.tolist(), positions.tolist(), strict=True)):
-        k, v = (cache[slot, :, : position + 1].to(compute) for cache in (keys, values))  # [G, m, d]
+        blocks = slice(slot, slot + 1) if table is None else table[slot, : position // size + 1].long()
+        k, v = (cache[blocks].to(compute).transpose(0, 1).flatten(1, 2) for cache in (keys, values))
+        k, v = k[:, : position + 1], v[:, : position + 1]  # [G, m, d]
         scores = query[t].to(compute).view(-1, group, query.shape[2]) @ k.transpose(1, 2) * scale  # [G, group, m]
         output[t] = (scores.softmax(-1) @ v).flatten(0, 1)
     return output

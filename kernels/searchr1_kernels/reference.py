@@ -147,8 +147,11 @@ def topk_inner_product(queries, corpus, k, *, scales=None):
     return ordered.values[:, :k], ordered.indices[:, :k]
 
 
-def cached_attention(query, keys, values, slots, positions):
-    """query [T,H,d], keys, values [C,G,M,d], slots, positions [T] -> [T,H,d]; a Python loop over tokens."""
+def cached_attention(query, keys, values, slots, positions, table=None):
+    """query [T,H,d], keys, values [C,G,M,d], slots, positions [T] -> [T,H,d]; a Python loop over tokens. With table
+    [C,W] keys and values [P,G,M,d]."""
+    if table is not None:
+        keys, values = (x[table.long()].transpose(1, 2).flatten(2, 3) for x in (keys, values))  # [C, G, W * M, d]
     outputs, group = [], query.shape[1] // keys.shape[1]
     for q, slot, position in zip(query, slots.tolist(), positions.tolist(), strict=True):
         k, v = (x[slot, :, : position + 1].repeat_interleave(group, dim=0) for x in (keys, values))  # [H, m, d]

@@ -39,11 +39,23 @@ def problem(pieces, heads, kv_heads, d, dtype=torch.float32, places=150, seed=0)
     return *floats, slot.to(DEVICE), position.to(DEVICE), [piece[2] for piece in pieces]
 
 
-def attend(query, keys, values, slots, positions, lengths=None):
+def paged(cache, size):
+    """[C, G, M, d] in blocks of `size` places, shuffled, the last ones' missing places NaN -> [P, G, size, d], table."""
+    slots, kv_heads, places, d = cache.shape
+    blocks = -(-places // size)
+    whole = torch.nn.functional.pad(cache, (0, 0, 0, blocks * size - places), value=torch.nan)
+    whole = whole.unflatten(2, (blocks, size)).transpose(1, 2).reshape(slots * blocks, kv_heads, size, d)
+    order = torch.randperm(len(whole) + 3, generator=torch.Generator().manual_seed(1))[: len(whole)].to(DEVICE)
+    memory = torch.full((len(whole) + 3, kv_heads, size, d), torch.nan, dtype=cache.dtype, device=DEVICE)
+    memory[order] = whole
+    return memory, order.view(slots, blocks).int()
+
+
+def attend(query, keys, values, slots, positions, lengths=None, table=None):
     output = torch.full(query.shape, torch.nan, dtype=query.dtype, device=DEVICE)
     found = None if lengths is None else attention_tiles(lengths, query.shape[1] // keys.shape[1])
     tiles, num_alone = (None, 0) if found is None else (torch.from_numpy(found[0]).to(DEVICE), found[1])
-    return _attend_triton(query, keys, values, slots, positions, tiles, num_alone, output)
+    return _attend_triton(query, keys, values, slots, positions, table, tiles, num_alone, output)
 
 
 def close(have, query, keys, values, slots, positions):
@@ -63,6 +75,27 @@ each_way = pytest.mark.parametrize(("pieces", "tiled"), [(MIXED, True), (LONE, F
 def test_matches_the_oracle(heads, kv_heads, d, pieces, tiled):
     *tensors, lengths = problem(pieces, heads, kv_heads, d)
     close(attend(*tensors, lengths if tiled else None), *tensors)
+
+
+@each_way
+@pytest.mark.parametrize("size", [16, 48, 64, 128])
+def test_blocks_in_any_order_are_as_good_as_one_piece(pieces, tiled, size):
+    query, keys, values, slots, positions, lengths = problem(pieces, 4, 2, 32)
+    (memory, table), (others, _) = paged(keys, size), paged(values, size)
+    have = attend(query, memory, others, slots, positions, lengths if tiled else None, table)
+    close(have, query, keys, values, slots, positions)
+    if size % 64 == 0:  # as many keys are multiplied at once
+        assert torch.equal(have, attend(query, keys, values, slots, positions, lengths if tiled else None))
+
+
+def test_slots_may_have_blocks_in_common():
+    query, keys, values, slots, positions, lengths = problem([(0, 70, 3), (1, 70, 3)], 4, 2, 32)
+    keys[1, :, :64], values[1, :, :64] = keys[0, :, :64], values[0, :, :64]
+    (memory, table), (others, _) = paged(keys, 32), paged(values, 32)
+    lost = table[1, :2].clone()
+    table[1, :2] = table[0, :2]
+    memory[lost.long()] = others[lost.long()] = torch.nan
+    close(attend(query, memory, others, slots, positions, lengths, table), query, keys, values, slots, positions)
 
 
 # bf16 where a GPU is: the interpreter multiplies its bit patterns as integers, as `linear_interpreted` found too.

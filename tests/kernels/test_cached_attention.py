@@ -27,6 +27,18 @@ def test_matches_the_oracle():
     torch.testing.assert_close(cached_attention(*tensors), reference.cached_attention(*tensors))
 
 
+def test_a_table_says_where_places_are():
+    query, keys, values, slots, positions = problem([1, 5, 1], dtype=torch.float64)
+    table = torch.randperm(3 * 5, generator=torch.Generator().manual_seed(0)).view(3, 5).int()
+    blocks = [torch.empty(15, 2, 8, 16, dtype=torch.float64) for _ in range(2)]
+    for memory, cache in zip(blocks, (keys, values), strict=True):
+        memory[table.flatten().long()] = cache.unflatten(2, (5, 8)).transpose(1, 2).flatten(0, 1)
+    have = cached_attention(query, *blocks, slots, positions, table=table)
+    assert torch.equal(have, cached_attention(query, keys, values, slots, positions))
+    want = reference.cached_attention(query, *blocks, slots, positions, table)
+    torch.testing.assert_close(have, want)
+
+
 @pytest.mark.parametrize("group", [1, 7, 8, 100])
 @pytest.mark.parametrize("lengths", [[2], [1, 200, 1, 64, 65, 3, 0]])
 def test_tiles_hold_every_token_once_and_none_crosses_a_sequence(lengths, group):
@@ -56,6 +68,8 @@ def test_no_table_where_every_token_is_alone():
         ({"positions": torch.zeros(2, dtype=torch.int64)}, "positions: expected shape"),
         ({"positions": torch.zeros(3, dtype=torch.int64, device="meta")}, "positions: expected the device of query"),
         ({"query": torch.zeros(3, 3, 16)}, "heads in multiples of the 2 of keys, got 3"),
+        ({"table": torch.zeros(3, 2)}, "table: expected torch.int32"),
+        ({"table": torch.zeros(3, dtype=torch.int32)}, "table: expected shape"),
         ({"tiles": torch.zeros(3, 2)}, "tiles: expected torch.int32"),
         ({"tiles": torch.zeros(1, 2, dtype=torch.int32), "num_alone": 2}, "num_alone: expected a number of tiles"),
     ],
@@ -81,6 +95,12 @@ def test_a_gpu_and_fp64_agree(heads, kv_heads, d, dtype, tolerance):
     for have in (together, cached_attention(*tensors)):
         torch.testing.assert_close(have.double(), want, rtol=0, atol=tolerance)
     query, keys, values, slots, positions = tensors
+    places = torch.arange(5 * 25, device="cuda").flip(0).view(5, 25).int()
+    blocks = [x.unflatten(2, (25, 64)).transpose(1, 2).flatten(0, 1).flip(0).contiguous() for x in (keys, values)]
+    options = {"table": places, "tiles": tiles, "num_alone": num_alone}
+    torch.testing.assert_close(cached_attention(query, *blocks, slots, positions, **options), together)
+    with pytest.raises(ValueError, match="blocks of a multiple of 16 places, got 8"):
+        cached_attention(query, keys[:, :, :8], values[:, :, :8], slots, positions, table=places)
     alone = cached_attention(query[-1:], keys, values, slots[-1:], positions[-1:])
     assert torch.equal(alone, together[-1:])
 

@@ -44,7 +44,7 @@ def written():
 
 
 CHECKED = {
-    "cached_attention": (numbers(2, 1, 5), *CACHE, *PLACES, None, 0),
+    "cached_attention": (numbers(2, 1, 5), *CACHE, *PLACES, None, None, 0),
     "rms_norm": (ROWS[0], ROWS[2], 1e-6),
     "add_rms_norm": (*ROWS, 1e-6),
     "rotary_write": (*TOKENS, *written(), *PLACES, None, None, 1e-6),
