@@ -2,7 +2,7 @@
 a row. Each reads its inputs once and writes its outputs once, so memory bounds them where there are many tokens, and
 the launch where there are few.
 
-Shape legend: T tokens, D hidden size, I MLP size, H query heads, G key/value heads, d head size, C slots of M places.
+Shape legend: T tokens, D hidden size, I MLP size, H query heads, G key/value heads, d head size, P blocks of M places.
 """
 
 from __future__ import annotations
@@ -71,15 +71,15 @@ def rotate_and_write(
     value,  # [T, G, d]
     cos,  # [T, d] fp32
     sin,  # [T, d] fp32
-    keys,  # [C, G, M, d]
-    values,  # [C, G, M, d]
-    slots,  # [T] int64
-    positions,  # [T] int64
+    keys,  # [P, G, M, d]
+    values,  # [P, G, M, d]
+    blocks,  # [T] int64
+    places,  # [T] int64
     query_norm,  # [d], read if NORM
     key_norm,  # [d], read if NORM
     output,  # [T, H, d]
     query_token, key_token, value_token, angle_token,  # strides
-    key_slot, key_head, key_place, value_slot, value_head, value_place,  # strides
+    key_block, key_head, key_place, value_block, value_head, value_place,  # strides
     eps,
     H: tl.constexpr,
     G: tl.constexpr,
@@ -96,18 +96,18 @@ def rotate_and_write(
         target = output + (token * H + head) * D
         rotate_head(query + token * query_token + head * D, target, query_norm, cos, sin, eps, D, BP, NORM)
     else:
-        slot = tl.load(slots + token)
-        place = tl.load(positions + token)
+        block = tl.load(blocks + token)
+        place = tl.load(places + token)
         if head < H + G:
             head = head - H
-            target = keys + slot * key_slot + head.to(tl.int64) * key_head + place * key_place
+            target = keys + block * key_block + head.to(tl.int64) * key_head + place * key_place
             rotate_head(key + token * key_token + head * D, target, key_norm, cos, sin, eps, D, BP, NORM)
         else:
             head = head - H - G
             component = tl.arange(0, 2 * BP)
             known = component < D
             written = tl.load(value + token * value_token + head * D + component, mask=known)
-            target = values + slot * value_slot + head.to(tl.int64) * value_head + place * value_place
+            target = values + block * value_block + head.to(tl.int64) * value_head + place * value_place
             tl.store(target + component, written, mask=known)
 
 
@@ -147,7 +147,7 @@ def norm(x, residual, weight, eps):
     return normed, total
 
 
-def rotary_write(query, key, value, cos, sin, keys, values, slots, positions, query_norm, key_norm, eps):
+def rotary_write(query, key, value, cos, sin, keys, values, blocks, places, query_norm, key_norm, eps):
     """As the operator; all on one device."""
     query, key, value = (_heads(tensor) for tensor in (query, key, value))
     (num_tokens, num_heads, head_dim), num_kv_heads = query.shape, key.shape[1]
@@ -159,7 +159,7 @@ def rotary_write(query, key, value, cos, sin, keys, values, slots, positions, qu
     norms = (query_norm.contiguous(), key_norm.contiguous()) if has_norm else (query, key)  # not read
     strides = [tensor.stride(0) for tensor in (query, key, value, cos)]
     strides += [*keys.stride()[:3], *values.stride()[:3]]
-    tensors = (query, key, value, cos, sin, keys, values, slots.contiguous(), positions.contiguous(), *norms, output)
+    tensors = (query, key, value, cos, sin, keys, values, blocks.contiguous(), places.contiguous(), *norms, output)
     options = {"H": num_heads, "G": num_kv_heads, "D": head_dim, "NORM": has_norm} | rotary_configuration(head_dim)
     with torch.cuda.device_of(query):
         rotate_and_write[(num_tokens, num_heads + 2 * num_kv_heads)](*tensors, *strides, eps, **options)
@@ -232,9 +232,9 @@ def _rotary_case(element: str, num_heads: int, num_kv_heads: int, head_dim: int,
     num_warps = constants.pop("num_warps")
     names = ("query", "key", "value", "keys", "values", "query_norm", "key_norm", "output")
     pointers = dict.fromkeys(names, f"*{element}") | {"cos": "*fp32", "sin": "*fp32"}
-    pointers |= {"slots": "*i64", "positions": "*i64"}
+    pointers |= {"blocks": "*i64", "places": "*i64"}
     strides = [f"{name}_token" for name in ("query", "key", "value", "angle")]
-    strides += [f"{name}_{axis}" for name in ("key", "value") for axis in ("slot", "head", "place")]
+    strides += [f"{name}_{axis}" for name in ("key", "value") for axis in ("block", "head", "place")]
     signature = pointers | dict.fromkeys(strides, "i32") | {"eps": "fp32"}
     name = f"rotary_write_{element}_{num_heads}x{num_kv_heads}x{head_dim}" + ("_norm" if has_norm else "")
     return name, rotate_and_write, signature, constants, num_warps, 3, {*pointers, *strides}

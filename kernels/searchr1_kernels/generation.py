@@ -6,7 +6,7 @@ result is theirs but for the order of sums and fused multiply-adds.
 
 CUDA: `_generation_triton`. Elsewhere: torch's operators.
 
-Shape legend: T tokens, D hidden size, I MLP size, H query heads, G key/value heads, d head size, C slots of M places.
+Shape legend: T tokens, D hidden size, I MLP size, H query heads, G key/value heads, d head size, P blocks of M places.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ def rotary_write(
     value: torch.Tensor,  # [T, G, d]
     cos: torch.Tensor,  # [T, 1, d] fp32
     sin: torch.Tensor,  # [T, 1, d] fp32
-    keys: torch.Tensor,  # [C, G, M, d], written
-    values: torch.Tensor,  # [C, G, M, d], written
-    slots: torch.Tensor,  # [T] int64
-    positions: torch.Tensor,  # [T] int64
+    keys: torch.Tensor,  # [P, G, M, d], written
+    values: torch.Tensor,  # [P, G, M, d], written
+    blocks: torch.Tensor,  # [T] int64
+    places: torch.Tensor,  # [T] int64
     *,
     query_norm: torch.Tensor | None = None,  # [d]
     key_norm: torch.Tensor | None = None,  # [d]
@@ -61,8 +61,7 @@ def rotary_write(
 ) -> torch.Tensor:
     """-> `query` with its pairs (i, i + d/2) rotated by the angles (arXiv 2104.09864, eq. 34), [T, H, d].
 
-    The keys, rotated, and the values go to places `positions` of `slots` in the cache; `slots` and `positions` are read
-    on the device only. With `query_norm` and `key_norm` (both or none) the heads go through an RMS norm first, rounded
+    The keys, rotated, and the values go to `places` of `blocks` in the cache, which are read on the device only. With `query_norm` and `key_norm` (both or none) the heads go through an RMS norm first, rounded
     to their type. ValueError where a shape, type or device is not as above, d is odd or over 512.
     """
     checks.check_shape("query", query, ("T", "H", "d"))
@@ -77,7 +76,7 @@ def rotary_write(
     for name, tensor in (("cos", cos), ("sin", sin)):
         checks.check_shape(name, tensor, (num_tokens, 1, head_dim))
         checks.check_dtype(name, tensor, torch.promote_types(query.dtype, torch.float32))
-    for name, tensor in (("slots", slots), ("positions", positions)):
+    for name, tensor in (("blocks", blocks), ("places", places)):
         checks.check_shape(name, tensor, (num_tokens,))
         checks.check_dtype(name, tensor, torch.int64)
     if (query_norm is None) != (key_norm is None):
@@ -86,14 +85,14 @@ def rotary_write(
     for name, tensor in norms:
         checks.check_shape(name, tensor, (head_dim,))
         checks.check_floating(name, tensor)
-    named = {"key": key, "value": value, "cos": cos, "sin": sin, "keys": keys, "values": values, "slots": slots}
-    for name, tensor in (*named.items(), ("positions", positions), *norms):
+    named = {"key": key, "value": value, "cos": cos, "sin": sin, "keys": keys, "values": values, "blocks": blocks}
+    for name, tensor in (*named.items(), ("places", places), *norms):
         checks.check_device(name, tensor, "query", query)
     if head_dim % 2 or head_dim > MAX_HEAD_DIM:
         raise ValueError(f"query: expected heads of an even number of components, at most 512, got {head_dim}")
     floats = (tensor.detach() for tensor in (query, key, value, cos, sin, keys, values))
     detached = (None, None) if query_norm is None else (query_norm.detach(), key_norm.detach())
-    return _ROTARY_WRITE(*floats, slots, positions, *detached, eps)
+    return _ROTARY_WRITE(*floats, blocks, places, *detached, eps)
 
 
 def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -128,14 +127,14 @@ def _add_rms_norm(x, residual, weight, eps):
     return _norm_torch(total, weight, eps), total
 
 
-def _rotary_write(query, key, value, cos, sin, keys, values, slots, positions, query_norm, key_norm, eps):
+def _rotary_write(query, key, value, cos, sin, keys, values, blocks, places, query_norm, key_norm, eps):
     if _on_gpu("query", query):
-        tensors = (query, key, value, cos, sin, keys, values, slots, positions)
+        tensors = (query, key, value, cos, sin, keys, values, blocks, places)
         return _triton().rotary_write(*tensors, query_norm, key_norm, eps)
     if query_norm is not None:
         query, key = _norm_torch(query, query_norm, eps), _norm_torch(key, key_norm, eps)
-    keys[slots, :, positions] = _rotate_torch(key, cos, sin)
-    values[slots, :, positions] = value
+    keys[blocks, :, places] = _rotate_torch(key, cos, sin)
+    values[blocks, :, places] = value
     return _rotate_torch(query, cos, sin)
 
 
@@ -180,7 +179,7 @@ _ADD_NORM = register(
 )
 _ROTARY_WRITE = register(
     "rotary_write(Tensor query, Tensor key, Tensor value, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, "
-    "Tensor slots, Tensor positions, Tensor? query_norm, Tensor? key_norm, float eps) -> Tensor",
+    "Tensor blocks, Tensor places, Tensor? query_norm, Tensor? key_norm, float eps) -> Tensor",
     _rotary_write,
     lambda query, *others: query.new_empty(query.shape),
 )

@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from searchr1_fast.models.attention import cached_attention, find_chunks, gather_rows, make_tiles
+from searchr1_fast.models.attention import gather_rows
 from searchr1_fast.models.attention_backends import PackedLayout, choose_attention
+from searchr1_fast.models.cached_attention import cached_attention, find_chunks, make_tiles
 from searchr1_fast.models.decoder_config import DecoderConfig
 from searchr1_fast.models.generation import join_projections, run_blocks
 from searchr1_fast.models.recompute import Recompute, recomputed
@@ -192,20 +193,22 @@ class CachedContext:
     ) -> None:
         self.cos, self.sin = rotary_embedding(positions, config.head_dim, config.rope_theta, config.rope_scaling)
         self.slots, self.positions, self.cache = slots, positions, cache
-        self.chunks = find_chunks(slots, positions) if slots.device.type == "cpu" else None  # once for all layers
+        self.blocks, self.places = cache.locate(slots, positions)  # where the tokens' own keys and values go
+        on_cpu = slots.device.type == "cpu"
+        self.chunks = find_chunks(slots, positions, cache.table) if on_cpu else None  # once for all layers
         self.tiles = None
         if lengths is not None and slots.device.type == "cuda":
             self.tiles = make_tiles(lengths, config.num_attention_heads // config.num_key_value_heads, slots.device)
 
     def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """[T, H, d], [T, G, d], [T, G, d] -> [T, H, d]"""
-        self.cache.write(layer, key, value, self.slots, self.positions)
+        self.cache.write(layer, key, value, self.blocks, self.places)
         return self.read(layer, query)
 
     def read(self, layer: int, query: torch.Tensor) -> torch.Tensor:  # [T, H, d] -> [T, H, d]
         """Attention to what is cached, the tokens themselves included."""
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
-        return cached_attention(query, keys, values, self.slots, self.positions, self.chunks, self.tiles)
+        memory = self.cache.keys[layer], self.cache.values[layer], self.cache.table
+        return cached_attention(query, *memory, self.slots, self.positions, self.chunks, self.tiles)
 
 
 class Model(nn.Module):

@@ -56,7 +56,7 @@ def _attend(block: Block, normed: torch.Tensor, context: CachedContext) -> torch
             "eps": attention.q_norm.eps,
         }
     memory = cache.keys[block.layer], cache.values[block.layer]
-    query = rotary_write(*heads, context.cos, context.sin, *memory, context.slots, context.positions, **norms)
+    query = rotary_write(*heads, context.cos, context.sin, *memory, context.blocks, context.places, **norms)
     return context.read(block.layer, query)
 
 

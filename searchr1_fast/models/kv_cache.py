@@ -1,6 +1,15 @@
-"""Memory for keys and values during generation: a fixed number of slots, one sequence in each.
+"""Memory for keys and values during generation, in blocks of a few places each, and where every sequence's blocks are.
 
-Who owns what: the engine hands out slots and knows their lengths; this class only holds the memory.
+A slot is a sequence's place in a step, and a row of `table`: place p of slot c is place p % B of block `table[c, p // B]`
+(Kwon et al. 2023, arXiv 2309.06180). Slots whose sequences begin alike may have their first blocks in common; a block is
+written by one slot only.
+
+Who owns what: this class holds memory and table, on the device. Which block is whose is decided elsewhere, by the
+engine's `BlockTables`; a cache made without `num_blocks` has all blocks of every slot laid out from the start.
+
+Shape legend
+    C  slots    W  blocks of a slot    P  blocks    G  key/value heads    B  places of a block    d  head dimension
+    T  tokens    n  table entries
 """
 
 from __future__ import annotations
@@ -9,9 +18,19 @@ import torch
 
 from searchr1_fast.models.decoder_config import DecoderConfig
 
+# Places of a block. CUDA: as many keys as one step of the attention kernel loads. CPU: blocks are what sequences that
+# begin alike can share, so small ones; but of 16 the attention takes 1.1 to 1.25 times as long as of 32, and of 64 as
+# long (4 heads of 32 and of 64, one core of an Intel Xeon, 2026-11-27).
+BLOCK_SIZE = {"cpu": 32, "cuda": 64}
+
+
+def block_size(device: torch.device | str) -> int:
+    """Places of a block on a device of this kind."""
+    return BLOCK_SIZE.get(torch.device(device).type, BLOCK_SIZE["cuda"])
+
 
 class KVCache:
-    """Keys and values per layer, `[num_slots, num_key_value_heads, max_length, head_dim]` each.
+    """Keys and values per layer, `[P, G, B, d]` each, and `table` [C, W] int32.
 
     The head comes before the place so that one head's keys lie together, as the attention reads them. Zeros at first:
     an attention that masks by a weight of 0 would otherwise read 0 * NaN from places never written.
@@ -24,44 +43,67 @@ class KVCache:
         max_length: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        *,
+        num_blocks: int | None = None,
     ) -> None:
-        shape = (num_slots, config.num_key_value_heads, max_length, config.head_dim)
-        self.num_slots = num_slots
-        self.max_length = max_length
+        """Room for `num_slots` sequences of up to `max_length` tokens, if `num_blocks` are enough for what they have;
+        None: as many as they may need, and every slot has its own."""
+        self.block_size = block_size(device)
+        self.num_slots, self.max_length = num_slots, max_length
+        width = -(-max_length // self.block_size)
+        self.table = torch.zeros(num_slots, width, dtype=torch.int32, device=device)
+        if num_blocks is None:
+            num_blocks = num_slots * width
+            self.table += torch.arange(num_blocks, dtype=torch.int32, device=device).view(num_slots, width)
+        shape = (num_blocks, config.num_key_value_heads, self.block_size, config.head_dim)
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+
+    @property
+    def num_blocks(self) -> int:
+        """P."""
+        return len(self.keys[0])
+
+    def locate(self, slots: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[T] int64 each -> the blocks of these positions, and the places in them, [T] int64 each."""
+        blocks = self.table[slots, positions // self.block_size]
+        return blocks.long(), positions % self.block_size
+
+    def set_table(self, slots: torch.Tensor, numbers: torch.Tensor, blocks: torch.Tensor) -> None:
+        """Let block `numbers[i]` of slot `slots[i]` be `blocks[i]`, [n] int64 each."""
+        self.table[slots, numbers] = blocks.int()
 
     def write(
         self,
         layer: int,
         key: torch.Tensor,  # [T, G, d]
         value: torch.Tensor,  # [T, G, d]
-        slots: torch.Tensor,  # [T] int64
-        positions: torch.Tensor,  # [T] int64
+        blocks: torch.Tensor,  # [T] int64
+        places: torch.Tensor,  # [T] int64
     ) -> None:
-        """Store the T tokens at their places."""
-        self.keys[layer][slots, :, positions] = key.to(self.keys[layer].dtype)
-        self.values[layer][slots, :, positions] = value.to(self.values[layer].dtype)
+        """Store the T tokens where `locate` found them."""
+        self.keys[layer][blocks, :, places] = key.to(self.keys[layer].dtype)
+        self.values[layer][blocks, :, places] = value.to(self.values[layer].dtype)
 
     def copy(
         self,
         sources: torch.Tensor,  # [T] int64
         targets: torch.Tensor,  # [T] int64
-        positions: torch.Tensor,  # [T] int64
+        places: torch.Tensor,  # [T] int64
     ) -> None:
-        """Give place `positions[t]` of slot `targets[t]` what slot `sources[t]` has at the same place.
+        """Give place `places[t]` of block `targets[t]` what block `sources[t]` has at the same place.
 
         Everything is read before anything is written, a layer at a time. A row of one head at one place is a run of
-        memory: by rows it takes half the time of indexing slots and places (AMD EPYC, 2026-11-24).
+        memory: by rows it takes half the time of indexing blocks and places (AMD EPYC, 2026-11-24).
         """
         memory = self.keys[0]
         heads = torch.arange(memory.shape[1], device=memory.device)
         read, written = (
-            ((slots[:, None] * memory.shape[1] + heads) * self.max_length + positions[:, None]).flatten()
-            for slots in (sources, targets)
+            ((blocks[:, None] * memory.shape[1] + heads) * self.block_size + places[:, None]).flatten()
+            for blocks in (sources, targets)
         )
         for memory in (*self.keys, *self.values):
-            rows = memory.view(-1, memory.shape[-1])  # [C * G * M, d]
+            rows = memory.view(-1, memory.shape[-1])  # [P * G * B, d]
             rows.index_copy_(0, written, rows.index_select(0, read))
 
     @property

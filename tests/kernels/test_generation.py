@@ -89,8 +89,8 @@ def test_errors_of_norm_and_product(call, message):
         (5, lambda x: x[:, :1], "keys: expected shape"),
         (6, lambda x: x[:1], "values: expected shape"),
         (6, lambda x: x.to("meta"), "values: expected the device of query"),
-        (7, lambda x: x.int(), "slots: expected torch.int64"),
-        (8, lambda x: x[:2], "positions: expected shape"),
+        (7, lambda x: x.int(), "blocks: expected torch.int64"),
+        (8, lambda x: x[:2], "places: expected shape"),
     ],
 )
 def test_errors_of_rotation(place, change, message):

@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from searchr1_fast.models import Decoder, DecoderConfig, KVCache, attention, load_model
-from searchr1_fast.models.attention import cached_attention, cached_attention_reference, find_chunks
+from searchr1_fast.models import Decoder, DecoderConfig, KVCache, load_model
+from searchr1_fast.models import cached_attention as module
+from searchr1_fast.models.cached_attention import cached_attention, cached_attention_reference, find_chunks
 from searchr1_fast.models.decoder_config import Llama3Scaling
 from searchr1_fast.models.rope import rotary_embedding
 
@@ -102,40 +103,96 @@ def test_cached_forward_equals_packed_forward(shape, make_reference, make_pack, 
         torch.testing.assert_close(last, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_cached_attention_equals_its_plain_twin():
+def make_blocks(num_slots, num_kv_heads, length, size=16, dtype=torch.float32):
+    """-> keys, values [P, G, size, 16] in blocks in any order, some nobody's, and the table; what is behind `length`,
+    and nobody's, is NaN."""
+    width = -(-length // size)
+    order = torch.randperm(num_slots * width + 2)
+    table = order[2:].view(num_slots, width).int()
+    memory = []
+    for _ in range(2):
+        rows = torch.randn(num_slots, num_kv_heads, width * size, 16)
+        rows[:, :, length:] = torch.nan
+        blocks = torch.full((len(order), num_kv_heads, size, 16), torch.nan)
+        blocks[order[2:]] = rows.unflatten(2, (width, size)).transpose(1, 2).flatten(0, 1)
+        memory.append(blocks.to(dtype))
+    return *memory, table
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_cached_attention_equals_its_plain_twin(dtype, tolerance):
     torch.manual_seed(2)
     for num_heads, num_kv_heads, length in ((4, 2, 37), (6, 6, 1), (8, 1, 130)):
-        keys, values = (torch.randn(5, num_kv_heads, length, 16) for _ in range(2))
-        query = torch.randn(11, num_heads, 16) * 3
+        memory = make_blocks(5, num_kv_heads, length, dtype=dtype)
+        query = (torch.randn(11, num_heads, 16) * 3).to(dtype)
         slots, positions = torch.randint(5, (11,)), torch.randint(length, (11,))
-        got = cached_attention(query, keys, values, slots, positions)
-        expected = cached_attention_reference(query, keys, values, slots, positions)
-        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+        got = cached_attention(query, *memory, slots, positions)
+        assert got.dtype == dtype
+        exact = (x.double() if x.is_floating_point() else x for x in (query, *memory))
+        expected = cached_attention_reference(*exact, slots, positions)
+        torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("scale", [1e-4, 30.0])
+def test_cached_attention_of_flat_and_of_peaky_scores(scale):
+    """Scores from all alike to apart by more than fp32 can show as weights; and the largest of all in any block."""
+    torch.manual_seed(3)
+    memory = make_blocks(3, 2, 200)
+    query, slots, positions = torch.randn(30, 4, 16) * scale, torch.arange(30) % 3, torch.randint(200, (30,))
+    got = cached_attention(query, *memory, slots, positions)
+    exact = (x.double() if x.is_floating_point() else x for x in (query, *memory))
+    expected = cached_attention_reference(*exact, slots, positions)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_token_attends_with_the_same_bits_alone_and_beside_those_that_share_its_blocks():
+    torch.manual_seed(4)
+    keys, values, table = make_blocks(20, 2, 100)
+    table[1:, :3] = table[0, :3]
+    query, slots, positions = torch.randn(20, 4, 16), torch.randperm(20), torch.randint(48, 100, (20,))
+    together = cached_attention(query, keys, values, table, slots, positions)
+    for t in range(20):
+        own = slice(t, t + 1)
+        alone = cached_attention(query[own], keys, values, table, slots[own], positions[own])
+        assert torch.equal(together[own], alone)
+
+
+def test_tokens_that_share_blocks_are_put_side_by_side():
+    table = torch.tensor([[7, 1, 2], [5, 3, 9], [7, 1, 8], [5, 4, 0], [7, 6, 2]], dtype=torch.int32)
+    slots, tokens = torch.tensor([4, 3, 2, 1, 0, 4]), torch.tensor([0, 1, 2, 3, 4])
+    order = module.order_by_blocks(table, slots, tokens)
+    assert sorted(order.tolist()) == [0, 1, 2, 3, 4]
+    rows = table[slots[order]]
+    for width in (1, 2):  # equal beginnings are neighbours
+        beginnings = [tuple(row[:width].tolist()) for row in rows]
+        assert len(set(beginnings)) == 1 + sum(a != b for a, b in zip(beginnings, beginnings[1:], strict=False))
 
 
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (6, 2)])
-def test_tokens_that_join_together_attend_as_they_would_alone(num_heads, num_kv_heads):
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+def test_tokens_that_join_together_attend_as_they_would_alone(num_heads, num_kv_heads, dtype, tolerance):
     """A step as the engine has them: sequences that decode among prompts from place 0 on and observations."""
     torch.manual_seed(5)
     runs = [(2, 40, 1), (0, 0, 100), (4, 17, 1), (1, 50, 90), (3, 130, 3), (5, 8, 30), (6, 132, 8)]
     slots = torch.cat([torch.full((count,), slot) for slot, _, count in runs])  # runs: slot, first place, count
     positions = torch.cat([torch.arange(first, first + count) for _, first, count in runs])
-    keys, values = (torch.randn(7, num_kv_heads, 140, 16) for _ in range(2))
-    query = torch.randn(len(slots), num_heads, 16) * 3
-    chunks = find_chunks(slots, positions)
+    memory = make_blocks(7, num_kv_heads, 140, dtype=dtype)
+    query = (torch.randn(len(slots), num_heads, 16) * 3).to(dtype)
+    chunks = find_chunks(slots, positions, memory[2])
     found = [(chunk.slot, chunk.end - chunk.begin, chunk.length) for chunk in chunks.together]
     assert found == [(0, 100, 100), (1, 90, 140)]
-    expected = cached_attention_reference(query, keys, values, slots, positions)
+    exact = (x.double() if x.is_floating_point() else x for x in (query, *memory))
+    expected = cached_attention_reference(*exact, slots, positions)
     for given in (chunks, None):
-        got = cached_attention(query, keys, values, slots, positions, given)
-        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+        got = cached_attention(query, *memory, slots, positions, given)
+        torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=tolerance)
 
 
 def test_neighbours_of_another_slot_or_place_are_no_chunk(monkeypatch):
-    monkeypatch.setattr(attention, "_MIN_CHUNK_PAIRS", 1)
+    monkeypatch.setattr(module, "_MIN_CHUNK_PAIRS", 1)
     slots = torch.tensor([0] * 5 + [1] * 5 + [1] * 4 + [2] * 3)
     positions = torch.tensor([*range(5), *range(5, 10), *range(11, 15), *range(3)])
-    chunks = find_chunks(slots, positions)
+    chunks = find_chunks(slots, positions, torch.arange(3, dtype=torch.int32)[:, None])
     assert [chunk[:4] for chunk in chunks.together] == [(0, 5, 0, 5), (5, 10, 1, 10), (10, 14, 1, 15)]
     assert chunks.alone.tolist() == [14, 15, 16]
 

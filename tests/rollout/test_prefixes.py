@@ -77,7 +77,7 @@ def test_tokens_decide_and_not_their_hash():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_cache_places_are_copied_and_no_others(dtype):
     config = DecoderConfig(11, 24, 8, 3, 6, 2)
-    cache = KVCache(config, num_slots=5, max_length=9, dtype=dtype)
+    cache = KVCache(config, num_slots=5, max_length=9, dtype=dtype)  # one block each
     for memory in (*cache.keys, *cache.values):
         memory.normal_()
     expected = [memory.clone() for memory in (*cache.keys, *cache.values)]

@@ -1,0 +1,141 @@
+"""Attention of new tokens over a paged KV cache, for generation. No gradients; nothing is padded.
+
+On a CPU lone tokens read their blocks in place (`cached_attention_cpu`, fp32 and bf16), and tokens that join a sequence
+together go through matrix products over a copy of its keys. On CUDA it is the Triton kernel of `searchr1_kernels`.
+`cached_attention_reference` is the plain twin of all, and the path of every other device and type.
+
+Shape legend
+    T  new tokens    S  sequences    H  query heads    G  key/value heads (H a multiple of G)    d  head dimension
+    C  cache slots    W  blocks of a slot    P  blocks    B  places of a block    U  lone tokens    N  tiles
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import searchr1_kernels
+import torch
+import torch.nn.functional as F
+
+from searchr1_fast.models.attention import suffix_masks
+from searchr1_fast.models.cached_attention_cpu import attend_blocks, order_by_blocks
+
+GATHERED_TOKENS = 512  # bounds what the plain twin gathers: [512, H, length, d]
+
+# Tokens that join one sequence are faster through matrix products than one by one where they meet many keys: 2.4 times
+# for 210 tokens behind 300, 1.4 for 8 behind 500; 0.6 times for 40 at the beginning (4 heads of 32, one core of an AMD
+# EPYC, 2026-11-25).
+_MIN_CHUNK_TOKENS = 4
+_MIN_CHUNK_PAIRS = 4096
+
+
+class Chunk(NamedTuple):
+    """Tokens `begin` to `end` of a step: places `length - (end - begin)` to `length` of one slot."""
+
+    begin: int
+    end: int
+    slot: int
+    length: int
+    mask: torch.Tensor | None  # [end - begin, length] bool; None: from place 0 on, plainly causal
+
+
+class Chunks(NamedTuple):
+    """The tokens of a step by how their attention is computed on a CPU."""
+
+    together: list[Chunk]
+    alone: torch.Tensor  # [U] int64: the other tokens, those that share blocks side by side
+
+
+def find_chunks(
+    slots: torch.Tensor,  # [T] int64, on the CPU
+    positions: torch.Tensor,  # [T] int64
+    table: torch.Tensor,  # [C, W] int32
+) -> Chunks:
+    """Consecutive tokens at consecutive places of one slot, where they are many."""
+    slot, position = slots.numpy(), positions.numpy()
+    assert len(slot) > 0
+    breaks = np.flatnonzero((slot[1:] != slot[:-1]) | (position[1:] != position[:-1] + 1)) + 1
+    begins, ends = np.concatenate(([0], breaks)), np.concatenate((breaks, [len(slot)]))
+    is_alone = np.ones(len(slot), dtype=bool)
+    together = []
+    counts, lengths = ends - begins, position[ends - 1] + 1
+    for i in np.flatnonzero((counts >= _MIN_CHUNK_TOKENS) & (counts * lengths >= _MIN_CHUNK_PAIRS)):
+        begin, end, length = int(begins[i]), int(ends[i]), int(lengths[i])
+        (mask,) = suffix_masks([end - begin], [length], slots.device)
+        together.append(Chunk(begin, end, int(slot[begin]), length, mask))
+        is_alone[begin:end] = False
+    return Chunks(together, order_by_blocks(table, slots, torch.from_numpy(np.flatnonzero(is_alone))))
+
+
+class Tiles(NamedTuple):
+    """The tokens of a step by how their attention is computed on CUDA."""
+
+    table: torch.Tensor  # [N, 2] int32: first token, count; lone tokens first
+    num_alone: int
+
+
+def make_tiles(lengths: np.ndarray, group: int, device: torch.device) -> Tiles | None:
+    """lengths [S] of a step's sequences; query heads per key/value head. None where every token is alone."""
+    found = searchr1_kernels.attention_tiles(lengths, group)
+    return None if found is None else Tiles(torch.from_numpy(found[0]).to(device, non_blocking=True), found[1])
+
+
+def cached_attention(
+    query: torch.Tensor,  # [T, H, d]
+    keys: torch.Tensor,  # [P, G, B, d]
+    values: torch.Tensor,  # [P, G, B, d]
+    table: torch.Tensor,  # [C, W] int32
+    slots: torch.Tensor,  # [T] int64: the cache slot of each token
+    positions: torch.Tensor,  # [T] int64: its place in the slot, already written
+    chunks: Chunks | None = None,  # of these slots, positions and table, where they are known; read on the CPU alone
+    tiles: Tiles | None = None,  # of these tokens, from `make_tiles`; read on CUDA alone
+) -> torch.Tensor:  # [T, H, d]
+    """Token t attends to places 0 … positions[t] of its slot."""
+    if query.device.type == "cuda":
+        found, num_alone = (None, 0) if tiles is None else tiles
+        options = {"table": table, "tiles": found, "num_alone": num_alone}
+        return searchr1_kernels.cached_attention(query, keys, values, slots, positions, **options)
+    if query.device.type != "cpu" or query.dtype not in (torch.float32, torch.bfloat16):
+        return cached_attention_reference(query, keys, values, table, slots, positions)
+    chunks = find_chunks(slots, positions, table) if chunks is None else chunks
+    output = torch.empty(query.shape, dtype=torch.float32)
+    if len(chunks.alone):
+        attend_blocks(query, keys, values, table, slots, positions, chunks.alone, output)
+    for chunk in chunks.together:
+        output[chunk.begin : chunk.end] = _attend_together(query, keys, values, table, chunk)
+    return output.to(query.dtype)
+
+
+def _attend_together(query, keys, values, table, chunk: Chunk) -> torch.Tensor:
+    """[T, H, d] of all -> [end - begin, H, d] of the chunk's tokens."""
+    blocks = table[chunk.slot, : -(-chunk.length // keys.shape[2])].long()
+    k, v = (cache[blocks].transpose(0, 1).flatten(1, 2)[:, : chunk.length] for cache in (keys, values))
+    group = query.shape[1] // keys.shape[1]
+    if group > 1:
+        k, v = k.repeat_interleave(group, dim=0), v.repeat_interleave(group, dim=0)
+    q, is_causal = query[chunk.begin : chunk.end].transpose(0, 1), chunk.mask is None
+    attended = F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=chunk.mask, is_causal=is_causal)
+    return attended[0].transpose(0, 1)
+
+
+def cached_attention_reference(
+    query: torch.Tensor,  # [T, H, d]
+    keys: torch.Tensor,  # [P, G, B, d]
+    values: torch.Tensor,  # [P, G, B, d]
+    table: torch.Tensor,  # [C, W] int32
+    slots: torch.Tensor,  # [T] int64
+    positions: torch.Tensor,  # [T] int64
+) -> torch.Tensor:  # [T, H, d]
+    """`cached_attention` in plain torch: gathers every token's blocks up to the longest, some tokens at a time."""
+    if len(query) > GATHERED_TOKENS:
+        parts = zip(*(x.split(GATHERED_TOKENS) for x in (query, slots, positions)), strict=True)
+        return torch.cat([cached_attention_reference(q, keys, values, table, s, p) for q, s, p in parts])
+    length = int(positions.max()) + 1 if len(positions) else 0
+    blocks = table[slots, : -(-length // keys.shape[2])].long()  # [T, W']
+    group = query.shape[1] // keys.shape[1]
+    # Entries behind a token's own may be anybody's blocks, and hold anything: a weight of 0 would not silence a NaN.
+    visible = torch.arange(length, device=query.device) <= positions[:, None]  # [T, length]
+    k, v = (cache[blocks].transpose(1, 2).flatten(2, 3)[:, :, :length] for cache in (keys, values))
+    k, v = (x.masked_fill(~visible[:, None, :, None], 0.0).repeat_interleave(group, dim=1) for x in (k, v))
+    return F.scaled_dot_product_attention(query.unsqueeze(2), k, v, attn_mask=visible[:, None, None, :]).squeeze(2)
