@@ -149,7 +149,10 @@ class RolloutConfig(Section):
     max_sequence_tokens: Positive = 4096
     """Prompt, turns and observations together."""
     max_num_seqs: Positive = 256
-    """Sequences that hold KV cache at a time, searching ones included."""
+    """Sequences that are under way at a time, searching ones included."""
+    cache_tokens: Positive | None = None
+    """Tokens that the KV cache holds; sequences that begin alike have them in common. None: enough for `max_num_seqs`
+    sequences of `max_sequence_tokens`. Of fewer, sequences that find no room wait, or are computed again."""
     cuda_graphs: bool = True
     """On a GPU: record a decode step once per batch size and sampling, and replay it. Off: launch kernel by kernel."""
     keep_cache: Literal["auto"] | bool = "auto"
@@ -157,6 +160,15 @@ class RolloutConfig(Section):
     memory, and the steps are recorded in every rollout. `auto`: kept where the memory planner has room for both."""
     final_turn_message: str = ""
     """Environment text before the forced final turn; masked from the loss. A tag opened in it is not the policy's."""
+
+    @model_validator(mode="after")
+    def _fits_one(self) -> RolloutConfig:
+        if self.cache_tokens is not None and self.cache_tokens < self.max_sequence_tokens:
+            raise ValueError(
+                f"cache_tokens, {self.cache_tokens}, is less than max_sequence_tokens, {self.max_sequence_tokens}: "
+                "the longest sequence must fit"
+            )
+        return self
 
     @model_validator(mode="after")
     def _reported(self) -> RolloutConfig:

@@ -40,7 +40,7 @@ from searchr1_fast.parameter_counts import count, is_ppo, is_wrapped, itemsize, 
 from searchr1_fast.retrieval.index_format import read_manifest
 from searchr1_fast.retrieval.memory_plan import MemoryPlan as IndexPlan
 from searchr1_fast.retrieval.memory_plan import size_text
-from searchr1_fast.rollout.engine import MAX_PREFILL_TOKENS
+from searchr1_fast.rollout.scheduler import MAX_PREFILL_TOKENS
 
 RESERVE = 1 << 30  # CUDA context, NCCL, what the allocator cannot use: an estimate
 _FP32 = 4

@@ -63,11 +63,11 @@ def cached_attention(
 
     Token t attends to places 0 to positions[t] of slots[t], which are read from the device only: keys of any strides
     but the last, fp32 softmax of scores times d^-0.5. With `table`, `keys` and `values` are [P, G, M, d], and place p
-    of slot c is place p % M of block `table[c, p // M]`; entries behind a token's position are not read. `tiles` and `num_alone` are those of `attention_tiles`, on the
-    device: tokens of one tile share their keys; without, each reads its own. A lone token's output has the same bits
-    alone and in any batch, and so have those of tokens that join a sequence together; with a
-    table the same as without. ValueError where a shape, type or device is not as above, d is over 256, or on a GPU the
-    blocks of a table have a number of places that is no multiple of 16.
+    of slot c is place p % M of block `table[c, p // M]`; entries behind a token's position are not read. `tiles` and
+    `num_alone` are those of `attention_tiles`, on the device: tokens of one tile share their keys; without, each reads
+    its own. A lone token's output has the same bits alone and in any batch, and so have those of tokens that join a
+    sequence together. ValueError where a shape, type or device is not as above, d is over 256, or on a GPU the blocks
+    of a table have a number of places that is no multiple of 16.
     """
     checks.check_shape("query", query, ("T", "H", "d"))
     _, num_heads, head_dim = query.shape

@@ -61,8 +61,9 @@ def rotary_write(
 ) -> torch.Tensor:
     """-> `query` with its pairs (i, i + d/2) rotated by the angles (arXiv 2104.09864, eq. 34), [T, H, d].
 
-    The keys, rotated, and the values go to `places` of `blocks` in the cache, which are read on the device only. With `query_norm` and `key_norm` (both or none) the heads go through an RMS norm first, rounded
-    to their type. ValueError where a shape, type or device is not as above, d is odd or over 512.
+    The keys, rotated, and the values go to `places` of `blocks` in the cache, which are read on the device only. With
+    `query_norm` and `key_norm` (both or none) the heads go through an RMS norm first, rounded to their type. ValueError
+    where a shape, type or device is not as above, d is odd or over 512.
     """
     checks.check_shape("query", query, ("T", "H", "d"))
     checks.check_floating("query", query)

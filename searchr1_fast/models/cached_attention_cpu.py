@@ -121,7 +121,7 @@ def _exp2(x):
 
 
 @numba.njit(parallel=True, fastmath=_FAST_MATH, cache=True)
-def _attend(query, keys, values, table, slots, positions, tokens, output, abreast, scale):  # pragma: no cover (compiled)
+def _attend(query, keys, values, table, slots, positions, tokens, output, abreast, scale):
     num_heads, head_dim = query.shape[1], query.shape[2]
     num_kv_heads, size = keys.shape[1], keys.shape[2]
     group = num_heads // num_kv_heads
@@ -161,7 +161,7 @@ def _attend(query, keys, values, table, slots, positions, tokens, output, abreas
 
 
 @numba.njit(inline="always")
-def _fetch(keys, values, table, slots, positions, t, number, g):  # pragma: no cover (compiled)
+def _fetch(keys, values, table, slots, positions, t, number, g):
     """Prefetch what token t has in block `number` of its slot."""
     filled = min(keys.shape[2], positions[t] + 1 - number * keys.shape[2])
     if filled > 0:
@@ -173,7 +173,7 @@ def _fetch(keys, values, table, slots, positions, t, number, g):  # pragma: no c
 
 
 @numba.njit(fastmath=_FAST_MATH, cache=True)
-def _add_block(query, keys, values, filled, scale, peak, total, weights, sums):  # pragma: no cover (compiled)
+def _add_block(query, keys, values, filled, scale, peak, total, weights, sums):
     """The first `filled` places of a block -> peak and total with them; `sums` [d] likewise. `weights` [B]: scratch."""
     head_dim = len(query)
     highest = peak

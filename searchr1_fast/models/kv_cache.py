@@ -1,8 +1,8 @@
 """Memory for keys and values during generation, in blocks of a few places each, and where every sequence's blocks are.
 
-A slot is a sequence's place in a step, and a row of `table`: place p of slot c is place p % B of block `table[c, p // B]`
-(Kwon et al. 2023, arXiv 2309.06180). Slots whose sequences begin alike may have their first blocks in common; a block is
-written by one slot only.
+A slot is a row of `table`, for one sequence: its token p is at place p % B of block `table[c, p // B]` (Kwon et al.
+2023, arXiv 2309.06180). Slots whose sequences begin alike may have their first blocks in common; a block is written by
+one slot only.
 
 Who owns what: this class holds memory and table, on the device. Which block is whose is decided elsewhere, by the
 engine's `BlockTables`; a cache made without `num_blocks` has all blocks of every slot laid out from the start.

@@ -6,7 +6,8 @@ CUDA graph they are one launch, which reads what differs from step to step (toke
 memory that stays where it is, and leaves tokens and log-probabilities in memory that stays.
 
 A graph has a fixed number of rows. So a step takes the next larger of a few sizes (`bucket_size`), and its rows without
-a sequence write place 0 of a spare slot of the cache, the last, which nobody else uses; what they sample is not read.
+a sequence write place 0 of a spare slot of the cache, the last, which nobody else uses, in a block that nobody else
+uses; what they sample is not read. Of the cache's table a step is sent the entries that it writes to.
 
 `DecodeGraphs` replays by calling the function that would be recorded: the plain twin, for tests on a CPU.
 `CudaDecodeGraphs` records it. Graphs hold addresses, of the cache, of the weights and of one another's scratch memory
@@ -30,11 +31,11 @@ from searchr1_fast.models import Decoder, KVCache
 from searchr1_fast.rollout.sampling import SamplingParams, head_logits, sample
 from searchr1_fast.rollout.transfers import Transfers, pack
 
-NUM_INPUTS = 4  # numbers per row that a step sends
+NUM_INPUTS = 5  # numbers per row that a step sends
 
 
 class DecodeGraphs:
-    """Replays steps over one cache, whose last slot is spare. Here a step is replayed by running it again."""
+    """Replays steps over one cache, whose last slot and block are spare. Here a step is replayed by running it."""
 
     def __init__(self, model: Decoder, cache: KVCache, transfers: Transfers, max_rows: int) -> None:
         assert cache.num_slots > max_rows
@@ -51,13 +52,15 @@ class DecodeGraphs:
         token_ids: np.ndarray,  # [S] int64: the last token of each sequence
         slots: np.ndarray,  # [S] int64
         positions: np.ndarray,  # [S] int64: how many tokens each slot holds already
+        blocks: np.ndarray,  # [S] int64: of the cache, in which these positions are
         uniforms: np.ndarray,  # [S] fp64
         params: SamplingParams,
     ) -> tuple[np.ndarray, np.ndarray]:  # [S] int64, [S] fp32
         """The next tokens and their log-probabilities, on the host; the last tokens are cached."""
         num_rows = len(slots)
         size = bucket_size(num_rows, self._max_rows)
-        rows = ((token_ids, 0), (slots, self._cache.num_slots - 1), (positions, 0), (uniforms, 0))
+        spare_slot, spare_block = self._cache.num_slots - 1, self._cache.num_blocks - 1
+        rows = ((token_ids, 0), (slots, spare_slot), (positions, 0), (blocks, spare_block), (uniforms, 0))
         inputs = self._transfers.send([_lengthen(array, size, filling) for array, filling in rows], self._inputs)
         outputs = self._outputs[: 2 * size]
         replay = self._replays.get((params, size))
@@ -134,15 +137,16 @@ def bucket_size(num_rows: int, max_rows: int) -> int:
 def _decode_step(
     model: Decoder,
     cache: KVCache,
-    inputs: list[torch.Tensor],  # token_ids, slots, positions [B] int64, uniforms [B] fp64
+    inputs: list[torch.Tensor],  # token_ids, slots, positions, blocks [B] int64, uniforms [B] fp64
     outputs: torch.Tensor,  # [2 * B] int32, from `pack`
     params: SamplingParams,
 ) -> Callable[[], None]:
     """One step from these inputs to these outputs, nothing of it known to the host."""
-    token_ids, slots, positions, uniforms = inputs
+    token_ids, slots, positions, blocks, uniforms = inputs
 
     @torch.no_grad()
     def step() -> None:
+        cache.set_table(slots, positions // cache.block_size, blocks)
         hidden = model.decode_cached(token_ids, slots, positions, cache)  # [B, D]
         outputs.copy_(pack(*sample(head_logits(hidden, model.head_weight), uniforms, params)))
 

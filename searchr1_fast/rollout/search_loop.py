@@ -21,10 +21,11 @@ import numpy as np
 from searchr1_fast.config import RolloutConfig
 from searchr1_fast.models import TextTokenizer
 from searchr1_fast.protocol import INVALID_ACTION_MESSAGE, format_observation, parse_action
-from searchr1_fast.rollout.engine import Engine, RolloutStatistics
+from searchr1_fast.rollout.engine import Engine
 from searchr1_fast.rollout.observation import Text, encode, fit_observation
 from searchr1_fast.rollout.sampling import stream_keys
 from searchr1_fast.rollout.sequence import RolloutRequest, Sequence, SequenceStatus
+from searchr1_fast.rollout.statistics import RolloutStatistics
 from searchr1_fast.rollout.vllm_engine import VllmEngine
 from searchr1_fast.types import Action, FinishReason, Passage, SearchFunction, Trajectory, Turn
 

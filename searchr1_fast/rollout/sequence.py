@@ -1,8 +1,8 @@
 """One rollout while it grows: its tokens, and where it stands.
 
 Who writes what: `SearchLoop` makes sequences, appends what the environment says and sets SEARCHING and FINISHED; the
-engine appends what the policy says, sets WAITING and RUNNING, and owns `slot`, `num_cached`, `num_computed` and
-`stayed_behind`. The mask is written here, together with the tokens, and nowhere else.
+engine appends what the policy says, sets WAITING and RUNNING, and owns `slot`, `num_cached`, `num_computed`,
+`stayed_behind` and `is_interrupted`. The mask is written here, together with the tokens, and nowhere else.
 
 Shape legend
     n  tokens of one piece    L  tokens of the trajectory
@@ -51,10 +51,11 @@ class Sequence:
     turns: list[Turn] = field(default_factory=list)
     segments: list[tuple[str, str]] = field(default_factory=list)
     finish_reason: FinishReason | None = None
-    slot: int | None = None  # place in the KV cache
-    num_cached: int = 0  # tokens whose keys and values are in the slot
+    slot: int | None = None  # row of the engine's table
+    num_cached: int = 0  # tokens whose keys and values are in the slot's blocks
     num_computed: int = 0  # tokens that were cached at least once
-    stayed_behind: bool = False  # for one step, to copy from another that joined at it
+    stayed_behind: bool = False  # for one step, to share with another that joined at it
+    is_interrupted: bool = False  # lost its cache in the middle of a turn, whose tokens are in the slot's row
     token_pieces: list[np.ndarray] = field(default_factory=list)  # [n] int64 each
     logprob_pieces: list[np.ndarray] = field(default_factory=list)  # [n] fp32 each
     policy_pieces: list[bool] = field(default_factory=list)
@@ -91,11 +92,6 @@ class Sequence:
             if missing <= 0:
                 break
         return np.concatenate(pieces[::-1])
-
-    def uncached_tokens(self) -> np.ndarray:  # [n] int64
-        """What the model must see before it can go on; never empty, as a turn's last token is not cached."""
-        assert self.num_cached < self.length
-        return self.tokens_from(self.num_cached)
 
     def to_trajectory(self) -> Trajectory:
         """The finished rollout."""

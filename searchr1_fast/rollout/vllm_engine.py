@@ -31,9 +31,9 @@ import torch
 
 from searchr1_fast.config import RolloutConfig
 from searchr1_fast.models import Decoder, TextTokenizer
-from searchr1_fast.rollout.engine import RolloutStatistics
 from searchr1_fast.rollout.sampling import SamplingParams, stream_keys
 from searchr1_fast.rollout.sequence import Sequence, SequenceStatus
+from searchr1_fast.rollout.statistics import RolloutStatistics
 from searchr1_fast.rollout.stop import START, StopMatcher, vocabulary_bytes
 from searchr1_fast.rollout.vllm_model import Piece, VllmModel
 from searchr1_fast.rollout.weight_handover import Scores, check_handover, known_sequences, named_weights

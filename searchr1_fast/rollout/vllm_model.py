@@ -31,8 +31,8 @@ import torch.distributed as dist
 
 from searchr1_fast.config import RolloutConfig
 from searchr1_fast.models import Decoder
-from searchr1_fast.rollout.engine import MAX_PREFILL_TOKENS
 from searchr1_fast.rollout.sampling import SamplingParams
+from searchr1_fast.rollout.scheduler import MAX_PREFILL_TOKENS
 
 CPU_BLOCK = 32  # tokens; vLLM's own choice, 128, would keep little of a short prompt. On a GPU it is vLLM's, 16.
 SETTINGS = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}

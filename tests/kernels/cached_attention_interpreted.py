@@ -40,7 +40,7 @@ def problem(pieces, heads, kv_heads, d, dtype=torch.float32, places=150, seed=0)
 
 
 def paged(cache, size):
-    """[C, G, M, d] in blocks of `size` places, shuffled, the last ones' missing places NaN -> [P, G, size, d], table."""
+    """[C, G, M, d] in shuffled blocks of `size` places, NaN what is behind M -> [P, G, size, d], table."""
     slots, kv_heads, places, d = cache.shape
     blocks = -(-places // size)
     whole = torch.nn.functional.pad(cache, (0, 0, 0, blocks * size - places), value=torch.nan)

@@ -31,9 +31,9 @@ class WatchedGraphs(DecodeGraphs):
         super().__init__(*arguments)
         self.sizes = Counter()
 
-    def decode(self, token_ids, slots, positions, uniforms, params):
-        self.sizes[len(slots), bucket_size(len(slots), self._max_rows)] += 1
-        return super().decode(token_ids, slots, positions, uniforms, params)
+    def decode(self, token_ids, *arguments):
+        self.sizes[len(token_ids), bucket_size(len(token_ids), self._max_rows)] += 1
+        return super().decode(token_ids, *arguments)
 
 
 def check_same(trajectories, others, tolerance=1e-4):
@@ -95,6 +95,7 @@ def test_rows_without_a_sequence_write_nowhere_else(make_model, tokenizer, confi
     engine = Engine(make_model(4), tokenizer, config, decode_graphs=WatchedGraphs)
     SearchLoop(engine, fake_search).run(make_requests(9))
     cache = engine._cache
+    assert cache.num_blocks == engine._slots.blocks.num_free + 1
     assert cache.num_slots == config.max_num_seqs + 1 == len(engine._slots) + 1
     for memory in (*cache.keys, *cache.values):
         assert memory[-1, :, 0].any()
@@ -261,11 +262,12 @@ def test_transfers_change_nothing(device):
 # ---------------------------------------------------------------------------------------------------------------- GPU
 
 
-def whole_attention(query, keys, values, slots, positions, *_):
+def whole_attention(query, keys, values, table, slots, positions, *_):
     """Cached attention over all places of a slot, masked: simple, and free of shapes that depend on values."""
-    group = query.shape[1] // keys.shape[1]
-    k, v = (cache[slots].repeat_interleave(group, dim=1) for cache in (keys, values))  # [T, H, M, d]
-    visible = torch.arange(keys.shape[2], device=query.device) <= positions[:, None]  # [T, M]
+    group, blocks = query.shape[1] // keys.shape[1], table[slots].long()  # [T, W]
+    k, v = (cache[blocks].transpose(1, 2).flatten(2, 3) for cache in (keys, values))
+    k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))  # [T, H, W * B, d]
+    visible = torch.arange(k.shape[2], device=query.device) <= positions[:, None]  # [T, W * B]
     mask = visible[:, None, None, :]
     return torch.nn.functional.scaled_dot_product_attention(query.unsqueeze(2), k, v, attn_mask=mask).squeeze(2)
 

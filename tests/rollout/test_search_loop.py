@@ -126,17 +126,18 @@ def test_prefill_is_split_when_prompts_exceed_the_token_budget(
     config = config.model_copy(update={"max_num_seqs": 64})
     model, requests = make_model(3), make_requests(12)
     expected = SearchLoop(Engine(model, tokenizer, config), fake_search).run(requests)
-    monkeypatch.setattr("searchr1_fast.rollout.engine.MAX_PREFILL_TOKENS", 40)
+    monkeypatch.setattr("searchr1_fast.rollout.scheduler.MAX_PREFILL_TOKENS", 40)
     engine = Engine(model, tokenizer, config)
-    joined, schedule = [], engine._schedule
+    scheduler = engine._scheduler
+    joined, schedule = [], scheduler.schedule
 
     def watched():
-        num_running = len(engine._running)
+        num_running = len(scheduler.running)
         batch = schedule()
         joined.append(batch.lengths[num_running:])
         return batch
 
-    engine._schedule = watched
+    scheduler.schedule = watched
     check_same(expected, SearchLoop(engine, fake_search).run(requests))
     assert all(len(lengths) <= 1 or lengths.sum() <= 40 for lengths in joined)
     assert any(len(lengths) > 1 for lengths in joined)
@@ -185,10 +186,10 @@ def test_sharing_changes_nothing(
     config = config.model_copy(update={"overlap": overlap, "max_num_seqs": max_num_seqs})
     model, requests = make_model(4), make_requests(16, group_size=8, seed=4)
     loop = SearchLoop(engine_class(model, tokenizer, config, COOL, stop_at_tags=stop_at_tags), fake_search)
-    copies = watch_copies(loop.engine)
+    shares = watch_shares(loop.engine)
     trajectories, sharing = loop.run(requests), loop.statistics
     # the comparison is worth something only if samples shared observations and then parted
-    assert any(copy.end > 80 for copy in copies)  # a prompt has fewer than 30 tokens, a turn 24
+    assert any(end > 80 for end in shares)  # a prompt has fewer than 30 tokens, a turn 24
     assert num_parted_after_a_turn(trajectories) > 0
     loop.engine.share_prefixes = False
     check_same(trajectories, loop.run(requests))
@@ -196,17 +197,16 @@ def test_sharing_changes_nothing(
     assert loop.statistics.num_prefill_tokens == sharing.num_prefill_tokens + sharing.num_shared_tokens
 
 
-def watch_copies(engine):
-    """The copies that an engine makes from now on, as they are scheduled."""
-    copies, schedule = [], engine._schedule
+def watch_shares(engine):
+    """How many tokens of each sequence that joins from now on are had in common with another."""
+    shares, share = [], engine._scheduler._share
 
-    def watched():
-        batch = schedule()
-        copies.extend(batch.copies)
-        return batch
+    def watched(source, target, start, end, length):
+        shares.append(end if end > start else 0)
+        return share(source, target, start, end, length)
 
-    engine._schedule = watched
-    return copies
+    engine._scheduler._share = watched
+    return shares
 
 
 def num_parted_after_a_turn(trajectories):

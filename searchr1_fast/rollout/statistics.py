@@ -1,0 +1,26 @@
+"""What a rollout took."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class RolloutStatistics:
+    """Where the time of a run went, and how many tokens passed through the model."""
+
+    time_total: float = 0.0
+    time_forward: float = 0.0  # model, head and sampling, until the tokens are on the host
+    time_recording: float = 0.0  # the part of it that went into recording decode steps
+    time_search_wait: float = 0.0  # in which nothing could be decoded
+    num_steps: int = 0
+    num_replayed_steps: int = 0  # the part of them that was a recorded decode step
+    num_recordings: int = 0
+    num_decode_tokens: int = 0  # the one token of a sequence that was running already
+    num_prefill_tokens: int = 0  # computed for joining sequences: prompts, observations, what they had lost
+    num_recomputed_tokens: int = 0  # the part of them that had been cached before
+    num_shared_tokens: int = 0  # of joining sequences, not computed but shared with one that begins alike
+    num_preemptions: int = 0  # times that a sequence lost its cache to others, to be computed again
+    num_discarded_tokens: int = 0  # sampled after a stop tag; only with `stop_at_tags` off
+    num_searches: int = 0
+    num_search_batches: int = 0
