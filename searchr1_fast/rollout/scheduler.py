@@ -6,8 +6,8 @@ rest is copied. So the prompt of a GRPO group is there once, and so are the obse
 wrote the same so far (prefixes.py).
 
 Where blocks run short, the sequences that got their slots last lose their cache, in the middle of a turn if it must be,
-and join again when there is room. Nothing is lost but the time to compute it again, which is counted; the first come
-never has to, so every sequence is done in the end.
+and join again when there is room. Nothing is lost but the time to compute it again, which is counted: tokens that were
+sampled are kept, and every step samples some.
 
 Shape legend
     S  sequences of a step    T  their new tokens    C  slots    n  blocks or tokens

@@ -15,6 +15,7 @@ from tokenizers.models import BPE
 
 from searchr1_fast.config import RolloutConfig
 from searchr1_fast.models import Decoder, DecoderConfig, TextTokenizer
+from searchr1_fast.models.kv_cache import BLOCK_SIZE
 from searchr1_fast.protocol import INVALID_ACTION_MESSAGE, format_observation, parse_action
 from searchr1_fast.rollout import RolloutRequest
 from searchr1_fast.rollout.sampling import stream_keys, uniforms
@@ -125,6 +126,12 @@ def _search(queries):
 def fake_search():
     """A search function: zero to three passages that depend on the query alone."""
     return _search
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Blocks of 4 tokens: prompts and observations here are short, and of 32 would never have a block in common."""
+    monkeypatch.setitem(BLOCK_SIZE, "cpu", 4)
 
 
 @pytest.fixture

@@ -180,6 +180,7 @@ def test_a_group_that_writes_the_same_is_prefilled_once(make_model, tokenizer, c
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("stop_at_tags", [True, False])
 @pytest.mark.parametrize("max_num_seqs", [3, 64])  # 3: slots are released and taken by others all the time
+@pytest.mark.usefixtures("small_blocks")
 def test_sharing_changes_nothing(
     make_model, tokenizer, config, make_requests, fake_search, engine_class, overlap, stop_at_tags, max_num_seqs
 ):

@@ -1,4 +1,4 @@
-"""Copying what another slot holds: exact counts, where it matters who joins when, by hand on the engine.
+"""Having in common what another slot holds: exact counts, where it matters who joins when, by hand on the engine.
 
 Every script is played with and without sharing and must write the same. Whole rollouts are in test_search_loop.py.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from searchr1_fast.models.kv_cache import BLOCK_SIZE
 from searchr1_fast.rollout import Engine, RolloutRequest, SamplingParams, SearchLoop
 from searchr1_fast.rollout.sampling import stream_keys
 from searchr1_fast.rollout.sequence import Sequence
@@ -48,7 +49,7 @@ class Play:
         self.engine.resume(sequence)
 
     def run(self, *sequences):
-        """Until they have ended their turns; (tokens computed, tokens copied) of what joined meanwhile."""
+        """Until they have ended their turns; (tokens computed, tokens shared) of what joined meanwhile."""
         before = self.counts()
         while not self.ended.issuperset(sequences):
             self.step()
@@ -61,12 +62,13 @@ class Play:
         return self.engine.statistics.num_prefill_tokens, self.engine.statistics.num_shared_tokens
 
 
-@pytest.fixture
-def plays(make_model, tokenizer, config):
+@pytest.fixture(params=[4, 32])
+def plays(make_model, tokenizer, config, request, monkeypatch):
     """(script, changes to the configuration) -> what the script returned with sharing; without it the same is written.
 
-    A script is given a `Play` and returns its sequences and the counts to be checked.
+    A script is given a `Play` and returns its sequences and the counts to be checked. Whatever the size of blocks.
     """
+    monkeypatch.setitem(BLOCK_SIZE, "cpu", request.param)
 
     def plays(script, stop_at_tags=True, **changes):
         changed = config.model_copy(update={"max_sequence_tokens": 200} | changes)

@@ -1,0 +1,136 @@
+"""A cache too small for all that are under way: they write the same, and what it cost is counted."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from searchr1_fast.config import RolloutConfig
+from searchr1_fast.rollout import Engine, PlainEngine, SamplingParams, SearchLoop
+from searchr1_fast.rollout.decode_graph import DecodeGraphs
+
+COOL = SamplingParams(temperature=0.5)
+pytestmark = pytest.mark.usefixtures("small_blocks")
+
+
+class WatchedEngine(Engine):
+    """Checks at every step that nobody writes where another may read, and that no blocks are lost."""
+
+    num_shared_blocks = 0
+    interrupted = 0
+
+    def _postprocess(self, batch, token_ids, logprobs):
+        table, blocks = self._slots, self._slots.blocks
+        for slot, length in zip(batch.slots.tolist(), batch.lengths.tolist(), strict=True):
+            end = int(table.num_cached[slot])  # the step's tokens are the last `length` of these
+            assert blocks.counts[slot] * blocks.block_size >= end
+            written = blocks.table[slot, (end - length) // blocks.block_size : blocks.num_needed(end)]
+            assert (blocks._num_holders[written] == 1).all()
+        held = {block for slot, n in enumerate(blocks.counts) for block in blocks.table[slot, :n].tolist()}
+        assert len(held) + blocks.num_free == len(blocks._num_holders)
+        assert np.count_nonzero(blocks._num_holders > 0) == len(held)
+        WatchedEngine.num_shared_blocks += int(np.count_nonzero(blocks._num_holders > 1))
+        WatchedEngine.interrupted += sum(len(batch.token_ids) > len(batch.slots) and c > 0 for c in
+                                         table.turn_count[batch.slots[batch.lengths > 1]])  # fmt: skip
+        return super()._postprocess(batch, token_ids, logprobs)
+
+
+def check_same(trajectories, others):
+    for one, other in zip(trajectories, others, strict=True):
+        np.testing.assert_array_equal(one.token_ids, other.token_ids)
+        np.testing.assert_array_equal(one.loss_mask, other.loss_mask)
+        np.testing.assert_allclose(one.rollout_logprobs, other.rollout_logprobs, atol=1e-4)
+        assert (one.turns, one.segments, one.finish_reason) == (other.turns, other.segments, other.finish_reason)
+
+
+@pytest.mark.parametrize("cache_tokens", [260, 400, 1000])
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("share", [False, True])
+def test_a_small_cache_changes_nothing_but_the_work(
+    make_model, tokenizer, config, make_requests, fake_search, cache_tokens, overlap, share
+):
+    def slow_search(queries):
+        time.sleep(0.002 * overlap)  # others decode meanwhile, and may want the blocks
+        return fake_search(queries)
+
+    config = config.model_copy(update={"max_num_seqs": 24, "overlap": overlap})
+    model, requests = make_model(4), make_requests(24, group_size=8, seed=4)
+    ample = SearchLoop(Engine(model, tokenizer, config, COOL), fake_search)
+    expected = ample.run(requests)
+    assert ample.statistics.num_preemptions == ample.statistics.num_recomputed_tokens == 0
+    WatchedEngine.num_shared_blocks = WatchedEngine.interrupted = 0
+    small = config.model_copy(update={"cache_tokens": cache_tokens})
+    engine = WatchedEngine(model, tokenizer, small, COOL)
+    engine.share_prefixes = share
+    loop = SearchLoop(engine, slow_search)
+    check_same(expected, loop.run(requests))
+    statistics = loop.statistics
+    assert engine._cache.num_blocks == -(-cache_tokens // 4)
+    assert statistics.num_preemptions > 0
+    assert statistics.num_recomputed_tokens > 0
+    assert (WatchedEngine.num_shared_blocks > 0) == share
+    # All is computed or shared, what was lost once more; a token that is sampled is computed once.
+    computed = statistics.num_decode_tokens + statistics.num_prefill_tokens
+    existing = sum(len(trajectory.token_ids) - 1 for trajectory in expected)
+    if not share:
+        assert computed == existing + statistics.num_recomputed_tokens
+    assert engine._slots.blocks.num_free == engine._cache.num_blocks
+    if cache_tokens < 1000:
+        assert WatchedEngine.interrupted > 0
+
+
+@pytest.mark.parametrize("engine_class", [Engine, PlainEngine])
+def test_recorded_steps_too(make_model, tokenizer, config, make_requests, fake_search, engine_class):
+    config = config.model_copy(update={"max_num_seqs": 24})
+    model, requests = make_model(3), make_requests(24, group_size=8, seed=3)
+    expected = SearchLoop(Engine(model, tokenizer, config, COOL), fake_search).run(requests)
+    small = config.model_copy(update={"cache_tokens": 260})
+    loop = SearchLoop(engine_class(model, tokenizer, small, COOL, decode_graphs=DecodeGraphs), fake_search)
+    check_same(expected, loop.run(requests))
+    assert engine_class is PlainEngine or loop.statistics.num_preemptions > 0
+    assert loop.statistics.num_replayed_steps > 0
+
+
+def test_who_came_last_loses_its_cache_first(make_model, tokenizer, config, make_requests, fake_search):
+    config = config.model_copy(update={"max_num_seqs": 24, "cache_tokens": 300})
+    engine = Engine(make_model(4), tokenizer, config, COOL)
+    num_victims, drop = 0, engine._scheduler._preempt_youngest
+
+    def watched(besides=None):
+        nonlocal num_victims
+        counts = engine._slots.blocks.counts
+        had = [s.request.seed for s in engine._slots.occupants if s and counts[s.slot] and s.slot != besides]
+        drop(besides)
+        (victim,) = [
+            s.request.seed for s in engine._slots.occupants if s and s.request.seed in had and not counts[s.slot]
+        ]
+        assert victim == max(had)  # seeds are in the order in which they came
+        num_victims += 1
+
+    engine._scheduler._preempt_youngest = watched
+    SearchLoop(engine, fake_search).run(make_requests(24, seed=0))
+    assert num_victims > 5
+
+
+def test_an_ample_cache_refuses_nobody(make_model, tokenizer, config, make_requests, fake_search):
+    """Every slot has room for the longest sequence: nobody waits for blocks, whoever else is there."""
+    config = config.model_copy(update={"max_num_seqs": 7})
+    engine = Engine(make_model(4), tokenizer, config, COOL)
+    answers, has_room = [], engine._scheduler._has_room
+
+    def watched(*arguments):
+        answers.append(has_room(*arguments))
+        return answers[-1]
+
+    engine._scheduler._has_room = watched
+    SearchLoop(engine, fake_search).run(make_requests(30, group_size=3, seed=2))
+    assert len(answers) > 30
+    assert all(answers)
+
+
+def test_a_cache_that_cannot_hold_one_sequence_is_refused():
+    with pytest.raises(ValidationError, match="cache_tokens, 100, is less than max_sequence_tokens, 200"):
+        RolloutConfig(max_sequence_tokens=200, cache_tokens=100)
