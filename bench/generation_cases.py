@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from kernel_case import OURS, Case, Provider
 from searchr1_kernels import attention_tiles, cached_attention, rms_norm, rotary_write, silu_mul
 
-from searchr1_fast.models.attention import cached_attention_reference
+from searchr1_fast.models.cached_attention import cached_attention_reference
+from searchr1_fast.models.kv_cache import block_size
 from searchr1_fast.models.rope import apply_rotary
 
 
@@ -21,9 +22,15 @@ def cached_case(device, dtype, lengths: list[int], cached: int, H: int = 16, G: 
     """New tokens of sequences that have `cached` places each, at the width of a 3B model."""
     generator, places = torch.Generator(device).manual_seed(0), cached + max(lengths)
     query = torch.randn(sum(lengths), H, d, device=device, generator=generator).to(dtype)
-    keys, values = (
-        torch.randn(len(lengths), G, places, d, device=device, generator=generator).to(dtype) for _ in range(2)
-    )
+    size = block_size(device)
+    width = -(-places // size)
+    blocks = [
+        torch.randn(len(lengths) * width, G, size, d, device=device, generator=generator).to(dtype) for _ in range(2)
+    ]
+    table = torch.randperm(len(lengths) * width, generator=torch.Generator().manual_seed(1))
+    table = table.view(len(lengths), width).int().to(device)
+    # The same keys and values with every slot in one piece.
+    keys, values = (x[table.long()].transpose(1, 2).flatten(2, 3)[:, :, :places].contiguous() for x in blocks)
     slots = torch.cat([torch.full((n,), s) for s, n in enumerate(lengths)]).to(device)
     positions = torch.cat([torch.arange(cached, cached + n) for n in lengths]).to(device)
     found = attention_tiles(lengths, H // G)
@@ -36,9 +43,11 @@ def cached_case(device, dtype, lengths: list[int], cached: int, H: int = 16, G: 
         visible = torch.ones(lengths[0], places, dtype=torch.bool, device=device).tril(places - lengths[0])
         return F.scaled_dot_product_attention(q, k, v, attn_mask=visible).transpose(1, 2).flatten(0, 1)
 
-    plain = functools.partial(cached_attention_reference, query, keys, values, slots, positions)
+    options = {"tiles": tiles, "num_alone": num_alone}
+    plain = functools.partial(cached_attention_reference, query, *blocks, table, slots, positions)
     runs = {
-        OURS: lambda: cached_attention(query, keys, values, slots, positions, tiles=tiles, num_alone=num_alone),
+        OURS: lambda: cached_attention(query, *blocks, slots, positions, table=table, **options),
+        "ours, every slot in one piece": lambda: cached_attention(query, keys, values, slots, positions, **options),
         "torch, every token's slot gathered": plain,
         "SDPA, padded": padded,
     }

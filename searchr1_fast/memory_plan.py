@@ -35,15 +35,17 @@ import torch
 from searchr1_fast.config import Config
 from searchr1_fast.models import DecoderConfig
 from searchr1_fast.models.attention_backends import repeats_key_heads
+from searchr1_fast.models.kv_cache import block_size
 from searchr1_fast.models.recompute import Recompute
 from searchr1_fast.parameter_counts import count, is_ppo, is_wrapped, itemsize, meta_critic, meta_decoder, sharded
 from searchr1_fast.retrieval.index_format import read_manifest
 from searchr1_fast.retrieval.memory_plan import MemoryPlan as IndexPlan
 from searchr1_fast.retrieval.memory_plan import size_text
+from searchr1_fast.rollout.engine import cache_blocks
 from searchr1_fast.rollout.scheduler import MAX_PREFILL_TOKENS
 
 RESERVE = 1 << 30  # CUDA context, NCCL, what the allocator cannot use: an estimate
-_FP32 = 4
+_FP32 = _INT32 = 4
 CHUNK_BYTES = 1 << 30  # searchr1_kernels: logits of a chunk and their gradient, on CUDA
 KEPT_BYTES = 3 << 29  # likewise, where a product of its own keeps 16 bits a logit
 TILE_ROWS = 128  # a chunk is a multiple of so many rows
@@ -250,9 +252,12 @@ def _rollout(config: Config, decoder: DecoderConfig, num_ranks: int) -> Iterator
         weights = size * count(meta_decoder(decoder))
         yield Row(VLLM_WEIGHTS, weights, "rollout", f"whole, {config.model.dtype}")
     length, heads = rollout.max_sequence_tokens, decoder.num_attention_heads
-    spare = 1 if rollout.cuda_graphs else 0  # a slot for rows without a sequence
-    detail = f"{slots} + {spare} x {length} tokens x {token} bytes"
-    yield Row("KV cache", (slots + spare) * length * token, "rollout", detail)
+    spare = 1 if rollout.cuda_graphs else 0  # a block for rows without a sequence
+    places = _block_places(config)
+    blocks = cache_blocks(rollout, slots, places) + spare
+    table = (slots + spare) * -(-length // places) * _INT32
+    detail = f"{blocks} blocks of {places} tokens x {token} bytes, for {slots} sequences"
+    yield Row("KV cache", blocks * places * token + table, "rollout", detail)
     logits = 3 * slots * decoder.vocab_size * _FP32
     if rollout.cuda_graphs:
         recorded = logits + slots * block_working(decoder, size)
@@ -379,16 +384,25 @@ def _advice(config: Config, plan: TrainingPlan, num_ranks: int) -> Iterator[str]
     if plan.rollout > room:
         cache = sizes.get("KV cache", 0)
         over = plan.rollout - room
-        slots = config.rollout.max_num_seqs
+        slots, length = config.rollout.max_num_seqs, config.rollout.max_sequence_tokens
         if cache > over:
+            places = _block_places(config)
+            held = int(cache_blocks(config.rollout, slots, places) * places * (1 - over / cache))
+            if held >= length:
+                yield f"rollout.cache_tokens={held}: sequences that find no room wait, or are computed again"
             yield f"rollout.max_num_seqs={max(1, int(slots * (1 - over / cache)))}: fewer sequences in the cache"
-        yield "rollout.max_sequence_tokens lower: the cache has room for the longest of each sequence"
+        yield "rollout.max_sequence_tokens lower: without cache_tokens, each sequence has room for the longest"
     if "index" in sizes:
         yield "retrieval.device=cpu: the index leaves the GPU"
     if plan.total("always") > room // 2:
         yield f"more than {num_ranks} ranks: weights, gradients and moments are split among them"
     if "reference" in sizes:
         yield "algorithm.kl_coefficient=0: no reference model"
+
+
+def _block_places(config: Config) -> int:
+    """Places of a block of the KV cache. `auto` is planned for a GPU, as everything here is, wherever that is done."""
+    return block_size("cpu" if config.run.device == "cpu" else "cuda")
 
 
 def memory_size(text: str) -> int:

@@ -42,7 +42,8 @@ def test_numbers_by_hand():
     assert rows["reference"] == parameters // 8 * 2
     # the value head: one row of 3584 and a bias, which on every rank fill up to one row
     assert rows["critic: weights and Adam's moments"] == 12 * ((parameters - head) // 8 + 3584 + 1)
-    assert rows["KV cache"] == (64 + 1) * 4596 * 57_344  # one for rows of a graph without a sequence
+    # 64 sequences of 4,596 tokens in blocks of 64, and one block for rows of a graph without a sequence; their table.
+    assert rows["KV cache"] == (64 * 72 + 1) * 64 * 57_344 + (64 + 1) * 72 * 4
     block = (3584 * 3584 + 3584) + 2 * (512 * 3584 + 512) + 3584 * 3584 + 3 * 3584 * 18944 + 2 * 3584
     assert rows["gathered weights"] == 2 * (2 * head + 3584 + 2 * block)
     # per row of a block: 2 norms, query, key and value, attention's output and its 28 sums, four of the MLP's width
@@ -111,10 +112,12 @@ def moments(learner) -> int:
 def test_cache_is_as_large_as_planned(make_config, make_decoder):
     decoder = make_decoder().config
     for graphs in (True, False):
-        config = make_config(rollout={"max_num_seqs": 3, "cuda_graphs": graphs})
-        cache = KVCache(decoder, 3 + graphs, config.rollout.max_sequence_tokens)
-        rows = rows_of(plan_training(config, decoder))
-        assert rows["KV cache"] == cache.num_bytes
+        rollout = {"max_num_seqs": 3, "cuda_graphs": graphs, "max_sequence_tokens": 100}
+        for cache_tokens, num_blocks in ((None, 3 * 4), (110, 4), (10**6, 3 * 4)):  # of 32 tokens
+            config = make_config(run={"device": "cpu"}, rollout=rollout | {"cache_tokens": cache_tokens})
+            cache = KVCache(decoder, 3 + graphs, 100, num_blocks=num_blocks + graphs)
+            rows = rows_of(plan_training(config, decoder))
+            assert rows["KV cache"] == cache.num_bytes
         assert ("recorded decode steps" in rows) == graphs
 
 

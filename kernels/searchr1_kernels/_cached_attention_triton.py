@@ -90,8 +90,6 @@ def attend(
         )  # fmt: skip
         key_pointers = keys + kv_head.to(tl.int64) * key_head + component[None, :]
         value_pointers = values + kv_head.to(tl.int64) * value_head + component[None, :]
-        block = slot
-        skipped = 0  # places of the slot before those of the block
         peak = tl.full((BM,), float("-inf"), tl.float32)
         total = tl.zeros((BM,), tl.float32)
         sum_ = tl.zeros((BM, BD), tl.float32)
@@ -99,7 +97,10 @@ def attend(
             if PAGED:
                 number = start // block_places
                 block = tl.load(blocks + slot * num_blocks + number).to(tl.int64)
-                skipped = number * block_places
+                skipped = number * block_places  # places of the slot before those of the block
+            else:
+                block = slot
+                skipped = 0
             place = start + tl.arange(0, BN)
             mask = (place < end)[:, None] & known[None, :]
             offset = (place - skipped).to(tl.int64)[:, None]

@@ -108,5 +108,5 @@ class KVCache:
 
     @property
     def num_bytes(self) -> int:
-        """Memory of all layers."""
-        return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
+        """Memory of all layers, and of the table."""
+        return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values, self.table))
