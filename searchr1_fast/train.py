@@ -246,6 +246,7 @@ def describe(
     times = run.timers.collect()
     sampled = sum(int(t.loss_mask.sum()) for t in trajectories)
     reasons = Counter(t.finish_reason for t in trajectories)
+    is_vllm = run.config.rollout.engine == "vllm"
     return {
         "reward_mean": float(rewards.mean()),
         "em": float(rewards.mean()),
@@ -255,6 +256,8 @@ def describe(
         **{f"finish_{reason.value}": reasons[reason] / count for reason in FinishReason},
         "trajectories_per_second": count / times["time_step"],
         "tokens_per_second": sampled / times["time_step"],
+        # vLLM does not say how many of its own there were.
+        "preemptions": None if is_vllm else int(run.ranks.sum(run.loop.statistics.num_preemptions)),
         **times,
     }
 

@@ -31,6 +31,7 @@ import torch.distributed as dist
 
 from searchr1_fast.config import RolloutConfig
 from searchr1_fast.models import Decoder
+from searchr1_fast.rollout.engine import cache_blocks
 from searchr1_fast.rollout.sampling import SamplingParams
 from searchr1_fast.rollout.scheduler import MAX_PREFILL_TOKENS
 
@@ -212,9 +213,10 @@ def is_reported(mode: str, sampling: SamplingParams) -> bool:
 
 
 def cache_bytes(model: Decoder, config: RolloutConfig) -> int:
-    """Room for `max_num_seqs` sequences of `max_sequence_tokens`, as the native engine has it: nothing is preempted."""
+    """Room for what the native engine has room for: by default `max_num_seqs` sequences of `max_sequence_tokens`, and
+    nothing is preempted."""
     shape, block = model.config, max(CPU_BLOCK, 16)
-    tokens = config.max_num_seqs * (-(-config.max_sequence_tokens // block) * block) + block  # vLLM keeps one block
+    tokens = (cache_blocks(config, config.max_num_seqs, block) + 1) * block  # vLLM keeps one block
     per_token = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim
     return tokens * per_token * model.head_weight.dtype.itemsize
 
