@@ -246,6 +246,11 @@ class TrainConfig(Section):
     """Packed tokens per forward pass; one longer trajectory goes alone."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """What the backward pass computes again. `selective`: all but attention; `full`: whole blocks."""
+    reshard_after: Literal["forward", "backward", "update"] = "forward"
+    """When ranks free a block's gathered weights. `forward`: after each pass, so a micro-batch gathers them twice;
+    `backward`: it gathers them once; `update`: so do all micro-batches of an optimizer step together."""
+    reduce_after: Literal["microbatch", "update"] = "microbatch"
+    """When ranks add up gradients. `update`: once per optimizer step, until which every rank holds all of them."""
     eval_every: NonNegative = 10
     """0: before and after only."""
 

@@ -28,8 +28,8 @@ from torch import nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from searchr1_fast.checkpoint import optimizer_tensors
-from searchr1_fast.config import Config, OptimizerConfig
-from searchr1_fast.distributed import Ranks, copy_parameters, full, reshard, shard
+from searchr1_fast.config import Config
+from searchr1_fast.distributed import Ranks, before_backward, copy_parameters, full, reshard, shard
 from searchr1_fast.losses import accumulate_metrics, policy_objective
 from searchr1_fast.models import Decoder, load_weights
 from searchr1_fast.schedule import LearningRate, policy_learning_rate
@@ -62,22 +62,30 @@ class TrainingDiverged(ValueError):
 class Learner:
     """A sharded module with its AdamW."""
 
-    def __init__(
-        self, name: str, module: nn.Module, learning_rate: LearningRate, config: OptimizerConfig, ranks: Ranks
-    ) -> None:
+    def __init__(self, name: str, module: nn.Module, learning_rate: LearningRate, config: Config, ranks: Ranks) -> None:
         self.name, self.module, self.ranks, self.config = name, module, ranks, config
         self.learning_rate = learning_rate
         self.parameters = dict(module.named_parameters())
+        betas, weight_decay = config.optimizer.betas, config.optimizer.weight_decay
         self.optimizer = torch.optim.AdamW(
-            self.parameters.values(), learning_rate.peak, config.betas, weight_decay=config.weight_decay, fused=True
+            self.parameters.values(), learning_rate.peak, betas, weight_decay=weight_decay, fused=True
         )
         self.last_learning_rate = 0.0
         self.num_updates = 0
         self.num_skipped = 0
         self.skipped_in_a_row = 0
 
-    def backward(self, loss: torch.Tensor) -> None:
-        """Accumulate gradients of a loss whose denominator counts all ranks: FSDP averages, and a sum is meant."""
+    def backward(self, loss: torch.Tensor, is_last: bool = True) -> None:
+        """Accumulate gradients of a loss whose denominator counts all ranks: FSDP averages, and a sum is meant.
+
+        `is_last`: of the optimizer step; the others leave behind what `train.reshard_after` and `reduce_after` say.
+        """
+        train = self.config.train
+        before_backward(
+            self.module,
+            reshard_after=is_last or train.reshard_after != "update",
+            reduce_after=is_last or train.reduce_after != "update",
+        )
         (loss * self.ranks.world_size).backward()
 
     def step(self) -> float:
@@ -86,7 +94,7 @@ class Learner:
         norm = full(get_total_norm(gradients))
         norm_value = norm.item()  # the one wait for the device; on every rank the same number
         if math.isfinite(norm_value):
-            clip_grads_with_norm_(self.parameters.values(), self.config.max_grad_norm, norm)
+            clip_grads_with_norm_(self.parameters.values(), self.config.optimizer.max_grad_norm, norm)
             self.last_learning_rate = self.next_learning_rate
             for group in self.optimizer.param_groups:
                 group["lr"] = self.last_learning_rate
@@ -162,16 +170,17 @@ class Policy(Learner):
         if ranks.world_size > 1 or dtype != torch.float32:
             self.replica = empty_replica(decoder, dtype, ranks.device)
             prepare_blocks(self.replica, config)
-        shard(scorer, decoder.layers, ranks, dtype)
+        reshard_after_forward = config.train.reshard_after == "forward"
+        shard(scorer, decoder.layers, ranks, dtype, reshard_after_forward)
         fill(scorer, decoder, weights, ranks.device)
-        super().__init__("policy", scorer, policy_learning_rate(config), config.optimizer, ranks)
+        super().__init__("policy", scorer, policy_learning_rate(config), config, ranks)
         self.objective = policy_objective(config.algorithm)
         self.reference: TokenScorer | None = None
         if config.algorithm.kl_coefficient > 0:
             assert reference is not None, "a KL needs a reference"
             prepare_blocks(reference, config)
             self.reference = TokenScorer(reference.requires_grad_(False), config.rollout.temperature)
-            shard(self.reference, reference.layers, ranks, dtype)
+            shard(self.reference, reference.layers, ranks, dtype, reshard_after_forward)
             fill(self.reference, reference, weights, ranks.device)
         self.sync_replica()
 
@@ -218,7 +227,7 @@ class Policy(Learner):
         for index, batch in enumerate(batches):
             references = ref_logprobs[index] if ref_logprobs is not None else None
             loss, metrics = self.loss(batch, denominator, references, on_policy)
-            self.backward(loss)
+            self.backward(loss, is_last=index == len(batches) - 1)
             accumulate_metrics(totals, metrics)
         return totals, self.step()
 
