@@ -47,6 +47,17 @@ class RunConfig(Section):
     """Write the step's trajectories every so many steps; 0 never."""
 
 
+class OffloadConfig(Section):
+    """What leaves the GPU between its uses. Results are the same to the bit; on a CPU nothing is moved."""
+
+    replica: bool = False
+    """The weights that generate give their memory to the updates, which end by writing them anew: nothing is copied."""
+    reference: bool = False
+    """The reference's weights wait in host memory; one copy a step."""
+    optimizer: bool = False
+    """Adam's moments, of policy and critic, lie in host memory and pass the GPU piece by piece in an optimizer step."""
+
+
 class ModelConfig(Section):
     path: str = "builtin:base"
     """A Hugging Face directory, or `builtin:base` / `builtin:instruct` for the tiny models in the package."""
@@ -55,6 +66,7 @@ class ModelConfig(Section):
     compile_blocks: bool = False
     """`torch.compile` all blocks around attention. On a GPU generation has kernels of its own; a CPU needs a C++
     compiler."""
+    offload: OffloadConfig = OffloadConfig()
 
 
 class PromptConfig(Section):

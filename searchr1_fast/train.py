@@ -62,6 +62,7 @@ def train(config: Config, ui: UserInterface | None = None) -> dict[str, Any]:
             with run.timers("rollout"):
                 questions = run.stream.next(config.train.questions_per_step)
                 trajectories = sample(run, questions, step)
+                run.policy.release_replica()
             rewards = np.array([score(trajectory).em for trajectory in trajectories])  # [N]
             advantages, kept = baselines(config, trajectories, rewards)  # [N], [N]
             minibatches = make_minibatches(run, trajectories, advantages, kept)
@@ -167,8 +168,9 @@ def add_references(run: Run, minibatches: list[Minibatch], rewards: np.ndarray) 
     """Everything that must be known before the weights move: reference log-probs, values, PPO's advantages."""
     algorithm, device = run.config.algorithm, run.ranks.device
     if run.policy.reference is not None:
-        for minibatch in minibatches:
-            minibatch.ref_logprobs = run.policy.reference_logprobs(minibatch.batches)
+        with run.policy.reference_at_hand:
+            for minibatch in minibatches:
+                minibatch.ref_logprobs = run.policy.reference_logprobs(minibatch.batches)
     if run.critic is None:
         return
     batches, values, outcomes = [], [], []

@@ -1,4 +1,4 @@
-"""What two ranks (gloo, FSDP2 on the CPU) send in an update: as often as `train.reshard_after` and `reduce_after` ask."""
+"""What two ranks (gloo, FSDP2 on the CPU) send in an update: as often as `reshard_after` and `reduce_after` ask."""
 
 from __future__ import annotations
 
