@@ -54,10 +54,13 @@ def host_memory(num_bytes: int, device: torch.device) -> torch.Tensor:  # [num_b
 
 
 class DeviceMemory:
-    """The memory under a module's parameters, which others may have for a time. What it held is lost."""
+    """The memory under a module's parameters, which others may have for a time. What it held is lost.
 
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
+    Memory that parameters of `beside` have, too, stays: a module that is in use is never taken apart.
+    """
+
+    def __init__(self, module: nn.Module, beside: nn.Module) -> None:
+        self._module, self._beside = module, beside
         self._away: list[tuple[torch.UntypedStorage, int]] = []  # with their bytes
 
     @property
@@ -70,11 +73,12 @@ class DeviceMemory:
         """Give it away."""
         if not self.is_away:
             # Looked for anew each time: FSDP replaces a shard that it has to fill up, at the first forward pass.
-            storages = [local(parameter).untyped_storage() for parameter in self._module.parameters()]
-            distinct = {storage.data_ptr(): storage for storage in storages if storage.nbytes()}
-            self._away = [(storage, storage.nbytes()) for storage in distinct.values()]
-            self._leave([storage for storage, _ in self._away])
-            for storage, _ in self._away:
+            in_use = _storages(self._beside)
+            storages = [one for address, one in _storages(self._module).items() if address not in in_use]
+            self._away = [(storage, storage.nbytes()) for storage in storages]
+            if storages:
+                self._leave(storages)
+            for storage in storages:
                 storage.resize_(0)
 
     @torch.no_grad()
@@ -96,8 +100,8 @@ class DeviceMemory:
 class FrozenWeights(DeviceMemory):
     """A frozen module's weights: on the host, and on the device inside `with`, which may be nested."""
 
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__(module)
+    def __init__(self, module: nn.Module, beside: nn.Module) -> None:
+        super().__init__(module, beside)
         self._host: torch.Tensor | None = None  # [bytes] uint8
         self._copied: list[torch.UntypedStorage] = []  # what the host's copy is of
         self._depth = 0
@@ -127,6 +131,12 @@ class FrozenWeights(DeviceMemory):
     def _parts(self, storages: list[torch.UntypedStorage]) -> tuple[torch.Tensor, ...]:
         """Of the host's copy, one for each."""
         return self._host.split([storage.nbytes() for storage in storages])
+
+
+def _storages(module: nn.Module) -> dict[int, torch.UntypedStorage]:
+    """What lies under its parameters, by address, each once; nothing of those that are empty or away."""
+    storages = (local(parameter).untyped_storage() for parameter in module.parameters())
+    return {storage.data_ptr(): storage for storage in storages if storage.nbytes()}
 
 
 def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:  # [bytes] uint8

@@ -182,7 +182,7 @@ class Policy(Learner):
         offload = config.model.offload if leaves(ranks.device) else OffloadConfig()
         self._replica_memory = None
         if offload.replica and self.replica is not decoder:
-            self._replica_memory = DeviceMemory(self.replica)
+            self._replica_memory = DeviceMemory(self.replica, beside=scorer)
         self.reference: TokenScorer | None = None
         self.reference_at_hand: AbstractContextManager[None] = nullcontext()  # the inside of which has its weights
         if config.algorithm.kl_coefficient > 0:
@@ -192,7 +192,7 @@ class Policy(Learner):
             shard(self.reference, reference.layers, ranks, dtype, reshard_after_forward)
             fill(self.reference, reference, weights, ranks.device)
             if offload.reference:
-                self.reference_at_hand = FrozenWeights(self.reference)
+                self.reference_at_hand = FrozenWeights(self.reference, beside=scorer)
         self.sync_replica()
 
     def loss(

@@ -63,7 +63,7 @@ def test_weights_that_share_memory_go_once_and_come_back_together(make_decoder):
     replica = empty_replica(whole, torch.float32, torch.device("cpu"))
     size = num_bytes(replica)
     assert size == sum(p.numel() * p.element_size() for p in replica.parameters())
-    memory = DeviceMemory(replica)
+    memory = DeviceMemory(replica, beside=whole)
     assert not memory.is_away
     memory.release()
     memory.release()
@@ -77,11 +77,25 @@ def test_weights_that_share_memory_go_once_and_come_back_together(make_decoder):
     assert all(torch.equal(own, p) for own, p in zip(replica.parameters(), whole.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("kind", [DeviceMemory, FrozenWeights])
+def test_what_another_module_uses_stays(kind):
+    """A frozen base under two adapters, say."""
+    base, own = torch.nn.Linear(4, 3), torch.nn.Linear(3, 2)
+    expected = base.weight.detach().clone()
+    memory = kind(torch.nn.Sequential(base, own), beside=torch.nn.Sequential(base))
+    memory.release()
+    assert num_bytes(own) == 0 and torch.equal(base.weight, expected)
+    nothing = kind(base, beside=base)
+    nothing.release()
+    nothing.restore()
+    assert torch.equal(base.weight, expected)
+
+
 def test_frozen_weights_are_there_inside_and_only_there(make_decoder):
     decoder = make_decoder(1).requires_grad_(False)
     expected = {name: parameter.clone() for name, parameter in decoder.named_parameters()}
     size = num_bytes(decoder)
-    at_hand = FrozenWeights(decoder)
+    at_hand = FrozenWeights(decoder, beside=make_decoder(0))
     for _ in range(2):
         assert num_bytes(decoder) == 0
         with at_hand:
@@ -98,7 +112,7 @@ def test_frozen_weights_are_there_inside_and_only_there(make_decoder):
 def test_weights_that_were_replaced_are_copied_anew():
     """As FSDP does with a shard that it has to fill up: the parameter is the same, its memory is not."""
     module = torch.nn.Linear(4, 3).requires_grad_(False)
-    at_hand = FrozenWeights(module)
+    at_hand = FrozenWeights(module, beside=torch.nn.Identity())
     with at_hand:
         module.weight.data = torch.full((3, 4), 7.0)
     with at_hand:

@@ -56,7 +56,7 @@ def test_frozen_weights_take_no_memory_while_they_wait():
     module = torch.nn.Linear(4096, 4096, device=DEVICE, dtype=torch.bfloat16).requires_grad_(False)
     expected = module.weight.cpu()
     before = torch.cuda.memory_allocated()
-    at_hand = FrozenWeights(module)
+    at_hand = FrozenWeights(module, torch.nn.Identity())
     assert before - torch.cuda.memory_allocated() >= 2 * 4096 * 4096
     for _ in range(3):
         with at_hand:
