@@ -108,7 +108,7 @@ class PlainPolicy(Learner):
         if dtype != torch.float32:
             self.replica = Decoder(decoder.config).to(ranks.device, dtype).requires_grad_(False)
         shard(scorer, decoder.layers, ranks, dtype)
-        super().__init__("plain", scorer, policy_learning_rate(config), config.optimizer, ranks)
+        super().__init__("plain", scorer, policy_learning_rate(config), config, ranks)
         self.algorithm = config.algorithm
         self.reference = None
         if reference is not None:

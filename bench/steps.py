@@ -68,6 +68,7 @@ def our_step(run: Run, questions: Sequence[Question], scored: bool) -> Step:
     run.timers.collect()
     with run.timers("rollout"):
         trajectories = sample(run, questions, STEP)
+        run.policy.release_replica()
     rewards = judge(trajectories, scored)
     advantages, kept = baselines(run.config, trajectories, rewards)
     minibatches = make_minibatches(run, trajectories, advantages, kept)

@@ -2,6 +2,7 @@
 
     python bench/workload.py --model qwen2.5-1.5b
     python bench/workload.py --model qwen2.5-3b --checkpointing selective --tokens-per-microbatch 16384 --output
+    python bench/workload.py --model qwen2.5-3b --checkpointing selective --phases update --offload optimizer replica
     python bench/workload.py --model tiny --device cpu --dtype float32
 
 The update is `Policy.update` on trajectories of random tokens in the mix of Search-R1's traces (prompt, turn, passages,
@@ -64,6 +65,7 @@ def measure_update(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     seconds = []
+    policy.release_replica()
     for _ in range(repetitions + 1):
         wait()
         started = time.perf_counter()
@@ -72,7 +74,9 @@ def measure_update(
         seconds.append(time.perf_counter() - started)
     if policy.num_skipped:
         raise ValueError(f"{policy.num_skipped} updates had gradients that are not finite; what was timed is no update")
-    return seconds[1:], torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    policy.sync_replica()
+    return seconds[1:], peak
 
 
 def run_update(policy: Policy, batches: list[PackedBatch], work: Work, plan: TrainingPlan, options) -> dict[str, Any]:
@@ -181,7 +185,7 @@ def measure(options, ranks: Ranks, say: Callable[[str], None]) -> dict[str, Any]
     row: dict[str, Any] = {"benchmark": "workload", **harness.circumstances(ranks.device)}
     row["model"] = {"name": options.model, "dtype": options.dtype}
     row["workload"] = workload_row(options, work, batches)
-    row["plan"] = {one.name: one.num_bytes for one in plan.rows if one.when != "rollout"}
+    row["plan"] = {one.name: one.num_bytes for one in plan.rows if one.when in ("always", "update")}
     model = None
     row["update"] = None
     if "update" in options.phases:
@@ -213,10 +217,12 @@ def make_config(options) -> Config:
     length = options.prompt_tokens + options.new_tokens
     return Config.model_validate(
         {
-            "model": {"dtype": options.dtype},
+            "model": {"dtype": options.dtype, "offload": dict.fromkeys(options.offload, True)},
             "train": {
                 "tokens_per_microbatch": options.tokens_per_microbatch,
                 "activation_checkpointing": options.checkpointing,
+                "reshard_after": options.reshard_after,
+                "reduce_after": options.reduce_after,
             },
             "algorithm": {"group_size": max(2, options.group_size)},
             "rollout": {"max_sequence_tokens": length, "max_turn_tokens": options.new_tokens},
@@ -257,6 +263,9 @@ def workload_row(options, work: Work, batches: Sequence[PackedBatch]) -> dict[st
         "sequence_length": options.sequence_length,
         "group_size": options.group_size,
         "checkpointing": options.checkpointing,
+        "offload": sorted(options.offload),
+        "reshard_after": options.reshard_after,
+        "reduce_after": options.reduce_after,
         "prompt_tokens": options.prompt_tokens,
         "new_tokens": options.new_tokens,
     }
@@ -315,6 +324,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sequence-length", type=int, default=1024, help="mean of a trajectory's tokens")
     parser.add_argument("--tokens-per-microbatch", type=int, default=8192)
     parser.add_argument("--checkpointing", choices=("none", "selective", "full"), default="none")
+    parser.add_argument(
+        "--offload", nargs="+", choices=("optimizer", "replica"), default=[], help="as model.offload (default: nothing)"
+    )
+    parser.add_argument("--reshard-after", choices=("forward", "backward", "update"), default="forward")
+    parser.add_argument("--reduce-after", choices=("microbatch", "update"), default="microbatch")
     parser.add_argument("--group-size", type=int, default=8, help="trajectories and sequences that share a prompt")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--num-seqs", type=int, nargs="+", default=[64, 256])

@@ -153,8 +153,10 @@ def optimizer_tensors(
     optimizer: torch.optim.Optimizer,
     parameters: dict[str, torch.nn.Parameter],
     saved_keys: Collection[str] | None = None,
+    new_state: Callable[[torch.nn.Parameter], dict[str, torch.Tensor]] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """The optimizer's tensors by `<parameter>.<entry>`: those it has, or with `saved_keys` room for those saved.
+    """The optimizer's tensors by `<parameter>.<entry>`: those it has, or with `saved_keys` room for those saved, which
+    `new_state` makes (None: beside the parameter).
 
     AdamW makes its state at a parameter's first step. torch's own helper for state dicts takes such a step to make it,
     which counts in the bias correction; here what was absent stays absent, and a resumed run stays bitwise equal.
@@ -162,14 +164,19 @@ def optimizer_tensors(
     tensors = {}
     for name, parameter in parameters.items():
         if saved_keys is not None and f"{name}.step" in saved_keys:
-            optimizer.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter, requires_grad=False),
-                "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
-            }
+            optimizer.state[parameter] = (new_state or _new_state)(parameter)
         for entry, tensor in optimizer.state.get(parameter, {}).items():
             tensors[f"{name}.{entry}"] = tensor
     return tensors
+
+
+def _new_state(parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
+    """AdamW's, of zeros."""
+    return {
+        "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+        "exp_avg": torch.zeros_like(parameter, requires_grad=False),
+        "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
+    }
 
 
 def _searches(rank: int | str) -> str:

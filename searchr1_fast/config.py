@@ -47,6 +47,17 @@ class RunConfig(Section):
     """Write the step's trajectories every so many steps; 0 never."""
 
 
+class OffloadConfig(Section):
+    """What leaves the GPU between its uses. Results are the same to the bit; on a CPU nothing is moved."""
+
+    replica: bool = False
+    """The weights that generate give their memory to the updates, which end by writing them anew: nothing is copied."""
+    reference: bool = False
+    """The reference's weights wait in host memory; one copy a step."""
+    optimizer: bool = False
+    """Adam's moments, of policy and critic, lie in host memory and pass the GPU piece by piece in an optimizer step."""
+
+
 class ModelConfig(Section):
     path: str = "builtin:base"
     """A Hugging Face directory, or `builtin:base` / `builtin:instruct` for the tiny models in the package."""
@@ -55,6 +66,7 @@ class ModelConfig(Section):
     compile_blocks: bool = False
     """`torch.compile` all blocks around attention. On a GPU generation has kernels of its own; a CPU needs a C++
     compiler."""
+    offload: OffloadConfig = OffloadConfig()
 
 
 class PromptConfig(Section):
@@ -258,6 +270,11 @@ class TrainConfig(Section):
     """Packed tokens per forward pass; one longer trajectory goes alone."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """What the backward pass computes again. `selective`: all but attention; `full`: whole blocks."""
+    reshard_after: Literal["forward", "backward", "update"] = "forward"
+    """When ranks free a block's gathered weights. `forward`: after each pass, so a micro-batch gathers them twice;
+    `backward`: it gathers them once; `update`: so do all micro-batches of an optimizer step together."""
+    reduce_after: Literal["microbatch", "update"] = "microbatch"
+    """When ranks add up gradients. `update`: once per optimizer step, until which every rank holds all of them."""
     eval_every: NonNegative = 10
     """0: before and after only."""
 

@@ -56,10 +56,11 @@ class Critic(Learner):
         prepare_blocks(decoder, config)
         model = ValueModel(decoder)
         model.value_head.to(ranks.device)
-        shard(model, decoder.layers, ranks, getattr(torch, config.model.dtype))
+        dtype = getattr(torch, config.model.dtype)
+        shard(model, decoder.layers, ranks, dtype, config.train.reshard_after == "forward")
         fill(model, decoder, weights, ranks.device)
         model.reset_head()
-        super().__init__("critic", model, critic_learning_rate(config), config.optimizer, ranks)
+        super().__init__("critic", model, critic_learning_rate(config), config, ranks)
         self.value_clip = config.algorithm.value_clip
 
     @torch.no_grad()
@@ -78,8 +79,8 @@ class Critic(Learner):
     ) -> tuple[dict[str, torch.Tensor], float]:
         """As `Policy.update`: sums over this rank's tokens, and the norm of the gradient."""
         totals: dict[str, torch.Tensor] = {}
-        for batch, target, old in zip(batches, returns, old_values, strict=True):
+        for index, (batch, target, old) in enumerate(zip(batches, returns, old_values, strict=True)):
             loss = value_loss(self.module(batch), target, old, clip=self.value_clip, denominator=denominator)
-            self.backward(loss)
+            self.backward(loss, is_last=index == len(batches) - 1)
             accumulate_metrics(totals, {"value_loss": loss.detach() * denominator})
         return totals, self.step()

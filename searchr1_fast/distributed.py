@@ -136,11 +136,13 @@ def shard(
     blocks: Iterable[nn.Module],
     ranks: Ranks,
     dtype: torch.dtype,
+    reshard_after_forward: bool = True,
 ) -> None:
     """FSDP2, in place: each block and then the rest of `module`, over all ranks; fp32 master weights and reductions.
 
     With one rank and an fp32 compute type there is nothing to shard or cast, and the module stays as it is. One rank
-    computing in bf16 takes this path too (a group of one), so that mixed precision has one implementation.
+    computing in bf16 takes this path too (a group of one), so that mixed precision has one implementation. The rest of
+    the module, embedding and head, stays gathered from a forward pass to its backward pass in any case.
     """
     if ranks.world_size == 1 and dtype == torch.float32:
         return
@@ -149,14 +151,25 @@ def shard(
         param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
     for block in blocks:
-        fully_shard(block, mesh=mesh, mp_policy=precision)
+        fully_shard(block, mesh=mesh, mp_policy=precision, reshard_after_forward=reshard_after_forward)
     fully_shard(module, mesh=mesh, mp_policy=precision)
 
 
 def reshard(module: nn.Module) -> None:
-    """Free the gathered root parameters that a forward pass without a backward leaves behind."""
+    """Free the gathered parameters that a forward pass without a backward leaves behind."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
+def before_backward(module: nn.Module, *, reshard_after: bool, reduce_after: bool) -> None:
+    """Whether the backward pass that comes frees the gathered parameters, and whether it adds up gradients over ranks.
+
+    Where it does not, every rank keeps the whole gradient, in fp32, and adds to it.
+    """
     if isinstance(module, FSDPModule):
-        module.reshard()
+        module.set_reshard_after_backward(reshard_after)
+        module.set_requires_gradient_sync(reduce_after)
 
 
 def full(tensor: torch.Tensor) -> torch.Tensor:

@@ -4,14 +4,17 @@ What each part of policy.py, critic.py and the engine holds, and when:
 
     always    master weights and Adam's two moments, fp32, a part on each of N ranks; the whole replica that generates,
               in the compute type (none where one rank computes in fp32: then it is the trained module); the
-              reference's part, in the compute type; the part of the index
+              reference's part, in the compute type; the part of the index. With `model.offload` the replica is there
+              in rollouts alone; moments and reference are on the host, and pass the GPU when activations are not there
     rollout   the KV cache and what recorded decode steps work in, the activations of a prefill, logits, partial sums of
               attention over the cache; vLLM's copy of the weights, where it generates (what else vLLM works in is taken
               to be what the native engine does)
     update    gradients, fp32, a part on each rank, of one learner at a time (the critic's are freed before the
-              policy's are made); what FSDP gathers: embedding, head and last norm whole, and two blocks; what the
-              blocks keep for the backward pass; what one block needs while it is in it, or if that is more, logits of a
-              chunk and the head's gradient
+              policy's are made), or whole with `train.reduce_after=update`; what FSDP gathers: embedding, head and last
+              norm whole, and two blocks, or all unless `train.reshard_after=forward`; what the blocks keep for the
+              backward pass; what one block needs while it is in it, or if that is more, logits of a chunk and the
+              head's gradient
+    host      what `model.offload` keeps in page-locked host memory
 
 Rollout and update never meet, so the peak is the larger of them; but cache and recorded steps are there always where
 `rollout.keep_cache` has them, as `auto` does where the sum fits with `KEEPING_SHARE` to spare. Activations are those of
@@ -33,6 +36,7 @@ from pathlib import Path
 import torch
 
 from searchr1_fast.config import Config
+from searchr1_fast.memory_advice import advice
 from searchr1_fast.models import DecoderConfig
 from searchr1_fast.models.attention_backends import repeats_key_heads
 from searchr1_fast.models.kv_cache import block_size
@@ -53,6 +57,7 @@ ATTENTION_PLACES, ATTENTION_TOKENS = 512, 1024  # searchr1_kernels: places of a 
 # What the arithmetic may be off by where `auto` keeps the cache. To be wrong ends a run; recording again costs seconds.
 KEEPING_SHARE = 0.1
 VLLM_WEIGHTS = "vLLM's copy of the weights"
+REPLICA = "policy: replica that generates"
 KEPT = ("KV cache", "recorded decode steps", VLLM_WEIGHTS)
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
@@ -63,7 +68,7 @@ class Row:
 
     name: str
     num_bytes: int
-    when: str  # "always", "rollout" or "update"
+    when: str  # "always", "rollout", "update", or "host": not on the GPU
     detail: str = ""
 
 
@@ -79,6 +84,15 @@ class TrainingPlan:
     def total(self, when: str) -> int:
         """Of one kind of rows."""
         return sum(row.num_bytes for row in self.rows if row.when == when)
+
+    def resident(self, *names: str) -> int:
+        """Of the rows of these names that are there always."""
+        return sum(row.num_bytes for row in self.rows if row.when == "always" and row.name in names)
+
+    @property
+    def room(self) -> int:
+        """What of the device may be planned with; its memory must be known."""
+        return self.device_bytes - RESERVE
 
     @property
     def rollout(self) -> int:
@@ -114,7 +128,7 @@ class TrainingPlan:
 
     def __str__(self) -> str:
         lines = []
-        for when in ("always", "rollout", "update"):
+        for when in ("always", "rollout", "update", *(["host"] if self.total("host") else [])):
             lines.append(f"{when:<38}{size_text(self.total(when)):>10}")
             lines += [
                 f"  {row.name:<36}{size_text(row.num_bytes):>10}  {row.detail}".rstrip()
@@ -170,7 +184,7 @@ def plan_training(
         *_update(config, decoder, num_ranks, batch or Batch(longest, longest, longest), repeats_keys),
     ]
     plan = _settle_cache(config, TrainingPlan(tuple(row for row in rows if row.num_bytes), device_bytes, ()))
-    return replace(plan, advice=tuple(_advice(config, plan, num_ranks)))
+    return replace(plan, advice=tuple(advice(config, plan, num_ranks)))
 
 
 def plan_rank(
@@ -222,14 +236,19 @@ def _resident(config: Config, decoder: DecoderConfig, num_ranks: int) -> Iterato
     text = f"{part}{count(policy) / 1e9:.3f}e9"
     local = sharded(policy, num_ranks)
     yield Row("policy: master weights", _FP32 * local, "always", f"{text} x fp32")
-    yield Row("policy: Adam's moments", 2 * _FP32 * local, "always", f"{text} x 2 x fp32")
+    offload = config.model.offload
+    moments = "host" if offload.optimizer else "always"
+    yield Row("policy: Adam's moments", 2 * _FP32 * local, moments, f"{text} x 2 x fp32")
     if is_wrapped(config, num_ranks):
-        yield Row("policy: replica that generates", size * count(policy), "always", f"whole, {config.model.dtype}")
+        when = "rollout" if offload.replica else "always"
+        yield Row(REPLICA, size * count(policy), when, f"whole, {config.model.dtype}")
     if config.algorithm.kl_coefficient > 0:
-        yield Row("reference", size * local, "always", f"{text} x {config.model.dtype}")
+        when = "host" if offload.reference else "always"
+        yield Row("reference", size * local, when, f"{text} x {config.model.dtype}")
     if config.algorithm.name == "ppo":
         critic = sharded(meta_critic(decoder), num_ranks)
-        yield Row("critic: weights and Adam's moments", 3 * _FP32 * critic, "always", "3 x fp32")
+        yield Row("critic: master weights", _FP32 * critic, "always", "fp32")
+        yield Row("critic: Adam's moments", 2 * _FP32 * critic, moments, "2 x fp32")
 
 
 def _index(config: Config, shape: tuple[int, int] | None, num_parts: int) -> Iterator[Row]:
@@ -253,7 +272,7 @@ def _rollout(config: Config, decoder: DecoderConfig, num_ranks: int) -> Iterator
         yield Row(VLLM_WEIGHTS, weights, "rollout", f"whole, {config.model.dtype}")
     length, heads = rollout.max_sequence_tokens, decoder.num_attention_heads
     spare = 1 if rollout.cuda_graphs else 0  # a block for rows without a sequence
-    places = _block_places(config)
+    places = block_places(config)
     blocks = cache_blocks(rollout, slots, places) + spare
     table = (slots + spare) * -(-length // places) * _INT32
     detail = f"{blocks} blocks of {places} tokens x {token} bytes, for {slots} sequences"
@@ -272,12 +291,19 @@ def _rollout(config: Config, decoder: DecoderConfig, num_ranks: int) -> Iterator
 
 def _update(config: Config, decoder: DecoderConfig, num_ranks: int, batch: Batch, repeats: bool) -> Iterator[Row]:
     policy, size, mode = meta_decoder(decoder), itemsize(config), config.train.activation_checkpointing
-    trained = max(sharded(policy, num_ranks), sharded(meta_critic(decoder), num_ranks) if is_ppo(config) else 0)
-    yield Row("gradients", _FP32 * trained, "update", "fp32, of one learner at a time")
+    learners = [policy, *([meta_critic(decoder)] if is_ppo(config) else [])]
+    parts = num_ranks if config.train.reduce_after == "microbatch" else 1
+    trained = max(sharded(learner, parts) for learner in learners)
+    yield Row(
+        "gradients", _FP32 * trained, "update", f"fp32{', whole' * (parts < num_ranks)}, of one learner at a time"
+    )
     block = count(policy.layers[0])
     root = count(policy) - block * decoder.num_hidden_layers
     if is_wrapped(config, num_ranks):
-        yield Row("gathered weights", size * (root + 2 * block), "update", "embedding, head, two blocks")
+        if config.train.reshard_after == "forward":
+            yield Row("gathered weights", size * (root + 2 * block), "update", "embedding, head, two blocks")
+        else:
+            yield Row("gathered weights", size * count(policy), "update", f"whole, {config.model.dtype}")
     kept = block_kept(decoder, size, mode, batch.num_keys / batch.num_rows, repeats)
     layers = decoder.num_hidden_layers
     whole = (layers - 1) * kept[0] * batch.num_rows
@@ -359,48 +385,7 @@ def block_working(decoder: DecoderConfig, size: int) -> int:
     return 3 * size * decoder.intermediate_size + 2 * (size + _FP32) * decoder.hidden_size
 
 
-# -------------------------------------------------------------------------------------------------------------- advice
-
-
-def _advice(config: Config, plan: TrainingPlan, num_ranks: int) -> Iterator[str]:
-    """What would help, with the least loss first. Of the phase that is too large."""
-    if plan.fits in (True, None):
-        return
-    room = plan.device_bytes - RESERVE
-    sizes = {row.name: row.num_bytes for row in plan.rows}
-    if config.rollout.keep_cache is True and plan.update > room:
-        yield "rollout.keep_cache=auto: the cache goes during updates where there is no room for both"
-    if config.model.dtype == "float32":
-        yield "model.dtype=bfloat16: activations, cache and reference take half"
-    if plan.update > room:
-        tokens, mode = config.train.tokens_per_microbatch, config.train.activation_checkpointing
-        if mode == "none":
-            yield "train.activation_checkpointing=selective: keeps a fifth or less of the activations"
-        if mode != "full":
-            yield "train.activation_checkpointing=full: keeps the least, and computes each block twice"
-        if tokens > config.rollout.max_sequence_tokens:
-            fewer = max(config.rollout.max_sequence_tokens, tokens // 2)
-            yield f"train.tokens_per_microbatch={fewer}: fewer rows at a time"
-    if plan.rollout > room:
-        cache = sizes.get("KV cache", 0)
-        over = plan.rollout - room
-        slots, length = config.rollout.max_num_seqs, config.rollout.max_sequence_tokens
-        if cache > over:
-            places = _block_places(config)
-            held = int(cache_blocks(config.rollout, slots, places) * places * (1 - over / cache))
-            if held >= length:
-                yield f"rollout.cache_tokens={held}: sequences that find no room wait, or are computed again"
-            yield f"rollout.max_num_seqs={max(1, int(slots * (1 - over / cache)))}: fewer sequences in the cache"
-        yield "rollout.max_sequence_tokens lower: without cache_tokens, each sequence has room for the longest"
-    if "index" in sizes:
-        yield "retrieval.device=cpu: the index leaves the GPU"
-    if plan.total("always") > room // 2:
-        yield f"more than {num_ranks} ranks: weights, gradients and moments are split among them"
-    if "reference" in sizes:
-        yield "algorithm.kl_coefficient=0: no reference model"
-
-
-def _block_places(config: Config) -> int:
+def block_places(config: Config) -> int:
     """Places of a block of the KV cache. `auto` is planned for a GPU, as everything here is, wherever that is done."""
     return block_size("cpu" if config.run.device == "cpu" else "cuda")
 

@@ -8,8 +8,12 @@ demo's first step that leaves half of the rows: 14,222 of 28,834.
 Sequences are sorted by their tokens; then the longest beginning that a sequence shares with any before it is the one
 it shares with the last, and cutting the sorted list into runs keeps what is shared together.
 
-What is decided here: which sequences share a forward pass, and which tokens are predicted. The loss mask itself was
-made where the tokens were born; it is only turned into positions.
+Ranks go through their batches side by side, for FSDP gathers a block on all of them at once: what an update takes is
+the sum over its rounds of the costliest batch of each, not the largest sum of a rank. So the batches of all ranks are
+cut from one list, as many as make whole rounds, sorted by cost, and every round takes the next of them, one a rank.
+
+What is decided here: which sequences share a forward pass, on which rank, and which tokens are predicted. The loss mask
+itself was made where the tokens were born; it is only turned into positions.
 
 Left out: cutting a trajectory that alone is over the budget; it goes alone.
 
@@ -21,6 +25,8 @@ Shape legend
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -29,6 +35,9 @@ from searchr1_fast.types import PackedBatch, SharedPrefixes, Trajectory
 
 # Attention costs as much as everything else in a layer at about 12 * hidden_size tokens; 2048 is a middling size.
 _ATTENTION_PARITY_TOKENS = 12 * 2048
+_HALVINGS = 20  # of the interval in which the heaviest run's cost is looked for: to a millionth of all runs'
+
+Run = tuple[int, int]  # [begin, end) of the sorted sequences: a batch
 
 
 def pack(
@@ -47,19 +56,80 @@ def pack(
     `rollout_logprobs` is NaN (`losses` reads it as: the same as the trainer's). `share_prefixes` off lays every token
     of every sequence out: the plain twin. Deterministic; CPU tensors; nothing chosen, no batches.
     """
+    layout = lay_out(trajectories, tokens_per_microbatch, indices=indices, share_prefixes=share_prefixes)
+    return pack_rank(trajectories, advantages, layout, mask_observations=mask_observations)
+
+
+def pack_rank(
+    trajectories: Sequence[Trajectory],
+    advantages: Sequence[np.ndarray | float],  # as `pack` takes them
+    layout: Layout,
+    rank: int = 0,
+    *,
+    mask_observations: bool = True,
+) -> list[PackedBatch]:
+    """The batches of one rank of a layout of these trajectories."""
     if len(advantages) != len(trajectories):
         raise ValueError(f"pack: got {len(advantages)} advantages for {len(trajectories)} trajectories; give one each")
+    batches = []
+    for begin, end in layout.runs[rank]:
+        shared = [0, *layout.shared[begin + 1 : end]]
+        batches.append(_pack_run(trajectories, advantages, layout.order[begin:end], shared, mask_observations))
+    return batches
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which trajectories share a batch, and which rank has it; the same on every rank."""
+
+    order: list[int]  # places of the trajectories, by their tokens
+    lengths: list[int]  # of those, in this order
+    shared: list[int]  # first tokens that each shares with the one before
+    runs: list[list[Run]]  # of each rank, in the order of the rounds
+
+    @property
+    def num_rounds(self) -> int:
+        """Batches of the rank that has most; others may have one less."""
+        return max(map(len, self.runs))
+
+    @cached_property
+    def costs(self) -> list[list[float]]:
+        """Of each rank, its batches'."""
+        return [[_cost(self.lengths, self.shared, *run) for run in runs] for runs in self.runs]
+
+    @property
+    def imbalance(self) -> float:
+        """Cost of the costliest batch of each round, summed, over the mean rank's cost; 1.0: nobody waits."""
+        rounds = [max(batches[n] for batches in self.costs if n < len(batches)) for n in range(self.num_rounds)]
+        return sum(rounds) / self._mean if self._mean else 1.0
+
+    @property
+    def largest_rank(self) -> float:
+        """The largest sum of a rank over the mean: what is left of the imbalance where ranks wait at the end alone."""
+        return max(map(sum, self.costs)) / self._mean if self._mean else 1.0
+
+    @property
+    def _mean(self) -> float:
+        return sum(map(sum, self.costs)) / len(self.costs)
+
+
+def lay_out(
+    trajectories: Sequence[Trajectory],
+    tokens_per_microbatch: int,
+    world_size: int = 1,
+    *,
+    indices: Sequence[int] | None = None,
+    share_prefixes: bool = True,
+) -> Layout:
+    """Deal `trajectories[i]` for i in `indices` (None: all) out to batches and ranks. A rank may get nothing."""
     chosen = list(range(len(trajectories))) if indices is None else [int(i) for i in indices]
     if len(set(chosen)) != len(chosen) or any(not 0 <= i < len(trajectories) for i in chosen):
         raise ValueError(f"pack: indices must be distinct and from 0 to {len(trajectories) - 1}, got {chosen}")
     order = in_order(trajectories, chosen)
     lengths = [len(trajectories[i].token_ids) for i in order]
     shared = shared_lengths(trajectories, order) if share_prefixes else [0] * len(order)
-    batches = []
-    for begin, end in plan(lengths, shared, tokens_per_microbatch):
-        run_shared = [0, *shared[begin + 1 : end]]
-        batches.append(_pack_run(trajectories, advantages, order[begin:end], run_shared, mask_observations))
-    return batches
+    runs = plan(lengths, shared, tokens_per_microbatch, world_size)
+    return Layout(order, lengths, shared, deal(runs, [_cost(lengths, shared, *run) for run in runs], world_size))
 
 
 def in_order(trajectories: Sequence[Trajectory], indices: Sequence[int]) -> list[int]:
@@ -78,49 +148,62 @@ def shared_lengths(trajectories: Sequence[Trajectory], order: Sequence[int]) -> 
     return shared
 
 
-def plan(lengths: Sequence[int], shared: Sequence[int], budget: int) -> list[tuple[int, int]]:
-    """Runs [begin, end) of at most `budget` rows, as few as possible and among those with the lightest heaviest.
+def plan(lengths: Sequence[int], shared: Sequence[int], budget: int, world_size: int = 1) -> list[Run]:
+    """Runs of at most `budget` rows: as few as make whole rounds, among those with the cheapest costliest.
 
-    A run costs its first sequence whole, and of each other what it does not share with the one before. A part of a run
-    never costs more than the run, so filling one after the other is optimal, and more room never needs more runs.
+    A run has its first sequence whole, and of each other what it does not share with the one before. A part of a run
+    never has more rows nor cost than the run, so filling one after the other is optimal, and more room never needs more
+    runs.
     """
     if budget < 1:
         raise ValueError(f"train.tokens_per_microbatch: must be at least 1, got {budget}")
-    runs = _fill(lengths, shared, budget)
-    low, high = 0, budget  # too little room, enough room
-    while high - low > 1:
-        middle = (low + high) // 2
-        fewer = _fill(lengths, shared, middle)
-        if len(fewer) <= len(runs):
-            high, runs = middle, fewer
+    if world_size < 1:
+        raise ValueError(f"plan: world_size must be at least 1, got {world_size}")
+    low, high = 0.0, sum(_row_cost(0, length) for length in lengths)  # too little room, enough room
+    runs = _fill(lengths, shared, budget, high)
+    most = -(-len(runs) // world_size) * world_size
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        other = _fill(lengths, shared, budget, middle)
+        if len(other) <= most:
+            high, runs = middle, other
         else:
             low = middle
     return runs
 
 
-def _fill(lengths: Sequence[int], shared: Sequence[int], room: int) -> list[tuple[int, int]]:
+def deal(runs: Sequence[Run], costs: Sequence[float], world_size: int) -> list[list[Run]]:
+    """To each rank its runs. The costliest go first, a round of one a rank at a time, back and forth among ranks."""
+    dealt: list[list[Run]] = [[] for _ in range(world_size)]
+    falling = sorted(range(len(runs)), key=lambda place: -costs[place])
+    for turn, place in enumerate(falling):
+        number, rank = divmod(turn, world_size)
+        dealt[rank if number % 2 == 0 else world_size - 1 - rank].append(runs[place])
+    return dealt
+
+
+def _fill(lengths: Sequence[int], shared: Sequence[int], room: int, limit: float) -> list[Run]:
     """Runs in order, each as long as there is room; a sequence that alone has too little goes alone."""
-    starts, load = [], 0
+    starts: list[int] = []
+    rows, cost = 0, 0.0
     for place, length in enumerate(lengths):
-        load += length - shared[place]
-        if not starts or load > room:
+        rows += length - shared[place]
+        cost += _row_cost(shared[place], length)
+        if not starts or rows > room or cost > limit:
             starts.append(place)
-            load = length
+            rows, cost = length, _row_cost(0, length)
     return list(zip(starts, [*starts[1:], len(lengths)], strict=False))  # no sequence, no run
 
 
-def assign_to_ranks(lengths: Sequence[int], shared: Sequence[int], world_size: int) -> list[tuple[int, int]]:
-    """A run [begin, end) for each rank, of nearly equal cost; the same answer on every rank. A rank may get nothing.
+def _row_cost(begin: int, end: int) -> float:
+    """Of a sequence's rows [begin, end), in rows without attention; a row attends to all before it."""
+    return (end - begin) * (1.0 + (begin + end) / _ATTENTION_PARITY_TOKENS)
 
-    Cost counts attention: a long sequence costs more than two halves.
-    """
-    if world_size < 1:
-        raise ValueError(f"assign_to_ranks: world_size must be at least 1, got {world_size}")
-    cost = [(n - m) * (1.0 + n / _ATTENTION_PARITY_TOKENS) for n, m in zip(lengths, shared, strict=True)]
-    ends = np.cumsum([0.0, *cost])
-    shares = ends[-1] * np.arange(1, world_size) / world_size
-    bounds = np.searchsorted((ends[:-1] + ends[1:]) / 2, shares).tolist()  # a sequence goes where its middle lies
-    return list(zip([0, *bounds], [*bounds, len(lengths)], strict=True))
+
+def _cost(lengths: Sequence[int], shared: Sequence[int], begin: int, end: int) -> float:
+    """Of a run."""
+    others = zip(shared[begin + 1 : end], lengths[begin + 1 : end], strict=True)
+    return _row_cost(0, lengths[begin]) + sum(_row_cost(*rows) for rows in others)
 
 
 def policy_mask(trajectory: Trajectory, mask_observations: bool = True) -> np.ndarray:

@@ -17,7 +17,8 @@ Shape legend
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,12 @@ from torch import nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from searchr1_fast.checkpoint import optimizer_tensors
-from searchr1_fast.config import Config, OptimizerConfig
-from searchr1_fast.distributed import Ranks, copy_parameters, full, reshard, shard
+from searchr1_fast.config import Config, OffloadConfig
+from searchr1_fast.distributed import Ranks, before_backward, copy_parameters, full, reshard, shard
+from searchr1_fast.host_adamw import HostAdamW
 from searchr1_fast.losses import accumulate_metrics, policy_objective
 from searchr1_fast.models import Decoder, load_weights
+from searchr1_fast.offload import DeviceMemory, FrozenWeights, leaves
 from searchr1_fast.schedule import LearningRate, policy_learning_rate
 from searchr1_fast.types import PackedBatch
 
@@ -62,22 +65,27 @@ class TrainingDiverged(ValueError):
 class Learner:
     """A sharded module with its AdamW."""
 
-    def __init__(
-        self, name: str, module: nn.Module, learning_rate: LearningRate, config: OptimizerConfig, ranks: Ranks
-    ) -> None:
+    def __init__(self, name: str, module: nn.Module, learning_rate: LearningRate, config: Config, ranks: Ranks) -> None:
         self.name, self.module, self.ranks, self.config = name, module, ranks, config
         self.learning_rate = learning_rate
         self.parameters = dict(module.named_parameters())
-        self.optimizer = torch.optim.AdamW(
-            self.parameters.values(), learning_rate.peak, config.betas, weight_decay=config.weight_decay, fused=True
-        )
+        self.optimizer = make_optimizer(self.parameters.values(), learning_rate.peak, config, ranks.device)
         self.last_learning_rate = 0.0
         self.num_updates = 0
         self.num_skipped = 0
         self.skipped_in_a_row = 0
 
-    def backward(self, loss: torch.Tensor) -> None:
-        """Accumulate gradients of a loss whose denominator counts all ranks: FSDP averages, and a sum is meant."""
+    def backward(self, loss: torch.Tensor, is_last: bool = True) -> None:
+        """Accumulate gradients of a loss whose denominator counts all ranks: FSDP averages, and a sum is meant.
+
+        `is_last`: of the optimizer step; the others leave behind what `train.reshard_after` and `reduce_after` say.
+        """
+        train = self.config.train
+        before_backward(
+            self.module,
+            reshard_after=is_last or train.reshard_after != "update",
+            reduce_after=is_last or train.reduce_after != "update",
+        )
         (loss * self.ranks.world_size).backward()
 
     def step(self) -> float:
@@ -86,7 +94,7 @@ class Learner:
         norm = full(get_total_norm(gradients))
         norm_value = norm.item()  # the one wait for the device; on every rank the same number
         if math.isfinite(norm_value):
-            clip_grads_with_norm_(self.parameters.values(), self.config.max_grad_norm, norm)
+            clip_grads_with_norm_(self.parameters.values(), self.config.optimizer.max_grad_norm, norm)
             self.last_learning_rate = self.next_learning_rate
             for group in self.optimizer.param_groups:
                 group["lr"] = self.last_learning_rate
@@ -111,7 +119,11 @@ class Learner:
         prefix = f"{self.name}.optimizer."
         entries = None if saved_keys is None else {k.removeprefix(prefix) for k in saved_keys if k.startswith(prefix)}
         weights = {f"{self.name}.{name}": parameter.detach() for name, parameter in self.parameters.items()}
-        moments = optimizer_tensors(self.optimizer, self.parameters, entries)
+        new_state = None
+        if isinstance(self.optimizer, HostAdamW):
+            self.optimizer.wait()
+            new_state = self.optimizer.new_state
+        moments = optimizer_tensors(self.optimizer, self.parameters, entries, new_state)
         return weights | {f"{prefix}{key}": tensor for key, tensor in moments.items()}
 
     def state_dict(self) -> dict[str, float]:
@@ -162,17 +174,25 @@ class Policy(Learner):
         if ranks.world_size > 1 or dtype != torch.float32:
             self.replica = empty_replica(decoder, dtype, ranks.device)
             prepare_blocks(self.replica, config)
-        shard(scorer, decoder.layers, ranks, dtype)
+        reshard_after_forward = config.train.reshard_after == "forward"
+        shard(scorer, decoder.layers, ranks, dtype, reshard_after_forward)
         fill(scorer, decoder, weights, ranks.device)
-        super().__init__("policy", scorer, policy_learning_rate(config), config.optimizer, ranks)
+        super().__init__("policy", scorer, policy_learning_rate(config), config, ranks)
         self.objective = policy_objective(config.algorithm)
+        offload = config.model.offload if leaves(ranks.device) else OffloadConfig()
+        self._replica_memory = None
+        if offload.replica and self.replica is not decoder:
+            self._replica_memory = DeviceMemory(self.replica, beside=scorer)
         self.reference: TokenScorer | None = None
+        self.reference_at_hand: AbstractContextManager[None] = nullcontext()  # the inside of which has its weights
         if config.algorithm.kl_coefficient > 0:
             assert reference is not None, "a KL needs a reference"
             prepare_blocks(reference, config)
             self.reference = TokenScorer(reference.requires_grad_(False), config.rollout.temperature)
-            shard(self.reference, reference.layers, ranks, dtype)
+            shard(self.reference, reference.layers, ranks, dtype, reshard_after_forward)
             fill(self.reference, reference, weights, ranks.device)
+            if offload.reference:
+                self.reference_at_hand = FrozenWeights(self.reference, beside=scorer)
         self.sync_replica()
 
     def loss(
@@ -199,8 +219,9 @@ class Policy(Learner):
     def reference_logprobs(self, batches: list[PackedBatch]) -> list[torch.Tensor]:  # [P] fp32 each
         """Of every batch under the reference."""
         assert self.reference is not None
-        logprobs = [batch.spread(self.reference(batch, linear_logprob)) for batch in batches]
-        reshard(self.reference)
+        with self.reference_at_hand:
+            logprobs = [batch.spread(self.reference(batch, linear_logprob)) for batch in batches]
+            reshard(self.reference)
         return logprobs
 
     def update(
@@ -218,14 +239,31 @@ class Policy(Learner):
         for index, batch in enumerate(batches):
             references = ref_logprobs[index] if ref_logprobs is not None else None
             loss, metrics = self.loss(batch, denominator, references, on_policy)
-            self.backward(loss)
+            self.backward(loss, is_last=index == len(batches) - 1)
             accumulate_metrics(totals, metrics)
         return totals, self.step()
 
+    def release_replica(self) -> None:
+        """Give the generating replica's memory to the update, where `model.offload.replica` says so."""
+        if self._replica_memory is not None:
+            self._replica_memory.release()
+
     def sync_replica(self) -> None:
         """Give the generating replica the trained weights. Nothing to do where they are the same module."""
+        if self._replica_memory is not None:
+            self._replica_memory.restore()
         if self.replica is not self.module.decoder:
             copy_parameters(self.module.decoder, self.replica)
+
+
+def make_optimizer(
+    parameters: Iterable[nn.Parameter], learning_rate: float, config: Config, device: torch.device
+) -> torch.optim.AdamW:
+    """Fused AdamW, with its moments where `model.offload.optimizer` has them."""
+    betas, weight_decay = config.optimizer.betas, config.optimizer.weight_decay
+    if config.model.offload.optimizer and leaves(device):
+        return HostAdamW(parameters, learning_rate, betas, weight_decay)
+    return torch.optim.AdamW(parameters, learning_rate, betas, weight_decay=weight_decay, fused=True)
 
 
 def prepare_blocks(decoder: Decoder, config: Config) -> None:

@@ -10,6 +10,8 @@ runs repeat on any number of ranks, and a resumed run is the run that was not st
 Rows of metrics.jsonl. `policy_tokens` are those trained on; `kept_fraction` is the share of the sampled trajectories
 they come from; `tokens_per_second` counts sampled tokens; `entropy`, `kl_ref`, `rollout_policy_kl` and `clip_fraction`
 are means over policy tokens of all minibatches, `grad_norm` a mean over optimizer steps; a mean of nothing is null.
+`update_imbalance` is the time that an update takes by the cost of its micro-batches, over what it would take if no rank
+waited for another (packing.py); a mean over optimizer steps.
 `search/…` are the step's searches on all ranks (retrieval/statistics.py), `time_search_wait` what the engine waited.
 Left out: rollouts that overlap the update. They would make every minibatch off-policy.
 """
@@ -39,7 +41,7 @@ from searchr1_fast.dry_run import dry_run
 from searchr1_fast.errors import INTERRUPTED, entry_point
 from searchr1_fast.evaluate import score, trajectory_seed
 from searchr1_fast.losses import accumulate_metrics
-from searchr1_fast.packing import assign_to_ranks, in_order, pack, shared_lengths
+from searchr1_fast.packing import lay_out, pack_rank
 from searchr1_fast.policy import padding_batch, to_device
 from searchr1_fast.rollout import RolloutRequest
 from searchr1_fast.run import Run, UserInterface, is_due, open_run
@@ -60,6 +62,7 @@ def train(config: Config, ui: UserInterface | None = None) -> dict[str, Any]:
             with run.timers("rollout"):
                 questions = run.stream.next(config.train.questions_per_step)
                 trajectories = sample(run, questions, step)
+                run.policy.release_replica()
             rewards = np.array([score(trajectory).em for trajectory in trajectories])  # [N]
             advantages, kept = baselines(config, trajectories, rewards)  # [N], [N]
             minibatches = make_minibatches(run, trajectories, advantages, kept)
@@ -94,6 +97,7 @@ class Minibatch:
 
     batches: list[PackedBatch]
     denominator: int  # policy tokens, all ranks together
+    imbalance: float  # what ranks wait for the slowest, as `packing.Layout` has it
     ref_logprobs: list[torch.Tensor] | None = None  # [P] fp32 each
     returns: list[torch.Tensor] = field(default_factory=list)  # PPO: [P] fp32 each
     old_values: list[torch.Tensor] = field(default_factory=list)  # PPO: [P] fp32 each
@@ -142,7 +146,7 @@ def make_minibatches(
     advantages: np.ndarray,  # [N] fp32
     kept: np.ndarray,  # [N] bool
 ) -> list[Minibatch]:
-    """Split the kept groups among minibatches, each minibatch among ranks, each rank's share into micro-batches."""
+    """Split the kept groups among minibatches, each minibatch into micro-batches, and deal these out to ranks."""
     config, ranks = run.config, run.ranks
     groups = sorted({trajectories[i].group for i in np.flatnonzero(kept)})
     minibatches = []
@@ -150,19 +154,13 @@ def make_minibatches(
         members = [int(i) for i in np.flatnonzero(kept) if trajectories[i].group in chosen]
         if not members:
             continue  # fewer groups than minibatches
-        order = in_order(trajectories, members)
-        lengths = [len(trajectories[i].token_ids) for i in order]
-        begin, end = assign_to_ranks(lengths, shared_lengths(trajectories, order), ranks.world_size)[ranks.rank]
-        batches = pack(
-            trajectories,
-            advantages,
-            config.train.tokens_per_microbatch,
-            indices=order[begin:end],
-            mask_observations=config.algorithm.mask_observations,
-        )
+        layout = lay_out(trajectories, config.train.tokens_per_microbatch, ranks.world_size, indices=members)
+        mask_observations = config.algorithm.mask_observations
+        batches = pack_rank(trajectories, advantages, layout, ranks.rank, mask_observations=mask_observations)
         denominator = int(ranks.sum(sum(batch.num_policy_tokens for batch in batches)))
-        batches += [padding_batch() for _ in range(int(ranks.max(len(batches))) - len(batches))]
-        minibatches.append(Minibatch([to_device(batch, ranks.device) for batch in batches], denominator))
+        batches += [padding_batch() for _ in range(layout.num_rounds - len(batches))]
+        on_device = [to_device(batch, ranks.device) for batch in batches]
+        minibatches.append(Minibatch(on_device, denominator, layout.imbalance))
     return minibatches
 
 
@@ -170,8 +168,9 @@ def add_references(run: Run, minibatches: list[Minibatch], rewards: np.ndarray) 
     """Everything that must be known before the weights move: reference log-probs, values, PPO's advantages."""
     algorithm, device = run.config.algorithm, run.ranks.device
     if run.policy.reference is not None:
-        for minibatch in minibatches:
-            minibatch.ref_logprobs = run.policy.reference_logprobs(minibatch.batches)
+        with run.policy.reference_at_hand:
+            for minibatch in minibatches:
+                minibatch.ref_logprobs = run.policy.reference_logprobs(minibatch.batches)
     if run.critic is None:
         return
     batches, values, outcomes = [], [], []
@@ -205,6 +204,7 @@ class Updates:
     """What the optimizer steps of one step of the run reported."""
 
     num_tokens: int = 0  # policy tokens, all ranks together
+    imbalances: list[float] = field(default_factory=list)
     metrics: dict[str, torch.Tensor] = field(default_factory=dict)  # this rank's sums over tokens, and extremes; 0-d
     grad_norms: list[float] = field(default_factory=list)
     critic_grad_norms: list[float] = field(default_factory=list)
@@ -218,6 +218,7 @@ def update(run: Run, minibatches: list[Minibatch], step: int) -> Updates:
     with run.ui.phase("update", len(minibatches)) as progress:
         for index, minibatch in enumerate(minibatches):
             updates.num_tokens += minibatch.denominator
+            updates.imbalances.append(minibatch.imbalance)
             if run.critic is not None:
                 arguments = minibatch.batches, minibatch.returns, minibatch.old_values, minibatch.denominator
                 sums, norm = run.critic.update(*arguments)
@@ -280,6 +281,7 @@ def means(run: Run, updates: Updates) -> dict[str, Any]:
         "grad_norm": _mean(norms),
         **critic,
         "lr": run.policy.last_learning_rate,
+        "update_imbalance": _mean(updates.imbalances),
         "skipped_updates": len(updates.grad_norms) + len(updates.critic_grad_norms) - len(norms) - len(critic_norms),
     }
 

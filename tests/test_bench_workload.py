@@ -85,7 +85,8 @@ def test_attention_and_the_model_s_operations(bench, shape):
 
 def test_main_prints_a_row_last_and_appends_it(bench, tmp_path, capsys):
     output = tmp_path / "workload.jsonl"
-    assert bench("workload").main([*SMALL, "--checkpointing", "selective", "--output", str(output)]) == 0
+    others = ["--offload", "optimizer", "replica", "--reshard-after", "update", "--reduce-after", "update"]
+    assert bench("workload").main([*SMALL, "--checkpointing", "selective", *others, "--output", str(output)]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert output.read_text().splitlines() == printed[-1:]
     row = json.loads(printed[-1])
@@ -93,6 +94,7 @@ def test_main_prints_a_row_last_and_appends_it(bench, tmp_path, capsys):
     workload, update = row["workload"], row["update"]
     assert workload["rows"] < workload["tokens"]  # prompts are shared
     assert workload["checkpointing"] == "selective" and workload["microbatches"] > 1
+    assert workload["offload"] == ["optimizer", "replica"] and "policy: Adam's moments" not in row["plan"]
     assert update["peak_bytes"] is None and "mfu" not in update  # no GPU
     assert update["planned_bytes"] >= sum(row["plan"].values())
     assert [one["num_seqs"] for one in row["rollout"]] == [4, 8]

@@ -11,7 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 import searchr1_fast
-from searchr1_fast.config import Config, DataSet, Section, WorldConfig, load_config
+from searchr1_fast.config import Config, DataSet, OffloadConfig, Section, WorldConfig, load_config
 
 PACKAGE = Path(searchr1_fast.__file__).parent
 
@@ -224,7 +224,9 @@ def test_frozen():
 def holders(section: type[Section]) -> set[str]:
     """What a variable or attribute that holds this section is called in the package."""
     own = {key for key, field in Config.model_fields.items() if field.annotation is section}
-    return own | {"config"} | {DataSet: {"data"}, WorldConfig: {"world"}}.get(section, set())
+    return (
+        own | {"config"} | {DataSet: {"data"}, WorldConfig: {"world"}, OffloadConfig: {"offload"}}.get(section, set())
+    )
 
 
 def attributes_read(tree: ast.AST) -> Iterator[tuple[str, str]]:

@@ -25,9 +25,31 @@ PACKAGE, KERNELS, CSRC = ROOT / "searchr1_fast", ROOT / "kernels" / "searchr1_ke
 LAYERS = (
     {"types", "config", "protocol", "_C"},  # _C: csrc/, compiled
     {"models", "retrieval", "data", "question_sets", "reward", "prompt", "world", "transcript"},
-    {"rollout", "packing", "advantage", "losses", "schedule", "policy", "critic", "checkpoint", "distributed"},
     {
-        *("train", "run", "memory_plan", "parameter_counts", "dry_run", "evaluate", "environment", "pretraining"),
+        "rollout",
+        "packing",
+        "advantage",
+        "losses",
+        "schedule",
+        "policy",
+        "critic",
+        "checkpoint",
+        "distributed",
+        "offload",
+        "host_adamw",
+    },
+    {
+        *(
+            "train",
+            "run",
+            "memory_plan",
+            "memory_advice",
+            "parameter_counts",
+            "dry_run",
+            "evaluate",
+            "environment",
+            "pretraining",
+        ),
         *("cli", "eval", "ask", "serve", "report", "index", "prepare_data"),  # commands, as are the next
         *("pretrain_base", "__main__", "world.__main__"),
         *("console", "curves", "metrics", "errors"),  # what a person sees

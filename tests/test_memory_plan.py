@@ -22,6 +22,7 @@ from searchr1_fast.models.attention_backends import AttentionBackend
 from searchr1_fast.models.published import published_config
 from searchr1_fast.packing import pack
 from searchr1_fast.policy import Policy
+from searchr1_fast.retrieval.memory_plan import size_text
 
 GB = 10**9
 
@@ -41,7 +42,8 @@ def test_numbers_by_hand():
     assert rows["policy: replica that generates"] == 2 * parameters
     assert rows["reference"] == parameters // 8 * 2
     # the value head: one row of 3584 and a bias, which on every rank fill up to one row
-    assert rows["critic: weights and Adam's moments"] == 12 * ((parameters - head) // 8 + 3584 + 1)
+    critic = (parameters - head) // 8 + 3584 + 1
+    assert (rows["critic: master weights"], rows["critic: Adam's moments"]) == (4 * critic, 8 * critic)
     # 64 sequences of 4,596 tokens in blocks of 64, and one block for rows of a graph without a sequence; their table.
     assert rows["KV cache"] == (64 * 72 + 1) * 64 * 57_344 + (64 + 1) * 72 * 4
     block = (3584 * 3584 + 3584) + 2 * (512 * 3584 + 512) + 3584 * 3584 + 3 * 3584 * 18944 + 2 * 3584
@@ -89,8 +91,8 @@ def test_resident_rows_are_the_bytes_of_a_real_policy_and_critic(
         assert rows["policy: master weights"] == num_bytes(policy.parameters.values())
         assert rows["policy: Adam's moments"] == moments(policy)
         assert rows["reference"] == num_bytes(policy.reference.parameters())
-        critics = num_bytes(critic.parameters.values()) + moments(critic)
-        assert rows["critic: weights and Adam's moments"] == critics
+        assert rows["critic: master weights"] == num_bytes(critic.parameters.values())
+        assert rows["critic: Adam's moments"] == moments(critic)
         assert rows["gradients"] == max(gradients)
         if dtype == "float32":
             assert policy.replica is policy.module.decoder
@@ -209,7 +211,10 @@ def test_checkpointing_is_advised_where_activations_are_too_much():
     decoder = published_config("qwen2.5-7b")
     plan = plan_training(config, decoder, num_ranks=8, device_bytes=80 * GB)
     assert plan.fits is False and plan.update > 80 * GB
-    assert "train.activation_checkpointing=selective" in plan.advice[0]
+    # what costs least stands first: only then what is computed again
+    offloads = [f"model.offload.{name}=true" for name in ("replica", "reference", "optimizer")]
+    wanted = [*offloads, "train.activation_checkpointing=selective", "train.activation_checkpointing=full"]
+    assert [line.split(":")[0] for line in plan.advice[:5]] == wanted
     changed = load_config("configs/search_r1_7b_ppo.yaml", ["train.activation_checkpointing=selective"])
     again = plan_training(changed, decoder, num_ranks=8, device_bytes=80 * GB)
     assert again.update < plan.update / 1.5
@@ -277,6 +282,55 @@ def test_the_cache_is_kept_where_both_fit(engine):
     assert plan(device_bytes=int(enough) + 2) == plan("rollout.keep_cache=true", device_bytes=int(enough) + 2)
     assert plan(device_bytes=int(enough) - 2).keeps_cache is False
     assert plan().keeps_cache is False  # nobody knows how much there is
+
+
+PLACES = {  # setting, and where the rows are that it moves: what is in `always` without it
+    "optimizer": ("host", ("policy: Adam's moments", "critic: Adam's moments")),
+    "reference": ("host", ("reference",)),
+    "replica": ("rollout", ("policy: replica that generates",)),
+}
+
+
+@pytest.mark.parametrize("part", PLACES)
+def test_what_is_offloaded_is_elsewhere(part):
+    """And is advised by name, with its size, where it is not, and no longer where it is."""
+    recipe, place = "configs/search_r1_7b_ppo.yaml", f"model.offload.{part}=true"
+    shape, device = published_config("qwen2.5-7b"), 60 * GB
+    plan, moved = (
+        plan_training(load_config(recipe, overrides), shape, num_ranks=8, device_bytes=device)
+        for overrides in ([], [place])
+    )
+    when, names = PLACES[part]
+    size = sum(rows_of(plan)[name] for name in names)
+    assert {row.when for row in moved.rows if row.name in names} == {when}
+    assert rows_of(moved) == rows_of(plan)
+    assert moved.update == plan.update - size
+    assert moved.rollout == plan.rollout - (0 if part == "replica" else size)
+    assert moved.total("host") == (0 if part == "replica" else size)
+    (line,) = (line for line in plan.advice if line.startswith(place))
+    assert size_text(size) in line
+    assert not any(line.startswith(place) for line in moved.advice)
+    assert ("host   " in str(moved)) == (when == "host")
+
+
+def test_what_ranks_hold_whole_is_counted():
+    recipe, shape = "configs/search_r1_7b_grpo.yaml", published_config("qwen2.5-7b")
+    parameters, head = 7_615_616_512, 152_064 * 3584
+    once = ["train.reshard_after=update", "train.reduce_after=update"]
+    split, whole = (
+        plan_training(load_config(recipe, overrides), shape, num_ranks=8, device_bytes=60 * GB)
+        for overrides in ([], once)
+    )
+    assert rows_of(split)["gradients"] == parameters // 8 * 4
+    assert rows_of(whole)["gradients"] == parameters * 4
+    assert rows_of(whole)["gathered weights"] == 2 * parameters > rows_of(split)["gathered weights"] > 2 * 2 * head
+    assert [line.split(":")[0] for line in whole.advice[:2]] == [
+        "train.reduce_after=microbatch",
+        "train.reshard_after=forward",
+    ]
+    assert not any("train.re" in line for line in split.advice)
+    alone = load_config(recipe, ["train.reduce_after=update"])
+    assert rows_of(plan_training(alone, shape))["gradients"] == parameters * 4  # one rank has all of them anyway
 
 
 def test_what_becomes_of_the_cache_is_one_line():

@@ -1,0 +1,68 @@
+"""What to change where a run does not fit its GPUs, by the names of settings; `memory_plan` asks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from searchr1_fast.config import Config
+from searchr1_fast.retrieval.memory_plan import size_text
+
+if TYPE_CHECKING:
+    from searchr1_fast.memory_plan import TrainingPlan
+
+
+def advice(config: Config, plan: TrainingPlan, num_ranks: int) -> Iterator[str]:
+    """What would help, with the least loss first. Of the phase that is too large."""
+    if plan.fits in (True, None):
+        return
+    room = plan.room
+    sizes = {row.name: row.num_bytes for row in plan.rows}
+    if config.rollout.keep_cache is True and plan.update > room:
+        yield "rollout.keep_cache=auto: the cache goes during updates where there is no room for both"
+    if config.model.dtype == "float32":
+        yield "model.dtype=bfloat16: activations, cache and reference take half"
+    if plan.update > room and num_ranks > 1:
+        if config.train.reduce_after == "update":
+            yield "train.reduce_after=microbatch: gradients are split among ranks, and added up more often"
+        if config.train.reshard_after != "forward":
+            yield "train.reshard_after=forward: two blocks are gathered at a time, and each more often"
+    yield from _offload(plan)
+    if plan.update > room:
+        tokens, mode = config.train.tokens_per_microbatch, config.train.activation_checkpointing
+        if mode == "none":
+            yield "train.activation_checkpointing=selective: keeps a fifth or less of the activations"
+        if mode != "full":
+            yield "train.activation_checkpointing=full: keeps the least, and computes each block twice"
+        if tokens > config.rollout.max_sequence_tokens:
+            fewer = max(config.rollout.max_sequence_tokens, tokens // 2)
+            yield f"train.tokens_per_microbatch={fewer}: fewer rows at a time"
+    if plan.rollout > room:
+        cache = sizes.get("KV cache", 0)
+        over = plan.rollout - room
+        slots, length = config.rollout.max_num_seqs, config.rollout.max_sequence_tokens
+        if cache > over:
+            held = int((config.rollout.cache_tokens or slots * length) * (1 - over / cache))
+            if held >= length:
+                yield f"rollout.cache_tokens={held}: sequences that find no room wait, or are computed again"
+            yield f"rollout.max_num_seqs={max(1, int(slots * (1 - over / cache)))}: fewer sequences in the cache"
+        yield "rollout.max_sequence_tokens lower: without cache_tokens, each sequence has room for the longest"
+    if "index" in sizes:
+        yield "retrieval.device=cpu: the index leaves the GPU"
+    if plan.total("always") > room // 2:
+        yield f"more than {num_ranks} ranks: weights, gradients and moments are split among them"
+    if plan.resident("reference"):
+        yield "algorithm.kl_coefficient=0: no reference model"
+
+
+def _offload(plan: TrainingPlan) -> Iterator[str]:
+    """The parts of `model.offload` that are on the GPU, with what each would free."""
+    if plan.update > plan.room and (replica := plan.resident("policy: replica that generates")):
+        yield f"model.offload.replica=true: the weights that generate give {size_text(replica)} to the update"
+    if reference := plan.resident("reference"):
+        yield f"model.offload.reference=true: {size_text(reference)} wait in host memory, a copy a step"
+    if moments := plan.resident("policy: Adam's moments", "critic: Adam's moments"):
+        yield (
+            f"model.offload.optimizer=true: {size_text(moments)} lie in host memory, and pass the GPU in every "
+            "optimizer step"
+        )

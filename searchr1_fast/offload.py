@@ -1,0 +1,143 @@
+"""What leaves the GPU between its uses (`model.offload`), to page-locked host memory or to nowhere.
+
+    reference   scores in one phase of a step and is frozen: its weights wait on the host, and a fetch is one copy
+    replica     generates, and is written anew after every update: in between its memory is free, and nothing is copied
+    optimizer   Adam's moments pass the GPU piece by piece while a step is taken (host_adamw.py)
+
+Tensors stay what they are, also to FSDP: the memory under them is taken away and given back (`UntypedStorage.resize_`,
+as FSDP does it with gathered weights). While it is away nothing may read them.
+
+FSDP's own CPUOffloadPolicy is not used. It would copy weights to the GPU for every gather, twice a micro-batch, and
+gradients to the host after every micro-batch, take the optimizer's step on the CPU, and leave one fp32 rank, which
+nothing shards, as it is. Here what moves is moved once a step, and arithmetic stays on the GPU: results are the same to
+the bit. Master weights and gradients stay on it; more ranks make them smaller.
+
+On a CPU there is nowhere to go, and `leaves` says so: nothing is moved.
+"""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+
+def leaves(device: torch.device) -> bool:
+    """Whether what need not be on this device can be elsewhere. Tests say yes of a CPU."""
+    return device.type == "cuda"
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a sharded tensor; a plain one is itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def host_memory(num_bytes: int, device: torch.device) -> torch.Tensor:  # [num_bytes] uint8, zeros
+    """Host memory, page-locked where the device is a GPU, so that copies overlap and need no other buffer.
+
+    Registered, not `pin_memory`: torch's allocator of page-locked memory takes the next power of two. ValueError where
+    the machine will not lock so much.
+    """
+    memory = torch.zeros(num_bytes, dtype=torch.uint8)
+    if device.type == "cuda" and num_bytes:
+        runtime = torch.cuda.cudart()
+        status = int(runtime.cudaHostRegister(memory.data_ptr(), num_bytes, 0))
+        if status:
+            raise ValueError(
+                f"model.offload: {num_bytes / 2**30:.1f} GiB of host memory could not be page-locked (CUDA error "
+                f"{status}); switch a part of model.offload off, or give this process more memory"
+            )
+        weakref.finalize(memory.untyped_storage(), runtime.cudaHostUnregister, memory.data_ptr())
+    return memory
+
+
+class DeviceMemory:
+    """The memory under a module's parameters, which others may have for a time. What it held is lost.
+
+    Memory that parameters of `beside` have, too, stays: a module that is in use is never taken apart.
+    """
+
+    def __init__(self, module: nn.Module, beside: nn.Module) -> None:
+        self._module, self._beside = module, beside
+        self._away: list[tuple[torch.UntypedStorage, int]] = []  # with their bytes
+
+    @property
+    def is_away(self) -> bool:
+        """Whether it was released, and not restored since."""
+        return bool(self._away)
+
+    @torch.no_grad()
+    def release(self) -> None:
+        """Give it away."""
+        if not self.is_away:
+            # Looked for anew each time: FSDP replaces a shard that it has to fill up, at the first forward pass.
+            in_use = _storages(self._beside)
+            storages = [one for address, one in _storages(self._module).items() if address not in in_use]
+            self._away = [(storage, storage.nbytes()) for storage in storages]
+            if storages:
+                self._leave(storages)
+            for storage in storages:
+                storage.resize_(0)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Take as much again, perhaps at other addresses."""
+        away, self._away = self._away, []
+        for storage, num_bytes in away:
+            storage.resize_(num_bytes)
+        if away:
+            self._return([storage for storage, _ in away])
+
+    def _leave(self, storages: list[torch.UntypedStorage]) -> None:
+        """Before the memory is given away."""
+
+    def _return(self, storages: list[torch.UntypedStorage]) -> None:
+        """After it is there again."""
+
+
+class FrozenWeights(DeviceMemory):
+    """A frozen module's weights: on the host, and on the device inside `with`, which may be nested."""
+
+    def __init__(self, module: nn.Module, beside: nn.Module) -> None:
+        super().__init__(module, beside)
+        self._host: torch.Tensor | None = None  # [bytes] uint8
+        self._copied: list[torch.UntypedStorage] = []  # what the host's copy is of
+        self._depth = 0
+        self.release()
+
+    def __enter__(self) -> None:
+        self._depth += 1
+        self.restore()
+
+    def __exit__(self, *_: object) -> None:
+        self._depth -= 1
+        if not self._depth:
+            self.release()
+
+    def _leave(self, storages: list[torch.UntypedStorage]) -> None:
+        if len(storages) == len(self._copied) and all(a is b for a, b in zip(storages, self._copied, strict=True)):
+            return  # the copy is good for ever
+        device = storages[0].device
+        self._host, self._copied = host_memory(sum(storage.nbytes() for storage in storages), device), storages
+        for storage, part in zip(storages, self._parts(storages), strict=True):
+            part.copy_(_bytes_of(storage))
+
+    def _return(self, storages: list[torch.UntypedStorage]) -> None:
+        for storage, part in zip(storages, self._parts(storages), strict=True):
+            _bytes_of(storage).copy_(part, non_blocking=True)
+
+    def _parts(self, storages: list[torch.UntypedStorage]) -> tuple[torch.Tensor, ...]:
+        """Of the host's copy, one for each."""
+        return self._host.split([storage.nbytes() for storage in storages])
+
+
+def _storages(module: nn.Module) -> dict[int, torch.UntypedStorage]:
+    """What lies under its parameters, by address, each once; nothing of those that are empty or away."""
+    storages = (local(parameter).untyped_storage() for parameter in module.parameters())
+    return {storage.data_ptr(): storage for storage in storages if storage.nbytes()}
+
+
+def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:  # [bytes] uint8
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)

@@ -1,0 +1,23 @@
+"""What test_offload.py starts on two ranks: `two_ranks_offload.py CONFIG…` trains each, as if the CPU were a GPU."""
+
+from __future__ import annotations
+
+import sys
+
+from searchr1_fast import policy
+from searchr1_fast.config import load_config
+from searchr1_fast.console import Console
+from searchr1_fast.distributed import process
+from searchr1_fast.train import train
+
+
+def main() -> None:
+    """Runs leave what they leave."""
+    policy.leaves = lambda device: True
+    with process("cpu", num_threads=1):
+        for path in sys.argv[1:]:
+            train(load_config(path), Console(quiet=True))
+
+
+if __name__ == "__main__":
+    main()
