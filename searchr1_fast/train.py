@@ -55,6 +55,7 @@ def train(config: Config, ui: UserInterface | None = None) -> dict[str, Any]:
         if run.step == 0:
             run.write({"step": 0} | run.evaluate(0))
         for step in range(run.step + 1, config.train.num_steps + 1):
+            run.checkpoints.check()
             run.timers.collect()  # a step's time and searches leave out evaluations and checkpoints
             run.environment.take_statistics()
             with run.timers("rollout"):
@@ -76,10 +77,12 @@ def train(config: Config, ui: UserInterface | None = None) -> dict[str, Any]:
             stopped, last = bool(run.ranks.max(stop.requested)), step == config.train.num_steps
             if last or (is_due(step, config.train.eval_every) and not stopped):
                 metrics |= run.evaluate(step)
-            run.write(metrics, trajectories)
-            if last or stopped or is_due(step, config.checkpoint.every):
-                run.save()
+            if run.note_best(metrics) or last or stopped or is_due(step, config.checkpoint.every):
+                metrics |= run.stage_checkpoint()
+            run.write(metrics, trajectories)  # first: a checkpoint's rows are all there
+            run.checkpoints.start()
             if stopped and not last:
+                run.checkpoints.wait()
                 run.ui.note(f"stopped after step {step}, and saved; go on with run.resume=true")
                 break
         return run.finish()

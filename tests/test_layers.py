@@ -25,7 +25,10 @@ PACKAGE, KERNELS, CSRC = ROOT / "searchr1_fast", ROOT / "kernels" / "searchr1_ke
 LAYERS = (
     {"types", "config", "protocol", "_C"},  # _C: csrc/, compiled
     {"models", "retrieval", "data", "question_sets", "reward", "prompt", "world", "transcript"},
-    {"rollout", "packing", "advantage", "losses", "schedule", "policy", "critic", "checkpoint", "distributed"},
+    {
+        *("rollout", "packing", "advantage", "losses", "schedule", "policy", "critic"),
+        *("checkpoint", "checkpoint_writer", "distributed"),
+    },
     {
         *("train", "run", "memory_plan", "parameter_counts", "dry_run", "evaluate", "environment", "pretraining"),
         *("cli", "eval", "ask", "serve", "report", "index", "prepare_data"),  # commands, as are the next
