@@ -213,23 +213,24 @@ def _everywhere(action: Callable[[], T], root: Path, step: int, ranks: Ranks) ->
         result = action()
     except (Exception, dcp.CheckpointException) as error:  # the latter is no Exception
         failure = error
-    for rank, said in enumerate(ranks.gather(_said(failure))):
-        if said:
-            where = f" on rank {rank}" if ranks.world_size > 1 else ""
-            newest = latest_checkpoint(root)
-            rest = "there is none before it" if newest is None else f"the newest that is whole is {newest.name}"
-            raise CheckpointFailed(
-                f"the checkpoint of step {step} could not be written to {root}{where}: {said}; {rest}. "
-                "Mend that and go on with run.resume=true"
-            ) from failure
+    said = next((said for said in ranks.gather(_said(failure, ranks.rank)) if said), None)
+    if said is not None:
+        rank, text = said
+        where = f" on rank {rank}" if ranks.world_size > 1 else ""
+        newest = latest_checkpoint(root)
+        rest = "there is none before it" if newest is None else f"the newest that is whole is {newest.name}"
+        raise CheckpointFailed(
+            f"the checkpoint of step {step} could not be written to {root}{where}: {text}; {rest}. "
+            "Mend that and go on with run.resume=true"
+        ) from failure
     return result
 
 
-def _said(failure: BaseException | None) -> str:
-    """In one line; of what torch gathered from several ranks, the first."""
+def _said(failure: BaseException | None, rank: int) -> tuple[int, str] | None:
+    """Whose failure, in one line; of what torch gathered from several ranks, the first."""
     if isinstance(failure, dcp.CheckpointException):
-        failure = next(iter(failure.failures.values()))[0]
-    return "" if failure is None else " ".join(f"{type(failure).__name__}: {failure}".split())
+        rank, (failure, _) = next(iter(failure.failures.items()))
+    return None if failure is None else (rank, " ".join(f"{type(failure).__name__}: {failure}".split()))
 
 
 def _write_files(temporary: Path, contents: Contents, ranks: Ranks) -> None:
