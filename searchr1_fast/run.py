@@ -94,11 +94,12 @@ class Run:
         return row
 
     def write(self, row: dict[str, Any], trajectories: list[Trajectory] | None = None) -> None:
-        """The step's row, and its trajectories where they are due."""
+        """The step's row, and its trajectories where they are due, or an update of theirs was skipped."""
         if self.log is None or len(row) == 1:
             return
         self.log.write(row)
-        if trajectories is not None and is_due(row["step"], self.config.run.trajectories_every):
+        due = is_due(row["step"], self.config.run.trajectories_every) or bool(row.get("skipped_updates"))
+        if trajectories is not None and due:
             self.log.write_trajectories(row["step"], trajectories)
 
     def sync(self) -> None:

@@ -27,11 +27,12 @@ LAYERS = (
     {"models", "retrieval", "data", "question_sets", "reward", "prompt", "world", "transcript"},
     {
         *("rollout", "packing", "advantage", "losses", "schedule", "policy", "critic"),
-        *("checkpoint", "checkpoint_writer", "distributed"),
+        *("checkpoint", "checkpoint_writer", "bad_updates", "distributed"),
     },
     {
         *("train", "run", "memory_plan", "parameter_counts", "dry_run", "evaluate", "environment", "pretraining"),
-        *("cli", "eval", "ask", "serve", "report", "index", "prepare_data"),  # commands, as are the next
+        "examination",
+        *("cli", "eval", "ask", "serve", "report", "index", "prepare_data", "replay"),  # commands, as are the next
         *("pretrain_base", "__main__", "world.__main__"),
         *("console", "curves", "metrics", "errors"),  # what a person sees
     },

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from searchr1_fast import replay
 from searchr1_fast.train import train
 
 ROOT = Path(__file__).parent
@@ -120,12 +121,24 @@ def test_nothing_is_drawn_from_generators_that_belong_to_a_rank(make_config, mak
     assert histories[0] == histories[1]
 
 
-def test_writers_on_two_ranks(tmp_path):
+def test_writers_on_two_ranks(make_config, tmp_path, capsys):
     """A failure of one is every one's, and none waits for ever; both threads of a rank may call collectives at once."""
-    on_two_ranks(ROOT / "two_writers.py", tmp_path)
+    (tmp_path / "config.yaml").write_text(make_config().to_yaml())
+    on_two_ranks(ROOT / "two_writers.py", tmp_path, tmp_path / "config.yaml")
     reports = [json.loads((tmp_path / f"writer{rank}.json").read_text()) for rank in range(2)]
     assert reports[0] == reports[1]
     assert reports[0]["read"] == [2.0, 2.0, 2.0]
     for step, (said, rank) in enumerate(zip(reports[0]["failures"], (1, 1, 0), strict=True), start=1):
         assert f"the checkpoint of step {step} could not be written" in said
         assert f"on rank {rank}: OSError: [Errno 28] No space left on device" in said
+    check_replay(*reports[0]["bad"], capsys)
+
+
+def check_replay(path: str, are_finite: list[bool], num_skipped: int, diagnosis: str, capsys) -> None:
+    """An update that two ranks skipped, replayed on one: whose micro-batch it was."""
+    assert (are_finite, num_skipped) == ([False, False, True], 2)
+    assert diagnosis.startswith("the gradient of ")
+    assert replay.main([path]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "micro-batch 1, rank 1: the advantages that the loss was given, of 1 of 4 policy tokens" in said
+    assert "micro-batch 0, rank 0:" not in said

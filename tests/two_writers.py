@@ -1,8 +1,9 @@
-"""What test_resharding.py starts on two ranks: `two_writers.py OUTPUT` lets writes fail on one of them, and writes."""
+"""What test_resharding.py starts on two ranks: `two_writers.py OUTPUT CONFIG` lets writes and updates fail on one."""
 
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -10,9 +11,14 @@ import torch
 from torch.distributed.checkpoint import FileSystemWriter
 
 from searchr1_fast import checkpoint
+from searchr1_fast.bad_updates import BadUpdate, MicroBatch, write_bad_update
 from searchr1_fast.checkpoint import Checkpoint, CheckpointFailed, latest_checkpoint
 from searchr1_fast.checkpoint_writer import CheckpointWriter
+from searchr1_fast.config import Config, load_config
 from searchr1_fast.distributed import Ranks, process
+from searchr1_fast.models import meta_model
+from searchr1_fast.policy import Policy
+from searchr1_fast.types import PackedBatch
 
 
 def full(*_) -> None:
@@ -55,11 +61,47 @@ def beside_training(output: Path, ranks: Ranks) -> list[float]:
     return restored["a"].tolist()
 
 
+def batch(rank: int, is_bad: bool) -> PackedBatch:
+    """One sequence of six tokens, of which four are the policy's; a bad one has an advantage that is no number."""
+    advantages = torch.tensor([1.0, 1.0, float("nan") if is_bad else 1.0, 1.0])
+    return PackedBatch(
+        token_ids=torch.arange(6) + rank,
+        positions=torch.arange(6),
+        cu_seqlens=torch.tensor([0, 6], dtype=torch.int32),
+        max_seqlen=6,
+        policy_index=torch.arange(1, 5),
+        targets=torch.arange(2, 6) + rank,
+        policy_cu_seqlens=torch.tensor([0, 4], dtype=torch.int32),
+        rollout_logprobs=torch.full((4,), -5.0),
+        advantages=advantages,
+        trajectory_index=[rank],
+    )
+
+
+def bad_updates(output: Path, config: Config, ranks: Ranks) -> list:
+    """Updates that are not finite on rank 1 alone, in gradient or in loss: both ranks skip them, one keeps them."""
+    directory = Path(config.model.path)
+    policy = Policy(meta_model(directory), config, ranks, weights=directory)
+    norms = [policy.update([batch(ranks.rank, ranks.rank == 1)], 8)[1]]
+    diagnosis = policy.diagnosis
+    micro_batch = MicroBatch(ranks.rank, batch(ranks.rank, ranks.rank == 1))
+    bad = BadUpdate(1, 0, policy.name, policy.num_updates, 8, True, diagnosis, config.to_yaml(), [micro_batch])
+    path = write_bad_update(output, bad, policy, torch.float32)
+    loss = policy.loss
+    if ranks.rank == 1:
+        policy.loss = lambda *arguments: (loss(*arguments)[0] + float("inf"), {})
+    norms.append(policy.update([batch(ranks.rank, False)], 8)[1])
+    policy.loss = loss
+    norms.append(policy.update([batch(ranks.rank, False)], 8)[1])
+    return [str(path), [math.isfinite(norm) for norm in norms], policy.num_skipped, diagnosis]
+
+
 def main() -> None:
     """Writes OUTPUT/writer<rank>.json."""
-    output = Path(sys.argv[1])
+    output, config = Path(sys.argv[1]), load_config(sys.argv[2])
     with process("cpu", num_threads=1) as ranks:
         report = {"failures": failures(output / "full", ranks), "read": beside_training(output / "room", ranks)}
+        report["bad"] = bad_updates(output / "bad_steps", config, ranks)
         (output / f"writer{ranks.rank}.json").write_text(json.dumps(report))
 
 
