@@ -81,9 +81,14 @@ class CheckpointWriter:
         self._thread = threading.Thread(target=self._run, args=(contents,), name="checkpoint", daemon=True)
         self._thread.start()
 
+    @property
+    def is_writing(self) -> bool:
+        """Whether the thread is at work."""
+        return self._thread is not None and self._thread.is_alive()
+
     def check(self) -> None:
         """Raise what a write that has ended failed with. Waits for nothing."""
-        if self._thread is not None and not self._thread.is_alive():
+        if not self.is_writing:
             self.wait()
 
     def wait(self) -> None:

@@ -10,7 +10,8 @@ runs repeat on any number of ranks, and a resumed run is the run that was not st
 Rows of metrics.jsonl. `policy_tokens` are those trained on; `kept_fraction` is the share of the sampled trajectories
 they come from; `tokens_per_second` counts sampled tokens; `entropy`, `kl_ref`, `rollout_policy_kl` and `clip_fraction`
 are means over policy tokens of all minibatches, `grad_norm` a mean over optimizer steps; a mean of nothing is null.
-`search/…` are the step's searches on all ranks (retrieval/statistics.py), `time_search_wait` what the engine waited.
+`search/…` are the step's searches on all ranks (retrieval/statistics.py), `time_search_wait` what the engine waited;
+`time_checkpoint…` what a save took (checkpoint_writer.py), in rows of steps that save, and no part of `time_step`.
 Left out: rollouts that overlap the update. They would make every minibatch off-policy.
 """
 

@@ -121,7 +121,7 @@ def test_training_goes_on_while_the_disk_works_and_the_next_save_waits(monkeypat
     opener.start()
     times = writer.stage(3, tensors(3), {"stream": {"index": 3}}, {}, lambda weights, directory: None)
     opener.join()  # the timer's end came first, or `stage` would wait still
-    assert times["time_checkpoint_write"] >= times["time_checkpoint_wait"] > 0
+    assert times.keys() == {"time_checkpoint_wait", "time_checkpoint", "time_checkpoint_write"}
     assert_holds(latest_checkpoint(tmp_path), 2, ranks)
     writer.start()
     writer.wait()

@@ -15,9 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from searchr1_fast.checkpoint import Checkpoint, latest_checkpoint
+from searchr1_fast.checkpoint_writer import CheckpointWriter
 from searchr1_fast.config import Config
 from searchr1_fast.critic import Critic
-from searchr1_fast.distributed import process
+from searchr1_fast.distributed import full, process
 from searchr1_fast.packing import pack
 from searchr1_fast.policy import Policy, to_device
 from searchr1_fast.train import train
@@ -176,6 +178,28 @@ def test_an_update_waits_for_the_device_once(make_config, make_decoder, make_tra
                 torch.cuda.set_sync_debug_mode("default")
         waits = [str(warning.message) for warning in caught if "synchroniz" in str(warning.message)]
         assert len(waits) == 1, waits
+
+
+def test_a_save_holds_the_weights_as_they_were(tmp_path, make_config, make_decoder, make_trajectory):
+    """Copied to the host under FSDP's mixed precision, and written by a thread that opens no other device."""
+    with process("cuda") as ranks:
+        policy, _, batches, count = prepared(make_config, make_decoder, make_trajectory, ranks)
+        references = policy.reference_logprobs(batches)
+        writer = CheckpointWriter(tmp_path, ranks, keep=1)
+        for step in (1, 2):  # the second into the memory of the first
+            policy.update(batches, count, references)
+            expected = {name: full(tensor).clone() for name, tensor in policy.tensors().items()}
+            writer.stage(step, policy.tensors(), {}, {}, lambda weights, directory: None)
+            writer.start()
+            for _ in range(3):
+                policy.update(batches, count, references)
+            writer.wait()
+        saved = Checkpoint(latest_checkpoint(tmp_path), ranks)
+        restored = policy.tensors(saved.keys)
+        saved.read(restored)
+        assert restored.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert torch.equal(full(restored[name]), tensor), name
 
 
 def test_bf16_updates_as_the_cpu_does_in_fp32(make_config, make_decoder, make_trajectory):
