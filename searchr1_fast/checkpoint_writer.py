@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from searchr1_fast.checkpoint import CheckpointFailed, Contents, begin_checkpoint, write_checkpoint
+from searchr1_fast.checkpoint import Contents, begin_checkpoint, write_checkpoint
 from searchr1_fast.distributed import Ranks
 
 
@@ -104,8 +104,8 @@ class CheckpointWriter:
         """`wait` of a run that has failed already: what it saved last may be all that is left of it."""
         try:
             self.wait()
-        except CheckpointFailed as failure:
-            note(str(failure))
+        except Exception as failure:  # whatever it is (a peer that has gone, say): the run's own is to be raised
+            note(f"{type(failure).__name__}: {failure}")
 
     def _run(self, contents: Contents) -> None:
         """The thread."""

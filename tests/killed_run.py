@@ -1,8 +1,10 @@
 """What test_kill.py starts and kills: `killed_run.py CONFIG STEP MOMENT FILE` trains, and where the save of STEP comes
-to MOMENT, a function of checkpoint.py, touches FILE and goes no further. The training does."""
+to MOMENT, a function of checkpoint.py, touches FILE and goes no further. The training does. FILE.pid<rank> says whom to
+kill."""
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -16,6 +18,7 @@ from searchr1_fast.train import train
 def main() -> None:
     """Never returns, unless the run ends before that save."""
     path, step, moment, file = sys.argv[1:]
+    Path(f"{file}.pid{os.environ.get('RANK', '0')}").write_text(str(os.getpid()))
     before, begun = getattr(checkpoint, moment), []
     write = checkpoint._write_files
 

@@ -32,15 +32,15 @@ SECONDS = 120  # until a child is given up
 
 @pytest.fixture
 def start(tmp_path):
-    """config, save, moment -> the process, once that save has come to that moment."""
+    """config, save, moment -> the process, once that save has come to that moment; it may launch ranks."""
     children = []
 
-    def run(config, step: int, moment: str) -> subprocess.Popen:
+    def run(config, step: int, moment: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen:
         yaml, file, root = tmp_path / "child.yaml", tmp_path / f"{step}{moment}", Path(__file__).parent
         yaml.write_text(config.to_yaml())
         path = os.pathsep.join([str(root.parent), str(root.parent / "kernels"), os.environ.get("PYTHONPATH", "")])
         child = subprocess.Popen(
-            [sys.executable, str(root / "killed_run.py"), str(yaml), str(step), moment, str(file)],
+            [sys.executable, *launcher, str(root / "killed_run.py"), str(yaml), str(step), moment, str(file)],
             env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
             stderr=subprocess.PIPE,
             text=True,
@@ -100,3 +100,26 @@ def test_a_run_that_is_killed_in_its_saves_is_the_run_that_was_not(make_config, 
     assert weights(killed).keys() == weights(whole).keys()
     assert all(torch.equal(tensor, weights(whole)[name]) for name, tensor in weights(killed).items())
     assert sorted(path.name for path in root.iterdir()) == ["latest", "step_000006", "step_000008"]
+
+
+def test_two_ranks_that_are_killed_in_a_save_go_on_as_one(make_config, make_console, start, tmp_path):
+    """As if their machine had gone. What went on is the run of one rank, up to the rounding of sums."""
+    settings = {"train": {"num_steps": 6}, "checkpoint": {"every": 2}, "eval": {"sets": {}}}
+    whole = make_config(run={"name": "whole"}, **settings)
+    train(whole, make_console())
+    killed = make_config(run={"name": "killed", "resume": True}, **settings)
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    child = start(killed, 4, "_checksum", launcher)
+    wait_for(lambda: rows(killed)[-1]["step"] == 5, child)
+    os.kill(child.pid, signal.SIGKILL)  # first, or it would tell the ranks
+    for rank in range(2):
+        os.kill(int((tmp_path / f"4_checksum.pid{rank}").read_text()), signal.SIGKILL)
+    assert os.readlink(killed.run_directory / "checkpoints" / "latest") == "step_000002"
+    console = make_console()
+    train(killed, console)
+    assert console.notes[0].startswith("going on after step 2")
+    assert [row["step"] for row in rows(killed)] == [1, 2, 3, 4, 5, 6]
+    for theirs, ours in zip(rows(killed), rows(whole), strict=True):
+        assert theirs["reward_mean"] == ours["reward_mean"]
+        for key in ("policy_loss", "grad_norm", "entropy"):
+            assert theirs[key] == pytest.approx(ours[key], rel=5e-3, abs=1e-5), (ours["step"], key)
