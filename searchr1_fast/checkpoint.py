@@ -36,6 +36,7 @@ LATEST = "latest"
 BEST = "best"
 MANIFEST = "manifest.json"
 TRAINER = "trainer.pt"
+COPY_AHEAD = 10_000_000  # bytes, from a device to be written; torch's own choice
 
 T = TypeVar("T")
 
@@ -236,7 +237,11 @@ def _said(failure: BaseException | None, rank: int) -> tuple[int, str] | None:
 def _write_files(temporary: Path, contents: Contents, ranks: Ranks) -> None:
     """This rank's shards and, on rank 0, all that is not sharded."""
     path = temporary / "state"
-    dcp.save(contents.tensors, checkpoint_id=path, no_dist=ranks.world_size == 1, process_group=ranks.group)
+    # What torch copies ahead of its writing it waits for on the device's current stream, and of tensors on the host it
+    # does the same: every few MB would wait for whatever the training has queued there.
+    on_host = all(tensor.device.type == "cpu" for tensor in contents.tensors.values())
+    writer = dcp.FileSystemWriter(path, per_thread_copy_ahead=0 if on_host else COPY_AHEAD)
+    dcp.save(contents.tensors, storage_writer=writer, no_dist=ranks.world_size == 1, process_group=ranks.group)
     if ranks.is_main:
         state = {"step": contents.step, "rng_states": contents.rng_states}
         torch.save(contents.trainer_state | state, path / TRAINER)
