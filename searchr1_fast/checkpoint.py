@@ -5,10 +5,12 @@
                                             of each rank whose retriever remembers them
                      step_000100/hf/        the policy and its tokenizer as a Hugging Face directory
                      latest                 link to the newest, replaced last
+                     best                   link to the one that an evaluation liked best, where the run asks for it
 
 A checkpoint is written under another name, flushed to the disk, and renamed when complete; so a folder called step_* is
 whole, and the manifest's sizes and checksums prove it again before it is read. Another number of ranks may read it.
-With several nodes the run folder must lie on a file system that they share.
+With several nodes the run folder must lie on a file system that they share. When a run writes, and in which thread, is
+checkpoint_writer.py's.
 """
 
 from __future__ import annotations
@@ -20,49 +22,81 @@ import shutil
 import warnings
 import zlib
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 from searchr1_fast.distributed import Ranks
 
 LATEST = "latest"
+BEST = "best"
 MANIFEST = "manifest.json"
 TRAINER = "trainer.pt"
+COPY_AHEAD = 10_000_000  # bytes, from a device to be written; torch's own choice
+
+T = TypeVar("T")
+
+# That a single process saves is what we mean. Here once, as a filter around a call would be every thread's.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
-def save_checkpoint(
+class CheckpointFailed(ValueError):
+    """A checkpoint could not be written. A ValueError because the disk is the user's: the message says what it said."""
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What a checkpoint holds; nothing of it may change until it is written."""
+
+    step: int
+    tensors: dict[str, torch.Tensor]  # whole tensors or DTensors, any shapes
+    trainer_state: dict[str, Any]  # what torch.load(weights_only=True) reads back; rank 0's is kept
+    rng_states: list[dict[str, Any]]  # by rank
+    export: Callable[[Path], None]  # writes the Hugging Face directory; called on rank 0
+    best_step: int | None = None  # that `best` shall name from now on, this one's or an older one's
+
+
+def begin_checkpoint(
     root: Path,  # <run>/checkpoints
     step: int,
-    tensors: dict[str, torch.Tensor],  # whole tensors or DTensors, any shapes
-    trainer_state: dict[str, Any],  # what torch.load(weights_only=True) reads back; rank 0's is kept
-    export: Callable[[Path], None],  # writes the Hugging Face directory; called on rank 0
     ranks: Ranks,
-    keep: int,
     save_searches: Callable[[Path], None] = lambda path: None,  # may write that file; called on every rank
-) -> Path:
-    """Write step_<step>, make it `latest`, delete all but the newest `keep`. Every rank calls this."""
-    final, temporary = root / _name(step), root / f".{_name(step)}.partial"
-    if ranks.is_main:
-        shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed while it wrote
-        (temporary / "state").mkdir(parents=True)
-    rng_states = ranks.gather(_rng_state())  # also the barrier before the first write
-    with warnings.catch_warnings():  # that a single process saves is what we mean
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.save(tensors, checkpoint_id=temporary / "state", no_dist=not dist.is_initialized())
-    save_searches(temporary / "state" / _searches(ranks.rank))
-    if ranks.is_main:
-        torch.save(trainer_state | {"step": step, "rng_states": rng_states}, temporary / "state" / TRAINER)
-        (temporary / "hf").mkdir()
-        export(temporary / "hf")
-    ranks.barrier()
-    files = sorted(path for path in temporary.rglob("*") if path.is_file())
-    checksums = ranks.unshare([_checksum(path) for path in ranks.share(files)])
-    if ranks.is_main:
+) -> list[dict[str, Any]]:
+    """Make room for step_<step> and write what the next step would change: the searches that retrievers remember.
+
+    -> the state of the random generators, by rank. Every rank calls this.
+    """
+    temporary = _temporary(root, step)
+
+    def clear() -> None:
+        if ranks.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed while it wrote
+            (temporary / "state").mkdir(parents=True)
+
+    _everywhere(clear, root, step, ranks)  # also the barrier before the first write
+    _everywhere(lambda: save_searches(temporary / "state" / _searches(ranks.rank)), root, step, ranks)
+    return ranks.gather(_rng_state())
+
+
+def write_checkpoint(root: Path, contents: Contents, ranks: Ranks, keep: int) -> Path:
+    """Fill the folder that was begun, make it `latest`, delete all but the newest `keep` and `best`.
+
+    Every rank calls this; a thread may, with `Ranks.apart`. CheckpointFailed on all ranks where one of them failed.
+    """
+    step = contents.step
+    final, temporary = root / _name(step), _temporary(root, step)
+    _everywhere(lambda: _write_files(temporary, contents, ranks), root, step, ranks)
+    files = ranks.broadcast(sorted(path for path in temporary.rglob("*") if path.is_file()))
+    mine = _everywhere(lambda: [_checksum(path) for path in ranks.share(files)], root, step, ranks)
+    checksums = ranks.unshare(mine)
+
+    def finish() -> None:
+        if not ranks.is_main:
+            return
         manifest = {
             str(path.relative_to(temporary)): {"bytes": path.stat().st_size, "crc32": checksum}
             for path, checksum in zip(files, checksums, strict=True)
@@ -70,9 +104,12 @@ def save_checkpoint(
         (temporary / "state" / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
         _flush_tree(temporary)
         _publish(temporary, final)
-        _point_latest(root, final)
+        _point(root / LATEST, final)
+        if contents.best_step is not None and (best := root / _name(contents.best_step)).is_dir():
+            _point(root / BEST, best)
         _prune(root, step, keep)
-    ranks.barrier()
+
+    _everywhere(finish, root, step, ranks)
     return final
 
 
@@ -124,9 +161,7 @@ class Checkpoint:
                     f"checkpoint {self.path}: {key} is {saved}, the model's is {own}; "
                     "resume with the model that the run began with"
                 )
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.load(tensors, checkpoint_id=self.path / "state", no_dist=not dist.is_initialized())
+        dcp.load(tensors, checkpoint_id=self.path / "state", no_dist=self._ranks.world_size == 1)
         if self._ranks.rank < len(self._rng_states):  # ranks that joined since keep the state they were seeded with
             _set_rng_state(self._rng_states[self._ranks.rank])
 
@@ -179,12 +214,58 @@ def _new_state(parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
     }
 
 
+def _everywhere(action: Callable[[], T], root: Path, step: int, ranks: Ranks) -> T:
+    """What `action` returns here. If it fails on any rank, all of them raise: none waits for one that has left."""
+    result, failure = None, None
+    try:
+        result = action()
+    except (Exception, dcp.CheckpointException) as error:  # the latter is no Exception
+        failure = error
+    said = next((said for said in ranks.gather(_said(failure, ranks.rank)) if said), None)
+    if said is not None:
+        rank, text = said
+        where = f" on rank {rank}" if ranks.world_size > 1 else ""
+        newest = latest_checkpoint(root)
+        rest = "there is none before it" if newest is None else f"the newest that is whole is {newest.name}"
+        raise CheckpointFailed(
+            f"the checkpoint of step {step} could not be written to {root}{where}: {text}; {rest}. "
+            "Mend that and go on with run.resume=true"
+        ) from failure
+    return result
+
+
+def _said(failure: BaseException | None, rank: int) -> tuple[int, str] | None:
+    """Whose failure, in one line; of what torch gathered from several ranks, the first."""
+    if isinstance(failure, dcp.CheckpointException):
+        rank, (failure, _) = next(iter(failure.failures.items()))
+    return None if failure is None else (rank, " ".join(f"{type(failure).__name__}: {failure}".split()))
+
+
+def _write_files(temporary: Path, contents: Contents, ranks: Ranks) -> None:
+    """This rank's shards and, on rank 0, all that is not sharded."""
+    path = temporary / "state"
+    # What torch copies ahead of its writing it waits for on the device's current stream, and of tensors on the host it
+    # does the same: every few MB would wait for whatever the training has queued there.
+    on_host = all(tensor.device.type == "cpu" for tensor in contents.tensors.values())
+    writer = dcp.FileSystemWriter(path, per_thread_copy_ahead=0 if on_host else COPY_AHEAD)
+    dcp.save(contents.tensors, storage_writer=writer, no_dist=ranks.world_size == 1, process_group=ranks.group)
+    if ranks.is_main:
+        state = {"step": contents.step, "rng_states": contents.rng_states}
+        torch.save(contents.trainer_state | state, path / TRAINER)
+        (temporary / "hf").mkdir()
+        contents.export(temporary / "hf")
+
+
 def _searches(rank: int | str) -> str:
     return f"searches-{rank if isinstance(rank, str) else f'{rank:05d}'}.bin"
 
 
 def _name(step: int) -> str:
     return f"step_{step:06d}"
+
+
+def _temporary(root: Path, step: int) -> Path:
+    return root / f".{_name(step)}.partial"
 
 
 def _checksum(path: Path) -> int:
@@ -222,25 +303,36 @@ def _flush(path: Path) -> None:
 def _publish(temporary: Path, final: Path) -> None:
     """Give a complete checkpoint its name. One of the same step, left by a run that was rolled back, makes way."""
     if final.exists():
-        old = final.with_name(f".{final.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        final.rename(old)
+        _put_aside(final)
     temporary.rename(final)
     _flush(final.parent)
 
 
-def _point_latest(root: Path, final: Path) -> None:
-    link = root / f".{LATEST}.partial"
-    link.unlink(missing_ok=True)
-    link.symlink_to(final.name, target_is_directory=True)
-    link.replace(root / LATEST)
-    _flush(root)
+def _put_aside(path: Path) -> Path:
+    """Take a checkpoint's name away in one go, so that what is half deleted is never taken for whole."""
+    aside = path.with_name(f".{path.name}.old")
+    shutil.rmtree(aside, ignore_errors=True)
+    return path.rename(aside)
+
+
+def _point(link: Path, path: Path) -> None:
+    """Let a link beside the folder name it, from one moment to the next."""
+    new = link.with_name(f".{link.name}.partial")
+    new.unlink(missing_ok=True)
+    new.symlink_to(path.name, target_is_directory=True)
+    new.replace(link)
+    _flush(link.parent)
 
 
 def _prune(root: Path, step: int, keep: int) -> None:
-    """Delete older checkpoints, and the leftovers of writes that never finished."""
+    """Delete older checkpoints but the best, and the leftovers of writes that never finished."""
+    best = root / BEST
+    kept = root / os.readlink(best) if best.is_symlink() else None
     complete = sorted(path for path in root.glob("step_*") if path.name <= _name(step))
-    for path in (*complete[:-keep], *root.glob(".step_*")):
+    for path in complete[:-keep]:
+        if path != kept:
+            _put_aside(path)
+    for path in root.glob(".step_*"):
         shutil.rmtree(path)
 
 

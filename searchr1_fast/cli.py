@@ -32,6 +32,7 @@ COMMANDS = {
     "data": Command("prepare_data", "prepare published questions for training and evaluation, with checks"),
     "index": Command("index", "build, import, verify, describe or export an index of vectors"),
     "serve": Command("serve", "serve a corpus over HTTP with Search-R1's /retrieve protocol"),
+    "replay": Command("replay", "compute a skipped update again, and see where it is not finite"),
     "report": Command("report", "summarise and compare runs, redraw their curves"),
     "pretrain-base": Command("pretrain_base", "pre-train the tiny base models that ship with the package"),
     "world": Command("world.__main__", "write a generated encyclopedia: corpus and questions as JSONL"),

@@ -297,6 +297,12 @@ class CheckpointConfig(Section):
     every: NonNegative = 50
     """0: only the last."""
     keep: Positive = 2
+    """So many of the newest, and the best."""
+    best: str | None = None
+    """A score of an evaluation, `<set>/em` or `<set>/<kind>/f1`: a step that betters it is saved, due or not, and kept
+    as `checkpoints/best`."""
+    background: bool = True
+    """Write while training goes on, from a copy in the host's memory. Off: training waits, and needs no such memory."""
 
 
 class Config(Section):
@@ -321,6 +327,14 @@ class Config(Section):
                 f"optimizer.critic_warmup_ratio: {self.algorithm.name.upper()} has no critic; drop it, or set "
                 "algorithm.name=ppo"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _evaluates_the_best(self) -> Config:
+        best = self.checkpoint.best
+        if best is not None and best.partition("/")[0] not in self.eval.sets:
+            sets = ", ".join(self.eval.sets) or "none"
+            raise ValueError(f"checkpoint.best: `{best}` must begin with the name of an evaluation set, here {sets}")
         return self
 
     @property

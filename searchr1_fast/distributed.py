@@ -14,7 +14,7 @@ import os
 import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -38,6 +38,14 @@ class Ranks:
     rank: int
     world_size: int
     device: torch.device
+    group: dist.ProcessGroup | None = None  # that the collectives travel over; None: the default one
+
+    def apart(self) -> Ranks:
+        """The same ranks over a gloo group of their own, whose collectives a thread beside the main one may call while
+        that one calls those of the default group. A collective."""
+        if self.world_size == 1:
+            return self
+        return replace(self, group=dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT))
 
     @property
     def is_main(self) -> bool:
@@ -60,7 +68,7 @@ class Ranks:
     def all_reduce(self, tensor: torch.Tensor, op: dist.ReduceOp = dist.ReduceOp.SUM) -> torch.Tensor:
         """Reduce in place, and return the tensor."""
         if self.world_size > 1:
-            dist.all_reduce(tensor, op)
+            dist.all_reduce(tensor, op, group=self.group)
         return tensor
 
     def gather(self, value: Any) -> list[Any]:
@@ -68,7 +76,7 @@ class Ranks:
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.group)
         return values
 
     def broadcast(self, value: Any) -> Any:
@@ -76,7 +84,7 @@ class Ranks:
         if self.world_size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0)
+        dist.broadcast_object_list(box, src=0, group=self.group)
         return box[0]
 
     def share(self, items: list[Any]) -> list[Any]:

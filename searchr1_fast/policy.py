@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from searchr1_kernels import linear_logprob, linear_policy_loss
+from searchr1_kernels import PolicyLoss, linear_logprob, linear_policy_loss
 from torch import nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
@@ -74,6 +74,8 @@ class Learner:
         self.num_updates = 0
         self.num_skipped = 0
         self.skipped_in_a_row = 0
+        self.diagnosis = ""  # of the last update that was skipped
+        self._loss: torch.Tensor | None = None  # 0-d, of the micro-batches since the last update, on the device
 
     def backward(self, loss: torch.Tensor, is_last: bool = True) -> None:
         """Accumulate gradients of a loss whose denominator counts all ranks: FSDP averages, and a sum is meant.
@@ -86,13 +88,21 @@ class Learner:
             reshard_after=is_last or train.reshard_after != "update",
             reduce_after=is_last or train.reduce_after != "update",
         )
+        self._loss = loss.detach() if self._loss is None else self._loss + loss.detach()
         (loss * self.ranks.world_size).backward()
 
     def step(self) -> float:
-        """Clip and apply the accumulated gradients; returns their norm. Not finite: the step is skipped and counted."""
+        """Clip and apply the accumulated gradients; returns their norm.
+
+        Where it or the loss is not finite nothing is applied, and NaN or an infinity returned: the caller may keep the
+        micro-batches (bad_updates.py) and asks `raise_if_diverged`.
+        """
         gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
         norm = full(get_total_norm(gradients))
-        norm_value = norm.item()  # the one wait for the device; on every rank the same number
+        loss = self.ranks.all_reduce(self._loss.to(norm.dtype, copy=True))
+        self._loss = None
+        # The one wait for the device; on every rank the same number. A loss may be infinite where its gradient is not.
+        norm_value = (norm + 0.0 * loss).item()
         if math.isfinite(norm_value):
             clip_grads_with_norm_(self.parameters.values(), self.config.optimizer.max_grad_norm, norm)
             self.last_learning_rate = self.next_learning_rate
@@ -104,10 +114,21 @@ class Learner:
         else:
             self.num_skipped += 1
             self.skipped_in_a_row += 1
-            if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-                raise TrainingDiverged(self._diagnosis())
+            self.diagnosis = self._diagnosis()
         self.optimizer.zero_grad(set_to_none=True)
         return norm_value
+
+    def raise_if_diverged(self, remedy: str = "") -> None:
+        """TrainingDiverged after so many skipped updates in a row that the next will be skipped too.
+
+        `remedy`: what else the caller has for the person who reads it.
+        """
+        if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise TrainingDiverged(
+                f"the {self.name}'s update was not finite {self.skipped_in_a_row} times in a row, after "
+                f"{self.num_updates} updates at learning rate {self.next_learning_rate:.3g}: {self.diagnosis}. Go on "
+                f"from the last checkpoint with a lower optimizer.learning_rate or algorithm.importance_cap{remedy}"
+            )
 
     @property
     def next_learning_rate(self) -> float:
@@ -137,19 +158,16 @@ class Learner:
             setattr(self, key, state[key])
 
     def _diagnosis(self) -> str:
-        """What a person needs to find the cause."""
+        """Where what is not finite is, by name; before the gradients are dropped. A collective."""
         bad_weights = [n for n, p in self.parameters.items() if not full(p.detach()).isfinite().all()]
-        gradients = {n: full(p.grad) for n, p in self.parameters.items() if p.grad is not None}
-        bad_gradients = [n for n, gradient in gradients.items() if not gradient.isfinite().all()]
-        where = "no single parameter: the norm of all of them overflows"
+        gradients = {n: p.grad for n, p in self.parameters.items() if p.grad is not None}
+        bad_gradients = [n for n, gradient in gradients.items() if not full(gradient).isfinite().all()]
+        where = "the loss, or the norm of all gradients together"
         if bad_gradients:
-            where = f"{len(bad_gradients)} of {len(gradients)} parameters, the first {bad_gradients[0]!r}"
+            count = f"{len(bad_gradients)} of {len(gradients)}"
+            where = f"the gradient of {count} parameters, the first {bad_gradients[0]!r}"
         weights = f"the weights are not finite either ({bad_weights[0]!r})" if bad_weights else "the weights are finite"
-        return (
-            f"the {self.name}'s gradient was not finite {self.skipped_in_a_row} times in a row, after "
-            f"{self.num_updates} updates at learning rate {self.next_learning_rate:.3g}: in {where}; {weights}. "
-            "Go on from the last checkpoint with a lower optimizer.learning_rate or algorithm.importance_cap"
-        )
+        return f"{where}; {weights}"
 
 
 class Policy(Learner):
@@ -202,18 +220,8 @@ class Policy(Learner):
         ref_logprobs: torch.Tensor | None = None,  # [P] fp32
         on_policy: bool = True,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """-> `linear_policy_loss`'s loss and metrics, all 0-d; `denominator`: policy tokens of the optimizer step."""
-        return self.module(
-            batch,
-            linear_policy_loss,
-            rollout_logprobs=batch.rollout_logprobs,
-            advantages=batch.advantages,
-            ref_logprobs=ref_logprobs,
-            loss=self.objective,
-            denominator=denominator,
-            on_policy=on_policy,
-            token_rows=batch.token_rows,
-        )
+        """`policy_loss` of this policy."""
+        return policy_loss(self.module, self.objective, batch, denominator, ref_logprobs, on_policy)
 
     @torch.no_grad()
     def reference_logprobs(self, batches: list[PackedBatch]) -> list[torch.Tensor]:  # [P] fp32 each
@@ -264,6 +272,28 @@ def make_optimizer(
     if config.model.offload.optimizer and leaves(device):
         return HostAdamW(parameters, learning_rate, betas, weight_decay)
     return torch.optim.AdamW(parameters, learning_rate, betas, weight_decay=weight_decay, fused=True)
+
+
+def policy_loss(
+    scorer: TokenScorer,
+    objective: PolicyLoss,
+    batch: PackedBatch,
+    denominator: int,
+    ref_logprobs: torch.Tensor | None = None,  # [P] fp32
+    on_policy: bool = True,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """-> `linear_policy_loss`'s loss and metrics, all 0-d; `denominator`: policy tokens of the optimizer step."""
+    return scorer(
+        batch,
+        linear_policy_loss,
+        rollout_logprobs=batch.rollout_logprobs,
+        advantages=batch.advantages,
+        ref_logprobs=ref_logprobs,
+        loss=objective,
+        denominator=denominator,
+        on_policy=on_policy,
+        token_rows=batch.token_rows,
+    )
 
 
 def prepare_blocks(decoder: Decoder, config: Config) -> None:

@@ -15,7 +15,8 @@ from typing import Any, Protocol
 import torch
 import yaml
 
-from searchr1_fast.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
+from searchr1_fast.checkpoint import Checkpoint, latest_checkpoint
+from searchr1_fast.checkpoint_writer import CheckpointWriter
 from searchr1_fast.config import Config
 from searchr1_fast.console import Console
 from searchr1_fast.critic import Critic
@@ -26,7 +27,7 @@ from searchr1_fast.environment import Environment, build_environments
 from searchr1_fast.evaluate import EvalResult, Progress, build_engine, evaluate
 from searchr1_fast.memory_plan import plan_rank
 from searchr1_fast.metrics import MetricsLog, PhaseTimers, read_metrics
-from searchr1_fast.models import TextTokenizer, describe_attention, load_tokenizer, meta_model, resolve, save_model
+from searchr1_fast.models import TextTokenizer, describe_attention, load_tokenizer, meta_model, resolve, save_weights
 from searchr1_fast.policy import Learner, Policy
 from searchr1_fast.prompt import PromptBuilder
 from searchr1_fast.retrieval.statistics import SearchStatistics
@@ -61,7 +62,9 @@ class Run:
     critic: Critic | None
     engine: Engine | VllmEngine
     loop: SearchLoop
+    checkpoints: CheckpointWriter
     step: int = 0  # the last that is done
+    best: dict[str, Any] | None = None  # metric, value and step of the best checkpoint, where `checkpoint.best` asks
     log: MetricsLog | None = None  # rank 0's, once everything else is built
     results: dict[int, dict[str, EvalResult]] = field(default_factory=dict)  # of this process: the first and the last
 
@@ -82,15 +85,21 @@ class Run:
                 )  # fmt: skip
             self.ui.evaluation(name, results[name].metrics())
             row |= results[name].row()
+        wanted = self.config.checkpoint.best
+        if wanted is not None and f"eval/{wanted}" not in row:
+            name = wanted.partition("/")[0]
+            known = ", ".join(sorted(key.removeprefix("eval/") for key in row if key.startswith(f"eval/{name}/")))
+            raise ValueError(f"checkpoint.best: the evaluation has no score `{wanted}`; there are {known}")
         self.results = dict(list(self.results.items())[:1]) | {step: results}
         return row
 
     def write(self, row: dict[str, Any], trajectories: list[Trajectory] | None = None) -> None:
-        """The step's row, and its trajectories where they are due."""
+        """The step's row, and its trajectories where they are due, or an update of theirs was skipped."""
         if self.log is None or len(row) == 1:
             return
         self.log.write(row)
-        if trajectories is not None and is_due(row["step"], self.config.run.trajectories_every):
+        due = is_due(row["step"], self.config.run.trajectories_every) or bool(row.get("skipped_updates"))
+        if trajectories is not None and due:
             self.log.write_trajectories(row["step"], trajectories)
 
     def sync(self) -> None:
@@ -98,22 +107,36 @@ class Run:
         self.policy.sync_replica()
         self.engine.update_weights()
 
-    def save(self) -> None:
-        """Write a checkpoint of the step that is done."""
+    def note_best(self, row: Mapping[str, Any]) -> bool:
+        """Whether the step's evaluation is the best so far by `checkpoint.best`, and is to be kept as that."""
+        metric = self.config.checkpoint.best
+        value = None if metric is None else row.get(f"eval/{metric}")
+        if value is None or (self.best is not None and value <= self.best["value"]):
+            return False
+        self.best = {"metric": metric, "value": value, "step": row["step"]}
+        return True
 
-        def export(directory: Path) -> None:
-            save_model(self.policy.replica, directory)
+    def stage_checkpoint(self) -> dict[str, float]:
+        """Take what a checkpoint of the step that is done will hold; the seconds, for the step's row."""
+
+        def export(weights: dict[str, torch.Tensor], directory: Path) -> None:
+            save_weights(weights, self.policy.replica.config, directory)
             self.tokenizer.save(directory)
 
-        state = {
-            "stream": self.stream.state_dict(),
-            "learners": {learner.name: learner.state_dict() for learner in self.learners},
-            "config": self.config.to_yaml(),
-        }
-        tensors = {key: tensor for learner in self.learners for key, tensor in learner.tensors().items()}
-        root, keep = self.config.run_directory / "checkpoints", self.config.checkpoint.keep
-        save_searches = self.environment.save_searches
-        save_checkpoint(root, self.step, tensors, state, export, self.ranks, keep, save_searches)
+        return self.checkpoints.stage(
+            self.step,
+            {key: tensor for learner in self.learners for key, tensor in learner.tensors().items()},
+            {
+                "stream": self.stream.state_dict(),
+                "learners": {learner.name: learner.state_dict() for learner in self.learners},
+                "config": self.config.to_yaml(),
+                "best": self.best,
+            },
+            dict(self.policy.replica.named_parameters()),
+            export,
+            None if self.best is None else self.best["step"],
+            self.environment.save_searches,
+        )
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Become the run that wrote the checkpoint."""
@@ -124,6 +147,9 @@ class Run:
         )
         for learner in self.learners:
             learner.load_state_dict(state["learners"][learner.name])
+        best = state.get("best")
+        if best is not None and best["metric"] == self.config.checkpoint.best:  # of another metric it says nothing
+            self.best = best
         self.sync()
         self.step = checkpoint.step
         changed = changed_keys(yaml.safe_load(state["config"]), self.config.model_dump(mode="json"))
@@ -154,7 +180,8 @@ class Run:
                 stack.callback(environment.close)
 
     def finish(self) -> dict[str, Any]:
-        """Show before and after, draw the curves; the result on every rank."""
+        """Wait for the last checkpoint, show before and after, draw the curves; the result on every rank."""
+        self.checkpoints.wait()
         done = self.step >= self.config.train.num_steps
         before: dict[str, dict[str, Any]] = {}
         after: dict[str, dict[str, Any]] = {}
@@ -198,6 +225,9 @@ def open_run(config: Config, ui: UserInterface | None = None) -> Iterator[Run]:
             # Last: whatever is wrong with the configuration has been said by now, and nothing was written.
             run.log = open_log(config, run.step if checkpoint else -1) if ranks.is_main else None
             yield run
+        except Exception:
+            run.checkpoints.settle(ui.note)
+            raise
         finally:
             run.close()
             if run.log is not None:
@@ -248,6 +278,9 @@ def build_run(config: Config, ranks: Ranks, ui: UserInterface) -> Run:
         critic=critic,
         engine=engine,
         loop=loop,
+        checkpoints=CheckpointWriter(
+            config.run_directory / "checkpoints", ranks, config.checkpoint.keep, config.checkpoint.background
+        ),
     )
 
 

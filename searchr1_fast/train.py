@@ -12,7 +12,8 @@ they come from; `tokens_per_second` counts sampled tokens; `entropy`, `kl_ref`, 
 are means over policy tokens of all minibatches, `grad_norm` a mean over optimizer steps; a mean of nothing is null.
 `update_imbalance` is the time that an update takes by the cost of its micro-batches, over what it would take if no rank
 waited for another (packing.py); a mean over optimizer steps.
-`search/…` are the step's searches on all ranks (retrieval/statistics.py), `time_search_wait` what the engine waited.
+`search/…` are the step's searches on all ranks (retrieval/statistics.py), `time_search_wait` what the engine waited;
+`time_checkpoint…` what a save took (checkpoint_writer.py), in rows of steps that save, and no part of `time_step`.
 Left out: rollouts that overlap the update. They would make every minibatch off-policy.
 """
 
@@ -35,6 +36,7 @@ from searchr1_kernels.policy_objective import MAX_METRICS, MIN_METRICS
 from torch.distributed import ReduceOp
 
 from searchr1_fast.advantage import grpo_advantages, ppo_advantages, token_rewards
+from searchr1_fast.bad_updates import FOLDER, BadUpdate, MicroBatch, write_bad_update
 from searchr1_fast.cli import train_parser
 from searchr1_fast.config import Config, load_config
 from searchr1_fast.dry_run import dry_run
@@ -42,7 +44,7 @@ from searchr1_fast.errors import INTERRUPTED, entry_point
 from searchr1_fast.evaluate import score, trajectory_seed
 from searchr1_fast.losses import accumulate_metrics
 from searchr1_fast.packing import lay_out, pack_rank
-from searchr1_fast.policy import padding_batch, to_device
+from searchr1_fast.policy import Learner, padding_batch, to_device
 from searchr1_fast.rollout import RolloutRequest
 from searchr1_fast.run import Run, UserInterface, is_due, open_run
 from searchr1_fast.types import FinishReason, PackedBatch, Question, Trajectory
@@ -57,6 +59,7 @@ def train(config: Config, ui: UserInterface | None = None) -> dict[str, Any]:
         if run.step == 0:
             run.write({"step": 0} | run.evaluate(0))
         for step in range(run.step + 1, config.train.num_steps + 1):
+            run.checkpoints.check()
             run.timers.collect()  # a step's time and searches leave out evaluations and checkpoints
             run.environment.take_statistics()
             with run.timers("rollout"):
@@ -79,10 +82,12 @@ def train(config: Config, ui: UserInterface | None = None) -> dict[str, Any]:
             stopped, last = bool(run.ranks.max(stop.requested)), step == config.train.num_steps
             if last or (is_due(step, config.train.eval_every) and not stopped):
                 metrics |= run.evaluate(step)
-            run.write(metrics, trajectories)
-            if last or stopped or is_due(step, config.checkpoint.every):
-                run.save()
+            if run.note_best(metrics) or last or stopped or is_due(step, config.checkpoint.every):
+                metrics |= run.stage_checkpoint()
+            run.write(metrics, trajectories)  # first: a checkpoint's rows are all there
+            run.checkpoints.start()
             if stopped and not last:
+                run.checkpoints.wait()
                 run.ui.note(f"stopped after step {step}, and saved; go on with run.resume=true")
                 break
         return run.finish()
@@ -224,13 +229,41 @@ def update(run: Run, minibatches: list[Minibatch], step: int) -> Updates:
                 sums, norm = run.critic.update(*arguments)
                 accumulate_metrics(updates.metrics, sums)
                 updates.critic_grad_norms.append(norm)
+                keep_bad_update(run, run.critic, norm, minibatch, step, index)
             if run.critic is None or step > algorithm.critic_warmup_steps:
                 arguments = minibatch.batches, minibatch.denominator, minibatch.ref_logprobs
                 sums, norm = run.policy.update(*arguments, on_policy=index == 0)
                 accumulate_metrics(updates.metrics, sums)
                 updates.grad_norms.append(norm)
+                keep_bad_update(run, run.policy, norm, minibatch, step, index)
             progress(index + 1, len(minibatches))
     return updates
+
+
+def keep_bad_update(run: Run, learner: Learner, norm: float, minibatch: Minibatch, step: int, index: int) -> None:
+    """Nothing for an update that was applied. One that was skipped is written down, for `searchr1 replay`; after three
+    in a row the run ends."""
+    if math.isfinite(norm):
+        return
+    of_policy, count = learner is run.policy, len(minibatch.batches)
+    references = minibatch.ref_logprobs if of_policy else None
+    returns, old_values = ([], []) if of_policy else (minibatch.returns, minibatch.old_values)
+    columns = [values or [None] * count for values in (references, returns, old_values)]
+    bad = BadUpdate(
+        step=step,
+        minibatch=index,
+        learner=learner.name,
+        num_updates=learner.num_updates,
+        denominator=minibatch.denominator,
+        on_policy=index == 0,
+        diagnosis=learner.diagnosis,
+        config=run.config.to_yaml(),
+        micro_batches=[MicroBatch(run.ranks.rank, *row) for row in zip(minibatch.batches, *columns, strict=True)],
+    )
+    folder = run.config.run_directory / FOLDER
+    path = write_bad_update(folder, bad, learner, getattr(torch, run.config.model.dtype))
+    run.ui.note(f"step {step}: skipped an update of the {learner.name}: {bad.diagnosis}; searchr1 replay {path}")
+    learner.raise_if_diverged(f"; what it met is kept: searchr1 replay {path}")
 
 
 # ------------------------------------------------------------------------------------------------------------ metrics

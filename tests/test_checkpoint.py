@@ -6,13 +6,15 @@ import json
 import os
 import random
 import shutil
+import threading
 
 import numpy as np
 import pytest
 import torch
 
 from searchr1_fast import checkpoint
-from searchr1_fast.checkpoint import Checkpoint, latest_checkpoint, optimizer_tensors, save_checkpoint
+from searchr1_fast.checkpoint import Checkpoint, CheckpointFailed, latest_checkpoint, optimizer_tensors
+from searchr1_fast.checkpoint_writer import CheckpointWriter
 from searchr1_fast.distributed import Ranks
 
 
@@ -22,15 +24,36 @@ def ranks() -> Ranks:
 
 
 @pytest.fixture
-def save(tmp_path, ranks):
-    """step -> its checkpoint, whose tensors depend on the step."""
+def stage(tmp_path, ranks):
+    """step -> a writer that has staged its checkpoint, whose tensors depend on the step."""
+    writers = {}
 
-    def run(step: int, keep: int = 2, value: float | None = None):
-        def export(directory):
-            (directory / "model.safetensors").write_bytes(b"weights of %d" % step)
+    def run(step: int, keep: int = 2, value: float | None = None, background: bool = True, best: int | None = None):
+        def export(weights, directory):
+            (directory / "model.safetensors").write_bytes(b"weights of %d" % int(weights["weight"]))
 
-        state = {"stream": {"index": step}}
-        return save_checkpoint(tmp_path, step, tensors(step if value is None else value), state, export, ranks, keep)
+        writer = writers.setdefault(background, CheckpointWriter(tmp_path, ranks, keep, background))
+        writer.keep = keep
+        held = tensors(step if value is None else value)
+        weights = {"weight": torch.tensor(float(step))}
+        writer.stage(step, held, {"stream": {"index": step}}, weights, export, best)
+        if background:  # training goes on
+            for tensor in (*held.values(), *weights.values()):
+                tensor.fill_(-5.0)
+        return writer
+
+    return run
+
+
+@pytest.fixture
+def save(tmp_path, stage):
+    """step -> its checkpoint, whole."""
+
+    def run(step: int, **settings):
+        writer = stage(step, **settings)
+        writer.start()
+        writer.wait()
+        return tmp_path / f"step_{step:06d}"
 
     return run
 
@@ -53,10 +76,11 @@ def assert_holds(path, step: int, ranks: Ranks) -> None:
     assert (Checkpoint(path, ranks).step, Checkpoint(path, ranks).trainer_state) == (step, {"stream": {"index": step}})
 
 
-def test_what_is_read_is_what_was_written(tmp_path, save, ranks):
+@pytest.mark.parametrize("background", [True, False])
+def test_what_is_read_is_what_was_written(tmp_path, save, ranks, background):
     assert latest_checkpoint(tmp_path) is None
     torch.manual_seed(3), np.random.seed(3), random.seed(3)
-    path = save(100)
+    path = save(100, background=background)
     assert path == tmp_path / "step_000100" == latest_checkpoint(tmp_path)
     assert (tmp_path / "latest" / "hf" / "model.safetensors").read_bytes() == b"weights of 100"
     expected = torch.rand(4), np.random.rand(4), random.random()
@@ -74,7 +98,73 @@ def test_only_the_newest_are_kept(tmp_path, save, ranks):
     assert_holds(latest_checkpoint(tmp_path), 4, ranks)
 
 
-@pytest.mark.parametrize("moment", ["_checksum", "_flush_tree", "_publish", "_point_latest", "_prune"])
+def test_the_best_outlives_newer_ones(tmp_path, save, ranks):
+    save(1, keep=1, best=1)
+    save(2, keep=1, best=1)
+    save(3, keep=1, best=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "latest", "step_000001", "step_000003"]
+    assert_holds(tmp_path / "best", 1, ranks)
+    save(4, keep=1, best=4)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "latest", "step_000004"]
+    assert os.readlink(tmp_path / "best") == os.readlink(tmp_path / "latest") == "step_000004"
+
+
+def test_training_goes_on_while_the_disk_works_and_the_next_save_waits(monkeypatch, tmp_path, save, stage, ranks):
+    save(1)
+    is_open, flush_tree = threading.Event(), checkpoint._flush_tree
+    monkeypatch.setattr(checkpoint, "_flush_tree", lambda path: is_open.wait(60) and flush_tree(path))
+    writer = stage(2)
+    writer.start()
+    writer.check()  # waits for nothing
+    assert latest_checkpoint(tmp_path).name == "step_000001"
+    opener = threading.Timer(0.3, is_open.set)
+    opener.start()
+    times = writer.stage(3, tensors(3), {"stream": {"index": 3}}, {}, lambda weights, directory: None)
+    opener.join()  # the timer's end came first, or `stage` would wait still
+    assert times.keys() == {"time_checkpoint_wait", "time_checkpoint", "time_checkpoint_write"}
+    assert_holds(latest_checkpoint(tmp_path), 2, ranks)
+    writer.start()
+    writer.wait()
+    assert_holds(latest_checkpoint(tmp_path), 3, ranks)
+    writer.start()  # nothing is staged: nothing is written
+    assert latest_checkpoint(tmp_path).name == "step_000003"
+
+
+def _full(*_):
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("ask", ["check", "wait", "stage"])
+@pytest.mark.parametrize("moment", ["_write_files", "_checksum", "_publish"])
+def test_what_a_write_fails_with_is_said_at_the_next_occasion(monkeypatch, tmp_path, save, stage, ranks, moment, ask):
+    save(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, moment, _full)
+        writer = stage(2)
+        writer.start()
+        writer._thread.join()
+    says = r"checkpoint of step 2 could not be written to .*: OSError: .* No space left on device; .* is step_000001\."
+    with pytest.raises(CheckpointFailed, match=says) as caught:
+        stage(3) if ask == "stage" else getattr(writer, ask)()
+    assert isinstance(caught.value.__cause__, OSError)
+    writer.wait()  # said once
+    assert_holds(latest_checkpoint(tmp_path), 1, ranks)
+    save(3, keep=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_000003"]
+
+
+def test_a_full_disk_is_said_when_nobody_waits_for_it(monkeypatch, tmp_path, stage):
+    monkeypatch.setattr(checkpoint, "_write_files", _full)
+    with pytest.raises(CheckpointFailed, match="there is none before it"):
+        stage(1, background=False).start()
+    writer = stage(1)
+    writer.start()
+    notes = []
+    writer.settle(notes.append)  # as a run does that has failed of something else
+    assert "step 1 could not be written" in notes[0]
+
+
+@pytest.mark.parametrize("moment", ["_write_files", "_checksum", "_flush_tree", "_publish", "_point", "_prune"])
 def test_a_kill_at_any_moment_leaves_a_checkpoint_that_loads(monkeypatch, tmp_path, save, ranks, moment):
     """The process dies inside `moment`, without a chance to clean up; the next save does."""
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)  # a child may not use what its parent began
@@ -94,6 +184,7 @@ def test_a_kill_at_any_moment_leaves_a_checkpoint_that_loads(monkeypatch, tmp_pa
 
 def test_a_step_that_was_rolled_back_is_written_anew(tmp_path, save, ranks):
     save(1), save(2)
+    assert (tmp_path / "latest" / "hf" / "model.safetensors").read_bytes() == b"weights of 2"
     (tmp_path / "latest").unlink()
     (tmp_path / "latest").symlink_to("step_000001")  # somebody went back
     save(2, value=7)

@@ -74,6 +74,7 @@ def test_unknown_key_far_from_all_lists_what_there_is():
         (["rollout.engine=vlm"], "`rollout.engine`.*'native'"),
         (["algorithm.group_size=1"], "algorithm.group_size: GRPO compares samples"),
         (["algorithm.kl_in_reward=true"], "put the KL in the loss"),
+        (["checkpoint.best=unseen/em"], "checkpoint.best: `unseen/em` must begin with the name of an evaluation set"),
         (["data.world.seed=1", "data.questions=q.jsonl"], "exactly one of `world` and `questions`"),
         (["data.world.seed=1", "data.corpus=c.jsonl"], "brings its own corpus"),
         (["train.num_steps"], "is not of the form section.key=value"),

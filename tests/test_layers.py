@@ -26,31 +26,13 @@ LAYERS = (
     {"types", "config", "protocol", "_C"},  # _C: csrc/, compiled
     {"models", "retrieval", "data", "question_sets", "reward", "prompt", "world", "transcript"},
     {
-        "rollout",
-        "packing",
-        "advantage",
-        "losses",
-        "schedule",
-        "policy",
-        "critic",
-        "checkpoint",
-        "distributed",
-        "offload",
-        "host_adamw",
+        *("rollout", "packing", "advantage", "losses", "schedule", "policy", "critic", "offload", "host_adamw"),
+        *("checkpoint", "checkpoint_writer", "bad_updates", "distributed"),
     },
     {
-        *(
-            "train",
-            "run",
-            "memory_plan",
-            "memory_advice",
-            "parameter_counts",
-            "dry_run",
-            "evaluate",
-            "environment",
-            "pretraining",
-        ),
-        *("cli", "eval", "ask", "serve", "report", "index", "prepare_data"),  # commands, as are the next
+        *("train", "run", "memory_plan", "memory_advice", "parameter_counts", "dry_run", "evaluate", "environment"),
+        *("pretraining", "examination"),
+        *("cli", "eval", "ask", "serve", "report", "index", "prepare_data", "replay"),  # commands, as are the next
         *("pretrain_base", "__main__", "world.__main__"),
         *("console", "curves", "metrics", "errors"),  # what a person sees
     },

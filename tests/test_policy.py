@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -229,10 +230,26 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_three_in_a_row_end_the_run
     policy.update([good], 19)  # no longer in a row
     policy.update([bad], 19)
     policy.update([bad], 19)
-    expected = r"3 times in a row, after 1 updates.*'decoder\..*the weights are finite"
+    policy.raise_if_diverged()
+    policy.update([bad], 19)
+    expected = r"3 times in a row, after 1 updates.*'decoder\..*the weights are finite.*see the file"
     with pytest.raises(TrainingDiverged, match=expected):
-        policy.update([bad], 19)
+        policy.raise_if_diverged("; see the file")
     assert all(parameter.isfinite().all() for parameter in policy.parameters.values())
+
+
+def test_a_loss_that_is_not_finite_is_skipped_though_its_gradient_is(make_policy, trajectories):
+    policy = make_policy()
+    (batch,) = pack(trajectories, ADVANTAGES, 1000)
+    loss = policy.loss
+    policy.loss = lambda *arguments: (loss(*arguments)[0] + float("inf"), {})
+    before = {name: parameter.detach().clone() for name, parameter in policy.parameters.items()}
+    assert not math.isfinite(policy.update([batch], 19)[1])
+    assert all(torch.equal(parameter, before[name]) for name, parameter in policy.parameters.items())
+    assert policy.diagnosis == "the loss, or the norm of all gradients together; the weights are finite"
+    policy.loss = loss
+    assert math.isfinite(policy.update([batch], 19)[1])  # nothing of the bad one is left
+    assert (policy.num_updates, policy.num_skipped, policy.skipped_in_a_row) == (1, 1, 0)
 
 
 def test_bf16_computes_in_bf16_over_fp32_masters(make_config, make_decoder, trajectories):

@@ -6,12 +6,14 @@ import json
 import os
 import re
 import signal
+import threading
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from searchr1_fast import checkpoint as checkpoint_module
 from searchr1_fast import policy as policy_module
 from searchr1_fast import run as run_module
 from searchr1_fast import train as train_module
@@ -120,6 +122,98 @@ def test_rows_after_the_checkpoint_are_dropped_when_a_killed_run_goes_on(make_co
     assert [row["step"] for row in rows(config)] == [0, 1, 2, 3]
     train(config, make_console())
     assert [row["step"] for row in rows(config)] == [0, 1, 2, 3, 4]
+
+
+def test_a_save_that_fails_ends_the_run_with_its_name(make_config, tmp_path, monkeypatch, capsys):
+    """At the next save at the latest: here every step saves."""
+
+    def full(path):
+        raise OSError(28, "No space left on device")
+
+    config = make_config(train={"num_steps": 4}, checkpoint={"every": 1}, eval={"sets": {}})
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    monkeypatch.setattr(checkpoint_module, "_flush_tree", full)
+    assert main([str(tmp_path / "config.yaml")]) == 2
+    error = capsys.readouterr().err
+    assert "error: the checkpoint of step 1 could not be written" in error
+    assert "No space left on device; there is none before it" in error
+    assert [row["step"] for row in rows(config)] == [1]  # step 2's save waited for it, and step 2 wrote no row
+
+
+def test_a_run_that_fails_keeps_what_it_was_writing(make_config, make_console, monkeypatch):
+    is_open, flush_tree = threading.Event(), checkpoint_module._flush_tree
+    monkeypatch.setattr(checkpoint_module, "_flush_tree", lambda path: is_open.wait(60) and flush_tree(path))
+
+    def die(metrics):
+        if metrics["step"] == 2:
+            threading.Timer(0.1, is_open.set).start()
+            raise RuntimeError("a search failed")
+
+    config = make_config(train={"num_steps": 4}, checkpoint={"every": 1}, eval={"sets": {}})
+    with pytest.raises(RuntimeError, match="a search failed"):
+        train(config, make_console(die))
+    assert os.readlink(config.run_directory / "checkpoints" / "latest") == "step_000001"
+
+
+def test_a_row_says_what_its_checkpoint_took(make_config, make_console):
+    config = make_config(train={"num_steps": 4}, checkpoint={"every": 2}, eval={"sets": {}})
+    train(config, make_console())
+    keys = [{key for key in row if key.startswith("time_checkpoint")} for row in rows(config)]
+    assert keys[0] == keys[2] == set()
+    assert keys[1] == {"time_checkpoint", "time_checkpoint_wait"}
+    assert keys[3] == {"time_checkpoint", "time_checkpoint_wait", "time_checkpoint_write"}
+
+
+def test_the_plain_writer_writes_the_same(make_config, make_console):
+    """Without a copy, and while training waits."""
+    configs = [
+        make_config(run={"name": f"background-{background}"}, checkpoint={"every": 1, "background": background})
+        for background in (True, False)
+    ]
+    for config in configs:
+        train(config, make_console())
+    for step in (1, 2):
+        folders = [config.run_directory / "checkpoints" / f"step_{step:06d}" for config in configs]
+        contents = [
+            {file.relative_to(folder): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+            for folder in folders
+        ]
+        assert contents[0].keys() == contents[1].keys()
+        for file in contents[0]:
+            # trainer.pt and .metadata name run and folder; the manifest has their checksums
+            if file.name not in ("trainer.pt", ".metadata", "manifest.json"):
+                assert contents[0][file] == contents[1][file], file
+
+
+def test_the_best_evaluation_is_saved_and_kept(make_config, make_console):
+    """Due or not; the first of those that score the same; after a resumption too."""
+    settings = {
+        "optimizer": {"learning_rate": 4e-3, "warmup_steps": 0},
+        "checkpoint": {"every": 0, "keep": 1, "best": "letters/em"},
+    }
+
+    def config(num_steps, resume=False):
+        return make_config(
+            train={"num_steps": num_steps, "eval_every": 1, "questions_per_step": 8}, run={"resume": resume}, **settings
+        )
+
+    for end in (6, 9):
+        run = config(end, resume=end > 6)
+        train(run, make_console())
+        scores = [row["eval/letters/em"] for row in rows(run)[1:]]
+        best = 1 + scores.index(max(scores))
+        root = run.run_directory / "checkpoints"
+        assert os.readlink(root / "best") == f"step_{best:06d}"
+        assert {path.name for path in root.iterdir()} == {"best", "latest", f"step_{best:06d}", f"step_{end:06d}"}
+        with open_run(config(end, resume=True), make_console()) as opened:
+            assert opened.best == {"metric": "letters/em", "value": max(scores), "step": best}
+
+
+def test_a_score_that_no_evaluation_has_is_said_before_anything_is_trained(make_config, make_console):
+    config = make_config(checkpoint={"best": "letters/bleu"})
+    with pytest.raises(ValueError, match="no score `letters/bleu`; there are letters/.*letters/em, .*letters/odd/em"):
+        train(config, make_console())
+    assert rows(config) == []
 
 
 def test_a_folder_with_a_run_is_refused_without_resume(make_config, make_console):

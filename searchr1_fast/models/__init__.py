@@ -3,7 +3,7 @@
 from searchr1_fast.models.attention_backends import describe_attention
 from searchr1_fast.models.decoder import Decoder
 from searchr1_fast.models.decoder_config import DecoderConfig, Llama3Scaling
-from searchr1_fast.models.export import save_model
+from searchr1_fast.models.export import save_model, save_weights
 from searchr1_fast.models.kv_cache import KVCache
 from searchr1_fast.models.tokenizer import TextTokenizer, load_tokenizer
 from searchr1_fast.models.weights import load_model, load_weights, meta_model, resolve
@@ -21,4 +21,5 @@ __all__ = [
     "meta_model",
     "resolve",
     "save_model",
+    "save_weights",
 ]

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from searchr1_fast.models.decoder import Decoder
+from searchr1_fast.models.decoder_config import DecoderConfig
 from searchr1_fast.models.weights import INDEX, SINGLE
 
 MAX_SHARD_BYTES = 5 * 10**9  # what transformers wrote for years, and every loader copes with
@@ -25,10 +26,21 @@ def save_model(
     Whole parameters only: a sharded model is gathered first. On the CPU there is at most one shard at a time. Files of
     an earlier export that this one does not replace are removed, so that no reader mixes the two.
     """
+    save_weights(dict(model.named_parameters()), model.config, directory, dtype, max_shard_bytes)
+
+
+def save_weights(
+    weights: dict[str, torch.Tensor],  # a decoder's, by its names; a tied head once, as the embedding
+    config: DecoderConfig,
+    directory: str | Path,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """`save_model` of weights that left their model, as those that a checkpoint has copied to the host."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    state = dict(model.named_parameters())  # a tied head appears once, as the embedding
-    if model.config.tie_word_embeddings:
+    state = dict(weights)
+    if config.tie_word_embeddings:
         state.pop("lm_head.weight", None)  # tied by the configuration, though not in memory
     stored = dtype or next(iter(state.values())).dtype
     shards = _split(state, stored, max_shard_bytes)
@@ -45,7 +57,7 @@ def save_model(
     for old in (*directory.glob("model-*-of-*.safetensors"), directory / SINGLE, directory / INDEX):
         if old.name not in (names if len(shards) == 1 else (*names, INDEX)):
             old.unlink(missing_ok=True)
-    _write_json(directory / "config.json", model.config.to_hf() | {"torch_dtype": str(stored).removeprefix("torch.")})
+    _write_json(directory / "config.json", config.to_hf() | {"torch_dtype": str(stored).removeprefix("torch.")})
 
 
 def _split(state: dict[str, torch.Tensor], dtype: torch.dtype, max_bytes: int) -> list[list[str]]:

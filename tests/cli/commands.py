@@ -9,7 +9,7 @@ from pathlib import Path
 import searchr1_fast
 
 ROOT = Path(searchr1_fast.__file__).parent.parent
-OURS = ["train", "eval", "ask", "data", "index", "serve", "report"]
+OURS = ["train", "eval", "ask", "data", "index", "serve", "replay", "report"]
 CORPUS = [
     {"id": "1", "contents": '"Ann"\nAnn was born in Arden [bold].'},
     {"id": "2", "contents": '"Arden"\nArden was founded by Bela.'},

@@ -15,9 +15,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from searchr1_fast import replay
+from searchr1_fast.bad_updates import BadUpdate, MicroBatch, write_bad_update
+from searchr1_fast.checkpoint import Checkpoint, latest_checkpoint
+from searchr1_fast.checkpoint_writer import CheckpointWriter
 from searchr1_fast.config import Config
 from searchr1_fast.critic import Critic
-from searchr1_fast.distributed import process
+from searchr1_fast.distributed import full, process
+from searchr1_fast.models import load_model
 from searchr1_fast.packing import pack
 from searchr1_fast.policy import Policy, to_device
 from searchr1_fast.train import train
@@ -176,6 +181,63 @@ def test_an_update_waits_for_the_device_once(make_config, make_decoder, make_tra
                 torch.cuda.set_sync_debug_mode("default")
         waits = [str(warning.message) for warning in caught if "synchroniz" in str(warning.message)]
         assert len(waits) == 1, waits
+
+
+def test_a_save_holds_the_weights_as_they_were(tmp_path, make_config, make_decoder, make_trajectory):
+    """Copied to the host under FSDP's mixed precision, and written by a thread that opens no other device."""
+    with process("cuda") as ranks:
+        policy, _, batches, count = prepared(make_config, make_decoder, make_trajectory, ranks)
+        references = policy.reference_logprobs(batches)
+        writer = CheckpointWriter(tmp_path, ranks, keep=1)
+        for step in (1, 2):  # the second into the memory of the first
+            policy.update(batches, count, references)
+            expected = {name: full(tensor).clone() for name, tensor in policy.tensors().items()}
+            writer.stage(step, policy.tensors(), {}, {}, lambda weights, directory: None)
+            writer.start()
+            for _ in range(3):
+                policy.update(batches, count, references)
+            writer.wait()
+        saved = Checkpoint(latest_checkpoint(tmp_path), ranks)
+        restored = policy.tensors(saved.keys)
+        saved.read(restored)
+        assert restored.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert torch.equal(full(restored[name]), tensor), name
+
+
+def test_a_save_in_the_background_never_waits_for_the_device(tmp_path, make_config, make_decoder, make_trajectory):
+    """Which is kept busy for some ten seconds, on the stream that both threads share; the write is done before."""
+    with process("cuda") as ranks:
+        policy, _, batches, count = prepared(make_config, make_decoder, make_trajectory, ranks)
+        policy.update(batches, count, policy.reference_logprobs(batches))
+        writer, busy = CheckpointWriter(tmp_path, ranks, keep=1), torch.cuda.Event()
+        writer.stage(1, policy.tensors(), {}, {}, lambda weights, directory: None)
+        torch.cuda._sleep(20_000_000_000)  # cycles
+        busy.record()
+        writer.start()
+        writer.wait()
+        assert not busy.query()
+        assert latest_checkpoint(tmp_path).name == "step_000001"
+
+
+def test_a_replay_names_the_layer(tmp_path, capsys, make_config, tiny_model_directory, make_trajectory):
+    """In bf16, where the run was."""
+    with process("cuda") as ranks:
+        config = make_config(model={"path": str(tiny_model_directory), "dtype": "bfloat16"})
+        decoder = load_model(tiny_model_directory, device=ranks.device)
+        with torch.no_grad():
+            decoder.model.layers[1].mlp.up_proj.weight.mul_(1e30)
+            decoder.model.layers[1].mlp.down_proj.weight.mul_(1e30)
+        policy = Policy(decoder, config, ranks)
+        trajectories = [make_trajectory(seed, [(False, 9), (True, 8)]) for seed in range(4)]
+        packed = pack(trajectories, [1.0, -1.0, 0.5, -0.5], 1000)
+        assert not math.isfinite(policy.update([to_device(batch, ranks.device) for batch in packed], 32)[1])
+        parts = [MicroBatch(0, to_device(batch, ranks.device)) for batch in packed]
+        bad = BadUpdate(1, 0, policy.name, 0, 32, True, policy.diagnosis, config.to_yaml(), parts)
+        path = write_bad_update(tmp_path, bad, policy, torch.bfloat16)
+    assert replay.main([str(path), "--device", "cuda"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "rank 0: the output of decoder.model.layers.1.mlp.down_proj; the log-probabilities, of " in said
 
 
 def test_bf16_updates_as_the_cpu_does_in_fp32(make_config, make_decoder, make_trajectory):

@@ -1,0 +1,139 @@
+"""Updates whose loss or gradient was not finite, kept to be looked at: `searchr1 replay` computes them again.
+
+    <run>/bad_steps/step_000012_policy_0.pt        the micro-batches of all ranks and what the loss took beside them
+                    policy_000123.safetensors      the weights they met, after so many updates; of the newest two
+
+A skipped update changes nothing, so those that follow one another meet the same weights and share a file. Weights are
+as large as the model, and the older ones are deleted; a checkpoint near them may stand in.
+
+Shape legend: P policy tokens of a micro-batch.
+"""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from searchr1_fast.distributed import full
+from searchr1_fast.policy import Learner
+from searchr1_fast.types import PackedBatch, SharedPrefixes
+
+FOLDER = "bad_steps"
+KEPT_WEIGHTS = 2
+
+
+@dataclass(slots=True)
+class MicroBatch:
+    """A forward and backward pass of one rank, and what its loss took beside the batch."""
+
+    rank: int
+    batch: PackedBatch
+    ref_logprobs: torch.Tensor | None = None  # [P] fp32
+    returns: torch.Tensor | None = None  # [P] fp32, the critic's
+    old_values: torch.Tensor | None = None  # [P] fp32, the critic's
+
+    def inputs(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Everything in floating point that came from outside, each [P]."""
+        for owner, names in ((self.batch, ("rollout_logprobs", "advantages")), (self, ("ref_logprobs", "returns"))):
+            yield from ((name, getattr(owner, name)) for name in names if getattr(owner, name) is not None)
+        if self.old_values is not None:
+            yield "old_values", self.old_values
+
+
+@dataclass(slots=True)
+class BadUpdate:
+    """An optimizer step that was skipped."""
+
+    step: int
+    minibatch: int  # of the step, from 0
+    learner: str  # `policy` or `critic`
+    num_updates: int  # applied before it
+    denominator: int  # policy tokens, all ranks together
+    on_policy: bool
+    diagnosis: str  # what the learner saw
+    config: str  # of the run, YAML
+    micro_batches: list[MicroBatch]  # of all ranks, by rank
+
+    @property
+    def file_name(self) -> str:
+        """Its own, within the folder."""
+        return f"step_{self.step:06d}_{self.learner}_{self.minibatch}.pt"
+
+    @property
+    def weights_name(self) -> str:
+        """That of the file with the weights it met."""
+        return f"{self.learner}_{self.num_updates:06d}.safetensors"
+
+
+def write_bad_update(folder: Path, update: BadUpdate, learner: Learner, dtype: torch.dtype) -> Path:
+    """Write it and the weights, these in the type `dtype` of the computation. -> its file.
+
+    Every rank calls this, with its own micro-batches; rank 0 writes those of all.
+    """
+    ranks = learner.ranks
+    shares = ranks.gather([_on_host(asdict(micro_batch)) for micro_batch in update.micro_batches])
+    path, weights = folder / update.file_name, folder / update.weights_name
+    if ranks.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        values = {field.name: getattr(update, field.name) for field in fields(update)}
+        values["micro_batches"] = [micro_batch for share in shares for micro_batch in share]
+        temporary = path.with_name(f".{path.name}.partial")
+        torch.save(values, temporary)
+        temporary.replace(path)
+    # The second of a row meets what the first met; but a file of that name may be of a run that was rolled back.
+    if learner.skipped_in_a_row == 1 or not ranks.broadcast(weights.is_file()):
+        _write_weights(weights, learner, dtype)
+    return path
+
+
+def read_bad_update(path: Path) -> BadUpdate:
+    """What `write_bad_update` wrote. ValueError where the file is none of it."""
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}; a run keeps its bad updates in <run>/{FOLDER}/step_*.pt")
+    try:
+        if not zipfile.is_zipfile(path):  # of anything else torch.load's errors are of any kind
+            raise ValueError("torch.save did not write it")
+        values = torch.load(path, map_location="cpu", weights_only=True)
+        values["micro_batches"] = [_micro_batch(micro_batch) for micro_batch in values["micro_batches"]]
+        return BadUpdate(**values)
+    except (RuntimeError, UnpicklingError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not an update that a run has kept ({type(error).__name__}: {error})") from error
+
+
+def _write_weights(path: Path, learner: Learner, dtype: torch.dtype) -> None:
+    """One parameter after the other is gathered. A collective."""
+    tensors = {}
+    for name, parameter in learner.parameters.items():
+        whole = full(parameter.detach().to(dtype))
+        if learner.ranks.is_main:
+            tensors[name] = whole.cpu().clone()
+    if not learner.ranks.is_main:
+        return
+    temporary = path.with_name(f".{path.name}.partial")
+    save_file(tensors, temporary)
+    temporary.replace(path)
+    newest = sorted(path.parent.glob("*.safetensors"), key=os.path.getmtime)
+    for old in newest[:-KEPT_WEIGHTS]:
+        old.unlink()
+
+
+def _on_host(value: Any) -> Any:
+    """The same with every tensor on the CPU."""
+    if isinstance(value, dict):
+        return {key: _on_host(item) for key, item in value.items()}
+    return value.cpu() if isinstance(value, torch.Tensor) else value
+
+
+def _micro_batch(values: dict[str, Any]) -> MicroBatch:
+    batch = values["batch"]
+    if batch["prefixes"] is not None:
+        batch = batch | {"prefixes": SharedPrefixes(**batch["prefixes"])}
+    return MicroBatch(**values | {"batch": PackedBatch(**batch)})

@@ -1,0 +1,144 @@
+"""A run goes on with another number of ranks, as the run that was never stopped; and writers on two ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from searchr1_fast import replay
+from searchr1_fast.train import train
+
+ROOT = Path(__file__).parent
+ALGORITHMS = {
+    "grpo": {"kl_coefficient": 0.05, "drop_zero_variance_groups": False},
+    "ppo": {"name": "ppo", "group_size": 2, "critic_learning_rate": 1e-3, "kl_coefficient": 0.05, "kl_in_reward": True},
+}
+STOP, END = 2, 4
+
+
+def on_two_ranks(*arguments: str | Path) -> None:
+    """Run a script of this folder under torchrun."""
+    path = os.pathsep.join([str(ROOT.parent), str(ROOT.parent / "kernels"), os.environ.get("PYTHONPATH", "")])
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    result = subprocess.run(
+        [*launcher, *map(str, arguments)],
+        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+
+
+def settings(make_config, algorithm: str, name: str, resume: bool = False):
+    return make_config(
+        algorithm=ALGORITHMS[algorithm],
+        run={"name": f"{algorithm}-{name}", "resume": resume},
+        train={"num_steps": END, "num_minibatches": 2},
+        checkpoint={"every": STOP},
+    )
+
+
+def stopped_copy(make_config, algorithm: str, name: str, new: str):
+    """The run as a kill after step 3 would have left it, under another name; the configuration that goes on with it."""
+    whole, copy = settings(make_config, algorithm, name), settings(make_config, algorithm, new, resume=True)
+    shutil.copytree(whole.run_directory, copy.run_directory, symlinks=True)
+    checkpoints = copy.run_directory / "checkpoints"
+    shutil.rmtree(checkpoints / f"step_{END:06d}")
+    (checkpoints / "latest").unlink()
+    (checkpoints / "latest").symlink_to(f"step_{STOP:06d}", target_is_directory=True)
+    return copy
+
+
+def rows(config) -> list[dict]:
+    return [json.loads(line) for line in (config.run_directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(config) -> dict[str, torch.Tensor]:
+    return load_file(config.run_directory / "checkpoints" / "latest" / "hf" / "model.safetensors")
+
+
+def assert_same_run(changed, whole) -> None:
+    """To the token where tokens count; sums over them differ by rounding."""
+    assert [row["step"] for row in rows(changed)] == [row["step"] for row in rows(whole)] == list(range(END + 1))
+    for theirs, ours in zip(rows(changed), rows(whole), strict=True):
+        for key in ("reward_mean", "searches_mean", "response_tokens_mean", "policy_tokens", "kept_fraction", "lr"):
+            assert theirs.get(key) == ours.get(key), (ours["step"], key)
+        for key in ours.keys() & {"policy_loss", "value_loss", "entropy", "kl_ref", "grad_norm", "critic_grad_norm"}:
+            assert theirs[key] == pytest.approx(ours[key], rel=5e-3, abs=1e-5), (ours["step"], key)
+    assert rows(changed)[-1]["eval/letters/em"] == rows(whole)[-1]["eval/letters/em"]
+    theirs, ours = weights(changed), weights(whole)
+    differences = torch.cat([(theirs[name] - ours[name]).abs().flatten() for name in ours])
+    assert (differences < 1e-5).float().mean() > 0.99  # AdamW takes a gradient of rounding noise for a direction
+    assert differences.max() < 8e-3
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(make_config, make_console, tmp_path):
+    """From one rank to two and from two to one. One launch, as starting processes is what takes the time."""
+    files = []
+    for algorithm in ALGORITHMS:
+        train(settings(make_config, algorithm, "one"), make_console())
+        configs = [
+            stopped_copy(make_config, algorithm, "one", "one-two"),
+            settings(make_config, algorithm, "two"),
+        ]
+        for config in configs:
+            files.append(tmp_path / f"{config.run.name}.yaml")
+            files[-1].write_text(config.to_yaml())
+    on_two_ranks(ROOT / "two_ranks.py", tmp_path, *files)
+    for algorithm in ALGORITHMS:
+        assert_same_run(settings(make_config, algorithm, "one-two"), settings(make_config, algorithm, "one"))
+        resumed = stopped_copy(make_config, algorithm, "two", "two-one")
+        console = make_console()
+        train(resumed, console)
+        assert console.notes[0].startswith(f"going on after step {STOP}")
+        assert_same_run(resumed, settings(make_config, algorithm, "two"))
+
+
+def test_nothing_is_drawn_from_generators_that_belong_to_a_rank(make_config, make_console):
+    """What is sampled depends on seed, step and place; so it does not matter whose generators a rank has got."""
+
+    def stir(metrics):
+        torch.manual_seed(10_000 + metrics["step"])
+        np.random.seed(metrics["step"])
+
+    histories = []
+    for name, on_step in (("calm", None), ("stirred", stir)):
+        config = make_config(run={"name": name}, algorithm=ALGORITHMS["ppo"], train={"num_steps": 3})
+        train(config, make_console(on_step))
+        keys = ("reward_mean", "policy_loss", "grad_norm")
+        histories.append([[row[key] for key in keys] for row in rows(config)[1:]])
+    assert histories[0] == histories[1]
+
+
+def test_writers_on_two_ranks(make_config, tmp_path, capsys):
+    """A failure of one is every one's, and none waits for ever; both threads of a rank may call collectives at once."""
+    (tmp_path / "config.yaml").write_text(make_config().to_yaml())
+    on_two_ranks(ROOT / "two_writers.py", tmp_path, tmp_path / "config.yaml")
+    reports = [json.loads((tmp_path / f"writer{rank}.json").read_text()) for rank in range(2)]
+    assert reports[0] == reports[1]
+    assert reports[0]["read"] == [2.0, 2.0, 2.0]
+    for step, (said, rank) in enumerate(zip(reports[0]["failures"], (1, 1, 0), strict=True), start=1):
+        assert f"the checkpoint of step {step} could not be written" in said
+        assert f"on rank {rank}: OSError: [Errno 28] No space left on device" in said
+    check_replay(*reports[0]["bad"], capsys)
+
+
+def check_replay(path: str, are_finite: list[bool], num_skipped: int, diagnosis: str, capsys) -> None:
+    """An update that two ranks skipped, replayed on one: whose micro-batch it was."""
+    assert (are_finite, num_skipped) == ([False, False, True], 2)
+    assert diagnosis.startswith("the gradient of ")
+    assert replay.main([path]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "micro-batch 1, rank 1: the advantages that the loss was given, of 1 of 4 policy tokens" in said
+    assert "micro-batch 0, rank 0:" not in said

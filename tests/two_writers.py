@@ -1,0 +1,109 @@
+"""What test_resharding.py starts on two ranks: `two_writers.py OUTPUT CONFIG` lets writes and updates fail on one."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import torch
+from torch.distributed.checkpoint import FileSystemWriter
+
+from searchr1_fast import checkpoint
+from searchr1_fast.bad_updates import BadUpdate, MicroBatch, write_bad_update
+from searchr1_fast.checkpoint import Checkpoint, CheckpointFailed, latest_checkpoint
+from searchr1_fast.checkpoint_writer import CheckpointWriter
+from searchr1_fast.config import Config, load_config
+from searchr1_fast.distributed import Ranks, process
+from searchr1_fast.models import meta_model
+from searchr1_fast.policy import Policy
+from searchr1_fast.types import PackedBatch
+
+
+def full(*_) -> None:
+    """A disk without room."""
+    raise OSError(28, "No space left on device")
+
+
+def failures(output: Path, ranks: Ranks) -> list[str]:
+    """What a write says that fails on rank 1 alone, or on rank 0 in what only that does, by its part."""
+    said = []
+    parts = [(FileSystemWriter, "write_data", 1), (checkpoint, "_checksum", 1), (checkpoint, "_publish", 0)]
+    for step, (owner, part, failing) in enumerate(parts, start=1):
+        writer, before = CheckpointWriter(output / part, ranks, keep=1), getattr(owner, part)
+        writer.stage(step, {"a": torch.ones(2)}, {}, {}, lambda weights, directory: None)
+        if ranks.rank == failing:
+            setattr(owner, part, full)
+        writer.start()
+        try:
+            writer.wait()
+        except CheckpointFailed as failure:
+            said.append(str(failure))
+        setattr(owner, part, before)
+    return said
+
+
+def beside_training(output: Path, ranks: Ranks) -> list[float]:
+    """Collectives of the main thread while another writes; then what was written."""
+    writer = CheckpointWriter(output, ranks, keep=2)
+    sums = []
+    for step in (1, 2):
+        value = torch.full((3,), float(step))
+        writer.stage(step, {"a": value}, {}, {}, lambda weights, directory: None)
+        writer.start()
+        value.zero_()
+        sums += [ranks.sum(ranks.rank + step) for _ in range(50)]
+    writer.wait()
+    restored = {"a": torch.zeros(3)}
+    Checkpoint(latest_checkpoint(output), ranks).read(restored)
+    assert sums == [2 * step + 1 for step in (1, 2) for _ in range(50)], sums
+    return restored["a"].tolist()
+
+
+def batch(rank: int, is_bad: bool) -> PackedBatch:
+    """One sequence of six tokens, of which four are the policy's; a bad one has an advantage that is no number."""
+    advantages = torch.tensor([1.0, 1.0, float("nan") if is_bad else 1.0, 1.0])
+    return PackedBatch(
+        token_ids=torch.arange(6) + rank,
+        positions=torch.arange(6),
+        cu_seqlens=torch.tensor([0, 6], dtype=torch.int32),
+        max_seqlen=6,
+        policy_index=torch.arange(1, 5),
+        targets=torch.arange(2, 6) + rank,
+        policy_cu_seqlens=torch.tensor([0, 4], dtype=torch.int32),
+        rollout_logprobs=torch.full((4,), -5.0),
+        advantages=advantages,
+        trajectory_index=[rank],
+    )
+
+
+def bad_updates(output: Path, config: Config, ranks: Ranks) -> list:
+    """Updates that are not finite on rank 1 alone, in gradient or in loss: both ranks skip them, one keeps them."""
+    directory = Path(config.model.path)
+    policy = Policy(meta_model(directory), config, ranks, weights=directory)
+    norms = [policy.update([batch(ranks.rank, ranks.rank == 1)], 8)[1]]
+    diagnosis = policy.diagnosis
+    micro_batch = MicroBatch(ranks.rank, batch(ranks.rank, ranks.rank == 1))
+    bad = BadUpdate(1, 0, policy.name, policy.num_updates, 8, True, diagnosis, config.to_yaml(), [micro_batch])
+    path = write_bad_update(output, bad, policy, torch.float32)
+    loss = policy.loss
+    if ranks.rank == 1:
+        policy.loss = lambda *arguments: (loss(*arguments)[0] + float("inf"), {})
+    norms.append(policy.update([batch(ranks.rank, False)], 8)[1])
+    policy.loss = loss
+    norms.append(policy.update([batch(ranks.rank, False)], 8)[1])
+    return [str(path), [math.isfinite(norm) for norm in norms], policy.num_skipped, diagnosis]
+
+
+def main() -> None:
+    """Writes OUTPUT/writer<rank>.json."""
+    output, config = Path(sys.argv[1]), load_config(sys.argv[2])
+    with process("cpu", num_threads=1) as ranks:
+        report = {"failures": failures(output / "full", ranks), "read": beside_training(output / "room", ranks)}
+        report["bad"] = bad_updates(output / "bad_steps", config, ranks)
+        (output / f"writer{ranks.rank}.json").write_text(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
