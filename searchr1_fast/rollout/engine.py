@@ -88,6 +88,7 @@ class Engine:
 
     @statistics.setter
     def statistics(self, statistics: RolloutStatistics) -> None:
+        """Count from here on in another."""
         self._scheduler.statistics = statistics
 
     @property
