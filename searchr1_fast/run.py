@@ -93,10 +93,10 @@ class Run:
         if trajectories is not None and is_due(row["step"], self.config.run.trajectories_every):
             self.log.write_trajectories(row["step"], trajectories)
 
-    def sync(self) -> None:
-        """Let the engine generate with the trained weights. A collective."""
+    def sync(self) -> dict[str, float]:
+        """Let the engine generate with the trained weights; what that took and found, of the worst rank. Collective."""
         self.policy.sync_replica()
-        self.engine.update_weights()
+        return {key: self.ranks.max(value) for key, value in self.engine.update_weights().items()}
 
     def save(self) -> None:
         """Write a checkpoint of the step that is done."""

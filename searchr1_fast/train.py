@@ -11,6 +11,7 @@ Rows of metrics.jsonl. `policy_tokens` are those trained on; `kept_fraction` is 
 they come from; `tokens_per_second` counts sampled tokens; `entropy`, `kl_ref`, `rollout_policy_kl` and `clip_fraction`
 are means over policy tokens of all minibatches, `grad_norm` a mean over optimizer steps; a mean of nothing is null.
 `search/…` are the step's searches on all ranks (retrieval/statistics.py), `time_search_wait` what the engine waited.
+With vLLM, `time_handover` is the part of `time_sync` in which it got the weights and they were compared.
 Left out: rollouts that overlap the update. They would make every minibatch off-policy.
 """
 
@@ -68,10 +69,10 @@ def train(config: Config, ui: UserInterface | None = None) -> dict[str, Any]:
             with run.timers("update"):
                 updates = update(run, minibatches, step)
             with run.timers("sync"):
-                run.sync()
+                handover = run.sync()
             run.step = step
             metrics = {"step": step} | describe(run, trajectories, rewards, kept) | means(run, updates)
-            metrics |= run.take_search_statistics().row()
+            metrics |= run.take_search_statistics().row() | handover
             run.ui.step(metrics)
             stopped, last = bool(run.ranks.max(stop.requested)), step == config.train.num_steps
             if last or (is_due(step, config.train.eval_every) and not stopped):
