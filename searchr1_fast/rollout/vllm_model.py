@@ -169,8 +169,21 @@ class VllmModel:
             core.shutdown()
         else:
             core.model_executor.shutdown()
+            _leave_groups()
             gc.unfreeze()  # vLLM froze all there was when it started, its own weights included
         del self._engine, self.llm
+
+
+def _leave_groups() -> None:
+    """End the groups that vLLM made inside the trainer's, and let it forget that one, whose end is the trainer's: the
+    next engine of this process would look for them. vLLM's own function for it destroys the trainer's too."""
+    from vllm.distributed import parallel_state
+
+    if parallel_state._WORLD is None:
+        return  # a second engine of this process has ended them
+    parallel_state.destroy_model_parallel()
+    parallel_state.get_world_group().destroy()
+    parallel_state._WORLD = parallel_state._NODE_COUNT = None
 
 
 def fixed_arguments(model: Decoder, config: RolloutConfig) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from vllm_stand_in import GREEDY, check_logprobs, check_same
 
 from searchr1_fast.config import Config, load_config
@@ -180,6 +181,19 @@ def test_vllm_starts_in_silence_and_seeds_nobody_elses_generators(base, open_eng
         warnings.filterwarnings("error", ".*was tested")
         open_engine(model, tokenizer, config)
     assert (torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()) == expected
+
+
+@only_with_vllm
+def test_engines_of_one_process_follow_each_other(base, open_engine):
+    """Each inside a process group that the trainer makes and ends, as one rank has it in bfloat16; then in its own."""
+    model, tokenizer, config = base
+    for _ in range(2):
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        engine = build_engine(model, tokenizer, config)
+        engine.close()
+        assert dist.is_initialized()
+        dist.destroy_process_group()
+    assert open_engine(model, tokenizer, config).update_weights()["handover_unseen_weights"] == 0
 
 
 @pytest.fixture
