@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import random
@@ -16,52 +15,23 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from vllm_cases import ROLLOUT, only_with_vllm, requests_for, search_letters, short_demo
 from vllm_stand_in import GREEDY, check_logprobs, check_same
 
-from searchr1_fast.config import Config, load_config
+from searchr1_fast.config import Config
 from searchr1_fast.console import Console
 from searchr1_fast.evaluate import build_engine
 from searchr1_fast.models import load_model, load_tokenizer
-from searchr1_fast.prompt import PromptBuilder
-from searchr1_fast.rollout import Engine, RolloutRequest, SamplingParams, SearchLoop, vllm_engine
+from searchr1_fast.rollout import Engine, SamplingParams, SearchLoop, vllm_engine
 from searchr1_fast.rollout.vllm_model import CPU_BLOCK
 from searchr1_fast.rollout.weight_handover import named_weights
 from searchr1_fast.train import train
-from searchr1_fast.types import Passage, Question
-
-
-def only_with_vllm(test):
-    """Skip where vLLM is not installed."""
-    is_there = importlib.util.find_spec("vllm") is not None
-    reason = "vllm is not installed; docs/architecture.md says how, in an environment of its own"
-    return pytest.mark.skipif(not is_there, reason=reason)(test)
-
-
-BUDGETS = dict(
-    engine="vllm", max_searches=2, max_turn_tokens=48, max_observation_tokens=80, max_sequence_tokens=320,
-    max_num_seqs=16,
-)  # fmt: skip
-NAMES = ("Anna Bell", "Carl Dorn", "Emma Frey", "Gustav Holm", "Ida Jansen", "Karl Lund")
-
-
-def search_letters(queries):
-    return [[Passage(query, query, f"{query} was born in the town of {query[::-1]}.")] for query in queries]
-
-
-def requests_for(config: Config, tokenizer, group_size: int = 1) -> list[RolloutRequest]:
-    prompt = PromptBuilder(config.prompt, tokenizer)
-    questions = [Question(name, f"Where was {name} born?", ("x",), "test") for name in NAMES]
-    return [
-        RolloutRequest(question, group, prompt(question), seed=100 * group + i)
-        for group, question in enumerate(questions)
-        for i in range(group_size)
-    ]
 
 
 @pytest.fixture
 def base():
     """The built-in model, its tokenizer, and a configuration with vLLM."""
-    config = Config.model_validate({"prompt": {"template": "plain"}, "rollout": BUDGETS})
+    config = Config.model_validate({"prompt": {"template": "plain"}, "rollout": ROLLOUT})
     return load_model("builtin:base"), load_tokenizer("builtin:base"), config
 
 
@@ -184,6 +154,24 @@ def test_vllm_starts_in_silence_and_seeds_nobody_elses_generators(base, open_eng
 
 
 @only_with_vllm
+def test_vllms_scheduler_sleeps_and_wakes(base, open_engine):
+    """A CPU's worker keeps its memory, but the engine around it goes through the same states as on a GPU."""
+    model, tokenizer, config = base
+    engine = open_engine(model, tokenizer, config)
+    engine.sampling, engine.keep_cache, engine._generator._can_sleep = GREEDY, False, True
+    loop, requests = SearchLoop(engine, search_letters), requests_for(config, tokenizer)
+    before = loop.run(requests)
+    for _ in range(2):
+        engine.free_cache()
+        assert engine._generator.llm.llm_engine.is_sleeping()
+        with pytest.raises(AssertionError, match="update_weights"):
+            loop.run(requests)
+        engine.update_weights()
+        assert not engine._generator.llm.llm_engine.is_sleeping()
+        check_same(before, loop.run(requests))
+
+
+@only_with_vllm
 def test_engines_of_one_process_follow_each_other(base, open_engine):
     """Each inside a process group that the trainer makes and ends, as one rank has it in bfloat16; then in its own."""
     model, tokenizer, config = base
@@ -198,14 +186,7 @@ def test_engines_of_one_process_follow_each_other(base, open_engine):
 
 @pytest.fixture
 def small_demo(tmp_path):
-    """The demo with vLLM: two steps of four questions."""
-    overrides = [
-        *("rollout.engine=vllm", f"run.directory={tmp_path}", "run.device=cpu", "run.num_threads=1"),
-        *("run.tensorboard=false", "data.world.num_entities=60", "data.world.num_questions=64", "train.num_steps=2"),
-        *("train.questions_per_step=4", "train.eval_every=0", "checkpoint.every=0", "rollout.max_num_seqs=32"),
-        "eval.sets={unseen: {world: {split: eval, num_entities: 60, num_questions: 12}}}",
-    ]
-    return load_config("configs/demo.yaml", overrides)
+    return short_demo(tmp_path, "run.device=cpu")
 
 
 def check_trained(config: Config, result: dict) -> None:

@@ -94,7 +94,7 @@ def check_same(trajectories, others):
         assert (one.turns, one.segments, one.finish_reason) == (other.turns, other.segments, other.finish_reason)
 
 
-def check_logprobs(model, trajectories, temperature):
+def check_logprobs(model, trajectories, temperature, tolerance=1e-4):
     """Every policy token's are the whole vocabulary's at the temperature, as the trainer computes them."""
     for trajectory in trajectories:
         ids = torch.from_numpy(trajectory.token_ids)
@@ -102,4 +102,4 @@ def check_logprobs(model, trajectories, temperature):
             table = (model.logits(ids, torch.tensor([0, len(ids)])) / temperature).log_softmax(-1)
         expected = table[:-1].gather(1, ids[1:, None])[:, 0].numpy()
         mask = trajectory.loss_mask[1:]
-        np.testing.assert_allclose(trajectory.rollout_logprobs[1:][mask], expected[mask], atol=1e-4)
+        np.testing.assert_allclose(trajectory.rollout_logprobs[1:][mask], expected[mask], atol=tolerance)
