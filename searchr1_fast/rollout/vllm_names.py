@@ -67,13 +67,13 @@ def find_vllm(arguments: Iterable[str] = ()) -> ModuleType:
     """
     try:
         vllm = importlib.import_module("vllm")
+        missing = missing_names({**NAMES, "vllm.engine.arg_utils:EngineArgs": tuple(arguments)})
     except ImportError as error:
         raise ValueError(
             f"rollout.engine=vllm: vllm cannot be imported ({error}); install it as docs/architecture.md says, or set "
             "rollout.engine=native"
         ) from error
     version = getattr(vllm, "__version__", "of unknown version")
-    missing = missing_names({**NAMES, "vllm.engine.arg_utils:EngineArgs": tuple(arguments)})
     if missing:
         lacks = ", ".join(missing)
         raise ValueError(f"rollout.engine=vllm: vLLM {version}, which is installed, lacks {lacks}; {REMEDY}")
@@ -87,14 +87,19 @@ def find_vllm(arguments: Iterable[str] = ()) -> ModuleType:
 
 
 def missing_names(names: Mapping[str, tuple[str, ...]]) -> list[str]:
-    """Those that are not there, as a person would write them; an argument as `name(argument=)`."""
+    """Those that are not there, as a person would write them; an argument as `name(argument=)`.
+
+    ImportError: a module is there, and what it imports is not.
+    """
     missing = []
     for name, arguments in names.items():
         module, _, path = name.partition(":")
         readable = f"{module}.{path}"
         try:
             found = operator.attrgetter(path)(importlib.import_module(module))
-        except (ImportError, AttributeError):
+        except (ModuleNotFoundError, AttributeError) as error:
+            if isinstance(error, ModuleNotFoundError) and not f"{module}.".startswith(f"{error.name}."):
+                raise
             missing.append(readable)
             continue
         taken = inspect.signature(found).parameters if arguments else {}

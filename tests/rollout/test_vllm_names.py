@@ -63,6 +63,19 @@ def test_names_that_a_release_lacks_are_named_all_of_them(install, monkeypatch):
     assert expected in str(raised.value)
 
 
+def test_a_release_whose_own_needs_are_not_there_is_no_release_without_names(install, monkeypatch):
+    install("9.1.0")
+    broken = ModuleType("vllm")
+
+    def lazy(name):
+        raise ImportError("cannot import name 'Thing' from 'transformers'")
+
+    broken.__dict__.update(__version__="9.1.0", __path__=[], __getattr__=lazy)
+    monkeypatch.setitem(sys.modules, "vllm", broken)
+    with pytest.raises(ValueError, match="vllm cannot be imported .*'Thing' from 'transformers'"):
+        find_vllm()
+
+
 def test_without_vllm_the_message_says_what_to_do(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(ValueError, match="vllm cannot be imported.*rollout.engine=native"):
