@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -103,25 +102,27 @@ def replay_providers(
     model: Decoder, tokenizer: TextTokenizer, options: argparse.Namespace, work: dict[str, Any], stack: ExitStack
 ) -> dict[str, engines.Provider]:
     """The native engine, its lock-step twin, and vLLM where it is installed. `work` gets what the last run of each
-    computed; `stack` ends them."""
+    computed, and what vLLM's hand-over before it took; `stack` ends them."""
     script = Script(options, model.config.vocab_size, tokenizer)
 
-    def player(name: str, engine: Engine | VllmEngine) -> Callable[[], list[np.ndarray]]:
+    def player(name: str, engine: Engine | VllmEngine) -> engines.Provider:
+        report: dict[str, float] = {}
+
         def run() -> list[np.ndarray]:
-            tokens, work[name] = play(engine, script)
+            tokens, done = play(engine, script)
+            work[name] = done | report
             return tokens
 
-        return run
+        # Before the clock starts: vLLM's empties the cache, in which the last run's contexts are.
+        return engines.Provider(run, lambda: report.update(engine.update_weights()))
 
     providers = {}
     for name, kind in ((engines.OURS, Engine), (LOCK_STEP, PlainEngine)):
-        engine = engines.native_engine(kind, model, tokenizer, script.config, temperature=1.0)
-        providers[name] = engines.Provider(player(name, engine))
+        providers[name] = player(name, engines.native_engine(kind, model, tokenizer, script.config, temperature=1.0))
     for dtype in engines.other_types(model) if engines.HAS_VLLM else ():
         name = f"vLLM, {engines.type_name(dtype)}"
         other = engines.vllm_engine(engines.in_type(model, dtype), tokenizer, script.config, 1.0, stack)
-        # Before the clock starts: it empties the cache, in which the last run's contexts are.
-        providers[name] = engines.Provider(player(name, other), other.update_weights)
+        providers[name] = player(name, other)
     return providers
 
 

@@ -153,14 +153,15 @@ class VllmEngine:
     def update_weights(self) -> dict[str, float]:
         """Hand the model's weights to vLLM, which wakes for it. ValueError where they did not arrive.
 
-        Returns `time_handover`, seconds of all of it, `handover_logprob_difference_max`, over the known sequences, and
-        `handover_unseen_weights`, those that the known sequences alone vouch for.
+        Returns `time_handover`, seconds of all of it, `time_handover_checks`, those after the copy,
+        `handover_logprob_difference_max`, over the known sequences, and `handover_unseen_weights`, those that the known
+        sequences alone vouch for.
         """
         assert not self._turns
         started = time.perf_counter()
         weights = dict(named_weights(self.model))
         self._generator.load(weights.items())
-        self._is_awake = True
+        loaded, self._is_awake = time.perf_counter(), True
         receiver = f"vLLM {self._generator.version}"
         held = self._generator.held({name: weight.shape for name, weight in weights.items()})
         unseen = check_weights(weights, held, receiver)
@@ -172,8 +173,10 @@ class VllmEngine:
             )
         scores = self._generator.score(self._known)
         self._scores, difference = check_scores(self.model, self._known, scores, receiver, self._scores)
+        ended = time.perf_counter()
         return {
-            "time_handover": time.perf_counter() - started,
+            "time_handover": ended - started,
+            "time_handover_checks": ended - loaded,
             "handover_logprob_difference_max": difference,
             "handover_unseen_weights": len(unseen),
         }

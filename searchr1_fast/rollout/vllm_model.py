@@ -63,7 +63,8 @@ class VllmModel:
             os.environ.setdefault(name, value)
         device = model.head_weight.device.type
         self.logprobs_mode = logprobs_mode(sampling)
-        self._can_sleep, self._is_asleep = device == "cuda" and config.keep_cache is not True, False
+        self._on_gpu = device == "cuda"
+        self._can_sleep, self._is_asleep = self._on_gpu and config.keep_cache is not True, False
         self._num_scored = 0
         self._owns_group = not dist.is_initialized()
         is_one_of_many = not self._owns_group and dist.get_world_size() > 1
@@ -125,7 +126,8 @@ class VllmModel:
             self._engine.abort_request(request_ids)
 
     def load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Overwrite the weights in place, and forget what was cached under the old ones. No request may run."""
+        """Overwrite the weights in place, and forget what was cached under the old ones. No request may run. It ends
+        when the device is done, so that its time is its own: whoever checks the weights waits anyway."""
         if self._is_asleep:
             self.llm.wake_up(tags=["weights"])
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
@@ -134,6 +136,8 @@ class VllmModel:
             self._is_asleep = False
         is_reset = self.llm.reset_prefix_cache()
         assert is_reset, "a request still holds blocks of the cache"
+        if self._on_gpu:
+            torch.cuda.synchronize()
 
     def held(self, shapes: Mapping[str, torch.Size]) -> Iterator[tuple[str, torch.Tensor]]:
         """What vLLM computes with in place of the weights that were handed over under these names (vllm_weights.py)."""

@@ -107,7 +107,7 @@ def check_rows(config: Config, tolerance: float) -> None:
     rows = [json.loads(line) for line in (config.run_directory / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 2]
     for row in rows[1:]:
-        assert 0 < row["time_handover"] < row["time_sync"] < row["time_step"]
+        assert 0 < row["time_handover_checks"] < row["time_handover"] < row["time_sync"] < row["time_step"]
         assert row["handover_unseen_weights"] == 0
         assert row["rollout_policy_kl"] is None or abs(row["rollout_policy_kl"]) < tolerance
 

@@ -196,7 +196,7 @@ def check_trained(config: Config, result: dict) -> None:
     updated = [row for row in rows[1:] if row["policy_tokens"]]
     assert updated
     for row in rows[1:]:
-        assert 0 < row["time_handover"] < row["time_sync"] < row["time_step"]
+        assert 0 < row["time_handover_checks"] < row["time_handover"] < row["time_sync"] < row["time_step"]
         assert row["handover_logprob_difference_max"] < 1e-4
         assert row["handover_unseen_weights"] == 0
     for row in updated:
