@@ -21,7 +21,7 @@ from vllm_stand_in import GREEDY, check_logprobs, check_same
 from searchr1_fast.config import Config
 from searchr1_fast.console import Console
 from searchr1_fast.evaluate import build_engine
-from searchr1_fast.models import load_model, load_tokenizer
+from searchr1_fast.models import Decoder, DecoderConfig, load_model, load_tokenizer
 from searchr1_fast.rollout import Engine, SamplingParams, SearchLoop, vllm_engine
 from searchr1_fast.rollout.vllm_model import CPU_BLOCK
 from searchr1_fast.rollout.weight_handover import named_weights
@@ -139,6 +139,21 @@ def test_one_weight_of_vllms_that_stays_behind_is_named(base, open_engine, dtype
         report = engine.update_weights()
         assert report["handover_unseen_weights"] == 0
         assert dtype == torch.bfloat16 or report["handover_logprob_difference_max"] < 1e-4
+
+
+@only_with_vllm
+@pytest.mark.parametrize(("model_type", "tied"), [("qwen2", True), ("qwen3", False), ("llama", True)])
+def test_every_weight_of_every_family_is_seen(base, open_engine, model_type, tied):
+    """And arrives: norms and biases are no ones and zeros, and vLLM pads a vocabulary of 2050."""
+    _, tokenizer, config = base
+    shape = DecoderConfig(2050, 128, 256, 2, 4, 2, head_dim=32, tie_word_embeddings=tied, model_type=model_type)
+    model = Decoder(shape).requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    report = open_engine(model, tokenizer, config).update_weights()
+    assert report["handover_unseen_weights"] == 0
+    assert report["handover_logprob_difference_max"] < 1e-4
 
 
 @only_with_vllm
