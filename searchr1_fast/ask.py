@@ -72,7 +72,8 @@ def _config(model: Path | str, arguments: Namespace) -> Config:
         overrides.append("retrieval.backend=bm25")
     elif arguments.url is not None:
         overrides += ["retrieval.backend=remote", f"retrieval.url={arguments.url}"]
-    return load_config(run_config_path(model), [*overrides, *arguments.set])
+    overrides += [*arguments.set, f"eval.temperature={arguments.temperature}"]
+    return load_config(run_config_path(model), overrides)
 
 
 def _from_world(config: Config, arguments: Namespace) -> tuple[Question, Retriever]:
@@ -124,7 +125,7 @@ def _ask(
         stack.callback(environment.close)
         result = evaluate(
             model, load_tokenizer(directory), environment, config,
-            name="ask", temperature=arguments.temperature, seed=arguments.seed,
+            name="ask", seed=arguments.seed,
         )  # fmt: skip
     return result.scores[0]
 

@@ -173,6 +173,11 @@ class RolloutConfig(Section):
     final_turn_message: str = ""
     """Environment text before the forced final turn; masked from the loss. A tag opened in it is not the policy's."""
 
+    @property
+    def is_cut(self) -> bool:
+        """Whether sampling leaves tokens out."""
+        return self.top_p < 1 or self.top_k > 0
+
     @model_validator(mode="after")
     def _fits_one(self) -> RolloutConfig:
         if self.cache_tokens is not None and self.cache_tokens < self.max_sequence_tokens:
@@ -184,8 +189,7 @@ class RolloutConfig(Section):
 
     @model_validator(mode="after")
     def _reported(self) -> RolloutConfig:
-        is_cut = self.top_p < 1 or self.top_k > 0
-        if self.engine == "vllm" and is_cut and self.temperature != 1:
+        if self.engine == "vllm" and self.is_cut and self.temperature != 1:
             raise ValueError(
                 "rollout.engine: with top_p or top_k, vLLM gives the log-probabilities that the loss needs at "
                 "temperature 1 only; set rollout.temperature=1, or rollout.engine=native"
@@ -335,6 +339,16 @@ class Config(Section):
         if best is not None and best.partition("/")[0] not in self.eval.sets:
             sets = ", ".join(self.eval.sets) or "none"
             raise ValueError(f"checkpoint.best: `{best}` must begin with the name of an evaluation set, here {sets}")
+        return self
+
+    @model_validator(mode="after")
+    def _reported_in_evaluations(self) -> Config:
+        if self.rollout.engine == "vllm" and self.rollout.is_cut and self.eval.temperature not in (0, 1):
+            raise ValueError(
+                f"eval.temperature: {self.eval.temperature} (--temperature) does not go with rollout.engine=vllm and "
+                "rollout.top_p or rollout.top_k, with which vLLM gives log-probabilities at temperature 1 only; set it "
+                "to 0 or 1, or rollout.engine=native"
+            )
         return self
 
     @property

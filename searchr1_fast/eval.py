@@ -28,14 +28,17 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate every set, print a table of each and one of all, and write the answers where asked."""
     arguments = _parser().parse_intermixed_args(argv)
-    config = load_config(arguments.config, arguments.overrides)
+    overrides = list(arguments.overrides)
+    if arguments.temperature is not None:
+        if arguments.temperature < 0:
+            raise ValueError(f"--temperature {arguments.temperature}: give 0 (greedy) or more")
+        overrides.append(f"eval.temperature={arguments.temperature}")
+    config = load_config(arguments.config, overrides)
     names = _chosen_sets(config, arguments.sets)
-    if arguments.temperature is not None and arguments.temperature < 0:
-        raise ValueError(f"--temperature {arguments.temperature}: give 0 (greedy) or more")
     if arguments.output is not None:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)  # fails now, not after an hour of answers
     model = model_directory(arguments.model or config.model.path)
-    results = _evaluate(config, names, model, arguments.temperature)
+    results = _evaluate(config, names, model)
     if arguments.output is not None and results:
         write_jsonl(arguments.output, (row for result in results for row in _answers(result)))
         Console().note(f"answers in {arguments.output}")
@@ -72,7 +75,7 @@ def _chosen_sets(config: Config, chosen: Sequence[str] | None) -> list[str]:
     return list(chosen or config.eval.sets)
 
 
-def _evaluate(config: Config, names: list[str], model_path: Path | str, temperature: float | None) -> list[EvalResult]:
+def _evaluate(config: Config, names: list[str], model_path: Path | str) -> list[EvalResult]:
     """Run the sets in turn on every rank, printing on the first; the results, on rank 0."""
     import torch
 
@@ -96,7 +99,7 @@ def _evaluate(config: Config, names: list[str], model_path: Path | str, temperat
             with ui.phase(f"eval {name}", mine) as progress:
                 result = evaluate(
                     model, tokenizer, environment, config,
-                    name=name, temperature=temperature, engine=engine, ranks=ranks, progress=progress,
+                    name=name, engine=engine, ranks=ranks, progress=progress,
                 )  # fmt: skip
             ui.rich.print(scores_table(name, result.metrics()))
             results.append(result)

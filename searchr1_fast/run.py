@@ -102,10 +102,10 @@ class Run:
         if trajectories is not None and due:
             self.log.write_trajectories(row["step"], trajectories)
 
-    def sync(self) -> None:
-        """Let the engine generate with the trained weights. A collective."""
+    def sync(self) -> dict[str, float]:
+        """Let the engine generate with the trained weights; what that took and found, of the worst rank. Collective."""
         self.policy.sync_replica()
-        self.engine.update_weights()
+        return {key: self.ranks.max(value) for key, value in self.engine.update_weights().items()}
 
     def note_best(self, row: Mapping[str, Any]) -> bool:
         """Whether the step's evaluation is the best so far by `checkpoint.best`, and is to be kept as that."""

@@ -14,6 +14,7 @@ are means over policy tokens of all minibatches, `grad_norm` a mean over optimiz
 waited for another (packing.py); a mean over optimizer steps.
 `search/…` are the step's searches on all ranks (retrieval/statistics.py), `time_search_wait` what the engine waited;
 `time_checkpoint…` what a save took (checkpoint_writer.py), in rows of steps that save, and no part of `time_step`.
+With vLLM, `time_handover` is the part of `time_sync` in which it got the weights and they were compared.
 Left out: rollouts that overlap the update. They would make every minibatch off-policy.
 """
 
@@ -74,10 +75,10 @@ def train(config: Config, ui: UserInterface | None = None) -> dict[str, Any]:
             with run.timers("update"):
                 updates = update(run, minibatches, step)
             with run.timers("sync"):
-                run.sync()
+                handover = run.sync()
             run.step = step
             metrics = {"step": step} | describe(run, trajectories, rewards, kept) | means(run, updates)
-            metrics |= run.take_search_statistics().row()
+            metrics |= run.take_search_statistics().row() | handover
             run.ui.step(metrics)
             stopped, last = bool(run.ranks.max(stop.requested)), step == config.train.num_steps
             if last or (is_due(step, config.train.eval_every) and not stopped):

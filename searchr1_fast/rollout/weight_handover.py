@@ -2,20 +2,25 @@
 
 What is not handed over stays as it was, and nothing complains: with a tied head and vLLM 0.32, weights without
 `lm_head.weight` leave the old head in place, and log-probabilities are off by up to 12 at the start of a run and by 0.2
-after the weights moved by a hundredth (`builtin:base`, Intel Xeon, 2026-11-27). So both sides score a few known
-sequences after every hand-over, the first of which finds random weights on the other side: what never arrives shows
-there. What arrived once and does not again is harder to see, as an update moves the scores by less than rounding
-explains: a receiver whose scores stay as they were, to the bit, while the model's move away is told apart by that. One
-that misses a part of the weights from then on shows when they have drifted past the tolerance, and in the metrics of
-agreement (`logprob_difference_max`) before.
+after the weights moved by a hundredth (`builtin:base`, Intel Xeon, 2026-11-27). So every hand-over is checked twice.
+
+`check_weights`: what the receiver computes with is the trainer's, number by number, on the device and without a copy.
+One weight of many that stays behind shows at the first step that moves it, a norm or a bias as well as a matrix; what a
+checksum of each would show, and without its collisions: both sides are in one process.
+
+`check_scores`: both sides score a few known sequences. It sees what the first cannot: a weight that the receiver has no
+plain copy of, something derived from the old weights, a sum over other numbers. The first of them finds random weights
+on the other side: what never arrives shows there. What arrived once and does not again is harder to see, as an update
+moves the scores by less than rounding explains: a receiver whose scores stay as they were, to the bit, while the
+model's move away is told apart by that.
 
 Shape legend
-    L  tokens of a known sequence    T  of all of them    D  hidden size    V  vocabulary
+    L  tokens of a known sequence    T  of all of them    D  hidden size    V  vocabulary    ...  a weight's own shape
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -32,6 +37,8 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}
 # How far the model's scores may move away in the mean, since the receiver's last moved, before theirs must: a margin
 # over a model whose sums are not ordered the same every time, far below what the tolerance lets pass.
 STANDSTILL = {torch.float32: 1e-5, torch.bfloat16: 0.02}
+COMPARED = 1 << 26  # numbers at a time: comparing them takes a byte each
+REMEDY = "take one that this was tested with (docs/architecture.md), or set rollout.engine=native"
 
 
 class Scores(NamedTuple):
@@ -47,6 +54,39 @@ def named_weights(model: Decoder) -> Iterator[tuple[str, torch.Tensor]]:
         yield name, parameter.detach()
     if model.config.tie_word_embeddings:
         yield "lm_head.weight", model.head_weight.detach()
+
+
+def check_weights(
+    weights: Mapping[str, torch.Tensor],  # [...] each
+    held: Iterable[tuple[str, torch.Tensor]],  # [...] each, of the trainer's device
+    receiver: str,
+) -> list[str]:
+    """Names of the weights of which the receiver showed no copy. ValueError where a copy is not the trainer's.
+
+    `held`: name and copy, in the receiver's own type, to which the trainer's numbers are rounded.
+    """
+    names, counts = [], []
+    for name, theirs in held:
+        names.append(name)
+        counts.append(count_unlike(weights[name], theirs))
+    found = torch.stack(counts).tolist() if counts else []  # the one wait for the device
+    unlike = {name: count for name, count in zip(names, found, strict=True) if count}
+    if unlike:
+        name, count = next(iter(unlike.items()))
+        raise ValueError(
+            f"{receiver} has not got the trainer's weights: {len(unlike)} of {len(weights)} differ, the first {name!r} "
+            f"in {count} of its {weights[name].numel()} numbers. Most likely this release names or shares weights in "
+            f"another way: {REMEDY}"
+        )
+    return [name for name in weights if name not in set(names)]
+
+
+@torch.no_grad()
+def count_unlike(mine: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:  # [...], [...] -> [] int64
+    """Numbers that differ, once they are of the same type. NaN differs from everything."""
+    rows = max(1, COMPARED * len(mine) // max(1, mine.numel()))
+    parts = zip(mine.split(rows), theirs.split(rows), strict=True)
+    return torch.stack([(one.to(other.dtype) != other).sum() for one, other in parts]).sum()
 
 
 def known_sequences(tokenizer: TextTokenizer, vocab_size: int, max_length: int) -> list[list[int]]:
@@ -71,34 +111,33 @@ def score(model: Decoder, sequences: list[list[int]]) -> np.ndarray:  # [T - seq
     return np.delete(after, starts - 1)
 
 
-def check_handover(
+def check_scores(
     model: Decoder,
     sequences: list[list[int]],
     scores: list[np.ndarray],  # [L - 1] fp32 each
     receiver: str,
     before: Scores | None = None,
-) -> Scores:
-    """ValueError where the receiver's scores are not the model's, or have not moved with it.
+) -> tuple[Scores, float]:
+    """-> what to give as `before` the next time, and the largest difference of two log-probabilities.
 
-    `before`: what the check after the hand-over before this one returned.
+    ValueError where the receiver's scores are not the model's, or have not moved with it.
     """
     now = Scores(score(model, sequences), np.concatenate(scores))
     differences, dtype = np.abs(now.receiver - now.model), model.head_weight.dtype
-    mean, most, allowed = differences.mean(), differences.max(), TOLERANCE[dtype]
+    mean, most, allowed = float(differences.mean()), float(differences.max()), TOLERANCE[dtype]
     if not mean <= allowed:  # NaN too
         raise ValueError(
             f"{receiver} has not got the trainer's weights: it scores known sequences otherwise, by {mean:.3g} in the "
             f"mean and {most:.3g} at most, where rounding explains {allowed:g}. Most likely this release names or "
-            "shares weights in another way: take one that this was tested with (docs/architecture.md), or set "
-            "rollout.engine=native"
+            f"shares weights in another way: {REMEDY}"
         )
     if before is None or not np.array_equal(before.receiver, now.receiver):
-        return now
+        return now, most
     moved = np.abs(now.model - before.model).mean()
     if moved > STANDSTILL[dtype]:
         raise ValueError(
             f"{receiver} still has the weights of an earlier step: its scores of known sequences have not changed at "
             f"all, and the trainer's by {moved:.3g} in the mean. Most likely this release renews weights in another "
-            "way: take one that this was tested with (docs/architecture.md), or set rollout.engine=native"
+            f"way: {REMEDY}"
         )
-    return before
+    return before, most

@@ -89,6 +89,10 @@ def test_eval_of_questions_without_a_corpus_searches_the_training_corpus(run, tm
         (["eval.sets={}"], "has no eval.sets"),
         (["--sets", "tony"], "--sets tony: the configuration's eval.sets are tiny"),
         (["--temperature", "-1"], "--temperature -1.0: give 0 (greedy) or more"),
+        (
+            ["rollout.engine=vllm", "rollout.top_p=0.9", "--temperature", "0.7"],
+            "eval.temperature: 0.7 (--temperature) does not go with rollout.engine=vllm",
+        ),
         (["--model", "no/such/model"], "no/such/model"),
         (["eval.sets.tiny.questions=gone.jsonl"], "gone.jsonl"),
         (["eval.sets.tiny.corpus=gone.jsonl"], "gone.jsonl"),

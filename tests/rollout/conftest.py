@@ -12,12 +12,13 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
+from vllm_stand_in import StandIn
 
 from searchr1_fast.config import RolloutConfig
 from searchr1_fast.models import Decoder, DecoderConfig, TextTokenizer
 from searchr1_fast.models.kv_cache import BLOCK_SIZE
 from searchr1_fast.protocol import INVALID_ACTION_MESSAGE, format_observation, parse_action
-from searchr1_fast.rollout import RolloutRequest
+from searchr1_fast.rollout import RolloutRequest, VllmEngine
 from searchr1_fast.rollout.sampling import stream_keys, uniforms
 from searchr1_fast.types import Action, FinishReason, Passage, Question
 
@@ -140,6 +141,17 @@ def config() -> RolloutConfig:
     return RolloutConfig(
         max_searches=3, max_turn_tokens=24, max_observation_tokens=60, max_sequence_tokens=260, max_num_seqs=5
     )
+
+
+@pytest.fixture
+def make_vllm_engine(tokenizer, config):
+    """model, sampling -> an engine over a stand-in for vLLM."""
+
+    def make(model, sampling=None, **stand_in) -> VllmEngine:
+        generator = StandIn(model, tokenizer.eos_ids, **stand_in)
+        return VllmEngine(model, tokenizer, config, sampling, generator=generator)
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,135 @@
+"""Trajectories of several turns with a search behind each but the last, after a script: rollout.py's second part.
+
+How long each turn is and what it asks for, a seed says; so every engine runs the same turns, whatever it samples. The
+searches are real: BM25 over a generated encyclopedia, all that asked at a step in one batch, the passages fitted into
+the observation's tokens as the trainer does it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+import rollout_engines as engines
+
+from searchr1_fast.config import RetrievalConfig, RolloutConfig, WorldConfig
+from searchr1_fast.models import Decoder, TextTokenizer
+from searchr1_fast.retrieval import open_retriever
+from searchr1_fast.rollout import Engine, VllmEngine
+from searchr1_fast.rollout.statistics import RolloutStatistics
+from searchr1_fast.rollout.observation import fit_observation
+from searchr1_fast.rollout.plain import PlainEngine
+from searchr1_fast.rollout.sequence import Sequence as Rollout
+from searchr1_fast.world import build_world
+
+LOCK_STEP = "lock-step, re-prefilled"
+TOPK = 5  # of the encyclopedia's articles, which are of about 95 tokens
+
+
+class Script:
+    """What happens in every trajectory, and the corpus that is searched."""
+
+    def __init__(self, options: argparse.Namespace, vocab_size: int, tokenizer: TextTokenizer) -> None:
+        generator = np.random.default_rng(1)
+        shape = (options.trajectories, options.searches + 1)
+        shortest = options.turn_tokens // 4
+        self.limits = generator.integers(shortest, 2 * options.turn_tokens - shortest, shape)  # tokens of each turn
+        self.prompts = generator.integers(0, vocab_size, (options.trajectories, options.prompt_tokens))
+        world = build_world(WorldConfig(style="rich", num_questions=0))
+        titles = [passage.title for passage in world.passages]
+        self.queries = generator.choice(titles, (options.trajectories, options.searches))
+        self.retriever = open_retriever(RetrievalConfig(backend="bm25"), world.passages)
+        self.tokenizer, self.observation_tokens = tokenizer, options.observation_tokens
+        longest = int(self.limits.sum(1).max()) + options.prompt_tokens + options.searches * options.observation_tokens
+        self.config = RolloutConfig(
+            max_num_seqs=options.max_num_seqs,
+            max_turn_tokens=int(self.limits.max()),
+            max_sequence_tokens=longest,
+            keep_cache=True,
+        )
+
+    @property
+    def num_searches(self) -> int:
+        """Of a trajectory."""
+        return self.queries.shape[1]
+
+    def observe(self, asking: list[tuple[Rollout, int, int]]) -> None:
+        """Search for sequences, each given with its place and the number of its turn; they have their next turn."""
+        queries = [str(self.queries[place, turn]) for _, place, turn in asking]
+        for (sequence, place, turn), passages in zip(asking, self.retriever.search(queries, TOPK), strict=True):
+            text = fit_observation(passages, self.tokenizer, self.observation_tokens)
+            sequence.append_observation(text.token_ids, text.text)
+            sequence.turn_limit = int(self.limits[place, turn + 1])
+
+
+def play(engine: Engine | VllmEngine, script: Script) -> tuple[list[np.ndarray], dict[str, Any]]:
+    """-> the tokens of every trajectory, and what was computed for them."""
+    engine.statistics = RolloutStatistics()
+    sequences = engines.make_sequences(script.prompts, script.limits[:, 0].tolist())
+    places = {id(sequence): place for place, sequence in enumerate(sequences)}
+    turns, seconds = [0] * len(sequences), 0.0
+    num_asked = sum(sequence.length for sequence in sequences)  # tokens that a turn begins behind
+    engine.add(sequences)
+    while engine.has_work:
+        asking = []
+        for sequence in engine.step():
+            place = places[id(sequence)]
+            if turns[place] == script.num_searches:
+                engine.release(sequence)
+            else:
+                asking.append((sequence, place, turns[place]))
+            turns[place] += 1
+        if asking:
+            started = time.perf_counter()
+            script.observe(asking)
+            seconds += time.perf_counter() - started
+        for sequence, _, _ in asking:
+            num_asked += sequence.length
+            engine.resume(sequence)
+    statistics = engine.statistics
+    return [sequence.tokens_from(0) for sequence in sequences], {
+        "tokens_computed": statistics.num_prefill_tokens + statistics.num_decode_tokens,
+        "tokens_that_exist": sum(sequence.length - 1 for sequence in sequences),  # nobody attends to the last
+        "cache_hit_share": 1 - statistics.num_prefill_tokens / num_asked,
+        "search_seconds": seconds,
+    }
+
+
+def replay_providers(
+    model: Decoder, tokenizer: TextTokenizer, options: argparse.Namespace, work: dict[str, Any], stack: ExitStack
+) -> dict[str, engines.Provider]:
+    """The native engine, its lock-step twin, and vLLM where it is installed. `work` gets what the last run of each
+    computed, and what vLLM's hand-over before it took; `stack` ends them."""
+    script = Script(options, model.config.vocab_size, tokenizer)
+
+    def player(name: str, engine: Engine | VllmEngine) -> engines.Provider:
+        report: dict[str, float] = {}
+
+        def run() -> list[np.ndarray]:
+            tokens, done = play(engine, script)
+            work[name] = done | report
+            return tokens
+
+        # Before the clock starts: vLLM's empties the cache, in which the last run's contexts are.
+        return engines.Provider(run, lambda: report.update(engine.update_weights()))
+
+    providers = {}
+    for name, kind in ((engines.OURS, Engine), (LOCK_STEP, PlainEngine)):
+        providers[name] = player(name, engines.native_engine(kind, model, tokenizer, script.config, temperature=1.0))
+    for dtype in engines.other_types(model) if engines.HAS_VLLM else ():
+        name = f"vLLM, {engines.type_name(dtype)}"
+        other = engines.vllm_engine(engines.in_type(model, dtype), tokenizer, script.config, 1.0, stack)
+        providers[name] = player(name, other)
+    return providers
+
+
+def describe(name: str, one: dict[str, Any]) -> str:
+    """A line about the work of one provider."""
+    share = one["tokens_computed"] / one["tokens_that_exist"]
+    return (
+        f"{name}: {one['tokens_computed']:,} tokens computed, {share:.2f} of those that exist; "
+        f"{one['cache_hit_share']:.3f} of the contexts were cached; {one['search_seconds']:.2f} s of searching"
+    )

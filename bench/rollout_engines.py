@@ -1,0 +1,101 @@
+"""What both parts of rollout.py share: the model, engines by name, sequences without a question, the clock."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+
+import numpy as np
+import torch
+
+from searchr1_fast.config import RolloutConfig
+from searchr1_fast.models import Decoder, DecoderConfig, TextTokenizer
+from searchr1_fast.models.published import published_config
+from searchr1_fast.rollout import Engine, RolloutRequest, SamplingParams, VllmEngine
+from searchr1_fast.rollout.sampling import stream_keys
+from searchr1_fast.rollout.sequence import Sequence as Rollout
+from searchr1_fast.types import Question
+
+OURS = "native"
+SHAPES = {
+    "small": DecoderConfig(4096, 256, 512, 4, 4, 2, tie_word_embeddings=True),
+    "3b": published_config("qwen2.5-3b"),
+}
+QUESTION = Question("", "", ("",), "bench")
+HAS_VLLM = importlib.util.find_spec("vllm") is not None
+
+
+class Provider:
+    """One way: how to run it, what its runs took and what it left. `prepare` is outside of the clock."""
+
+    def __init__(self, run: Callable[[], list[np.ndarray]], prepare: Callable[[], object] = lambda: None) -> None:
+        self.run, self.prepare = run, prepare
+        self.samples: list[dict[str, float]] = []
+        self.tokens: list[np.ndarray] = []
+
+    def measure(self) -> None:
+        """One run; it ends when its tokens are on the host."""
+        self.prepare()
+        cpu, wall = time.process_time(), time.perf_counter()
+        self.tokens = self.run()
+        self.samples.append({"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu})
+
+
+def build_model(shape: str, device: torch.device) -> Decoder:
+    """Random weights: fp32 on a CPU, bf16 on a GPU."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    with torch.device("meta"):
+        model = Decoder(SHAPES[shape])
+    model = model.to(dtype).to_empty(device=device).requires_grad_(False)
+    torch.manual_seed(0)
+    model.reset_parameters()
+    model.join_projections()
+    return model
+
+
+def other_types(model: Decoder) -> list[torch.dtype]:
+    """Those that others are measured in: the model's own, and on a CPU what they are built for."""
+    return list(dict.fromkeys([model.head_weight.dtype, torch.bfloat16]))
+
+
+def type_name(dtype: torch.dtype) -> str:
+    """As in a table."""
+    return str(dtype).removeprefix("torch.")
+
+
+def in_type(model: Decoder, dtype: torch.dtype) -> Decoder:
+    """The model, or a copy of it in another type."""
+    if model.head_weight.dtype == dtype:
+        return model
+    copy = Decoder(model.config).to(dtype).to(model.head_weight.device)
+    copy.load_state_dict(model.state_dict())
+    return copy.requires_grad_(False)
+
+
+def native_engine(
+    kind: type[Engine], model: Decoder, tokenizer: TextTokenizer, config: RolloutConfig, temperature: float
+) -> Engine:
+    """One whose turns end at their limit, as the tokenizer has no end of a sequence."""
+    return kind(model, tokenizer, config, SamplingParams(temperature), stop_at_tags=False)
+
+
+def vllm_engine(
+    model: Decoder, tokenizer: TextTokenizer, config: RolloutConfig, temperature: float, stack: ExitStack
+) -> VllmEngine:
+    """The trainer's engine over vLLM, until the stack ends. No random model writes a whole tag."""
+    engine = VllmEngine(model, tokenizer, config, SamplingParams(temperature))
+    stack.callback(engine.close)
+    return engine
+
+
+def make_sequences(prompts: np.ndarray, turn_limits: list[int]) -> list[Rollout]:
+    """One per prompt [S, n], each with its own stream."""
+    sequences = []
+    for place, key in enumerate(stream_keys(list(range(len(prompts))))):
+        sequence = Rollout(RolloutRequest(QUESTION, place, "", place), key)
+        sequence.append_prompt(prompts[place].tolist(), "")
+        sequence.turn_limit = turn_limits[place]
+        sequences.append(sequence)
+    return sequences
