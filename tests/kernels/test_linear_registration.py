@@ -56,13 +56,13 @@ def aims(options, rollout, advantages):
     return arguments(tokens, options.get("token_rows"), options.get("cu_seqlens"), options["loss"], False)
 
 
+@pytest.mark.parametrize("divisor", [(None, 9.0), (torch.tensor(9), 1.0)])
 @pytest.mark.parametrize("options", [{"loss": PolicyLoss(entropy_coefficient=0.1)}, SHARED])
-def test_opcheck_linear_policy_loss(options):
+def test_opcheck_linear_policy_loss(options, divisor):
     hidden, weight, targets, *of_tokens = problem()
     sides = (hidden.requires_grad_(), weight.requires_grad_())
-    torch.library.opcheck(
-        OPERATORS.linear_policy_loss.default, (*sides, targets, *aims(options, *of_tokens), 1.0, None, True, True)
-    )
+    settings = (*aims(options, *of_tokens), *divisor, 1.0, None, True, True, False)
+    torch.library.opcheck(OPERATORS.linear_policy_loss.default, (*sides, targets, *settings))
 
 
 @pytest.mark.parametrize("options", [{"loss": PolicyLoss()}, GSPO, SHARED])
@@ -145,7 +145,7 @@ def test_nothing_reads_values_off_the_device(kind, shared):
     assert total.shape == () and [slope.shape for slope in slopes] == [(300,), (300,)]
     assert metrics.shape == (NUM_METRICS,)
     if kind != "gspo":
-        total, metrics, *gradients = one_pass(hidden, weight, targets, *aims, 1.0, None, True, True)
+        total, metrics, *gradients = one_pass(hidden, weight, targets, *aims, None, 9.0, 1.0, None, True, True, True)
         assert total.shape == () and [g.shape for g in gradients] == [hidden.shape, weight.shape]
         assert metrics.shape == (NUM_METRICS,)
 
