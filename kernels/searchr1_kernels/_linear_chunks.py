@@ -397,7 +397,9 @@ def memory_budget(device: torch.device, most: int) -> int:
     if device.type != "cuda":
         return most
     free = torch.cuda.mem_get_info(device)[0]
-    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if free < 8 * most:  # torch's statistics are a dictionary of hundreds, made anew for every look
+        statistics = torch.cuda.memory_stats(device)
+        free += statistics.get("reserved_bytes.all.current", 0) - statistics.get("allocated_bytes.all.current", 0)
     return min(most, 1 << (free // 4).bit_length() >> 1)
 
 

@@ -198,7 +198,7 @@ def _forward(hidden, weight, targets, *rest):
         for where in chunks:
             chunk = operand(hidden[where])
             passes.scores(chunk, targets[where], logprobs[where], entropy[where])
-            slopes = objective.slopes(logprobs, where.start, where.stop)
+            *slopes, terms = objective.slopes(logprobs, where.start, where.stop)
             slopes = tuple(None if slope is None else slope / denominator for slope in slopes)
             live = live_rows(*slopes, _LIVE_SHARE)
             inputs = (targets[where], *slopes, entropy[where])
@@ -209,7 +209,7 @@ def _forward(hidden, weight, targets, *rest):
             gradients.add(*passes.gradient(*inputs), chunk, where)
         del passes  # their workspace has to go before the weight's gradient is copied to another type
         grad_hidden, grad_weight = gradients.results()
-    total, metrics = objective.value(logprobs, entropy)
+    total, metrics = objective.value(logprobs, entropy, terms if len(chunks) == 1 else None)
     value, nothing = (total / denominator).to(total.dtype), total.new_empty(0)
     return value, metrics, grad_hidden if want_hidden else nothing, grad_weight if want_weight else nothing
 
