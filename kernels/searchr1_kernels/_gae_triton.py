@@ -238,7 +238,7 @@ def _launch(kernel: Any, programs: int, types: tuple, tensors: tuple, numbers: t
     here their types say which, and to ask CUDA for each pointer whose it is. Not where a profiler has hooks in it.
 
     With checks in one expression and nothing imported on the way that makes 11 us of Python a call of 18, Triton's C
-    and CUDA not counted (AMD EPYC, 2026-11-27).
+    and CUDA not counted (one core of an Intel Xeon, 2026-11-27).
     """
     key = (id(kernel), types, TILE, NUM_WARPS)  # a kernel hashes its source
     compiled = _kernels.get(key)
