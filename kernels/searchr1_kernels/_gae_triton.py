@@ -219,7 +219,7 @@ def scan(rewards, values, cu_seqlens, gamma, decay, mask, outputs) -> None:
         with torch.cuda.device(device):
             scan(rewards, values, cu_seqlens, gamma, decay, mask, outputs)
         return
-    num_tokens, num_sequences = rewards.shape[0], cu_seqlens.shape[0] - 1
+    num_tokens, num_sequences = rewards.numel(), cu_seqlens.numel() - 1
     types = (device, rewards.dtype, values.dtype, mask is None, cu_seqlens.dtype, outputs.dtype, num_tokens >> 31)
     tensors = (rewards, values, rewards if mask is None else mask, cu_seqlens, outputs)
     numbers = (num_tokens, *_split(gamma, decay))

@@ -176,12 +176,12 @@ def _write(rewards, values, mask, carried, advantages, returns):
 
 def _scan_triton(rewards, values, cu_seqlens, gamma, lam, mask, dtype):
     """[2,N], inputs as `gae`."""
-    num_tokens = values.shape[0]
+    num_tokens = values.numel()  # half the time of a shape
     outputs = values.new_empty((2, num_tokens), dtype=dtype)
-    if num_tokens > 0 and cu_seqlens.shape[0] > 1:
+    if num_tokens > 0 and cu_seqlens.numel() > 1:
         mask = None if mask is None else mask.contiguous()
         inputs = (rewards.contiguous(), values.contiguous(), cu_seqlens.contiguous())
-        _triton().scan(*inputs, float(gamma), float(gamma * lam), mask, outputs)
+        _triton().scan(*inputs, gamma, gamma * lam, mask, outputs)
     return outputs
 
 
