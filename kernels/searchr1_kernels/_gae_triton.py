@@ -254,8 +254,9 @@ def _launch(kernel: Any, programs: int, types: tuple, tensors: tuple, numbers: t
 
 
 def _has_hooks() -> bool:
-    """Triton keeps lists of them."""
-    return bool(knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls)
+    """Triton keeps lists of them; who sets one in place of a list has one."""
+    before, after = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    return bool(getattr(before, "calls", before) or getattr(after, "calls", after))
 
 
 @functools.lru_cache(maxsize=16)

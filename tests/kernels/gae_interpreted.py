@@ -160,6 +160,11 @@ def test_a_profiler_is_noticed():
         hooks.add(hook)
         assert _gae_triton._has_hooks()
         hooks.remove(hook)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(knobs.runtime, "launch_enter_hook", None)
+        assert not _gae_triton._has_hooks()
+        patch.setattr(knobs.runtime, "launch_enter_hook", hook)
+        assert _gae_triton._has_hooks()
 
 
 def test_what_stands_at_masked_tokens_does_not_matter():

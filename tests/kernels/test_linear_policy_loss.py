@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from searchr1_kernels import PolicyLoss, _linear_chunks, linear_policy_loss, reference
@@ -339,6 +340,26 @@ def test_the_backward_pass_copies_no_gradient(monkeypatch):
         assert hidden.grad.data_ptr() == formed[0]
         assert (weight.grad.data_ptr() == formed[1]) == (rows.start == 0)
         torch.testing.assert_close(weight.grad, sum(single))
+
+
+@pytest.mark.parametrize("reentrant", [True, False, None])
+def test_what_saves_tensors_elsewhere_gets_the_same_gradients(reentrant):
+    """Checkpoints form them a second time; hooks give back what they were given, as tensors moved to a CPU are."""
+    inputs, _ = problem(20, dtype=torch.float32)
+    want = run(linear_policy_loss, inputs, denominator=7)
+    sides = [tensor.clone().requires_grad_() for tensor in inputs[:2]]
+
+    def loss(hidden, weight):
+        return linear_policy_loss(hidden, weight, *inputs[2:], denominator=7)[0]
+
+    if reentrant is None:
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.clone(), lambda tensor: tensor):
+            value = loss(*sides)
+    else:
+        value = torch.utils.checkpoint.checkpoint(loss, *sides, use_reentrant=reentrant)
+    (2.0 * value).backward()
+    for side, gradient in zip(sides, want[1:3], strict=True):
+        torch.testing.assert_close(side.grad, 2.0 * gradient)
 
 
 @pytest.mark.parametrize("denominator", [torch.tensor(7), torch.tensor(7.0, dtype=torch.float64)])
