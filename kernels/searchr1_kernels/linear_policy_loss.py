@@ -125,8 +125,9 @@ def linear_policy_loss(
         total, metrics, *_ = OBJECTIVE(*scores, *aims)
         value = (total / denominator).to(total.dtype)
     else:
-        divisor = (denominator, 1.0) if isinstance(denominator, torch.Tensor) else (None, denominator)
-        options = (*divisor, temperature, softcap, *wanted, True)  # the gradients that come back are dropped here
+        if not isinstance(denominator, torch.Tensor):  # a compiler takes every other number for another graph
+            denominator = denominator * torch.ones((), dtype=torch.float64, device="cpu")  # and so if it fills with it
+        options = (denominator, temperature, softcap, *wanted, True)  # the gradients that come back are dropped here
         value, metrics, *_ = _OPERATOR(hidden, weight, targets.long(), *aims, *options)
     named = dict(zip((*SUM_METRICS, *MAX_METRICS, *MIN_METRICS), metrics.unbind(), strict=True))
     if ref_logprobs is None:
@@ -183,8 +184,7 @@ def _check_token_rows(token_rows, hidden, mask) -> int:
 
 def _forward(hidden, weight, targets, *rest):
     """The schema's, on any device: log-probability, slope and gradient of one chunk after the other."""
-    *values, divisor, number, temperature, softcap, want_hidden, want_weight, _ = rest
-    denominator = number if divisor is None else divisor
+    *values, denominator, temperature, softcap, want_hidden, want_weight, _ = rest
     checks.check_indices("targets", targets, weight.shape[0])
     objective = Objective.of(len(hidden), tuple(values))
     with torch.cuda.device_of(hidden):  # Triton launches on the current device, whatever that of the tensors is
@@ -247,10 +247,10 @@ def _differentiate(ctx: Any, grad_value, *_):
     return *gradients, *(None,) * (ctx.num_inputs - 2)
 
 
-# A gradient that is not wanted is empty: operators cannot return None. The denominator is the divisor, or where there
-# is none the number. `may_change`: the backward pass may change the gradients that came back, as nobody has them.
+# A gradient that is not wanted is empty: operators cannot return None. The denominator is 0-d, on the device or a CPU.
+# `may_change`: the backward pass may change the gradients that came back, as nobody has them.
 _OPERATOR = register(
-    f"linear_policy_loss(Tensor hidden, Tensor weight, Tensor targets, {SCHEMA}, Tensor? divisor, float number, "
+    f"linear_policy_loss(Tensor hidden, Tensor weight, Tensor targets, {SCHEMA}, Tensor denominator, "
     "float temperature, float? softcap, bool want_hidden, bool want_weight, bool may_change) "
     "-> (Tensor value, Tensor metrics, Tensor grad_hidden, Tensor grad_weight)",
     _forward,

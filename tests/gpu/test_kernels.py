@@ -114,7 +114,7 @@ def test_torchs_own_checks():
         "masked_whiten": (rollout, None, None, 1e-8),
         "topk_inner_product": (numbers(4, 32), corpus, 3, None, TopKIndex(corpus).parts),
         "linear_logprob": (hidden.requires_grad_(), weight.requires_grad_(), targets, 0.7, None, True, True),
-        "linear_policy_loss": (hidden, weight, targets, *aims, None, 9.0, 1.0, None, True, True, False),
+        "linear_policy_loss": (hidden, weight, targets, *aims, torch.tensor(9.0), 1.0, None, True, True, False),
     }
     for name, values in arguments.items():
         torch.library.opcheck(getattr(OPERATORS, name).default, values)
