@@ -31,6 +31,7 @@ from searchr1_kernels import (
     topk_inner_product,
 )
 from searchr1_kernels.gae import _scan_torch
+from way_cases import gae_ways_case, head_ways_case
 
 IGNORED = -100  # a target that a cross-entropy leaves out
 
@@ -52,9 +53,20 @@ def cases(device: torch.device, kernels: list[str]) -> Iterator[Case]:
             yield head_case(device, dtype, **shape)
         if "score" in kernels:
             yield score_case(device, dtype, **shape)
-    if "gae" in kernels:
-        for sequences in (4096, 1100, 512, 64):
+    if "head_ways" in kernels:
+        for kept in (0.3, 1.0):
+            shape = base | {"kept": kept}
+            hidden, weight, targets, rows = head_problem(device, dtype, **shape)
+            bare = bare_products(hidden, weight, rows, backward=True)
+            yield head_ways_case(hidden, weight, targets, rows, bare, shape)
+    for sequences in (4096, 1100, 512, 64):
+        if "gae" in kernels:
             yield gae_case(device, 1_000_000, sequences)
+        if "gae_ways" in kernels:
+            problem = gae_problem(1_000_000, sequences)
+            rewards, values, mask, cu_seqlens = (tensor.to(device) for tensor in problem[:4])
+            options = {"gamma": 0.99, "lam": 0.95, "mask": mask}
+            yield gae_ways_case((rewards, values, cu_seqlens), options, {"tokens": len(mask), "sequences": sequences})
     if "group" in kernels:
         yield group_case(device, 4096, 512)
     if "kl" in kernels:
@@ -201,18 +213,23 @@ def cut_loss(targets: torch.Tensor) -> Callable[..., torch.Tensor]:
 # ------------------------------------------------------------------------------------------------------- advantages
 
 
-def gae_case(device, tokens: int, sequences: int) -> Case:
-    """Ragged sequences, 2 of 5 tokens the policy's. The loop has them padded, as a trainer that uses it does."""
+def gae_problem(tokens: int, sequences: int) -> tuple[torch.Tensor, ...]:
+    """rewards, values, mask [N] of ragged sequences, 2 of 5 tokens the policy's; cu_seqlens [S+1]; lengths [S]."""
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(1, 2 * tokens // sequences, (sequences,), generator=generator)
-    inside = torch.arange(int(lengths.max())) < lengths[:, None]  # [S, T]
-    total = int(lengths.sum())
-    mask = torch.rand(total, generator=generator) < 0.4
-    rewards, values = torch.randn(2, total, generator=generator)
+    mask = torch.rand(int(lengths.sum()), generator=generator) < 0.4
+    rewards, values = torch.randn(2, len(mask), generator=generator)
     rewards = rewards * mask  # the loop forgets what stands at masked tokens
+    return rewards, values, mask, F.pad(lengths.cumsum(0), (1, 0)).int(), lengths
+
+
+def gae_case(device, tokens: int, sequences: int) -> Case:
+    """`gae_problem`. The loop has it padded, as a trainer that uses it does."""
+    rewards, values, mask, cu_seqlens, lengths = gae_problem(tokens, sequences)
+    inside = torch.arange(int(lengths.max())) < lengths[:, None]  # [S, T]
+    total = len(mask)
     padded = [torch.zeros(inside.shape).masked_scatter(inside, x.float()).to(device) for x in (rewards, values, mask)]
-    cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).int().to(device)
-    rewards, values, mask, inside = (tensor.to(device) for tensor in (rewards, values, mask, inside))
+    rewards, values, mask, cu_seqlens, inside = (x.to(device) for x in (rewards, values, mask, cu_seqlens, inside))
     options = {"gamma": 0.99, "lam": 0.95, "mask": mask}
     providers = {
         OURS: Provider(lambda: gae(rewards, values, cu_seqlens, **options)),

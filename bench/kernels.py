@@ -6,7 +6,7 @@
 
 Kernels: head (loss and gradients from hidden states), score (log-probabilities without), gae, group, kl, cached
 (attention over the cache), generation (norm, rotation and SwiGLU of a decoding step), topk. The problems and providers
-are in kernel_cases.py.
+are in kernel_cases.py. On a GPU also head_ways and gae_ways: ours with each of its switches turned (way_cases.py).
 
 Where the time can go. The head is matrix products, so its floor is the bare products of the rows that count; what is
 above it is row passes, chunking, and products of rows that do not count. Scans, group statistics and KL move a few
@@ -16,8 +16,9 @@ which the products take longer.
 Every provider's result is compared with ours before anything is timed; the largest relative difference is in the row,
 which may be large where a provider rounds to 16 bits. Times are medians of interleaved repetitions, each of as many
 calls as fill two milliseconds; what takes more than a second is measured once. On a GPU a repetition is timed by
-events, with the queue kept full: short kernels show what a loop of calls costs, and `device_seconds` what the device
-itself was busy (from the profiler). `cpu_seconds` is the process's CPU time: on one thread, what a quiet machine would
+events: short kernels show what a loop of calls costs, a call that fills the two milliseconds alone begins behind as
+much waiting, so that it has a full queue as it has in a training step, and `device_seconds` is what the device itself
+was busy (from the profiler). `cpu_seconds` is the process's CPU time: on one thread, what a quiet machine would
 take. "roofline" is the time that matrix units at the rate of a large product, or memory at the rate of a large copy,
 would need, over the time taken; integer products may pass 100 %.
 
@@ -46,7 +47,9 @@ from searchr1_fast.console import make_console
 from searchr1_fast.errors import entry_point
 
 KERNELS = ("head", "score", "gae", "group", "kl", "cached", "generation", "topk")
+WAYS = ("head_ways", "gae_ways")
 _FILL_SECONDS = 2e-3
+_FILL_CYCLES = 4_000_000  # of a GPU at 2 GHz
 _SLOW_SECONDS = 1.0  # of a call that is not repeated
 _PROFILED_SECONDS = 0.1  # of calls under the profiler, which keeps an event per launch: a loop of launches has millions
 
@@ -70,6 +73,8 @@ class Clock:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
         cpu = time.process_time()
+        if calls == 1:
+            torch.cuda._sleep(_FILL_CYCLES)
         begin.record()
         for _ in range(calls):
             provider.run()
@@ -249,7 +254,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         description="Each kernel beside other ways to the same result.",
         epilog="example:\n  python bench/kernels.py gae topk --output --plot",
     )  # fmt: skip
-    parser.add_argument("kernels", nargs="*", metavar="KERNEL", help=f"{', '.join(KERNELS)} (default: all)")
+    known = KERNELS + WAYS
+    parser.add_argument("kernels", nargs="*", metavar="KERNEL", help=f"{', '.join(known)} (default: all)")
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     parser.add_argument("--repetitions", type=int, default=5, help="of every provider (default: 5)")
     parser.add_argument(
@@ -258,9 +264,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     harness.add_output_argument(parser, "kernels")
     arguments = parser.parse_args(argv)
-    unknown = [name for name in arguments.kernels if name not in KERNELS]
+    unknown = [name for name in arguments.kernels if name not in known]
     if unknown:
-        raise ValueError(f"{unknown[0]!r} is none of {', '.join(KERNELS)}")
+        raise ValueError(f"{unknown[0]!r} is none of {', '.join(known)}")
     if arguments.repetitions < 1:
         raise ValueError(f"--repetitions {arguments.repetitions}: give at least 1")
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -268,7 +274,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         raise ValueError(f"--device {device}: give cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no CUDA device here")
-    arguments.device, arguments.kernels = torch.device(device), arguments.kernels or list(KERNELS)
+    if device == "cpu" and set(arguments.kernels) & set(WAYS):
+        raise ValueError(f"{', '.join(WAYS)}: need a GPU, on a CPU there is one way")
+    arguments.device = torch.device(device)
+    arguments.kernels = arguments.kernels or list(KERNELS if device == "cpu" else known)
     return arguments
 
 

@@ -328,19 +328,20 @@ def _update(config: Config, decoder: DecoderConfig, num_ranks: int, batch: Batch
 
 def head_bytes(decoder: DecoderConfig, size: int, num_scored: int) -> list[tuple[str, int]]:
     """`linear_policy_loss` on CUDA at its peak: both gradients of the head, and a chunk of logits with its gradient; or
-    if that is more, in the backward pass, the weight's gradient in the compute type."""
+    if that is more, the weight's gradient once more, in the compute type."""
     weight = decoder.vocab_size * decoder.hidden_size
     row = decoder.vocab_size * (_FP32 + (size if size != _FP32 else 0))
     rows, _ = _head_chunks(num_scored, CHUNK_BYTES // row)
-    ways = [(rows * row, _FP32 * weight)]
+    ways = [(rows * row, _FP32 * weight, 0)]
     if size != _FP32:  # which way a GPU takes, its architecture says
         rows, chunks = _head_chunks(num_scored, KEPT_BYTES // (decoder.vocab_size * size))
-        ways.append((rows * decoder.vocab_size * size, (size if chunks == 1 else _FP32) * weight))
-    logits, gradient = max(ways, key=sum)
+        product = _FP32 * rows * decoder.hidden_size  # a chunk's gradient of hidden states, before it is scaled
+        ways.append((rows * decoder.vocab_size * size, (size if chunks == 1 else _FP32) * weight, product))
+    logits, gradient, product = max(ways, key=sum)
     return [
         ("logits of a chunk", max(logits, size * weight)),
         ("weight's gradient", gradient),
-        ("hidden states and gradient", 2 * num_scored * decoder.hidden_size * size),
+        ("hidden states and gradient", 2 * num_scored * decoder.hidden_size * size + product),
     ]
 
 

@@ -27,16 +27,19 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
+from triton import knobs
+from triton.runtime import driver
 
-# 4,096 sequences of 244 tokens are one tile each; by their registers 6 programs fit on a multiprocessor.
+# 4,096 sequences of 244 tokens are one tile each; by their registers 6 programs of `scan_sequences` fit on a
+# multiprocessor (sm_90, Triton 3.6; 5 of 3.9), 10 and 12 of the others.
 TILE = 512
 NUM_WARPS = 4
 # Tokens per sequence from which on every tile gets a program: a program would scan 16 tiles or more in a row.
 _LONG = 16 * TILE
-# Whether to remember compiled kernels of `scan_sequences` by the types of its arguments.
+# Whether to remember compiled kernels by the types of their arguments.
 LAUNCH_DIRECTLY = True
 _kernels: dict[tuple, Any] = {}
-_POINTERS = ["rewards", "values", "mask", "cu_seqlens", "outputs"]
+_POINTERS = ["rewards", "values", "mask", "cu_seqlens", "outputs", "maps"]
 # Nothing is loaded or stored in vectors, so no launch needs to look at what divides what.
 _ANY = {"do_not_specialize_on_alignment": _POINTERS}
 
@@ -65,15 +68,20 @@ def _place(cu_seqlens, num_sequences, search_steps, B: tl.constexpr):
 @triton.jit
 def _load(rewards, values, mask, begin, last, end, B: tl.constexpr, MASKED: tl.constexpr):
     """-> reward, value and mask [B] of the tokens that follow those from `last` down; 0, 0 and 1 past either end."""
-    token = last - tl.arange(0, B)
-    following = token + 1
-    known = (token >= begin) & (following < end)
-    reward = tl.load(rewards + following, mask=known, other=0.0)
-    value = tl.load(values + following, mask=known, other=0.0)
+    back = tl.arange(0, B)
+    known = (back < _clip(last + 1 - begin, B)) & (back > _clip(last + 1 - end, B))
+    reward = tl.load(rewards + (last + 1) - back, mask=known, other=0.0)
+    value = tl.load(values + (last + 1) - back, mask=known, other=0.0)
     kept = known  # read if MASKED
     if MASKED:
-        kept = tl.load(mask + following, mask=known, other=1) != 0
+        kept = tl.load(mask + (last + 1) - back, mask=known, other=1) != 0
     return reward, value, kept
+
+
+@triton.jit
+def _clip(number, B: tl.constexpr):
+    """A difference of places as a number of 32 bits: beyond a tile all are alike."""
+    return tl.maximum(tl.minimum(number, B), -1).to(tl.int32)
 
 
 @triton.jit
@@ -81,24 +89,24 @@ def _scan(
     reward, value, kept, begin, last, end, gamma, gamma_rest, decay, decay_rest,
     B: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """What `_load` gives -> tokens [B] from `last` down, and the maps that give the X each of them gets, of the X that
+    """What `_load` gives -> the maps [B] that give the X that each of the tokens from `last` down gets, of the X that
     `last` gets."""
+    back = tl.arange(0, B)
     gamma = tl.zeros((B,), tl.float64) + gamma + gamma_rest
     decay = tl.zeros((B,), tl.float64) + decay + decay_rest
-    token = last - tl.arange(0, B)
-    following = token + 1
     reward, value = reward.to(tl.float64), value.to(tl.float64)
     a = decay
     b = gamma * value + decay * (reward - value)
     if MASKED:
         a = tl.where(kept, a, 1.0)
         b = tl.where(kept, b, reward)
-    a = tl.where(following < end, a, 0.0)
-    b = tl.where(following < end, b, 0.0)
-    a = tl.where(token >= begin, a, 1.0)
-    b = tl.where(token >= begin, b, 0.0)
-    a, b = tl.associative_scan((a, b), 0, _compose)
-    return token, a, b
+    followed = back > _clip(last + 1 - end, B)
+    a = tl.where(followed, a, 0.0)
+    b = tl.where(followed, b, 0.0)
+    inside = back < _clip(last + 1 - begin, B)
+    a = tl.where(inside, a, 1.0)
+    b = tl.where(inside, b, 0.0)
+    return tl.associative_scan((a, b), 0, _compose)
 
 
 @triton.jit
@@ -108,18 +116,22 @@ def _last(a, B: tl.constexpr):
 
 
 @triton.jit
-def _write(rewards, values, mask, outputs, num_tokens, token, begin, x, MASKED: tl.constexpr):
-    inside = token >= begin
-    reward = tl.load(rewards + token, mask=inside, other=0.0).to(tl.float64)
-    value = tl.load(values + token, mask=inside, other=0.0).to(tl.float64)
+def _write(
+    rewards, values, mask, outputs, num_tokens, begin, last, x, B: tl.constexpr, MASKED: tl.constexpr
+):  # fmt: skip
+    """Of the tokens from `last` down, of what they get, x [B]."""
+    back = tl.arange(0, B)
+    inside = back < _clip(last + 1 - begin, B)
+    reward = tl.load(rewards + last - back, mask=inside, other=0.0).to(tl.float64)
+    value = tl.load(values + last - back, mask=inside, other=0.0).to(tl.float64)
     advantage = reward - value + x
     total = advantage + value
     if MASKED:
-        kept = tl.load(mask + token, mask=inside, other=0) != 0
+        kept = tl.load(mask + last - back, mask=inside, other=0) != 0
         advantage = tl.where(kept, advantage, 0.0)
         total = tl.where(kept, total, 0.0)
-    tl.store(outputs + token, advantage.to(outputs.dtype.element_ty), mask=inside)
-    tl.store(outputs + num_tokens + token, total.to(outputs.dtype.element_ty), mask=inside)
+    tl.store(outputs + last - back, advantage.to(outputs.dtype.element_ty), mask=inside)
+    tl.store(outputs + num_tokens + last - back, total.to(outputs.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["num_tokens"], **_ANY)
@@ -142,16 +154,17 @@ def scan_sequences(
     begin = tl.load(cu_seqlens + sequence).to(tl.int64)
     end = tl.load(cu_seqlens + sequence + 1).to(tl.int64)
     reward, value, kept = _load(rewards, values, mask, begin, end - 1, end, B, MASKED)
-    carry = tl.sum(tl.zeros((B,), tl.float64), 0)
+    carry = tl.full((), 0.0, tl.float64)
     last = end - 1
     for _ in range(tl.cdiv(end - begin, B).to(tl.int32)):
         after = _load(rewards, values, mask, begin, last - B, end, B, MASKED)
-        token, a, b = _scan(
+        a, b = _scan(
             reward, value, kept, begin, last, end, gamma, gamma_rest, decay, decay_rest, B, MASKED
         )  # fmt: skip
         x = b + a * carry
-        _write(rewards, values, mask, outputs, num_tokens, token, begin, x, MASKED)
-        carry = _last(x, B)
+        _write(rewards, values, mask, outputs, num_tokens, begin, last, x, B, MASKED)
+        if last - B >= begin:  # the warps would wait for each other, and most sequences are one tile
+            carry = _last(x, B)
         reward, value, kept = after
         last -= B
 
@@ -168,13 +181,13 @@ def scan_tiles(
     last = end - 1 - number.to(tl.int64) * B
     if last >= begin:
         reward, value, kept = _load(rewards, values, mask, begin, last, end, B, MASKED)
-        token, a, b = _scan(
+        a, b = _scan(
             reward, value, kept, begin, last, end, gamma, gamma_rest, decay, decay_rest, B, MASKED
         )  # fmt: skip
         tl.store(maps + tl.program_id(0), _last(a, B))
         tl.store(maps + tl.num_programs(0) + tl.program_id(0), _last(b, B))
         if number == 0:
-            _write(rewards, values, mask, outputs, num_tokens, token, begin, b, MASKED)
+            _write(rewards, values, mask, outputs, num_tokens, begin, last, b, B, MASKED)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_sequences", "search_steps"], **_ANY)
@@ -188,62 +201,80 @@ def apply_carries(
     last = end - 1 - number.to(tl.int64) * B
     if (last >= begin) & (number > 0):
         maps += tl.program_id(0) - number
-        carry = tl.sum(tl.zeros((B,), tl.float64), 0)
+        carry = tl.full((), 0.0, tl.float64)
         for done in tl.range(0, number, loop_unroll_factor=8):  # loads that do not wait for each other
             carry = tl.load(maps + tl.num_programs(0) + done) + tl.load(maps + done) * carry
         reward, value, kept = _load(rewards, values, mask, begin, last, end, B, MASKED)
-        token, a, b = _scan(
+        a, b = _scan(
             reward, value, kept, begin, last, end, gamma, gamma_rest, decay, decay_rest, B, MASKED
         )  # fmt: skip
-        _write(rewards, values, mask, outputs, num_tokens, token, begin, b + a * carry, MASKED)
+        _write(rewards, values, mask, outputs, num_tokens, begin, last, b + a * carry, B, MASKED)
 
 
 def scan(rewards, values, cu_seqlens, gamma, decay, mask, outputs) -> None:
     """Fills advantages and returns, outputs [2, N]; all contiguous, on one device, N and S above 0; mask [N] bool or
     None."""
-    num_tokens, num_sequences = rewards.shape[0], cu_seqlens.shape[0] - 1
-    tensors = (rewards, values, rewards if mask is None else mask.view(torch.uint8), cu_seqlens, outputs)
-    numbers = (num_tokens, *_split(gamma), *_split(decay))
-    options = {"B": TILE, "MASKED": mask is not None, "num_warps": NUM_WARPS}
-    with torch.cuda.device_of(rewards):
-        if num_tokens <= _LONG * num_sequences:
-            _launch_sequences(num_sequences, tensors, numbers, options)
-            return
-        num_tiles = num_tokens // TILE + num_sequences
-        maps = torch.empty(2, num_tiles, dtype=torch.float64, device=rewards.device)
-        numbers = (*numbers, num_sequences, num_sequences.bit_length())
-        scan_tiles[(num_tiles,)](*tensors, maps, *numbers, **options)
-        apply_carries[(num_tiles,)](*tensors, maps, *numbers, **options)
+    device = rewards.get_device()  # -1 in the interpreter
+    if device >= 0 and device != driver.active.get_current_device():
+        with torch.cuda.device(device):
+            scan(rewards, values, cu_seqlens, gamma, decay, mask, outputs)
+        return
+    num_tokens, num_sequences = rewards.numel(), cu_seqlens.numel() - 1
+    types = (device, rewards.dtype, values.dtype, mask is None, cu_seqlens.dtype, outputs.dtype, num_tokens >> 31)
+    tensors = (rewards, values, rewards if mask is None else mask, cu_seqlens, outputs)
+    numbers = (num_tokens, *_split(gamma, decay))
+    if num_tokens <= _LONG * num_sequences:
+        _launch(scan_sequences, num_sequences, types, tensors, numbers)
+        return
+    num_tiles = num_tokens // TILE + num_sequences
+    tensors = (*tensors, torch.empty(2, num_tiles, dtype=torch.float64, device=rewards.device))
+    numbers = (*numbers, num_sequences, num_sequences.bit_length())
+    _launch(scan_tiles, num_tiles, types, tensors, numbers)
+    _launch(apply_carries, num_tiles, types, tensors, numbers)
 
 
-def _launch_sequences(num_sequences: int, tensors: tuple, numbers: tuple, options: dict[str, Any]) -> None:
-    """`scan_sequences`. From the second call on without what Triton's launcher does on the host to find the kernel that
-    fits the arguments: here their types say which."""
-    types = (tensor.dtype for tensor in tensors)
-    key = (tensors[0].device, *types, numbers[0] >> 31, *options.values())
-    kernel = _kernels.get(key) if LAUNCH_DIRECTLY else None
-    if kernel is None:
-        _kernels[key] = scan_sequences[(num_sequences,)](*tensors, *numbers, **options)  # None in the interpreter
-    else:
-        kernel[(num_sequences, 1, 1)](*tensors, *numbers, options["B"], options["MASKED"])
+def _launch(kernel: Any, programs: int, types: tuple, tensors: tuple, numbers: tuple) -> None:
+    """From the second call on without what Triton does on the host: to find the kernel that fits the arguments, where
+    here their types say which, and to ask CUDA for each pointer whose it is. Not where a profiler has hooks in it.
+
+    With checks in one expression and nothing imported on the way that makes 11 us of Python a call of 18, Triton's C
+    and CUDA not counted (one core of an Intel Xeon, 2026-11-27).
+    """
+    key = (id(kernel), types, TILE, NUM_WARPS)  # a kernel hashes its source
+    compiled = _kernels.get(key)
+    if compiled is None or not LAUNCH_DIRECTLY or _has_hooks():
+        tensors = (tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor for tensor in tensors)
+        options = {"B": TILE, "MASKED": not types[3], "num_warps": NUM_WARPS}
+        _kernels[key] = kernel[(programs,)](*tensors, *numbers, **options)  # None in the interpreter
+        return
+    compiled.run(
+        programs, 1, 1, driver.active.get_current_stream(types[0]), compiled.function, compiled.packed_metadata,
+        None, None, None, *[tensor.data_ptr() for tensor in tensors], *numbers, TILE, not types[3],
+    )  # fmt: skip
+
+
+def _has_hooks() -> bool:
+    """Triton keeps lists of them; who sets one in place of a list has one."""
+    before, after = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    return bool(getattr(before, "calls", before) or getattr(after, "calls", after))
 
 
 @functools.lru_cache(maxsize=16)
-def _split(number: float) -> tuple[float, float]:
-    """Two fp32 numbers whose sum is an fp64 one, to 2^-48: a launch rounds what it is given to fp32."""
-    high = float(np.float32(number))
-    return high, number - high
+def _split(*numbers: float) -> tuple[float, ...]:
+    """For each two fp32 numbers whose sum is an fp64 one, to 2^-48: a launch rounds what it is given to fp32."""
+    highs = [float(np.float32(number)) for number in numbers]
+    return tuple(part for number, high in zip(numbers, highs, strict=True) for part in (high, number - high))
 
 
 def compile_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int, int, set[str]]]:
     """What is shipped, for the compile test: name, kernel, signature, constants, warps, stages, and the arguments that
-    are multiples of 16."""
+    are multiples of 16: none need be."""
     pointers = {"rewards": "*fp32", "values": "*fp32", "mask": "*u8", "cu_seqlens": "*i32", "outputs": "*fp32"}
     numbers = dict.fromkeys(("gamma", "gamma_rest", "decay", "decay_rest"), "fp32") | {"num_tokens": "i32"}
     tiled = pointers | numbers | {"maps": "*fp64", "num_sequences": "i32", "search_steps": "i32"}
     constants = {"B": TILE, "MASKED": True}
     return [
         ("gae_scan_sequences", scan_sequences, pointers | numbers, constants, NUM_WARPS, 3, set()),
-        ("gae_scan_tiles", scan_tiles, tiled, constants, NUM_WARPS, 3, {"maps"}),
-        ("gae_apply_carries", apply_carries, tiled, constants, NUM_WARPS, 3, {"maps"}),
+        ("gae_scan_tiles", scan_tiles, tiled, constants, NUM_WARPS, 3, set()),
+        ("gae_apply_carries", apply_carries, tiled, constants, NUM_WARPS, 3, set()),
     ]

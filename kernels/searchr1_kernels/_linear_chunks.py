@@ -5,7 +5,8 @@ to a chunk's logits: `PlainRows` here, in torch, its faster twin `FusedRows` in 
 matrix product of our own is worth it `KeptRows` in `_linear_gradient_triton`. All offer
 
     scores(rows, …)     logits, then log-probability and entropy of every row
-    gradient(…)         after that: the gradient of the logits, for the two matrix products that remain
+    gradient(…)         after that: the gradient of the logits, for the two matrix products that remain, and what its
+                        rows are still to be multiplied by, or None
 
 and `PlainRows` also recall(rows, …), logits again for a backward pass of its own (that of `FusedRows` is in
 `_linear_slabs`), and select(…), to go on with some of the rows.
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 
 from searchr1_kernels._installed import has_triton
+from searchr1_kernels._scaling import scale_rows
 
 # Bytes of one chunk's logits and their gradient. CPU: small enough for the cache. CUDA: large enough for the matrix
 # products, but at most a quarter of the free memory.
@@ -103,7 +105,7 @@ class PlainRows:
         if self.softcap is not None:
             self._tanh = self._tanh[index]
 
-    def gradient(self, targets, g, e, entropy) -> torch.Tensor:  # [C,V] in the dtype of the operand
+    def gradient(self, targets, g, e, entropy) -> tuple[torch.Tensor, None]:  # [C,V] in the dtype of the operand
         """targets [C]; g, e [C] the gradients of log-probability and entropy H [C], e None where there is none.
 
         With p the probabilities
@@ -119,7 +121,7 @@ class PlainRows:
             gradient.scatter_add_(1, targets, g)
         if self.softcap is not None:
             gradient.addcmul_(gradient, self._tanh.square_(), value=-1)
-        return gradient.to(self.weight.dtype)
+        return gradient.to(self.weight.dtype), None
 
     def _products(self, rows: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """Logits after softcap and temperature. A gradient wants the tanh as well."""
@@ -237,7 +239,7 @@ def gradient_chunks(
         rows = operand(hidden[chunk])
         passes.recall(rows, saved[chunk] if chunk.stop <= len(saved) else None, grad_entropy is not None)
         g, e, h = (None if x is None else x[chunk] for x in (grad_logprobs, grad_entropy, entropy))
-        gradients.add(passes.gradient(targets[chunk], g, e, h), rows, chunk)
+        gradients.add(*passes.gradient(targets[chunk], g, e, h), rows, chunk)
     grad_hidden, grad_weight = gradients.results()
     if live is not None and want_hidden:
         grad_hidden = grad_hidden.new_zeros(num_rows, hidden.shape[1]).index_copy_(0, live, grad_hidden)
@@ -267,17 +269,35 @@ class Gradients:
         self._weight_dtype, self._compute = weight_gradient_dtype(weight), compute_dtype(hidden)
         self._weight: torch.Tensor | None = None
 
-    def add(self, gradient: torch.Tensor, rows: torch.Tensor, where: slice | torch.Tensor) -> None:
-        """gradient [C,V] of the logits of rows [C,D], as `operand` gives them, which are those `where` in N."""
-        if self._hidden is not None and isinstance(where, slice):
+    def add(
+        self, gradient: torch.Tensor, scales: torch.Tensor | None, rows: torch.Tensor, where: slice | torch.Tensor
+    ) -> None:  # fmt: skip
+        """gradient [C,V], its rows times scales [C] or None, of the logits of rows [C,D], as `operand` gives them,
+        which are those `where` in N."""
+        if self._hidden is not None:
+            self._add_hidden(gradient, scales, where)
+        if self._want_weight:
+            if scales is not None:
+                unscaled, rows = rows, torch.empty_like(rows, memory_format=torch.contiguous_format)
+                scale_rows(unscaled, scales, out=rows)
+            self._add_weight(gradient, rows)
+
+    def _add_hidden(self, gradient, scales, where) -> None:
+        if scales is not None:  # of an fp32 product, so that it is rounded once
+            part = self._hidden.new_empty(len(gradient), self._shape[1], dtype=self._compute)
+            multiply(gradient, self.operand, out=part)
+            scale_rows(part, scales, out=self._hidden[where])
+        elif isinstance(where, slice):
             multiply(gradient, self.operand, out=self._hidden[where])
-        elif self._hidden is not None:
-            part = self._hidden.new_empty(len(rows), self._hidden.shape[1])
+        else:
+            part = self._hidden.new_empty(len(gradient), self._shape[1])
             multiply(gradient, self.operand, out=part)
             self._hidden[where] = part
+
+    def _add_weight(self, gradient, rows) -> None:
         if self._weight is not None:
             multiply_add(gradient.t(), rows, out=self._weight)
-        elif self._want_weight:
+        else:
             # One chunk is a sum that the product makes, and rounds once.
             dtype = self._weight_dtype if len(rows) == self._num_rows else self._compute
             self._weight = rows.new_empty(self._shape, dtype=dtype)
@@ -377,7 +397,9 @@ def memory_budget(device: torch.device, most: int) -> int:
     if device.type != "cuda":
         return most
     free = torch.cuda.mem_get_info(device)[0]
-    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if free < 8 * most:  # torch's statistics are a dictionary of hundreds, made anew for every look
+        statistics = torch.cuda.memory_stats(device)
+        free += statistics.get("reserved_bytes.all.current", 0) - statistics.get("allocated_bytes.all.current", 0)
     return min(most, 1 << (free // 4).bit_length() >> 1)
 
 

@@ -4,12 +4,23 @@ With a row's normalizer known (`linear_logprob`'s backward pass), `differentiate
 the operand's type, 2 bytes a logit for bf16; fp32 logits that a library writes, a pass reads, and turns into a gradient
 move 10.
 
-Where it is not yet known (`linear_policy_loss`, which goes through the head once), `keep_probabilities` writes a tile
-of probabilities times an unknown factor: 2^((z - m) scale), m being the row's maximum so far, which is at most 1. What
-the factor was is known afterwards, and `normalize_rows` turns them into gradients in place: 6 bytes a logit, against
-14. They are rounded to the operand's type on both ways, relative to themselves. What would suffer from that, the
-target's 1 - p, is formed from its fp32 log-probability. Left out: a softcap, whose slope wants the logit itself, and
-with which the first kernel spills (Triton 3.6, sm_90).
+Where it is not yet known (`linear_policy_loss`, which goes through the head once), `keep_probabilities` writes
+probabilities times an unknown factor, 2^((z - m) scale), m being the logit of the row's target, which `target_logits`
+finds first. A tile in which a logit is above that by more than `_HEADROOM` takes its maximum for m, and so do the
+span's later tiles; a sampler's choice is seldom so unlikely. What the factor was is known afterwards, and
+`normalize_rows` does what remains:
+
+- Where m was the target's all along, a row is one factor away from its gradient: p is 2^((z - m) scale - log2 sum).
+  It sets the target's place, and gives the factor to the two products, which it suits to multiply [C,D] instead of
+  [C,V]: grad_hidden = diag(s) K weight, and grad_weight = K^T (diag(s) hidden). 2 bytes a logit in all, written once.
+- Other rows it turns into gradients in place, and so all rows with a gradient of the entropy, which is not linear in p:
+  6 bytes a logit, against the 14 of a library's fp32 logits.
+
+Rounded to the operand's type, relative to themselves, are probabilities and then either gradients or, for grad_weight
+alone, rows of hidden. What would suffer from that, the target's 1 - p, is formed from its fp32 log-probability, and so
+rounded once or, with a row of hidden, twice: grad_weight, itself rounded to bf16, is then off by 2.9e-3 of its norm and
+not by 2.4e-3, grad_hidden by 2.3e-3 on both ways (512 rows of 256, V 8,192, flat and peaky, in bf16 on a CPU). Left
+out: a softcap, whose slope wants the logit itself, and with which `keep_probabilities` spills (Triton 3.6, sm_90).
 
 Shape legend: C rows of a chunk, D hidden size, V vocabulary, W columns of a slab, S spans and T tiles of a row.
 """
@@ -31,6 +42,14 @@ ARCHITECTURES = forward.ARCHITECTURES
 # Tiles of a row that a program of `normalize_rows` holds at a time, and its warps.
 _TILES_AT_ONCE = 32
 _ROW_WARPS = 8
+# Columns and warps of a program of `target_logits`.
+_DEPTH, _DEPTH_WARPS = 1024, 4
+# By how many powers of two a probability may exceed the target's before it is related to a maximum. All of them are in
+# the range of bf16 and of fp32 sums, and a row's entropy, a difference of two numbers about as large, is good to 1e-5.
+# Of 151,936 tokens those this unlikely are together 4e-5 at the most, so a sampler finds one in 28,000 tokens or none.
+_HEADROOM = 32.0
+# Whether rows are left to the products to multiply.
+SCALE_ROWS = True
 # A row of gradients begins at a multiple of so many numbers: descriptors want 16 bytes.
 _ALIGNED = 8
 
@@ -87,13 +106,39 @@ def differentiate_products(
         gradient_desc.store([row, column], gradient.to(gradient_desc.dtype))
 
 
+@triton.jit
+def target_logits(
+    hidden_ptr,  # [N, D]
+    weight_ptr,  # [V, D]
+    targets_ptr,  # [N] int64
+    logits_ptr,  # [N] fp32: 0 where the target is no token
+    V,
+    D,
+    hidden_stride,
+    weight_stride,
+    DEPTH: tl.constexpr,
+):
+    """A row's dot product."""
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(targets_ptr + row)
+    readable = tl.where((target >= 0) & (target < V), D, 0)
+    products = tl.zeros([DEPTH], tl.float32)
+    for depth in range(0, D, DEPTH):
+        columns = depth + tl.arange(0, DEPTH)
+        left = tl.load(hidden_ptr + row * hidden_stride + columns, mask=columns < readable, other=0.0)
+        right = tl.load(weight_ptr + target * weight_stride + columns, mask=columns < readable, other=0.0)
+        products += left.to(tl.float32) * right.to(tl.float32)
+    tl.store(logits_ptr + row, tl.sum(products, 0))
+
+
 @triton.jit(do_not_specialize=["N"])
 def keep_probabilities(
     hidden_desc,  # [N, D]
     weight_desc,  # [V, D]
     kept_desc,  # [N, V]
+    references_ptr,  # [N] fp32: what a row's probabilities are relative to where they may be
     partial_ptr,  # [S, 3, N] fp32, as of `scan_vocabulary`
-    peaks_ptr,  # [T, N] fp32: the maximum that a tile's probabilities are relative to
+    peaks_ptr,  # [T, N] fp32: what a tile's probabilities are relative to
     N,
     V,
     D,
@@ -105,18 +150,21 @@ def keep_probabilities(
     SPAN: tl.constexpr,
     GROUP: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    HEADROOM: tl.constexpr,
 ):
-    """`scan_vocabulary`, and the probabilities times a factor."""
+    """`scan_vocabulary`, and the probabilities times a factor. The "maximum" of the statistics is what they are
+    relative to: never less than the reference."""
     row, span = place(N, V, ROWS, SPAN, GROUP)
     rows = row + tl.arange(0, ROWS)
-    highest = tl.full([ROWS], _LOWEST, tl.float32)
+    highest = tl.load(references_ptr + rows, mask=rows < N, other=0.0)
     total = tl.zeros([ROWS], tl.float32)
     weighted = tl.zeros([ROWS], tl.float32)
     for column in range(span * SPAN, tl.minimum(span * SPAN + SPAN, V), COLUMNS):
         z = product(hidden_desc, weight_desc, row, column, D, ROWS, COLUMNS, DEPTH)
         if column + COLUMNS > V:  # a mask on every tile would spill
             z = tl.where((column + tl.arange(0, COLUMNS))[None, :] < V, z, _LOWEST)
-        new = tl.maximum(highest, tl.max(z, 1))
+        top = tl.max(z, 1)
+        new = tl.where((top - highest) * scale > HEADROOM, top, highest)
         shift = (highest - new) * scale
         shrink = tl.exp2(shift)
         d = (z - new[:, None]) * scale
@@ -142,6 +190,8 @@ def normalize_rows(
     logprobs_ptr,  # [N] fp32
     entropy_ptr,  # [N] fp32
     normalizer_ptr,  # [N, 2] fp32
+    references_ptr,  # [N] fp32: if SCALES
+    scales_ptr,  # [N] fp32: gets what the row is still to be multiplied by, if SCALES
     N,
     V,
     stride,  # of a row
@@ -149,8 +199,10 @@ def normalize_rows(
     COLUMNS: tl.constexpr,
     TILES: tl.constexpr,
     ENTROPY: tl.constexpr,
+    SCALES: tl.constexpr,  # without ENTROPY
 ):
-    """Gradient of a row's logits. A row whose g and e are 0 is not read."""
+    """Gradient of a row's logits. A row whose g and e are 0 is not read. If SCALES no row is that one factor makes a
+    gradient of."""
     row = tl.program_id(0).to(tl.int64)
     kept_ptr += row * stride
     target = tl.load(targets_ptr + row)
@@ -167,7 +219,16 @@ def normalize_rows(
     highest = tl.load(normalizer_ptr + 2 * row)
     log_total = tl.load(normalizer_ptr + 2 * row + 1)
     readable = tl.where((g != 0) | (e != 0), V, 0)
-    for begin in tl.range(0, V, TILES * COLUMNS):
+    end = V
+    if SCALES:
+        whole = highest == tl.load(references_ptr + row)  # no tile was relative to anything else
+        total = tl.exp2(log_total)
+        tl.store(scales_ptr + row, tl.where(whole, -g / total, 1.0))
+        of_target = (known - 1.0) * total
+        within = whole & (target >= 0) & (target < V)
+        tl.store(kept_ptr + target, of_target.to(kept_ptr.dtype.element_ty), mask=within)
+        end = tl.where(whole, 0, V)
+    for begin in tl.range(0, end, TILES * COLUMNS):
         tile = begin // COLUMNS + tl.arange(0, TILES)
         peak = tl.load(peaks_ptr + tile * N + row, mask=tile * COLUMNS < readable, other=_LOWEST)
         shift = (peak - highest) * scale - log_total
@@ -231,31 +292,40 @@ class KeptRows:
         self.peaks = hidden.new_empty(triton.cdiv(vocabulary, forward._TILE[1]) * num_rows, dtype=torch.float32)
         self.partial = self.peaks.new_empty(triton.cdiv(vocabulary, forward._SPAN) * 3 * num_rows)
         self.normalizers = self.peaks.new_empty(num_rows, 2)
+        self.references, self.scales = self.peaks.new_empty(2, num_rows)
 
     def scores(self, rows, targets, logprobs, entropy, saved=None) -> None:
         """rows [C,D], targets [C] -> fills logprobs [C] and entropy [C]."""
-        self.logprobs, vocabulary = logprobs, self.weight.shape[0]
+        self.logprobs, (vocabulary, depth) = logprobs, self.weight.shape
         self.chunk = aligned_rows(self.kept, len(rows), vocabulary)
+        target_logits[(len(rows),)](
+            rows, self.weight, targets.contiguous(), self.references, vocabulary, depth, rows.stride(0),
+            self.weight.stride(0), DEPTH=_DEPTH, num_warps=_DEPTH_WARPS,
+        )  # fmt: skip
         keep_probabilities[forward.grid(rows, vocabulary)](
             *forward.descriptors(rows, self.weight),
-            TensorDescriptor.from_tensor(self.chunk, list(forward._TILE[:2])), self.partial, self.peaks, len(rows),
-            vocabulary, rows.shape[1], **forward.launch_options(self.temperature, None),
+            TensorDescriptor.from_tensor(self.chunk, list(forward._TILE[:2])), self.references, self.partial,
+            self.peaks, len(rows), vocabulary, depth, HEADROOM=_HEADROOM,
+            **forward.launch_options(self.temperature, None),
         )  # fmt: skip
         forward.merge(
             self.partial, rows, self.weight, targets, self.temperature, None, logprobs, entropy, self.normalizers
         )
 
-    def gradient(self, targets, g, e, entropy) -> torch.Tensor:  # [C,V] in the dtype of the operand
-        """targets [C]; g, e [C] the gradients of log-probability and entropy H [C], e None where there is none."""
+    def gradient(self, targets, g, e, entropy) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """targets [C]; g, e [C] the gradients of log-probability and entropy H [C], e None where there is none -> [C,V]
+        in the dtype of the operand, and what its rows are still to be multiplied by [C] or None."""
         with_entropy = e is not None
+        scales = None if with_entropy or not SCALE_ROWS else self.scales[: len(targets)]
         g = g.contiguous()
         e, entropy = (e.contiguous(), entropy) if with_entropy else (g, g)
         normalize_rows[(len(targets),)](
             self.chunk, self.peaks, targets.contiguous(), g, e, self.logprobs, entropy, self.normalizers,
-            len(targets), self.weight.shape[0], self.chunk.stride(0), _LOG2_E / self.temperature,
-            COLUMNS=forward._TILE[1], TILES=_TILES_AT_ONCE, ENTROPY=with_entropy, num_warps=_ROW_WARPS,
+            self.references, self.scales, len(targets), self.weight.shape[0], self.chunk.stride(0),
+            _LOG2_E / self.temperature, COLUMNS=forward._TILE[1], TILES=_TILES_AT_ONCE, ENTROPY=with_entropy,
+            SCALES=scales is not None, num_warps=_ROW_WARPS,
         )  # fmt: skip
-        return self.chunk
+        return self.chunk, scales
 
 
 def compile_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int, int, set[str]]]:
@@ -271,19 +341,25 @@ def compile_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int,
     vectors = {"targets_ptr": "*i64"}
     vectors |= dict.fromkeys(("g_ptr", "e_ptr", "entropy_ptr", "normalizer_ptr"), "*fp32")
     slab = multiplying | vectors | {"gradient_desc": tile, "W": "i32", "first": "i32"}
-    keep = multiplying | {"kept_desc": tile, "partial_ptr": "*fp32", "peaks_ptr": "*fp32", "V": "i32"}
-    normalize = vectors | {"kept_ptr": "*bf16", "peaks_ptr": "*fp32", "logprobs_ptr": "*fp32"}
-    aligned = {*vectors, *normalize, "partial_ptr", "V", "W", "D", "stride"}
+    keep = multiplying | {"kept_desc": tile, "V": "i32"}
+    keep |= dict.fromkeys(("references_ptr", "partial_ptr", "peaks_ptr"), "*fp32")
+    normalize = vectors | {"kept_ptr": "*bf16"}
+    normalize |= dict.fromkeys(("peaks_ptr", "logprobs_ptr", "references_ptr", "scales_ptr"), "*fp32")
+    dots = {"hidden_ptr": "*bf16", "weight_ptr": "*bf16", "targets_ptr": "*i64", "logits_ptr": "*fp32"}
+    aligned = {*vectors, *normalize, *dots, "partial_ptr", "V", "W", "D", "stride", "hidden_stride", "weight_stride"}
+    dots |= dict.fromkeys(("V", "D", "hidden_stride", "weight_stride"), "i32")
     normalize |= {"N": "i32", "V": "i32", "stride": "i32", "scale": "fp32"}
     cases = []
     for suffix, entropy in (("", False), ("_entropy", True)):
         more = constants | {"ENTROPY": entropy, "SOFTCAP": False}
         name = f"differentiate_products{suffix}"
         cases.append((name, differentiate_products, slab, more, warps, stages, aligned & set(slab)))
-    more = constants | {"SOFTCAP": False}
+    more = {"DEPTH": _DEPTH}
+    cases.append(("target_logits", target_logits, dots, more, _DEPTH_WARPS, 3, aligned & set(dots)))
+    more = constants | {"SOFTCAP": False, "HEADROOM": _HEADROOM}
     cases.append(("keep_probabilities", keep_probabilities, keep, more, warps, stages, aligned & set(keep)))
-    for suffix, entropy in (("", False), ("_entropy", True)):
-        more = {"COLUMNS": columns, "TILES": _TILES_AT_ONCE, "ENTROPY": entropy}
+    for suffix, entropy, scales in (("", False, False), ("_scales", False, True), ("_entropy", True, False)):
+        more = {"COLUMNS": columns, "TILES": _TILES_AT_ONCE, "ENTROPY": entropy, "SCALES": scales}
         name = f"normalize_rows{suffix}"
         cases.append((name, normalize_rows, normalize, more, _ROW_WARPS, 3, aligned & set(normalize)))
     return cases

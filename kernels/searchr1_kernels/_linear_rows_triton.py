@@ -197,11 +197,11 @@ class FusedRows:
             self.weight.shape[0], self.chunk.stride(0), ENTROPY=entropy is not None, **self.options,
         )  # fmt: skip
 
-    def gradient(self, targets, g, e, entropy) -> torch.Tensor:  # [C,V] in the dtype of the operand
+    def gradient(self, targets, g, e, entropy) -> tuple[torch.Tensor, None]:  # [C,V] in the dtype of the operand
         """targets [C]; g, e [C] the gradients of log-probability and entropy H [C], e None where there is none."""
         gradient = self.gradients[: len(targets)]
         differentiate(self.chunk, gradient, 0, targets, g, e, entropy, self.normalizer, self.options)
-        return gradient
+        return gradient, None
 
     def _products(self, rows: torch.Tensor) -> None:
         self.chunk = self.logits[: len(rows)]

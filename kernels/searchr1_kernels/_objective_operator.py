@@ -19,6 +19,7 @@ from searchr1_kernels.policy_objective import (
     SUM_METRICS,
     PolicyLoss,
     PolicyRows,
+    RowTerms,
     entropy_slope,
     row_terms,
     total_and_metrics,
@@ -65,9 +66,11 @@ class Objective:
             checks.check_offsets("cu_seqlens", cu_seqlens, tokens.advantages.shape[0])
         return cls(PolicyLoss(*settings), tokens, sharing, on_policy, cu_seqlens)
 
-    def slopes(self, logprobs: torch.Tensor, begin: int, end: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def slopes(
+        self, logprobs: torch.Tensor, begin: int, end: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None, RowTerms]:
         """logprobs [R] -> derivatives by the log-probabilities and by the entropies of rows `begin` to `end`, summed
-        over a row's tokens. Of `logprobs` those rows are read, and for gspo all."""
+        over a row's tokens, and the terms behind them. Of `logprobs` those rows are read, and for gspo all."""
         tokens = self.tokens
         if self.sharing is not None:
             # Which tokens are of these rows only the device knows: all are looked at, and the others ignored.
@@ -78,21 +81,24 @@ class Objective:
         slopes = (terms.slope, entropy_slope(self.loss, tokens, logprobs))
         if self.sharing is not None:
             slopes = tuple(None if slope is None else self.sharing.to_rows(slope)[begin:end] for slope in slopes)
-        return slopes
+        return *slopes, terms
 
-    def value(self, logprobs: torch.Tensor, entropy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Both [R] -> `total_and_metrics`."""
+    def value(
+        self, logprobs: torch.Tensor, entropy: torch.Tensor, terms: RowTerms | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both [R] -> `total_and_metrics`. `terms`: of `slopes` of all rows, where one call did all."""
         if self.sharing is not None:
             logprobs, entropy = self.sharing.to_tokens(logprobs), self.sharing.to_tokens(entropy)
-        terms = row_terms(self.loss, self.tokens, logprobs, self.on_policy, self.cu_seqlens)
+        if terms is None:
+            terms = row_terms(self.loss, self.tokens, logprobs, self.on_policy, self.cu_seqlens)
         return total_and_metrics(self.loss, self.tokens, terms, entropy)
 
 
 def _forward(logprobs, entropy, *values):
     """logprobs, entropy [R] -> total and metrics; the slopes by both [R], empty where the entropy has none."""
     objective = Objective.of(len(logprobs), values)
-    slope, by_entropy = objective.slopes(logprobs, 0, len(logprobs))
-    return *objective.value(logprobs, entropy), slope, slope.new_empty(0) if by_entropy is None else by_entropy
+    slope, by_entropy, terms = objective.slopes(logprobs, 0, len(logprobs))
+    return *objective.value(logprobs, entropy, terms), slope, slope.new_empty(0) if by_entropy is None else by_entropy
 
 
 def _forward_fake(logprobs, entropy, *values):

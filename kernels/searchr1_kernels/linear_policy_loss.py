@@ -3,7 +3,8 @@
 How a row's loss depends on its log-probability is known in closed form (`policy_objective`), so the gradient of a
 chunk's logits can be formed as soon as its log-probabilities are, while the logits are still there. Against
 `linear_logprob` with a loss behind it that saves the backward pass's recomputation: 6 N D V operations instead of 8.
-What autograd sees is a sum with two ready gradients, which the backward pass scales.
+What autograd sees is a loss with two ready gradients. The denominator is in them, so the usual backward pass, which
+begins with 1, has nothing left to do: it hands them out as they lie there (`_scaling`).
 
 The price is the sum of the weight's gradient over chunks in fp32: of V 151,936, D 2,048 that is 1.24 GB, beside a
 chunk of 1.17 on CUDA. bf16 rows on sm_90 and sm_100 without a softcap have chunks of probabilities in bf16
@@ -42,6 +43,7 @@ from searchr1_kernels._linear_chunks import (
     weight_gradient_dtype,
 )
 from searchr1_kernels._objective_operator import NUM_METRICS, OBJECTIVE, SCHEMA, Objective, arguments
+from searchr1_kernels._scaling import scaled
 from searchr1_kernels.linear_logprob import check_head, score_all
 from searchr1_kernels.policy_objective import MAX_METRICS, MIN_METRICS, SUM_METRICS, PolicyLoss, PolicyRows
 from searchr1_kernels.registration import register
@@ -121,12 +123,16 @@ def linear_policy_loss(
     if recompute or loss.kind == "gspo" or not any(wanted):
         scores = score_all(hidden, weight, targets, temperature, softcap, return_entropy=True)
         total, metrics, *_ = OBJECTIVE(*scores, *aims)
+        value = (total / denominator).to(total.dtype)
     else:
-        total, metrics, *_ = _OPERATOR(hidden, weight, targets.long(), *aims, temperature, softcap, *wanted)
+        if not isinstance(denominator, torch.Tensor):  # a compiler takes every other number for another graph
+            denominator = denominator * torch.ones((), dtype=torch.float64, device="cpu")  # and so if it fills with it
+        options = (denominator, temperature, softcap, *wanted, True)  # the gradients that come back are dropped here
+        value, metrics, *_ = _OPERATOR(hidden, weight, targets.long(), *aims, *options)
     named = dict(zip((*SUM_METRICS, *MAX_METRICS, *MIN_METRICS), metrics.unbind(), strict=True))
     if ref_logprobs is None:
         del named["kl_ref"]
-    return total / denominator, named
+    return value, named
 
 
 def _keep(mask, hidden, targets, rows: PolicyRows, cu_seqlens):
@@ -178,7 +184,7 @@ def _check_token_rows(token_rows, hidden, mask) -> int:
 
 def _forward(hidden, weight, targets, *rest):
     """The schema's, on any device: log-probability, slope and gradient of one chunk after the other."""
-    *values, temperature, softcap, want_hidden, want_weight = rest
+    *values, denominator, temperature, softcap, want_hidden, want_weight, _ = rest
     checks.check_indices("targets", targets, weight.shape[0])
     objective = Objective.of(len(hidden), tuple(values))
     with torch.cuda.device_of(hidden):  # Triton launches on the current device, whatever that of the tensors is
@@ -192,30 +198,31 @@ def _forward(hidden, weight, targets, *rest):
         for where in chunks:
             chunk = operand(hidden[where])
             passes.scores(chunk, targets[where], logprobs[where], entropy[where])
-            slopes = objective.slopes(logprobs, where.start, where.stop)
+            *slopes, terms = objective.slopes(logprobs, where.start, where.stop)
+            slopes = tuple(None if slope is None else slope / denominator for slope in slopes)
             live = live_rows(*slopes, _LIVE_SHARE)
             inputs = (targets[where], *slopes, entropy[where])
             if live is not None:
                 passes.select(live, with_entropy=slopes[1] is not None)
                 inputs = tuple(None if tensor is None else tensor[live] for tensor in inputs)
                 chunk, where = chunk[live], where.start + live
-            gradients.add(passes.gradient(*inputs), chunk, where)
+            gradients.add(*passes.gradient(*inputs), chunk, where)
         del passes  # their workspace has to go before the weight's gradient is copied to another type
         grad_hidden, grad_weight = gradients.results()
-    total, metrics = objective.value(logprobs, entropy)
-    nothing = total.new_empty(0)
-    return total, metrics, grad_hidden if want_hidden else nothing, grad_weight if want_weight else nothing
+    total, metrics = objective.value(logprobs, entropy, terms if len(chunks) == 1 else None)
+    value, nothing = (total / denominator).to(total.dtype), total.new_empty(0)
+    return value, metrics, grad_hidden if want_hidden else nothing, grad_weight if want_weight else nothing
 
 
 def _forward_fake(hidden, weight, targets, *rest):
     """Shapes and types of `_forward`'s outputs."""
-    compute, (want_hidden, want_weight) = compute_dtype(hidden), rest[-2:]
-    total = hidden.new_empty((), dtype=compute)
+    compute, (want_hidden, want_weight, _) = compute_dtype(hidden), rest[-3:]
+    value = hidden.new_empty((), dtype=compute)
     return (
-        total,
-        total.new_empty(NUM_METRICS),
-        hidden.new_empty(hidden.shape, dtype=gradient_dtype(hidden)) if want_hidden else total.new_empty(0),
-        weight.new_empty(weight.shape, dtype=weight_gradient_dtype(weight)) if want_weight else total.new_empty(0),
+        value,
+        value.new_empty(NUM_METRICS),
+        hidden.new_empty(hidden.shape, dtype=gradient_dtype(hidden)) if want_hidden else value.new_empty(0),
+        weight.new_empty(weight.shape, dtype=weight_gradient_dtype(weight)) if want_weight else value.new_empty(0),
     )
 
 
@@ -223,28 +230,29 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     hidden, weight = inputs[:2]
     _, metrics, grad_hidden, grad_weight = output
     ctx.dtypes = (hidden.dtype, weight.dtype)
-    ctx.num_inputs = len(inputs)
+    ctx.num_inputs, ctx.may_change = len(inputs), inputs[-1]
     ctx.save_for_backward(grad_hidden, grad_weight)
     ctx.mark_non_differentiable(metrics, grad_hidden, grad_weight)
     ctx.set_materialize_grads(False)
 
 
 @once_differentiable
-def _differentiate(ctx: Any, grad_total, *_):
-    if grad_total is None:
+def _differentiate(ctx: Any, grad_value, *_):
+    if grad_value is None:
         return (None,) * ctx.num_inputs
     gradients = tuple(
-        torch.mul(gradient, grad_total, out=gradient.new_empty(gradient.shape, dtype=dtype)) if wanted else None
+        scaled(gradient, grad_value, dtype, ctx.may_change) if wanted else None
         for gradient, dtype, wanted in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:2], strict=True)
     )
     return *gradients, *(None,) * (ctx.num_inputs - 2)
 
 
-# The gradients are of the sum, before the denominator. One that is not wanted is empty: operators cannot return None.
+# A gradient that is not wanted is empty: operators cannot return None. The denominator is 0-d, on the device or a CPU.
+# `may_change`: the backward pass may change the gradients that came back, as nobody has them.
 _OPERATOR = register(
-    f"linear_policy_loss(Tensor hidden, Tensor weight, Tensor targets, {SCHEMA}, float temperature, float? softcap, "
-    "bool want_hidden, bool want_weight) "
-    "-> (Tensor total, Tensor metrics, Tensor grad_hidden, Tensor grad_weight)",
+    f"linear_policy_loss(Tensor hidden, Tensor weight, Tensor targets, {SCHEMA}, Tensor denominator, "
+    "float temperature, float? softcap, bool want_hidden, bool want_weight, bool may_change) "
+    "-> (Tensor value, Tensor metrics, Tensor grad_hidden, Tensor grad_weight)",
     _forward,
     _forward_fake,
 )

@@ -18,6 +18,8 @@ from searchr1_kernels import (
     reference,
     topk_inner_product,
 )
+from searchr1_kernels._objective_operator import arguments as policy_objective_arguments
+from searchr1_kernels.policy_objective import PolicyRows
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -100,7 +102,9 @@ def test_compiles_into_one_graph_with_the_same_bits(name):
 
 
 def test_torchs_own_checks():
-    hidden, weight, targets, rollout, _ = head()
+    hidden, weight, targets, rollout, advantages = head()
+    tokens = PolicyRows(rollout, advantages, None, None, None)
+    aims = policy_objective_arguments(tokens, None, None, PolicyLoss(), False)
     corpus = numbers(500, 32, seed=1).half()
     arguments = {
         "gae": (rollout, rollout.cos(), offsets(), 0.9, 0.8, mask()),
@@ -110,6 +114,7 @@ def test_torchs_own_checks():
         "masked_whiten": (rollout, None, None, 1e-8),
         "topk_inner_product": (numbers(4, 32), corpus, 3, None, TopKIndex(corpus).parts),
         "linear_logprob": (hidden.requires_grad_(), weight.requires_grad_(), targets, 0.7, None, True, True),
+        "linear_policy_loss": (hidden, weight, targets, *aims, torch.tensor(9.0), 1.0, None, True, True, False),
     }
     for name, values in arguments.items():
         torch.library.opcheck(getattr(OPERATORS, name).default, values)

@@ -6,12 +6,16 @@ own. With one (`pytest tests/kernels/gae_interpreted.py`) it is compiled.
 
 from __future__ import annotations
 
+import ctypes
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from searchr1_kernels import _gae_triton, reference
 from searchr1_kernels.gae import _scan_triton
+from triton import knobs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -78,45 +82,59 @@ def test_programs_per_sequence_and_per_tile_agree_to_the_bit(monkeypatch, policy
     assert torch.equal(*outputs)
 
 
-class Remembered:
-    """In place of `scan_sequences`: says which compiled kernel was launched, as a GPU has one per set of types."""
+class Compiled:
+    """In place of a compiled kernel: runs the interpreter on the numbers that lie where the pointers say."""
 
-    def __init__(self, kernel):
-        self.kernel, self.compiled = kernel, []
+    function, packed_metadata = "function", "metadata"
+
+    def __init__(self, kernel, tensors, options):
+        self.kernel, self.options, self.num_launches = kernel, options, 0
+        self.types = [(tensor.dtype, tensor.dim()) for tensor in tensors]
+
+    def run(self, programs, one, two, stream, function, metadata, description, enter, leave, *arguments):
+        assert (one, two, stream) == (1, 1, "stream") and (function, metadata) == (self.function, self.packed_metadata)
+        assert description is enter is leave is None
+        *arguments, tile, masked = arguments
+        assert (tile, masked) == (self.options["B"], self.options["MASKED"])
+        pointers, numbers = arguments[: len(self.types)], arguments[len(self.types) :]
+        assert len(arguments) + 2 == len(self.kernel.arg_names)
+        num_tokens, num_sequences = numbers[0], programs if len(numbers) == 5 else numbers[5]
+        lengths = [num_tokens, num_tokens, num_tokens, num_sequences + 1, num_tokens, programs]
+        tensors = []
+        for pointer, (dtype, dimensions), length in zip(pointers, self.types, lengths, strict=False):
+            size = dimensions * length  # [2, N] of two dimensions
+            memory = (ctypes.c_char * (size * dtype.itemsize)).from_address(pointer)
+            tensors.append(torch.frombuffer(memory, dtype=dtype).view(dimensions, length).squeeze(0))
+        self.num_launches += 1
+        self.kernel[(programs,)](*tensors, *numbers, **self.options)
+
+
+class Remembered:
+    """In place of a kernel: says which compiled one was launched, as a GPU has one per set of types."""
+
+    def __init__(self, kernel, compiled):
+        self.kernel, self.compiled = kernel, compiled
 
     def __getitem__(self, grid):
         def launch(*arguments, **options):
             self.kernel[grid](*arguments, **options)
-            types = [argument.dtype for argument in arguments if isinstance(argument, torch.Tensor)]
-            self.compiled.append((types, options))
-            return _Compiled(self.kernel, types, options)
-
-        return launch
-
-
-class _Compiled:
-    def __init__(self, kernel, types, options):
-        self.kernel, self.types, self.options, self.num_launches = kernel, types, options, 0
-
-    def __getitem__(self, grid):
-        assert len(grid) == 3
-
-        def launch(*arguments):
-            assert [argument.dtype for argument in arguments if isinstance(argument, torch.Tensor)] == self.types
-            *arguments, tile, masked = arguments
-            assert (tile, masked) == (self.options["B"], self.options["MASKED"])
-            assert len(arguments) + 2 == len(self.kernel.arg_names)
-            self.num_launches += 1
-            self.kernel[grid[:1]](*arguments, **self.options)
+            tensors = [argument for argument in arguments if isinstance(argument, torch.Tensor)]
+            self.compiled.append(Compiled(self.kernel, tensors, options))
+            return self.compiled[-1]
 
         return launch
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="compiled kernels are remembered there in any case")
-def test_a_remembered_kernel_is_one_for_these_types(monkeypatch):
-    stand_in, remembered = Remembered(_gae_triton.scan_sequences), {}
-    monkeypatch.setattr(_gae_triton, "scan_sequences", stand_in)
+@pytest.mark.parametrize("long", [False, True])
+def test_a_remembered_kernel_is_one_for_these_types(monkeypatch, long):
+    compiled, remembered = [], {}
+    for name in ("scan_sequences", "scan_tiles", "apply_carries"):
+        monkeypatch.setattr(_gae_triton, name, Remembered(getattr(_gae_triton, name), compiled))
     monkeypatch.setattr(_gae_triton, "_kernels", remembered)
+    monkeypatch.setattr(_gae_triton, "driver", SimpleNamespace(active=SimpleNamespace(
+        get_current_stream=lambda device: "stream")))  # fmt: skip
+    monkeypatch.setattr(_gae_triton, "_LONG", 0 if long else 40)
     problems = []
     for policy_share in (None, 0.5):
         for dtype in (torch.float32, torch.float64, torch.float16):
@@ -124,12 +142,29 @@ def test_a_remembered_kernel_is_one_for_these_types(monkeypatch):
             problems += [(rewards, values, cu_seqlens, mask), (rewards, values, cu_seqlens.int(), mask)]
             problems.append((rewards.float(), values, cu_seqlens, mask))
     first = [scan(*arguments) for arguments in problems]
-    count = len(stand_in.compiled)
-    assert count == len(remembered) == 16  # 18, of which two have the types of others
+    count = len(compiled)
+    assert count == len(remembered) == 16 * (1 + long)  # 18, of which two have the types of others
     for arguments, want in zip(problems, first, strict=True):
         assert torch.equal(scan(*arguments), want)
-    assert len(stand_in.compiled) == count
-    assert sum(kernel.num_launches for kernel in remembered.values()) == 18 + 2
+    assert len(compiled) == count
+    assert sum(kernel.num_launches for kernel in compiled) == (18 + 2) * (1 + long)
+    monkeypatch.setattr(_gae_triton, "_has_hooks", lambda: True)  # a profiler: it sees Triton's own launches
+    scan(*problems[0])
+    assert len(compiled) == count + 1 + long
+
+
+def test_a_profiler_is_noticed():
+    hook = lambda *_: None  # noqa: E731
+    assert not _gae_triton._has_hooks()
+    for hooks in (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook):
+        hooks.add(hook)
+        assert _gae_triton._has_hooks()
+        hooks.remove(hook)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(knobs.runtime, "launch_enter_hook", None)
+        assert not _gae_triton._has_hooks()
+        patch.setattr(knobs.runtime, "launch_enter_hook", hook)
+        assert _gae_triton._has_hooks()
 
 
 def test_what_stands_at_masked_tokens_does_not_matter():

@@ -39,6 +39,8 @@ def small_tiles():
         patch.setattr(_linear_chunks, "_KEPT_BYTES", 1)
         patch.setattr(_linear_chunks, "_TILE_ROWS", 1)
         patch.setattr(gradient_kernels, "_TILES_AT_ONCE", 2)
+        patch.setattr(gradient_kernels, "_HEADROOM", 3.0)  # for fp16, and rows on both sides of it
+        patch.setattr(gradient_kernels, "_DEPTH", 8)
         patch.setattr(row_kernels, "_BLOCK", 16)
         for name, value in (("_TILE", (16, 16, 16, 4, 2)), ("_SPAN", 32), ("_GROUP", 2), ("_MAX_ROWS", 48)):
             patch.setattr(forward_kernels, name, value)
@@ -286,15 +288,17 @@ def test_the_gradient_may_be_of_another_type_than_the_logits():
         if dtype != torch.float32:
             passes.gradients = torch.empty_like(passes.logits, dtype=dtype)
         passes.scores(hidden, targets, logprob, entropy)
-        results.append(passes.gradient(targets, g, e, entropy))
-        assert results[-1].dtype == dtype
+        gradient, scales = passes.gradient(targets, g, e, entropy)
+        assert gradient.dtype == dtype and scales is None
+        results.append(gradient)
     torch.testing.assert_close(results[0].half(), results[1], rtol=2e-3, atol=1e-6)
 
 
 @LIMITED
 @shapes
-def test_kept_probabilities_become_the_gradient(rows, size, vocabulary, scale, head, seed):
-    """Against fp64, in the type of the operand: two roundings of every probability, none of the target's 1 - p."""
+def test_kept_probabilities_become_the_gradient(monkeypatch, rows, size, vocabulary, scale, head, seed):
+    """Against fp64, in the type of the operand: two roundings of every probability, none of the target's 1 - p. Rows
+    are multiplied here, as by `Gradients`, or by the kernel."""
     hidden, weight, targets = problem(rows, 2 * size, vocabulary, seed, torch.float16, scale)
     g, e = torch.randn(2, rows, generator=torch.Generator().manual_seed(2)).to(DEVICE)
     g[::3], e[::3] = 0.0, 0.0
@@ -307,14 +311,18 @@ def test_kept_probabilities_become_the_gradient(rows, size, vocabulary, scale, h
         passes.scores(hidden, targets, logprob, entropy)
         torch.testing.assert_close(logprob.double(), want_logprob, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(entropy.double(), want_entropy, rtol=1e-5, atol=1e-5)
-    for by_entropy in (e, None):
+    for by_entropy, scale_rows in ((e, True), (None, True), (None, False)):
         if rows == 0:
             continue
+        monkeypatch.setattr(gradient_kernels, "SCALE_ROWS", scale_rows)
         loss = (g * want_logprob).sum() + (0.0 if by_entropy is None else (by_entropy * want_entropy).sum())
         (want,) = torch.autograd.grad(loss, exact, retain_graph=True)
         passes.scores(hidden, targets, logprob, entropy)
-        have = passes.gradient(targets, g, by_entropy, entropy)
+        have, scales = passes.gradient(targets, g, by_entropy, entropy)
         assert have.dtype == torch.float16
+        assert (scales is not None) == (scale_rows and by_entropy is None)
+        if scales is not None:
+            have = have.double() * scales.double()[:, None]
         assert (have[::3] == 0).all()
         slopes = g.abs() + (0.0 if by_entropy is None else by_entropy.abs())
         bound = 2e-3 * (want.abs() + log_p.exp() * slopes[:, None]) / head[0] + 2e-6  # fp16 has no exponents below
@@ -330,6 +338,62 @@ def test_a_sure_row_keeps_its_gradient():
     passes = gradient_kernels.KeptRows(hidden, weight, 1.0, None, 1, for_gradient=True)
     logprob, entropy = torch.empty(2, 1, device=DEVICE)
     passes.scores(hidden, target, logprob, entropy)
-    gradient = passes.gradient(target, g, None, entropy)
+    gradient, scales = passes.gradient(target, g, None, entropy)
+    gradient = gradient * scales[:, None]
     want = -torch.special.expm1(torch.log_softmax((hidden.double() @ weight.double().T), 1)[0, 3])
     assert float(gradient[0, 3]) == pytest.approx(float(want), rel=2e-3)
+
+
+@pytest.mark.parametrize("headroom", [0.0, 3.0, 32.0])
+@pytest.mark.parametrize("scale", [0.2, 3.0])
+def test_whatever_probabilities_are_relative_to(monkeypatch, headroom, scale):
+    """Likely targets and unlikely ones: fp32 takes any headroom, and the loss and its gradients are the same."""
+    monkeypatch.setattr(sys.modules["searchr1_kernels.linear_policy_loss"], "runs_products", lambda *_: True)
+    monkeypatch.setattr(gradient_kernels, "_HEADROOM", headroom)
+    related, gradient = [], gradient_kernels.KeptRows.gradient
+
+    def record(self, targets, *arguments):
+        matrix, scales = gradient(self, targets, *arguments)
+        related.append((self.normalizers[: len(targets), 0] == self.references[: len(targets)]).clone())
+        return matrix, scales
+
+    monkeypatch.setattr(gradient_kernels.KeptRows, "gradient", record)
+    hidden, weight, targets = problem(30, 24, 70, scale=scale)
+    weight[targets[0]] = -2.0 * hidden[0]  # far below all others
+    weight[targets[1]] = 2.0 * hidden[1]
+    rollout, advantages = reference.linear_logprob(hidden, weight, targets), torch.linspace(-1, 1, 30, device=DEVICE)
+    advantages[5:9] = 0.0
+    results = []
+    for function, dtype in ((linear_policy_loss, torch.float32), (reference.linear_policy_loss, torch.float64)):
+        sides = [tensor.to(dtype).clone().requires_grad_() for tensor in (hidden, weight)]
+        known = (targets, rollout.to(dtype), advantages.to(dtype))
+        loss, metrics = function(*sides, *known, loss=PolicyLoss(kind="cispo"), denominator=30.0)
+        loss.backward()
+        results.append((loss.detach(), torch.as_tensor(metrics["entropy"]) / 30, sides[0].grad, sides[1].grad))
+    assert_close(results[0], results[1], 1e-5)
+    related = torch.cat(related)
+    assert related[1] and not related[0]
+
+
+@pytest.mark.parametrize("magnitude", [1e4, -1e4])
+def test_extreme_logits_of_a_policy_loss(monkeypatch, magnitude):
+    """A logit far from the others, as target and not; and a target that is no token, which is loud."""
+    monkeypatch.setattr(sys.modules["searchr1_kernels.linear_policy_loss"], "runs_products", lambda *_: True)
+    weight = torch.zeros(19, 8, device=DEVICE)
+    weight[:3, 0] = torch.tensor([magnitude, 0.0, 1.0])
+    hidden, targets = torch.ones(3, 8, device=DEVICE), torch.tensor([0, 1, 2], device=DEVICE)
+    options = {"loss": PolicyLoss(kind="reinforce"), "denominator": 1.0}
+    results = []
+    for function, dtype in ((linear_policy_loss, torch.float32), (reference.linear_policy_loss, torch.float64)):
+        sides = [tensor.to(dtype).clone().requires_grad_() for tensor in (hidden, weight)]
+        zeros = torch.zeros(3, device=DEVICE, dtype=dtype)
+        function(*sides, targets, zeros, zeros + 1, **options)[0].backward()
+        results.append([side.grad for side in sides])
+    assert all(tensor.isfinite().all() for tensor in results[0])
+    assert_close(results[0], results[1], 1e-6)
+    if DEVICE == "cuda":  # a CPU looks at the targets first
+        targets[1] = -100
+        side = hidden.clone().requires_grad_()
+        loss, _ = linear_policy_loss(side, weight, targets, zeros.float(), zeros.float() + 1, **options)
+        loss.backward()
+        assert loss.isnan() and side.grad[1].isnan().all() and side.grad[::2].isfinite().all()

@@ -82,9 +82,31 @@ def test_heads_of_all_providers_agree(bench, cases, monkeypatch):
                 assert bench.difference(answer, wanted) < 1e-5, name
 
 
+def test_switches_are_turned_back(cases):
+    """What a way computes is what the others compute; here all of them are one."""
+    ways = importlib.import_module("way_cases")
+    shape = {"N": 40, "H": 16, "V": 130, "kept": 0.5}
+    hidden, weight, targets, rows = cases.head_problem(CPU, torch.float32, **shape)
+    rewards, values, mask, cu_seqlens, _ = cases.gae_problem(2000, 16)
+    seen = []
+    for case in (
+        ways.head_ways_case(hidden, weight, targets, rows, lambda: None, shape),
+        ways.gae_ways_case((rewards, values, cu_seqlens), {"mask": mask}, {}),
+    ):
+        wanted = case.providers["ours"].run()
+        for provider in case.providers.values():
+            if provider.answer is not None:
+                for have, want in zip(provider.answer(provider.run()), wanted, strict=True):
+                    torch.testing.assert_close(have, want)
+    switch = (cases, "IGNORED", 1)
+    ways.switched(lambda: seen.append(cases.IGNORED), switch)()
+    assert seen == [1] and cases.IGNORED == -100
+
+
 def test_wrong_arguments_are_one_sentence(bench, capsys):
     for arguments, sentence in (
-        (["flash"], f"'flash' is none of {', '.join(bench.KERNELS)}"),
+        (["flash"], f"'flash' is none of {', '.join(bench.KERNELS + bench.WAYS)}"),
+        (["gae_ways", "--device", "cpu"], "gae_ways: need a GPU"),
         (["--repetitions", "0"], "--repetitions 0: give at least 1"),
         (["--device", "tpu"], "--device tpu: give cpu or cuda"),
     ):

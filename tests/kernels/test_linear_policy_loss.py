@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from searchr1_kernels import PolicyLoss, _linear_chunks, linear_policy_loss, reference
@@ -228,9 +229,9 @@ def test_rows_without_gradient_are_not_multiplied(monkeypatch, kind, recompute):
     multiplied = []
     add = _linear_chunks.Gradients.add
 
-    def record(self, gradient, rows, where):
+    def record(self, gradient, *rest):
         multiplied.append(len(gradient))
-        add(self, gradient, rows, where)
+        add(self, gradient, *rest)
 
     monkeypatch.setattr(_linear_chunks.Gradients, "add", record)
     inputs, _ = problem(40, spread=0.0)
@@ -298,6 +299,76 @@ def test_a_second_backward_pass_gives_the_same_gradient(recompute):
     (first,) = torch.autograd.grad(loss, weight, retain_graph=True)
     (second,) = torch.autograd.grad(loss, weight)
     assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_backward_passes_of_any_factor(dtype):
+    """The gradients are scaled where they lie, and given away, by the last backward pass alone; factors in fp32."""
+    inputs, _ = problem(20, dtype=dtype)
+    _, *want, _ = run(linear_policy_loss, inputs, denominator=7)
+    sides = [tensor.clone().requires_grad_() for tensor in inputs[:2]]
+    loss, _ = linear_policy_loss(*sides, *inputs[2:], denominator=7)
+    for factor, keep in ((3.0, True), (1.0, True), (1.003, True), (0.1, False)):
+        grads = torch.autograd.grad(loss * factor, sides, retain_graph=keep)
+        for have, plain in zip(grads, want, strict=True):
+            error = float((have.double() - factor * plain.double()).norm() / plain.double().norm() / factor)
+            assert error <= (0 if factor == 1.0 else 1e-6 if dtype == torch.float32 else 3e-3)
+            have.zero_()  # is nobody else's
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, sides)
+
+
+def test_the_backward_pass_copies_no_gradient(monkeypatch):
+    """The parameter has the memory that the forward pass filled; a second micro-batch adds to it."""
+    formed, results = [], _linear_chunks.Gradients.results
+
+    def record(self):
+        gradients = results(self)
+        formed[:] = [gradient.data_ptr() for gradient in gradients]
+        return gradients
+
+    monkeypatch.setattr(_linear_chunks.Gradients, "results", record)
+    inputs, _ = problem(20, dtype=torch.float32)
+    weight = inputs[1].clone().requires_grad_()
+    single = []
+    for rows, factor in ((slice(0, 8), 1.0), (slice(8, 20), 2.0)):
+        hidden = inputs[0][rows].clone().requires_grad_()
+        part = (hidden, weight, *(x[rows] for x in inputs[2:]))
+        single.append(factor * run(linear_policy_loss, (inputs[0][rows], *inputs[1:2], *part[2:]), denominator=20)[2])
+        loss, _ = linear_policy_loss(*part, denominator=20)
+        (loss * factor).backward()
+        assert hidden.grad.data_ptr() == formed[0]
+        assert (weight.grad.data_ptr() == formed[1]) == (rows.start == 0)
+        torch.testing.assert_close(weight.grad, sum(single))
+
+
+@pytest.mark.parametrize("reentrant", [True, False, None])
+def test_what_saves_tensors_elsewhere_gets_the_same_gradients(reentrant):
+    """Checkpoints form them a second time; hooks give back what they were given, as tensors moved to a CPU are."""
+    inputs, _ = problem(20, dtype=torch.float32)
+    want = run(linear_policy_loss, inputs, denominator=7)
+    sides = [tensor.clone().requires_grad_() for tensor in inputs[:2]]
+
+    def loss(hidden, weight):
+        return linear_policy_loss(hidden, weight, *inputs[2:], denominator=7)[0]
+
+    if reentrant is None:
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.clone(), lambda tensor: tensor):
+            value = loss(*sides)
+    else:
+        value = torch.utils.checkpoint.checkpoint(loss, *sides, use_reentrant=reentrant)
+    (2.0 * value).backward()
+    for side, gradient in zip(sides, want[1:3], strict=True):
+        torch.testing.assert_close(side.grad, 2.0 * gradient)
+
+
+@pytest.mark.parametrize("denominator", [torch.tensor(7), torch.tensor(7.0, dtype=torch.float64)])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_denominator_may_be_a_tensor(denominator, recompute):
+    inputs, _ = problem(20, dtype=torch.float32)
+    ours = run(linear_policy_loss, inputs, denominator=denominator, recompute=recompute)
+    assert ours[0].dtype == torch.float32
+    assert_close(ours, run(linear_policy_loss, inputs, denominator=7), 1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -56,13 +56,13 @@ def aims(options, rollout, advantages):
     return arguments(tokens, options.get("token_rows"), options.get("cu_seqlens"), options["loss"], False)
 
 
+@pytest.mark.parametrize("denominator", [torch.tensor(9.0, dtype=torch.float64), torch.tensor(9)])
 @pytest.mark.parametrize("options", [{"loss": PolicyLoss(entropy_coefficient=0.1)}, SHARED])
-def test_opcheck_linear_policy_loss(options):
+def test_opcheck_linear_policy_loss(options, denominator):
     hidden, weight, targets, *of_tokens = problem()
     sides = (hidden.requires_grad_(), weight.requires_grad_())
-    torch.library.opcheck(
-        OPERATORS.linear_policy_loss.default, (*sides, targets, *aims(options, *of_tokens), 1.0, None, True, True)
-    )
+    settings = (*aims(options, *of_tokens), denominator, 1.0, None, True, True, False)
+    torch.library.opcheck(OPERATORS.linear_policy_loss.default, (*sides, targets, *settings))
 
 
 @pytest.mark.parametrize("options", [{"loss": PolicyLoss()}, GSPO, SHARED])
@@ -129,6 +129,22 @@ def test_compilation_does_not_depend_on_the_number_of_rows():
     assert counter.frame_count == 1
 
 
+def test_compilation_does_not_depend_on_the_denominator():
+    """Policy tokens of a step are never as many twice."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    def loss(hidden, weight, targets, rollout, advantages, denominator):
+        return (linear_policy_loss(hidden, weight, targets, rollout, advantages, denominator=denominator)[0],)
+
+    compiled = torch.compile(loss, fullgraph=True, backend=counter)
+    for denominator in (29.0, 43.0, 50.0, 51.0):
+        inputs = (*problem(), denominator)
+        ours, eager = (with_gradients(function, *inputs) for function in (compiled, loss))
+        assert all(torch.equal(a, b) for a, b in zip(ours, eager, strict=True))
+    assert counter.frame_count == 2  # the first, and one for all others
+
+
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("kind", ["ppo", "cispo", "reinforce", "gspo"])
 def test_nothing_reads_values_off_the_device(kind, shared):
@@ -145,7 +161,9 @@ def test_nothing_reads_values_off_the_device(kind, shared):
     assert total.shape == () and [slope.shape for slope in slopes] == [(300,), (300,)]
     assert metrics.shape == (NUM_METRICS,)
     if kind != "gspo":
-        total, metrics, *gradients = one_pass(hidden, weight, targets, *aims, 1.0, None, True, True)
+        total, metrics, *gradients = one_pass(
+            hidden, weight, targets, *aims, torch.tensor(9.0), 1.0, None, True, True, True
+        )
         assert total.shape == () and [g.shape for g in gradients] == [hidden.shape, weight.shape]
         assert metrics.shape == (NUM_METRICS,)
 

@@ -77,6 +77,15 @@ def test_passes_the_checks_of_torch(name):
     torch.library.opcheck(getattr(OPERATORS, name).default, CHECKED[name])
 
 
+@pytest.mark.parametrize("rows", [10, 0])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_gae_passes_the_checks_of_torch_for_other_types(dtype, rows):
+    values = numbers(rows).to(dtype).requires_grad_()  # of which `gae` takes the value alone
+    arguments = (numbers(rows), values.detach(), torch.tensor([0, rows // 2, rows]), 1.0, 1.0, None)
+    torch.library.opcheck(OPERATORS.gae.default, arguments)
+    assert not any(output.requires_grad for output in gae(numbers(rows), values, arguments[2]))
+
+
 TURNED = numbers(8, 3).T, numbers(8, 3, seed=1).T
 TURNED_HEADS = tuple(tensor.transpose(0, 1).contiguous().transpose(0, 1) for tensor in TOKENS[:3])
 STRIDED = {

@@ -1,0 +1,80 @@
+"""The same call by the ways that a switch chooses between: what each costs or saves, in one run on one machine.
+
+For a GPU: on a CPU the switches choose between nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+from kernel_case import OURS, Case, Provider
+from searchr1_kernels import PolicyLoss, gae, linear_policy_loss
+
+Switch = tuple[ModuleType, str, Any]  # module, name, value
+
+
+def switched(run: Callable[[], Any], *switches: Switch) -> Callable[[], Any]:
+    """run, with the switches set meanwhile."""
+
+    def wrapped() -> Any:
+        before = [getattr(module, name) for module, name, _ in switches]
+        for module, name, value in switches:
+            setattr(module, name, value)
+        try:
+            return run()
+        finally:
+            for (module, name, _), value in zip(switches, before, strict=True):
+                setattr(module, name, value)
+
+    return wrapped
+
+
+def head_ways_case(hidden, weight, targets, rows, bare: Callable[[], None], shape: dict[str, Any]) -> Case:
+    """`linear_policy_loss` and both gradients: hidden [N,H], weight [V,H], targets [N], rows [n] that count."""
+    from searchr1_kernels import _linear_chunks, _linear_gradient_triton, _scaling
+
+    objective, zeros = PolicyLoss(kind="reinforce"), torch.zeros(len(rows), device=hidden.device)
+
+    def run(factor: float = 1.0) -> tuple[torch.Tensor, ...]:
+        loss, _ = linear_policy_loss(
+            hidden[rows], weight, targets[rows], zeros, zeros + 1, loss=objective, denominator=float(len(rows))
+        )
+        return loss.detach() * factor, *torch.autograd.grad(loss * factor, (hidden, weight))
+
+    copied: Switch = (_scaling, "IN_PLACE", False)
+    normalized: Switch = (_linear_gradient_triton, "SCALE_ROWS", False)
+    library: Switch = (_linear_chunks, "OWN_PRODUCTS", False)
+    ways = {
+        OURS: (),
+        "gradients copied by the backward pass": (copied,),
+        "every row normalized": (normalized,),
+        "both": (copied, normalized),
+        "both, a library's products": (copied, library),
+    }
+    providers = {name: Provider(switched(run, *switches)) for name, switches in ways.items()}
+    providers["ours, the loss times 3"] = Provider(
+        switched(lambda: run(3.0)), lambda output: tuple(tensor.float() / 3.0 for tensor in output)
+    )
+    providers["bare products"] = Provider(bare, None)
+    num_rows, (vocabulary, width) = len(rows), weight.shape
+    return Case("head_ways", shape, providers, flops=6.0 * num_rows * width * vocabulary)
+
+
+def gae_ways_case(inputs: tuple[torch.Tensor, ...], options: dict[str, Any], shape: dict[str, Any]) -> Case:
+    """`gae` of rewards [N], values [N], cu_seqlens [S+1]."""
+    from searchr1_kernels import _gae_triton
+
+    launcher: Switch = (_gae_triton, "LAUNCH_DIRECTLY", False)
+    ways = {
+        OURS: (),
+        "through Triton's launcher": (launcher,),
+        "a program per tile": ((_gae_triton, "_LONG", 0),),
+        "a program per sequence": ((_gae_triton, "_LONG", 1 << 40),),
+    }
+    providers = {
+        name: Provider(switched(lambda: gae(*inputs, **options), *switches)) for name, switches in ways.items()
+    }
+    return Case("gae_ways", shape, providers, bytes=17.0 * len(inputs[0]))
