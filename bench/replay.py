@@ -19,10 +19,10 @@ from searchr1_fast.config import RetrievalConfig, RolloutConfig, WorldConfig
 from searchr1_fast.models import Decoder, TextTokenizer
 from searchr1_fast.retrieval import open_retriever
 from searchr1_fast.rollout import Engine, VllmEngine
-from searchr1_fast.rollout.statistics import RolloutStatistics
 from searchr1_fast.rollout.observation import fit_observation
 from searchr1_fast.rollout.plain import PlainEngine
 from searchr1_fast.rollout.sequence import Sequence as Rollout
+from searchr1_fast.rollout.statistics import RolloutStatistics
 from searchr1_fast.world import build_world
 
 LOCK_STEP = "lock-step, re-prefilled"
