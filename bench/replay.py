@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Iterable
 from contextlib import ExitStack
 from typing import Any
 
@@ -26,7 +27,35 @@ from searchr1_fast.rollout.statistics import RolloutStatistics
 from searchr1_fast.world import build_world
 
 LOCK_STEP = "lock-step, re-prefilled"
+RUN_ON = "lock-step, re-prefilled, turns run on"
 TOPK = 5  # of the encyclopedia's articles, which are of about 95 tokens
+
+
+class RunOnEngine(PlainEngine):
+    """The lock-step twin without stop tags, as the original generates: a turn is sampled to `run_on` tokens, and then
+    cut where the script ends it."""
+
+    run_on = 0
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._kept: dict[int, int] = {}  # by sequence
+
+    def add(self, sequences: Iterable[Rollout]) -> None:
+        """As the twin, all turns of one length."""
+        super().add([self._lengthened(sequence) for sequence in sequences])
+
+    def resume(self, sequence: Rollout) -> None:
+        """As the twin."""
+        super().resume(self._lengthened(sequence))
+
+    def _lengthened(self, sequence: Rollout) -> Rollout:
+        self._kept[id(sequence)] = sequence.turn_limit
+        sequence.turn_limit = self.run_on
+        return sequence
+
+    def _num_kept(self, sequence: Rollout, token_ids: np.ndarray) -> int:  # [n] int64
+        return self._kept[id(sequence)]
 
 
 class Script:
@@ -119,6 +148,14 @@ def replay_providers(
     providers = {}
     for name, kind in ((engines.OURS, Engine), (LOCK_STEP, PlainEngine)):
         providers[name] = player(name, engines.native_engine(kind, model, tokenizer, script.config, temperature=1.0))
+    if options.run_on:
+        longer = script.config.max_sequence_tokens + options.run_on
+        config = script.config.model_copy(update={"max_turn_tokens": options.run_on, "max_sequence_tokens": longer})
+        RunOnEngine.run_on = options.run_on
+        providers[RUN_ON] = player(RUN_ON, engines.native_engine(RunOnEngine, model, tokenizer, config, 1.0))
+    for dtype in engines.other_types(model)[1:]:
+        name, other = f"{engines.OURS}, {engines.type_name(dtype)}", engines.in_type(model, dtype)
+        providers[name] = player(name, engines.native_engine(Engine, other, tokenizer, script.config, temperature=1.0))
     for dtype in engines.other_types(model) if engines.HAS_VLLM else ():
         name = f"vLLM, {engines.type_name(dtype)}"
         other = engines.vllm_engine(engines.in_type(model, dtype), tokenizer, script.config, 1.0, stack)

@@ -5,14 +5,16 @@
     python bench/rollout.py replay --threads 1
     python bench/rollout.py --device cuda --shape 3b   both parts, on a GPU, all in bf16
 
-generate   prompts of one length, greedy, so many new tokens each: the engine in fp32; transformers' `generate` in fp32
+generate   prompts of one length, greedy, so many new tokens each: the engine and transformers' `generate` in fp32
            and in bf16, over the whole batch at once; and where vLLM is installed, vLLM in both (docs/architecture.md
            has the installation). Ids of the fp32 ways are compared.
 replay     trajectories of several turns with a search behind each (replay.py): the engine, which keeps its cache and
            lets every sequence go on by itself, against the lock-step twin (`PlainEngine`), which waits for the slowest
            turn and prefills whole contexts again, and against `VllmEngine` in fp32 and bf16, which finds them in its
-           prefix cache. Turns are as long as a seed says and ask what it says: all run the same, and the share of their
-           contexts that was cached is in the row. Ids are compared with the twin's; vLLM draws in a way of its own.
+           prefix cache. `--run-on 500` adds the twin as the original generates: without stop tags, every turn to 500
+           tokens, and cut then. Turns are as long as a seed says and ask what it says: all run the same, and the share
+           of their contexts that was cached is in the row. Ids are compared with the twin's; vLLM draws in a way of its
+           own.
 
 The model's parameters are random, and its tokens end no turn. Providers run in turn, repetition by repetition; times
 are medians. With one thread, `cpu_seconds` is what a quiet machine would take.
@@ -73,17 +75,12 @@ def generate_providers(
         max_sequence_tokens=options.prompt_tokens + options.new_tokens,
         keep_cache=True,
     )
-    engine = native_engine(Engine, model, tokenizer, config, temperature=0.0)
-
-    def native() -> list[np.ndarray]:
-        sequences = make_sequences(prompts, [options.new_tokens] * len(prompts))
-        engine.add(sequences)
-        while engine.has_work:
-            for sequence in engine.step():
-                engine.release(sequence)
-        return [sequence.token_pieces[-1] for sequence in sequences]
-
-    providers = {OURS: Provider(native)}
+    providers = {OURS: native_provider(model, tokenizer, prompts, options.new_tokens, config)}
+    for dtype in other_types(model)[1:]:
+        other = in_type(model, dtype)
+        providers[f"{OURS}, {type_name(dtype)}"] = native_provider(
+            other, tokenizer, prompts, options.new_tokens, config
+        )
     for dtype in other_types(model):
         name = f"transformers generate, {type_name(dtype)}"
         providers[name] = Provider(generator(model, prompts, options.new_tokens, dtype))
@@ -91,6 +88,23 @@ def generate_providers(
         name = f"vLLM, {type_name(dtype)}"
         providers[name] = vllm_provider(in_type(model, dtype), prompts, options.new_tokens, config, stack)
     return providers
+
+
+def native_provider(
+    model: Decoder, tokenizer: TextTokenizer, prompts: np.ndarray, new_tokens: int, config: RolloutConfig
+) -> Provider:
+    """The engine, which keeps its memory from run to run."""
+    engine = native_engine(Engine, model, tokenizer, config, temperature=0.0)
+
+    def run() -> list[np.ndarray]:
+        sequences = make_sequences(prompts, [new_tokens] * len(prompts))
+        engine.add(sequences)
+        while engine.has_work:
+            for sequence in engine.step():
+                engine.release(sequence)
+        return [sequence.token_pieces[-1] for sequence in sequences]
+
+    return Provider(run)
 
 
 def vllm_provider(
@@ -196,6 +210,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--observation-tokens", type=int, default=500, help="replay: behind a turn at most (default: 500)"
     )
+    parser.add_argument("--run-on", type=int, default=0, help="replay: tokens of a turn without stop tags (0: not run)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: cpu)")
     parser.add_argument("--shape", choices=SHAPES, default="small", help="decoder, random weights (default: small)")
     parser.add_argument("--threads", type=int, default=0, help="of torch and numba (default: torch's choice)")
@@ -209,6 +224,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
                  "observation_tokens", "repetitions"):  # fmt: skip
         if getattr(arguments, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: give at least 1")
+    if 0 < arguments.run_on < 2 * arguments.turn_tokens or arguments.run_on < 0:
+        raise ValueError(
+            f"--run-on {arguments.run_on}: give 0, or at least {2 * arguments.turn_tokens}, as long as turns may be"
+        )
     if arguments.turn_tokens < 4:
         raise ValueError(f"--turn-tokens {arguments.turn_tokens}: give at least 4")
     arguments.parts = arguments.parts or list(PARTS)
@@ -235,13 +254,22 @@ def measure_parts(options: argparse.Namespace, device: torch.device) -> None:
         console.print(table(title, row, options.prompts * options.new_tokens, "tokens"))
         harness.emit(row, options.output)
     if "replay" in options.parts:
-        names = ("trajectories", "max_num_seqs", "searches", "prompt_tokens", "turn_tokens", "observation_tokens")
+        names = (
+            "trajectories",
+            "max_num_seqs",
+            "searches",
+            "prompt_tokens",
+            "turn_tokens",
+            "observation_tokens",
+            "run_on",
+        )
         work: dict[str, Any] = {}
         row = {"benchmark": "rollout", "part": "replay", **circumstances, **settings, "topk": replay.TOPK}
         row |= {name: getattr(options, name) for name in names}
         with ExitStack() as stack:
             providers = replay.replay_providers(model, tokenizer, options, work, stack)
-            compared = [replay.LOCK_STEP] if device.type == "cpu" else []  # in bf16 two tokens are often as likely
+            twins = [name for name in (replay.LOCK_STEP, replay.RUN_ON) if name in providers]
+            compared = twins if device.type == "cpu" else []  # in bf16 two tokens are often as likely
             row |= measure(providers, options.repetitions, compared)
         row["work"] = work
         title = f"replay: {options.searches} searches of at most {options.observation_tokens} tokens a trajectory"

@@ -20,8 +20,8 @@ def measure(monkeypatch, capsys):
     monkeypatch.setattr(importlib.import_module("rollout_engines"), "HAS_VLLM", False)
     monkeypatch.setattr(importlib.import_module("rollout"), "HAS_VLLM", False)
 
-    def run(part: str) -> dict:
-        assert importlib.import_module("rollout").main([part, *SMALL]) == 0
+    def run(part: str, *options: str) -> dict:
+        assert importlib.import_module("rollout").main([part, *SMALL, *options]) == 0
         return json.loads(capsys.readouterr().out.splitlines()[-1])
 
     return run
@@ -29,16 +29,21 @@ def measure(monkeypatch, capsys):
 
 def test_generate_compares_the_tokens(measure):
     row = measure("generate")
-    names = ["native", "transformers generate, float32", "transformers generate, bfloat16"]
+    names = ["native", "native, bfloat16", "transformers generate, float32", "transformers generate, bfloat16"]
     assert list(row["providers"]) == names
-    assert row["same_tokens"] == {names[1]: 1.0}
+    assert row["same_tokens"] == {names[2]: 1.0}
     assert all(one["seconds"] > 0 for one in row["providers"].values())
 
 
 def test_replay_counts_what_each_computes(measure):
-    row = measure("replay")
+    row = measure("replay", "--run-on", "20")
     native, twin = row["work"]["native"], row["work"]["lock-step, re-prefilled"]
-    assert row["same_tokens"] == {"lock-step, re-prefilled": 1.0}
+    run_on = row["work"]["lock-step, re-prefilled, turns run on"]
+    assert row["same_tokens"] == {"lock-step, re-prefilled": 1.0, "lock-step, re-prefilled, turns run on": 1.0}
+    assert run_on["tokens_that_exist"] == native["tokens_that_exist"]
+    sampled = run_on["tokens_computed"] - twin["tokens_computed"]  # in vain: turns have 20 tokens and not 2 to 9
+    assert 4 * 3 * 11 <= sampled <= 4 * 3 * 18
+    assert row["work"]["native, bfloat16"]["tokens_computed"] == native["tokens_computed"]
     assert native["tokens_that_exist"] == native["tokens_computed"] == twin["tokens_that_exist"]
     # Prompts, three turns, and two observations, which passages fill.
     assert 4 * (8 + 2 * 60) < native["tokens_that_exist"] < 4 * (8 + 3 * 12 + 2 * 120)

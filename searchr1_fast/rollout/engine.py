@@ -235,16 +235,19 @@ class Engine:
         """Give a sequence the tokens of its turn. It keeps its slot; the turn's last token is not cached yet."""
         table = self._slots
         sequence = table.occupants[slot]
-        count = sampled = int(table.turn_count[slot])
-        if not self.stop_at_tags:
-            count = self._matcher.find(table.turn_tokens[slot, :sampled]) or sampled
-            self.statistics.num_discarded_tokens += sampled - count
+        sampled = int(table.turn_count[slot])
+        count = sampled if self.stop_at_tags else self._num_kept(sequence, table.turn_tokens[slot, :sampled])
+        self.statistics.num_discarded_tokens += sampled - count
         sequence.append_turn(table.turn_tokens[slot, :count].copy(), table.turn_logprobs[slot, :count].copy())
         num_cached = int(table.num_cached[slot])
         sequence.num_computed = max(sequence.num_computed, min(num_cached, sequence.length))
         sequence.num_cached = table.num_cached[slot] = min(num_cached, sequence.length - 1)
         self._scheduler.register(sequence)
         return sequence
+
+    def _num_kept(self, sequence: Sequence, token_ids: np.ndarray) -> int:  # [n] int64
+        """Where a turn ends that was sampled to its limit: with its first stop tag."""
+        return self._matcher.find(token_ids) or len(token_ids)
 
 
 def cache_blocks(config: RolloutConfig, num_slots: int, size: int) -> int:
