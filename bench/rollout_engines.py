@@ -71,7 +71,8 @@ def in_type(model: Decoder, dtype: torch.dtype) -> Decoder:
         return model
     copy = Decoder(model.config).to(dtype).to(model.head_weight.device)
     copy.load_state_dict(model.state_dict())
-    return copy.requires_grad_(False)
+    copy.requires_grad_(False).join_projections()
+    return copy
 
 
 def native_engine(

@@ -4,7 +4,7 @@ A step of one token per sequence does so little in each operation that its numbe
 torch's operators these three are about 30 a layer. Types are rounded where the operators would round, so that the
 result is theirs but for the order of sums and fused multiply-adds.
 
-CUDA: `_generation_triton`. Elsewhere: torch's operators.
+CUDA: `_generation_triton`. CPU, fp32 and bf16: `_generation_numba`. Elsewhere: torch's operators.
 
 Shape legend: T tokens, D hidden size, I MLP size, H query heads, G key/value heads, d head size, P blocks of M places.
 """
@@ -118,12 +118,16 @@ def _check_like(name: str, tensor: torch.Tensor, other_name: str, other: torch.T
 def _rms_norm(x, weight, eps):
     if _on_gpu("x", x):
         return _triton().norm(x, None, weight, eps)[0]
+    if (loops := _loops()).takes(x, weight):
+        return loops.norm(x, None, weight, eps)[0]
     return _norm_torch(x, weight, eps)
 
 
 def _add_rms_norm(x, residual, weight, eps):
     if _on_gpu("x", x):
         return _triton().norm(x, residual, weight, eps)
+    if (loops := _loops()).takes(x, residual, weight):
+        return loops.norm(x, residual, weight, eps)
     total = (x + residual).contiguous()
     return _norm_torch(total, weight, eps), total
 
@@ -132,6 +136,10 @@ def _rotary_write(query, key, value, cos, sin, keys, values, blocks, places, que
     if _on_gpu("query", query):
         tensors = (query, key, value, cos, sin, keys, values, blocks, places)
         return _triton().rotary_write(*tensors, query_norm, key_norm, eps)
+    loops, heads, memory = _loops(), (query, key, value), (keys, values)
+    in_order = loops.heads_are_rows(*heads) and keys.is_contiguous() and values.is_contiguous()
+    if in_order and loops.takes(*heads, *memory, query_norm, key_norm):
+        return loops.rotary_write(*heads, cos, sin, *memory, blocks, places, query_norm, key_norm, eps)
     if query_norm is not None:
         query, key = _norm_torch(query, query_norm, eps), _norm_torch(key, key_norm, eps)
     keys[blocks, :, places] = _rotate_torch(key, cos, sin)
@@ -142,6 +150,8 @@ def _rotary_write(query, key, value, cos, sin, keys, values, blocks, places, que
 def _silu_mul(gate, up):
     if _on_gpu("gate", gate):
         return _triton().silu_mul(gate, up)
+    if (loops := _loops()).takes(gate, up):
+        return loops.silu_mul(gate, up)
     return (torch.nn.functional.silu(gate) * up).contiguous()
 
 
@@ -151,6 +161,12 @@ def _on_gpu(name: str, x: torch.Tensor) -> bool:
     if x.dtype == torch.float64:
         raise ValueError(f"{name}: expected torch.float32, torch.float16 or torch.bfloat16 on a GPU, got fp64")
     return True
+
+
+def _loops():
+    from searchr1_kernels import _generation_numba
+
+    return _generation_numba
 
 
 def _triton():

@@ -17,21 +17,14 @@ Shape legend
 
 from __future__ import annotations
 
-import math
-
 import numba
 import numpy as np
 import torch
-from llvmlite import ir
-from numba.core import types
-from numba.extending import intrinsic
+from searchr1_kernels._numba_numbers import FAST_MATH, LOG2_E, as_array, exp2, prefetch, widen
 
 # Tokens that go through their blocks abreast: what a block of each takes has to stay in the first-level cache.
 _ABREAST = 8
-_LOG2_E = 1.4426950408889634
 
-# reassoc lets the sums use SIMD; no other fast-math flag, so that infinities and NaN keep their meaning.
-_FAST_MATH = {"reassoc", "contract", "nsz"}
 _LINE_BYTES = 64  # that a processor reads at once
 
 
@@ -48,9 +41,9 @@ def attend_blocks(
     """Tokens attend to places 0 … positions[t] of their slots."""
     assert query.dtype in (torch.float32, torch.bfloat16)
     abreast = min(_ABREAST, -(-len(tokens) // numba.get_num_threads()))
-    memory = (x.view(torch.float32 if x.dtype == torch.float32 else torch.int16).numpy() for x in (keys, values))
+    memory = (as_array(x) for x in (keys, values))
     numbers = (x.numpy() for x in (table, slots, positions, tokens))
-    scale = np.float32(query.shape[2] ** -0.5 * _LOG2_E)
+    scale = np.float32(query.shape[2] ** -0.5 * LOG2_E)
     _attend(query.float().numpy(), *memory, *numbers, output.numpy(), max(1, abreast), scale)
 
 
@@ -64,63 +57,7 @@ def order_by_blocks(table: torch.Tensor, slots: torch.Tensor, tokens: torch.Tens
 # ---------------------------------------------------------------------------------------------------------- the kernel
 
 
-@intrinsic
-def _widen(typing_context, x):
-    """fp32, or int16 that holds the bits of bf16 -> fp32."""
-
-    def generate(context, builder, signature, arguments):
-        if x == types.float32:
-            return arguments[0]
-        bits = builder.shl(builder.zext(arguments[0], ir.IntType(32)), ir.IntType(32)(16))
-        return builder.bitcast(bits, ir.FloatType())
-
-    return types.float32(x), generate
-
-
-@intrinsic
-def _power_of_2(typing_context, exponent):
-    """int32, -126 to 127 -> fp32."""
-
-    def generate(context, builder, signature, arguments):
-        number = ir.IntType(32)
-        bits = builder.shl(builder.add(arguments[0], number(127)), number(23))
-        return builder.bitcast(bits, ir.FloatType())
-
-    return types.float32(types.int32), generate
-
-
-@intrinsic
-def _prefetch(typing_context, array, index):
-    """Have the processor read the line of `array[index]`, of one dimension and contiguous, ahead of its use."""
-
-    def generate(context, builder, signature, arguments):
-        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
-        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
-        function_type = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
-        function = builder.module.declare_intrinsic("llvm.prefetch", (byte,), function_type)
-        pointer = builder.bitcast(builder.gep(data, [arguments[1]]), byte)
-        builder.call(function, [pointer, number(0), number(3), number(1)])  # to read; keep in every cache; data
-        return context.get_dummy_value()
-
-    return types.void(array, types.intp), generate
-
-
-# 2^f on [0, 1): the polynomial through the nodes of Chebyshev, of the degree that leaves fp32's own rounding.
-_NODES = 0.5 + 0.5 * np.cos(math.pi * (2 * np.arange(7) + 1) / 14)
-_C0, _C1, _C2, _C3, _C4, _C5, _C6 = np.polyfit(_NODES, 2.0**_NODES, 6)[::-1].astype(np.float32)
-
-
-@numba.njit(fastmath=_FAST_MATH, inline="always")
-def _exp2(x):
-    """2^x of x <= 0, as SIMD; below 2^-126 it is that."""
-    x = max(x, np.float32(-126.0))
-    whole = np.floor(x)
-    f = x - whole
-    power = _C0 + f * (_C1 + f * (_C2 + f * (_C3 + f * (_C4 + f * (_C5 + f * _C6)))))
-    return power * _power_of_2(np.int32(whole))
-
-
-@numba.njit(parallel=True, fastmath=_FAST_MATH, cache=True)
+@numba.njit(parallel=True, fastmath=FAST_MATH, cache=True)
 def _attend(query, keys, values, table, slots, positions, tokens, output, abreast, scale):
     num_heads, head_dim = query.shape[1], query.shape[2]
     num_kv_heads, size = keys.shape[1], keys.shape[2]
@@ -168,11 +105,11 @@ def _fetch(keys, values, table, slots, positions, t, number, g):
         block = table[slots[t], number]
         some_keys, some_values = keys[block, g].reshape(-1), values[block, g].reshape(-1)
         for i in range(0, filled * keys.shape[3], _LINE_BYTES // keys.itemsize):
-            _prefetch(some_keys, i)
-            _prefetch(some_values, i)
+            prefetch(some_keys, i)
+            prefetch(some_values, i)
 
 
-@numba.njit(fastmath=_FAST_MATH, cache=True)
+@numba.njit(fastmath=FAST_MATH, cache=True)
 def _add_block(query, keys, values, filled, scale, peak, total, weights, sums):
     """The first `filled` places of a block -> peak and total with them; `sums` [d] likewise. `weights` [B]: scratch."""
     head_dim = len(query)
@@ -180,29 +117,29 @@ def _add_block(query, keys, values, filled, scale, peak, total, weights, sums):
     for m in range(filled):
         score = np.float32(0.0)
         for c in range(head_dim):
-            score += query[c] * _widen(keys[m, c])
+            score += query[c] * widen(keys[m, c])
         weights[m] = score * scale
     for m in range(filled):
         highest = max(highest, weights[m])
     if highest > peak:
-        shrink = _exp2(peak - highest) if peak > -np.inf else np.float32(0.0)
+        shrink = exp2(peak - highest) if peak > -np.inf else np.float32(0.0)
         total *= shrink
         for c in range(head_dim):
             sums[c] *= shrink
     for m in range(filled):
-        weights[m] = _exp2(weights[m] - highest)
+        weights[m] = exp2(weights[m] - highest)
     for m in range(filled):
         total += weights[m]
     whole = filled - filled % 4
     for m in range(0, whole, 4):  # four at a time: sums are read and written once for them
         for c in range(head_dim):
             sums[c] += (
-                weights[m] * _widen(values[m, c])
-                + weights[m + 1] * _widen(values[m + 1, c])
-                + weights[m + 2] * _widen(values[m + 2, c])
-                + weights[m + 3] * _widen(values[m + 3, c])
+                weights[m] * widen(values[m, c])
+                + weights[m + 1] * widen(values[m + 1, c])
+                + weights[m + 2] * widen(values[m + 2, c])
+                + weights[m + 3] * widen(values[m + 3, c])
             )
     for m in range(whole, filled):
         for c in range(head_dim):
-            sums[c] += weights[m] * _widen(values[m, c])
+            sums[c] += weights[m] * widen(values[m, c])
     return highest, total

@@ -224,7 +224,8 @@ class Model(nn.Module):
 class Decoder(nn.Module):
     """A causal language model over packed token ids."""
 
-    fused_generation: bool | None = None  # the cached passes by generation.py, or by the modules; None: on CUDA
+    # The cached passes by generation.py, or by the modules; None: where those operations have kernels of their own.
+    fused_generation: bool | None = None
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -355,10 +356,10 @@ class Decoder(nn.Module):
     def _run(
         self, x: torch.Tensor, context: PackedContext | CachedContext, rows: torch.Tensor | None
     ) -> torch.Tensor:  # [T, D] -> [T, D], or [R, D]
-        if isinstance(context, CachedContext) and (
-            x.is_cuda if self.fused_generation is None else self.fused_generation
-        ):
-            return run_blocks(self.model, x, context, rows)
+        if isinstance(context, CachedContext):
+            has_kernels = x.is_cuda or (x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16))
+            if has_kernels if self.fused_generation is None else self.fused_generation:
+                return run_blocks(self.model, x, context, rows)
         *blocks, last = self.model.layers
         for block in blocks:
             x = block(x, context)

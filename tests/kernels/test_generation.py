@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from searchr1_kernels import reference, rms_norm, rotary_write, silu_mul
+from searchr1_kernels import _generation_numba, reference, rms_norm, rotary_write, silu_mul
 
 
 def numbers(*shape, dtype=torch.float64, seed=0):
@@ -51,6 +51,63 @@ def test_types_are_rounded_where_torch_rounds():
     normed, have = rms_norm(x, weight, 1e-6, residual)
     assert torch.equal(have, total) and torch.equal(normed, exact.bfloat16())
     assert torch.equal(silu_mul(x, residual), torch.nn.functional.silu(x) * residual)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("tokens", "size"), [(5, 34), (1, 64), (0, 16), (3, 7)])
+def test_loops_give_what_torch_gives(dtype, tokens, size, monkeypatch):
+    """On a CPU: rows that lie apart, as parts of one product do; bf16 to the last bit but where sums decide."""
+    product, weight = numbers(tokens, 3 * size, dtype=dtype), numbers(size, dtype=dtype, seed=1)
+    first, second, third = product.split(size, dim=1)
+    calls = (
+        lambda: rms_norm(first, weight, 1e-5, second),
+        lambda: rms_norm(third, weight, 1e-5),
+        lambda: (silu_mul(first * 4, third),),
+        lambda: (silu_mul(second, third),),
+    )
+    ours = [call() for call in calls]
+    monkeypatch.setattr(_generation_numba, "takes", lambda *_: False)
+    check_alike(ours, [call() for call in calls], dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("has_norm", [True, False])
+@pytest.mark.parametrize("joined", [True, False])
+def test_the_loop_of_rotation_gives_what_torch_gives(dtype, has_norm, joined, monkeypatch):
+    arguments, norms = step(heads=4, kv_heads=2, d=32, has_norm=has_norm, dtype=dtype)
+    if joined:
+        heads = torch.cat(arguments[:3], dim=1).flatten(1).split([4 * 32, 2 * 32, 2 * 32], dim=1)
+        arguments = (*(x.unflatten(1, (-1, 32)) for x in heads), *arguments[3:])
+    memory = [(x.clone(), y.clone()) for x, y in [arguments[5:7]] * 2]
+    ours = (rotary_write(*arguments[:5], *memory[0], *arguments[7:], **norms), *memory[0])
+    monkeypatch.setattr(_generation_numba, "takes", lambda *_: False)
+    theirs = (rotary_write(*arguments[:5], *memory[1], *arguments[7:], **norms), *memory[1])
+    check_alike([ours], [theirs], dtype)
+
+
+def check_alike(ours, theirs, dtype):
+    for one, other in zip(ours, theirs, strict=True):
+        for have, want in zip(one, other, strict=True):
+            assert have.dtype == want.dtype == dtype
+            assert have.is_contiguous() or have.data_ptr() == want.data_ptr()  # the sum that was given as it is
+            if dtype == torch.float32:
+                torch.testing.assert_close(have, want, rtol=2e-6, atol=2e-6)
+            else:
+                torch.testing.assert_close(have, want, rtol=2**-7, atol=2e-6)  # one step of bf16
+                assert (have != want).sum() <= 0.01 * have.numel() + 1
+
+
+@pytest.mark.parametrize("special", [torch.nan, torch.inf])
+def test_loops_keep_what_is_not_finite_and_round_halves_to_even(special):
+    x = torch.tensor([[1.00390625, 1.01171875, -1.00390625, 3e38, 1e-40, special, 1.0, 2.0]])  # halves of a bf16 step
+    ones = torch.ones(1, 8)
+    total = rms_norm(x.bfloat16(), ones[0].bfloat16(), 1e-6, ones.bfloat16())[1]
+    torch.testing.assert_close(total, x.bfloat16() + ones.bfloat16(), rtol=0, atol=0, equal_nan=True)
+    assert rms_norm(x, ones[0], 1e-6)[0].isnan().any()
+    large = torch.full((1, 8), 88.0).bfloat16()
+    for gate, up in ((x.bfloat16(), ones.bfloat16()), (large, (x / 88).bfloat16())):
+        product = torch.nn.functional.silu(gate) * up
+        torch.testing.assert_close(silu_mul(gate, up), product, rtol=0, atol=0, equal_nan=True)
 
 
 def test_constants_to_autograd():

@@ -80,15 +80,18 @@ def test_biases_apart_are_not_lost():
 
 
 def test_it_is_taken_where_it_should_be(monkeypatch):
-    model, calls = build(), []
+    calls = []
     monkeypatch.setattr("searchr1_fast.models.decoder.run_blocks", lambda model, x, *_: calls.append(1) or x)
     token_ids, cu_seqlens = torch.arange(5), torch.tensor([0, 5])
-    cache, zero = KVCache(model.config, 1, 8), torch.zeros(1, dtype=torch.int64)
-    for fused, expected in ((None, 0), (False, 0), (True, 1)):  # None: on CUDA
-        model.fused_generation = fused
-        model.hidden(token_ids, cu_seqlens)  # a packed pass never
-        model.forward_cached(token_ids, cu_seqlens, zero, zero, cache)
-        assert len(calls) == expected
+    for dtype, by_itself in ((torch.float32, True), (torch.bfloat16, True), (torch.float64, False)):
+        model = build().to(dtype)
+        cache, zero = KVCache(model.config, 1, 8, dtype), torch.zeros(1, dtype=torch.int64)
+        for fused, expected in ((None, by_itself), (False, False), (True, True)):
+            calls.clear()
+            model.fused_generation = fused
+            model.hidden(token_ids, cu_seqlens)  # a packed pass never
+            model.forward_cached(token_ids, cu_seqlens, zero, zero, cache)
+            assert len(calls) == expected
 
 
 @pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])

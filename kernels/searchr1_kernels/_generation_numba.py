@@ -1,0 +1,156 @@
+"""The operations of `generation` on a CPU, fp32 and bf16: one pass over each token in place of torch's several.
+
+A decoding step of a small model has a few hundred numbers per token and operation; as torch's operators it is read and
+written a dozen times, and every time one is called. Values are rounded where the operators round.
+
+Rows may lie apart, as the parts of one product do; the last dimension is contiguous. Tensors go to the loops as flat
+memory and the distance of their rows, as a loop over strides that are not known is no SIMD.
+
+Shape legend: T tokens, D hidden size, I MLP size, H query heads, G key/value heads, d head size, P blocks of M places.
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+import torch
+
+from searchr1_kernels._numba_numbers import FAST_MATH, LOG2_E, as_array, exp2, narrow, widen
+
+_LOG2_E = np.float32(LOG2_E)
+
+
+def takes(*tensors: torch.Tensor | None) -> bool:
+    """Whether these, all of one type, go through the loops."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    return (
+        all(
+            tensor.device.type == "cpu"
+            and tensor.dtype == given[0].dtype
+            and tensor.dtype in (torch.float32, torch.bfloat16)
+            and tensor.stride(-1) == 1
+            for tensor in given
+        )
+        and not torch.compiler.is_compiling()
+    )
+
+
+def norm(
+    x: torch.Tensor,  # [T, D]
+    residual: torch.Tensor | None,  # [T, D]
+    weight: torch.Tensor,  # [D]
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """-> the norm of the sum, and the sum."""
+    output = torch.empty_like(x, memory_format=torch.contiguous_format)
+    total = output if residual is None else torch.empty_like(output)
+    other = x if residual is None else residual
+    rows = (*_flat(x), *_flat(other))
+    _norm(*rows, as_array(weight), as_array(output), as_array(total), np.float32(eps), residual is not None)
+    return output, x if residual is None else total
+
+
+def rotary_write(query, key, value, cos, sin, keys, values, blocks, places, query_norm, key_norm, eps) -> torch.Tensor:
+    """Shapes as `generation.rotary_write` -> [T, H, d]; `keys` and `values` [P, G, M, d] contiguous."""
+    output = torch.empty(query.shape, dtype=query.dtype)
+    norms = [key.new_empty(0) if weight is None else weight for weight in (query_norm, key_norm)]
+    _rotary_write(
+        *_flat(query), *_flat(key), *_flat(value), cos[:, 0].numpy(), sin[:, 0].numpy(), as_array(keys),
+        as_array(values), blocks.numpy(), places.numpy(), *(as_array(weight) for weight in norms), np.float32(eps),
+        as_array(output),
+    )  # fmt: skip
+    return output
+
+
+def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """[T, I] each -> [T, I]."""
+    output = torch.empty(gate.shape, dtype=gate.dtype)
+    _silu_mul(*_flat(gate), *_flat(up), as_array(output))
+    return output
+
+
+def heads_are_rows(*tensors: torch.Tensor) -> bool:
+    """Whether the heads of each token [T, n, d] lie one behind the other."""
+    return all(tensor.stride(1) == tensor.shape[2] or tensor.shape[1] == 1 for tensor in tensors)
+
+
+def _flat(x: torch.Tensor) -> tuple[np.ndarray, int]:
+    """[T, …], each token's numbers contiguous -> all from the first to the last, and the distance of tokens."""
+    distance, size = x.stride(0), x[0].numel() if len(x) else 0
+    return as_array(x.as_strided(((len(x) - 1) * distance + size if len(x) else 0,), (1,))), distance
+
+
+# ------------------------------------------------------------------------------------------------------------ the loops
+
+
+@numba.njit(parallel=True, fastmath=FAST_MATH, cache=True)
+def _norm(x, x_row, residual, residual_row, weight, output, total, eps, adds):
+    num_tokens, size = output.shape
+    for t in numba.prange(num_tokens):
+        first, second, own = x[t * x_row :], residual[t * residual_row :], total[t]
+        squares = np.float32(0.0)
+        if adds:
+            for i in range(size):
+                own[i] = narrow(widen(first[i]) + widen(second[i]), own[i])
+            for i in range(size):
+                squares += widen(own[i]) * widen(own[i])
+        else:
+            own = first
+            for i in range(size):
+                squares += widen(own[i]) * widen(own[i])
+        factor = np.float32(1.0) / np.sqrt(squares / np.float32(size) + eps)
+        for i in range(size):
+            output[t, i] = narrow(widen(own[i]) * factor * widen(weight[i]), output[t, i])
+
+
+@numba.njit(fastmath=FAST_MATH, inline="always")
+def _rotate(head, weight, cos, sin, eps, scratch, output):
+    """One head [d], through its norm if there is a weight, and rotated by the angles."""
+    size = len(cos)
+    half = size // 2
+    for i in range(size):
+        scratch[i] = widen(head[i])
+    if len(weight):
+        squares = np.float32(0.0)
+        for i in range(size):
+            squares += scratch[i] * scratch[i]
+        factor = np.float32(1.0) / np.sqrt(squares / np.float32(size) + eps)
+        for i in range(size):
+            scratch[i] = widen(narrow(scratch[i] * factor * widen(weight[i]), head[i]))
+    for i in range(half):
+        output[i] = narrow(scratch[i] * cos[i] - scratch[half + i] * sin[i], output[i])
+    for i in range(half):
+        rotated = scratch[half + i] * cos[half + i] + scratch[i] * sin[half + i]
+        output[half + i] = narrow(rotated, output[half + i])
+
+
+@numba.njit(parallel=True, fastmath=FAST_MATH, cache=True)
+def _rotary_write(
+    query, query_row, key, key_row, value, value_row, cos, sin, keys, values, blocks, places, query_norm, key_norm,
+    eps, output,
+):  # fmt: skip
+    num_tokens, num_heads, size = output.shape
+    for t in numba.prange(num_tokens):
+        scratch = np.empty(size, dtype=np.float32)
+        for h in range(num_heads):
+            begin = t * query_row + h * size
+            _rotate(query[begin : begin + size], query_norm, cos[t], sin[t], eps, scratch, output[t, h])
+        for g in range(keys.shape[1]):
+            begin = t * key_row + g * size
+            target = keys[blocks[t], g, places[t]]
+            _rotate(key[begin : begin + size], key_norm, cos[t], sin[t], eps, scratch, target)
+            begin = t * value_row + g * size
+            written = values[blocks[t], g, places[t]]
+            for i in range(size):
+                written[i] = value[begin + i]
+
+
+@numba.njit(parallel=True, fastmath=FAST_MATH, cache=True)
+def _silu_mul(gate, gate_row, up, up_row, output):
+    num_tokens, size = output.shape
+    for t in numba.prange(num_tokens):
+        first, second = gate[t * gate_row :], up[t * up_row :]
+        for i in range(size):
+            x = widen(first[i])
+            silu = x / (np.float32(1.0) + exp2(-x * _LOG2_E))
+            output[t, i] = narrow(widen(narrow(silu, output[t, i])) * widen(second[i]), output[t, i])

@@ -1,0 +1,97 @@
+"""What compiled loops on a CPU do with numbers that numba has no way of its own for, so that they become SIMD.
+
+bf16 is unknown to numpy: its bits travel as int16, and are widened to fp32 and rounded back in registers.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numba
+import numpy as np
+import torch
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
+
+# reassoc lets sums use SIMD; no other fast-math flag, so that infinities and NaN keep their meaning.
+FAST_MATH = {"reassoc", "contract", "nsz"}
+LOG2_E = 1.4426950408889634
+
+
+def as_array(tensor: torch.Tensor) -> np.ndarray:
+    """The memory of a tensor on a CPU; of bf16 its bits, as int16."""
+    return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+@intrinsic
+def widen(typing_context, x):
+    """fp32, or int16 that holds the bits of bf16 -> fp32."""
+
+    def generate(context, builder, signature, arguments):
+        if x == types.float32:
+            return arguments[0]
+        bits = builder.shl(builder.zext(arguments[0], ir.IntType(32)), ir.IntType(32)(16))
+        return builder.bitcast(bits, ir.FloatType())
+
+    return types.float32(x), generate
+
+
+@intrinsic
+def narrow(typing_context, x, like):
+    """fp32 -> the type of `like`: fp32, or int16 that holds the bits of bf16, rounded to the nearest, ties to even."""
+
+    def generate(context, builder, signature, arguments):
+        if like == types.float32:
+            return arguments[0]
+        number = ir.IntType(32)
+        bits = builder.bitcast(arguments[0], number)
+        odd = builder.and_(builder.lshr(bits, number(16)), number(1))
+        rounded = builder.lshr(builder.add(bits, builder.add(odd, number(0x7FFF))), number(16))
+        is_nan = builder.fcmp_unordered("uno", arguments[0], arguments[0])  # whose bits may not be carried into
+        return builder.trunc(builder.select(is_nan, number(0x7FC0), rounded), ir.IntType(16))
+
+    return like(types.float32, like), generate
+
+
+@intrinsic
+def _power_of_2(typing_context, exponent):
+    """int32, -126 to 127 -> fp32."""
+
+    def generate(context, builder, signature, arguments):
+        number = ir.IntType(32)
+        bits = builder.shl(builder.add(arguments[0], number(127)), number(23))
+        return builder.bitcast(bits, ir.FloatType())
+
+    return types.float32(types.int32), generate
+
+
+@intrinsic
+def prefetch(typing_context, array, index):
+    """Have the processor read the line of `array[index]`, of one dimension and contiguous, ahead of its use."""
+
+    def generate(context, builder, signature, arguments):
+        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        function_type = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
+        function = builder.module.declare_intrinsic("llvm.prefetch", (byte,), function_type)
+        pointer = builder.bitcast(builder.gep(data, [arguments[1]]), byte)
+        builder.call(function, [pointer, number(0), number(3), number(1)])  # to read; keep in every cache; data
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp), generate
+
+
+# 2^f on [0, 1): the polynomial through the nodes of Chebyshev, of the degree that leaves fp32's own rounding.
+_NODES = 0.5 + 0.5 * np.cos(math.pi * (2 * np.arange(7) + 1) / 14)
+_C0, _C1, _C2, _C3, _C4, _C5, _C6 = np.polyfit(_NODES, 2.0**_NODES, 6)[::-1].astype(np.float32)
+
+
+@numba.njit(fastmath=FAST_MATH, inline="always")
+def exp2(x):
+    """2^x, as SIMD, of x up to 127; above it is 2^127, below -126 it is 2^-126."""
+    x = min(max(x, np.float32(-126.0)), np.float32(127.0))
+    whole = np.floor(x)
+    f = x - whole
+    power = _C0 + f * (_C1 + f * (_C2 + f * (_C3 + f * (_C4 + f * (_C5 + f * _C6)))))
+    return power * _power_of_2(np.int32(whole))
