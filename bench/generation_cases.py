@@ -1,4 +1,4 @@
-"""The problems of generation: attention to a KV cache, and what a decoder does between its products.
+"""The problems of generation: attention to a KV cache, what a decoder does between its products, and sampling.
 
 As in kernel_cases.py, which yields them; at the widths of a 3B model.
 """
@@ -11,7 +11,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from kernel_case import OURS, Case, Provider
-from searchr1_kernels import attention_tiles, cached_attention, rms_norm, rotary_write, silu_mul
+from searchr1_kernels import attention_tiles, cached_attention, rms_norm, rotary_write, sample_tokens, silu_mul
+from searchr1_kernels.sampling import _keep, sample_torch
 
 from searchr1_fast.models.cached_attention import cached_attention_reference
 from searchr1_fast.models.kv_cache import block_size
@@ -106,6 +107,37 @@ def generation_case(kernel: str, dtype, rows: int, runs: dict[str, Callable], mo
     """One of the three, at the widths of a 3B model."""
     providers = {name: Provider(run, lambda output: tuple(x.float() for x in output)) for name, run in runs.items()}
     return Case(kernel, {"T": rows, "dtype": str(dtype).removeprefix("torch.")}, providers, bytes=moved)
+
+
+# --------------------------------------------------------------------------------------------------------- sampling
+
+
+def sampling_case(device, rows: int, vocabulary: int, top_k: int, top_p: float, spread: float) -> Case:
+    """A token of every row at temperature 1; `spread`: the standard deviation of the logits. Less is flatter, and more
+    to search for top-p. `torch.multinomial` has randoms of its own."""
+    (logits,) = random_rows(device, torch.float32, (rows, vocabulary))
+    logits *= spread
+    generator = torch.Generator(device).manual_seed(1)
+    randoms = torch.rand(rows, dtype=torch.float64, device=device, generator=generator)
+
+    def multinomial():
+        probabilities = torch.softmax(logits, dim=-1)
+        kept = probabilities if top_k == 0 and top_p == 1 else _keep(probabilities, top_k, top_p)
+        ids = torch.multinomial(kept, 1)
+        return ids[:, 0], probabilities.gather(1, ids)[:, 0].log()
+
+    providers = {
+        OURS: Provider(lambda: sample_tokens(logits, randoms, top_k=top_k, top_p=top_p), logprobs_of),
+        "torch": Provider(lambda: sample_torch(logits, randoms, 1.0, top_k, top_p), logprobs_of),
+        "torch.multinomial": Provider(multinomial, None),
+    }
+    shape = {"S": rows, "V": vocabulary, "top_k": top_k, "top_p": top_p, "spread": spread}
+    return Case("sample", shape, providers, bytes=float(logits.nbytes))
+
+
+def logprobs_of(output: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor]:
+    """Of what `sample_tokens` gives: they differ where the tokens do."""
+    return (output[1],)
 
 
 def random_rows(device, dtype, *shapes: tuple[int, ...]) -> list[torch.Tensor]:

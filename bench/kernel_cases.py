@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from generation_cases import cached_case, norm_case, rotary_case, silu_case
+from generation_cases import cached_case, norm_case, rotary_case, sampling_case, silu_case
 from kernel_case import OURS, Case, Provider
 from searchr1_kernels import (
     PolicyLoss,
@@ -79,6 +79,10 @@ def cases(device: torch.device, kernels: list[str]) -> Iterator[Case]:
             yield norm_case(device, dtype, rows)
             yield rotary_case(device, dtype, rows)
             yield silu_case(device, dtype, rows)
+    if "sample" in kernels:
+        for rows, vocabulary in ((1, 151_936), (64, 151_936), (256, 151_936)) if gpu else ((64, 500), (8, 151_936)):
+            for top_k, top_p, spread in ((0, 1.0, 3.0), (0, 0.95, 3.0), (0, 0.95, 0.3), (20, 1.0, 3.0)):
+                yield sampling_case(device, rows, vocabulary, top_k, top_p, spread)
     if "topk" in kernels:
         rows, size = (8_000_000, 768) if gpu else (200_000, 384)
         corpus = make_corpus(device, torch.float16 if gpu else torch.float32, rows, size)

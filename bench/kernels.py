@@ -5,8 +5,9 @@
     taskset -c 0 env OMP_NUM_THREADS=1 python bench/kernels.py topk      one thread each
 
 Kernels: head (loss and gradients from hidden states), score (log-probabilities without), gae, group, kl, cached
-(attention over the cache), generation (norm, rotation and SwiGLU of a decoding step), topk. The problems and providers
-are in kernel_cases.py. On a GPU also head_ways and gae_ways: ours with each of its switches turned (way_cases.py).
+(attention over the cache), generation (norm, rotation and SwiGLU of a decoding step), sample (its next tokens), topk.
+The problems and providers are in kernel_cases.py. On a GPU also head_ways and gae_ways: ours with each of its switches
+turned (way_cases.py).
 
 Where the time can go. The head is matrix products, so its floor is the bare products of the rows that count; what is
 above it is row passes, chunking, and products of rows that do not count. Scans, group statistics and KL move a few
@@ -46,7 +47,7 @@ from rich.table import Table
 from searchr1_fast.console import make_console
 from searchr1_fast.errors import entry_point
 
-KERNELS = ("head", "score", "gae", "group", "kl", "cached", "generation", "topk")
+KERNELS = ("head", "score", "gae", "group", "kl", "cached", "generation", "sample", "topk")
 WAYS = ("head_ways", "gae_ways")
 _FILL_SECONDS = 2e-3
 _FILL_CYCLES = 4_000_000  # of a GPU at 2 GHz

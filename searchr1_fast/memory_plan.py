@@ -8,7 +8,7 @@ What each part of policy.py, critic.py and the engine holds, and when:
               in rollouts alone; moments and reference are on the host, and pass the GPU when activations are not there
     rollout   the KV cache and what recorded decode steps work in, the activations of a prefill, logits, partial sums of
               attention over the cache; vLLM's copy of the weights, where it generates (what else vLLM works in is taken
-              to be what the native engine does)
+              to be what the native engine does, and logits three times)
     update    gradients, fp32, a part on each rank, of one learner at a time (the critic's are freed before the
               policy's are made), or whole with `train.reduce_after=update`; what FSDP gathers: embedding, head and last
               norm whole, and two blocks, or all unless `train.reshard_after=forward`; what the blocks keep for the
@@ -46,6 +46,7 @@ from searchr1_fast.retrieval.index_format import read_manifest
 from searchr1_fast.retrieval.memory_plan import MemoryPlan as IndexPlan
 from searchr1_fast.retrieval.memory_plan import size_text
 from searchr1_fast.rollout.engine import cache_blocks
+from searchr1_fast.rollout.sampling import SamplingParams
 from searchr1_fast.rollout.scheduler import MAX_PREFILL_TOKENS
 
 RESERVE = 1 << 30  # CUDA context, NCCL, what the allocator cannot use: an estimate
@@ -277,7 +278,12 @@ def _rollout(config: Config, decoder: DecoderConfig, num_ranks: int) -> Iterator
     table = (slots + spare) * -(-length // places) * _INT32
     detail = f"{blocks} blocks of {places} tokens x {token} bytes, for {slots} sequences"
     yield Row("KV cache", blocks * places * token + table, "rollout", detail)
-    logits = 3 * slots * decoder.vocab_size * _FP32
+    copies, sampling = 1, SamplingParams(rollout.temperature, rollout.top_p, rollout.top_k)
+    if rollout.engine == "vllm":
+        copies = 3  # logits, probabilities, what is kept of them
+    elif not (sampling.is_greedy or sampling.keeps_all):
+        copies = 2  # logits, weights that may be kept
+    logits = copies * slots * decoder.vocab_size * _FP32
     if rollout.cuda_graphs:
         recorded = logits + slots * block_working(decoder, size)
         yield Row("recorded decode steps", recorded, "rollout", f"logits and activations of {slots} tokens")
@@ -286,7 +292,7 @@ def _rollout(config: Config, decoder: DecoderConfig, num_ranks: int) -> Iterator
     tokens, parts = min(slots, ATTENTION_TOKENS), -(-length // ATTENTION_PLACES)
     sums = tokens * heads * parts * (decoder.head_dim + 2) * _FP32
     yield Row("attention's partial sums", sums, "rollout", f"{tokens} x {heads} heads x {parts} parts, fp32")
-    yield Row("logits, probabilities, weights", logits, "rollout", f"3 x {slots} x {decoder.vocab_size} x fp32")
+    yield Row("logits and sampling", logits, "rollout", f"{copies} x {slots} x {decoder.vocab_size} x fp32")
 
 
 def _update(config: Config, decoder: DecoderConfig, num_ranks: int, batch: Batch, repeats: bool) -> Iterator[Row]:

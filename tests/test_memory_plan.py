@@ -60,8 +60,19 @@ def test_vllm_holds_the_weights_once_more_while_it_is_awake():
     config = config.model_copy(update={"rollout": config.rollout.model_copy(update={"engine": "vllm"})})
     plan = plan_training(config, shape, num_ranks=8)
     weights = rows_of(native)["policy: replica that generates"]
-    assert rows_of(plan) == rows_of(native) | {"vLLM's copy of the weights": weights}
-    assert (plan.rollout, plan.update) == (native.rollout + weights, native.update)
+    logits = rows_of(native)["logits and sampling"]
+    assert rows_of(plan) == rows_of(native) | {
+        "vLLM's copy of the weights": weights,
+        "logits and sampling": 3 * logits,
+        "recorded decode steps": rows_of(native)["recorded decode steps"] + 2 * logits,
+    }
+    assert (plan.rollout, plan.update) == (native.rollout + weights + 4 * logits, native.update)
+
+
+@pytest.mark.parametrize(("sampling", "copies"), [({}, 1), ({"top_p": 0.9}, 2), ({"top_k": 5}, 2)])
+def test_what_top_p_keeps_is_held_beside_the_logits(make_config, make_decoder, sampling, copies):
+    config, decoder = make_config(rollout={"max_num_seqs": 3, **sampling}), make_decoder().config
+    assert rows_of(plan_training(config, decoder))["logits and sampling"] == copies * 3 * decoder.vocab_size * 4
 
 
 @pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])

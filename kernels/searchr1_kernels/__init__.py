@@ -25,6 +25,7 @@ _HOME = {
     "rms_norm": "generation",
     "rotary_write": "generation",
     "silu_mul": "generation",
+    "sample_tokens": "sampling",
     "topk_inner_product": "topk",
     "TopKIndex": "topk",
 }

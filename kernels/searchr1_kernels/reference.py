@@ -185,3 +185,17 @@ def rotary_write(query, key, value, cos, sin, keys, values, slots, positions, qu
 def silu_mul(gate, up):
     """[T,I], [T,I] -> [T,I]."""
     return gate / (1 + (-gate).exp()) * up
+
+
+def sample_tokens(logits, randoms, *, temperature=1.0, top_k=0, top_p=1.0):
+    """logits [S,V], randoms [S] -> ids, logprobs [S]; a Python loop over rows, each sorted."""
+    distribution = F.log_softmax(logits / (temperature or 1.0), dim=-1)
+    ids = distribution.argmax(-1)
+    for row, (p, random) in enumerate(zip(distribution.exp(), randoms, strict=True)):
+        if temperature > 0:
+            likeliest = p.sort(descending=True).values[: top_k or None]
+            before = likeliest.cumsum(0) - likeliest
+            least = likeliest[before < top_p * likeliest.sum()][-1]
+            sums = torch.where(p >= least, p, 0.0).cumsum(0)
+            ids[row] = (sums > random * sums[-1]).int().argmax()
+    return ids, distribution.gather(1, ids[:, None]).squeeze(1)

@@ -4,20 +4,19 @@ Each sequence has its own stream of uniforms, a hash of (its seed, the number of
 the inverse of the distribution's cumulative function at the next uniform. What a sequence samples is therefore a
 function of its seed and its logits: not of the sequences it shares a batch with, nor of the order they came in.
 
-On a GPU the host learns nothing on the way, and no shape depends on values: decode steps are recorded with it. Only
-top-p without top-k sorts the vocabulary.
+On a GPU the host learns nothing on the way, and no shape depends on values: decode steps are recorded with it.
 
 Shape legend
-    S  running sequences    D  hidden size    V  vocabulary    K  weights to draw from: the vocabulary, or a part of it
+    S  running sequences    D  hidden size    V  vocabulary
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from searchr1_kernels import sample_tokens
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
@@ -68,63 +67,7 @@ def sample(
     """
     assert logits.dtype == torch.float32
     assert uniforms.dtype == torch.float64
-    if params.is_greedy:
-        likeliest = logits.argmax(dim=-1)
-        return likeliest, logits.gather(1, likeliest[:, None])[:, 0] - logits.logsumexp(dim=-1)
-    if params.temperature != 1.0:
-        logits = logits / params.temperature
-    probabilities = torch.softmax(logits, dim=-1)  # [S, V]
-    weights = probabilities if params.keeps_all else _keep(probabilities, params)
-    token_ids = _draw(weights, uniforms)
-    # No cancellation: a softmax has small relative errors, and what was drawn is not zero.
-    return token_ids, probabilities.gather(1, token_ids[:, None])[:, 0].log()
-
-
-def _draw(
-    weights: torch.Tensor,  # [S, K] fp32, not negative
-    uniforms: torch.Tensor,  # [S] fp64
-) -> torch.Tensor:  # [S] int64
-    """The place at which the running sum of the weights reaches the uniform's share of their total.
-
-    Found in two strides, first the block and then the place in it: running sums over a whole vocabulary cost more than
-    the softmax, sums of blocks next to nothing.
-    """
-    width = math.gcd(weights.shape[1], 64)
-    blocks = weights.unflatten(1, (-1, width))  # [S, K / width, width]
-    sums = blocks.sum(dim=-1).cumsum(dim=-1)  # [S, K / width]
-    shares = (uniforms * sums[:, -1]).float()
-    block = _first_above(sums, shares)
-    before = sums.gather(1, (block - 1).clamp(min=0)[:, None])[:, 0].masked_fill(block == 0, 0.0)
-    inside = blocks[torch.arange(len(blocks), device=weights.device), block].cumsum(dim=-1)  # [S, width]
-    return block * width + _first_above(inside, shares - before)
-
-
-def _first_above(sums: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:  # [S, n] fp32, [S] fp32 -> [S] int64
-    """The first place whose running sum exceeds the share; of NaN, some place.
-
-    A share that rounding lifted to the total is put below it, so that the weight at the place is never zero.
-    """
-    total = sums[:, -1]
-    shares = torch.minimum(shares, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(sums, shares[:, None], right=True)[:, 0].clamp(max=sums.shape[1] - 1)
-
-
-def _keep(probabilities: torch.Tensor, params: SamplingParams) -> torch.Tensor:  # [S, V] fp32 -> [S, V] fp32
-    """The probabilities with 0 for what top-k and top-p leave out; equals are kept or left out together.
-
-    Top-p counts in the distribution that top-k left, and always keeps the likeliest token. Only values are sorted; all
-    of them on the CPU by numpy, which is six times as fast there.
-    """
-    if params.top_k:
-        descending = probabilities.topk(min(params.top_k, probabilities.shape[1])).values  # [S, K]
-    elif probabilities.device.type == "cpu":
-        descending = torch.from_numpy(np.sort(probabilities.numpy(), axis=-1)).flip(-1)  # [S, V]
-    else:
-        descending = probabilities.sort(dim=-1, descending=True).values
-    before = descending.cumsum(dim=-1) - descending
-    num_kept = (before < params.top_p * descending.sum(dim=-1, keepdim=True)).sum(dim=-1, keepdim=True)  # [S, 1]
-    least = descending.gather(1, (num_kept - 1).clamp(min=0))
-    return probabilities.masked_fill(probabilities < least, 0.0)
+    return sample_tokens(logits, uniforms, temperature=params.temperature, top_k=params.top_k, top_p=params.top_p)
 
 
 def stream_keys(seeds: list[int]) -> np.ndarray:  # [S] uint64

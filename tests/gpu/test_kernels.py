@@ -16,6 +16,7 @@ from searchr1_kernels import (
     masked_moments,
     masked_whiten,
     reference,
+    sample_tokens,
     topk_inner_product,
 )
 from searchr1_kernels._objective_operator import arguments as policy_objective_arguments
@@ -36,6 +37,11 @@ def head(rows: int = ROWS, dtype=torch.float32, vocabulary: int = VOCABULARY):
     hidden, weight = numbers(rows, SIZE).to(dtype), (0.1 * numbers(vocabulary, SIZE, seed=1)).to(dtype)
     targets = torch.arange(rows).cuda() * 7 % vocabulary
     return hidden, weight, targets, 0.3 * numbers(rows, seed=2) - 6.0, numbers(rows, seed=3)
+
+
+def draws(rows: int = ROWS, vocabulary: int = 9000):
+    """logits, randoms."""
+    return 3 * numbers(rows, vocabulary), torch.rand(rows, dtype=torch.float64, generator=torch.Generator()).cuda()
 
 
 def mask(rows: int = ROWS) -> torch.Tensor:
@@ -67,6 +73,8 @@ CALLS = {
     "masked_whiten": lambda: ((numbers(ROWS), mask()), lambda x, m: (masked_whiten(x, m),)),
     "topk_inner_product": lambda: ((numbers(4, 32), numbers(500, 32, seed=1).half()),
                                    lambda q, c: topk_inner_product(q, c, 7)),
+    "sample_tokens": lambda: (draws(), lambda x, u: sample_tokens(x, u)),
+    "sample_tokens top-p": lambda: (draws(), lambda x, u: sample_tokens(x, u, temperature=0.7, top_k=90, top_p=0.9)),
     "linear_logprob": lambda: (head()[:3], lambda *x: linear_logprob(*x, temperature=0.7, return_entropy=True)),
     "linear_logprob bf16": lambda: (head(dtype=torch.bfloat16)[:3], lambda *x: (linear_logprob(*x),)),
     "linear_policy_loss": lambda: (head(), policy_loss),
@@ -113,6 +121,7 @@ def test_torchs_own_checks():
         "masked_moments": (rollout, mask()),
         "masked_whiten": (rollout, None, None, 1e-8),
         "topk_inner_product": (numbers(4, 32), corpus, 3, None, TopKIndex(corpus).parts),
+        "sample_tokens": (*draws(4), 0.7, 90, 0.9),
         "linear_logprob": (hidden.requires_grad_(), weight.requires_grad_(), targets, 0.7, None, True, True),
         "linear_policy_loss": (hidden, weight, targets, *aims, torch.tensor(9.0), 1.0, None, True, True, False),
     }
@@ -160,6 +169,43 @@ def test_nothing_to_do(dtype):
     assert masked_kl(nothing, nothing).shape == masked_whiten(nothing).shape == (0,)
     assert group_advantages(nothing, torch.zeros(0, dtype=torch.int64).cuda())[0].shape == (0,)
     assert topk_inner_product(numbers(0, 32), numbers(50, 32), 3)[1].shape == (0, 3)
+
+
+SETTINGS = [
+    (1.0, 0, 1.0),
+    (0.6, 0, 1.0),
+    (0.0, 0, 1.0),
+    (1.0, 0, 0.95),
+    (1.0, 20, 1.0),
+    (0.8, 50, 0.9),
+    (1.0, 3000, 0.5),
+]
+
+
+@pytest.mark.parametrize(("temperature", "top_k", "top_p"), SETTINGS)
+@pytest.mark.parametrize("spread", [0.1, 1.0])
+def test_samples_of_a_real_vocabulary(temperature, top_k, top_p, spread):
+    """The oracle's tokens but for some that rounding decides; the same bits alone, from a view, and in a CUDA graph."""
+    logits, randoms = draws(64, 151_936)
+    logits *= spread
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    ids, logprobs = sample_tokens(logits, randoms, **options)
+    want, exact = reference.sample_tokens(logits.double(), randoms, **options)
+    assert (ids != want).sum() <= 6  # of flat rows a token is worth 7e-6, and sums are good to about 1e-7
+    same = ids == want
+    torch.testing.assert_close(logprobs[same].double(), exact[same], rtol=1e-6, atol=2e-6)
+    for rows in (slice(0, 1), slice(20, 44), slice(63, 64)):
+        for alone, together in zip(sample_tokens(logits[rows], randoms[rows], **options), (ids, logprobs), strict=True):
+            assert torch.equal(alone, together[rows])
+    wider = torch.cat([logits[:3, :1], logits[:3]], dim=1)[:, 1:]
+    assert torch.equal(sample_tokens(wider, randoms[:3], **options)[1], logprobs[:3])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded = sample_tokens(logits, randoms, **options)
+    randoms.copy_(randoms.flip(0))
+    logits.copy_(logits.flip(0))
+    graph.replay()
+    assert torch.equal(recorded[0], ids.flip(0)) and torch.equal(recorded[1], logprobs.flip(0))
 
 
 def test_a_real_vocabulary_twice_and_a_row_alone():

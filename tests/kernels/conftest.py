@@ -1,4 +1,4 @@
-"""Counting the memory that is alive."""
+"""Counting the memory that is alive, and what a sampler may draw."""
 
 from __future__ import annotations
 
@@ -42,3 +42,43 @@ def tensors(tree) -> list[torch.Tensor]:
 def live_bytes():
     """-> a fresh `LiveBytes`, to be entered."""
     return LiveBytes()
+
+
+def check_row(logits, random, token, logprob, temperature, top_k, top_p):
+    """That a row's token and log-probability are right, but for rounding to fp32: what is kept may differ by what is
+    worth 1e-6 of all, and the uniform may miss the token's interval by as much; logits [V] fp32."""
+    scaled = logits.double() / (temperature or 1.0)
+    table = torch.log_softmax(scaled, dim=0)
+    precision = max(1.0, float(scaled[scaled.isfinite()].abs().max()) / 16)  # fp32 holds logits of 16 to 1e-6
+    assert abs(logprob - float(table[token])) <= 1e-6 * precision + 3e-7 * abs(logprob)
+    if temperature == 0:
+        assert token == int(logits.argmax())
+        return
+    p = table.exp()
+    assert p[token] > 0
+    allowed = 1e-6 * precision
+    likeliest = p.sort(descending=True).values[: top_k or None]
+    before = likeliest.cumsum(0) - likeliest
+    low, high = (likeliest[before < (top_p + off) * likeliest.sum()][-1] for off in (allowed, -min(allowed, top_p / 2)))
+    # Tokens of almost one probability are equals where it is rounded.
+    issue = p[(p >= low * (1 - 3e-7 * precision)) & (p <= high * (1 + 3e-7 * precision))].unique()
+    for least in issue[torch.linspace(0, len(issue) - 1, min(len(issue), 20)).long()]:
+        kept = torch.where(p >= least, p, 0.0)
+        end, share = float(kept[: token + 1].sum() / kept.sum()), float(kept[token] / kept.sum())
+        if share > 0 and end - share - allowed <= random <= end + allowed:
+            return
+    raise AssertionError(f"token {token} of probability {float(p[token])} is not that of {random}")
+
+
+@pytest.fixture
+def check_sample():
+    """`check_row` for logits [S,V], randoms [S], what `sample_tokens` gave, and its settings."""
+
+    def check(logits, randoms, outputs, temperature=1.0, top_k=0, top_p=1.0):
+        ids, logprobs = outputs
+        assert (ids.dtype, logprobs.dtype) == (torch.int64, torch.float32)
+        assert ids.shape == logprobs.shape == randoms.shape
+        for row in zip(logits.cpu(), randoms.tolist(), ids.tolist(), logprobs.tolist(), strict=True):
+            check_row(*row, temperature, top_k, top_p)
+
+    return check

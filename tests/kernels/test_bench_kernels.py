@@ -103,6 +103,14 @@ def test_switches_are_turned_back(cases):
     assert seen == [1] and cases.IGNORED == -100
 
 
+def test_samplers_agree(bench, cases):
+    for top_k, top_p in ((0, 1.0), (0, 0.9), (5, 1.0)):
+        case = cases.sampling_case(CPU, 4, 700, top_k, top_p, 2.0)
+        ours, plain, other = (provider.run() for provider in case.providers.values())
+        assert torch.equal(ours[0], plain[0]) and bench.difference(ours[1:], plain[1:]) < 1e-5
+        assert other[0].shape == ours[0].shape and other[1].isfinite().all()
+
+
 def test_wrong_arguments_are_one_sentence(bench, capsys):
     for arguments, sentence in (
         (["flash"], f"'flash' is none of {', '.join(bench.KERNELS + bench.WAYS)}"),

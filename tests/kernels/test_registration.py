@@ -15,6 +15,7 @@ from searchr1_kernels import (
     masked_whiten,
     rms_norm,
     rotary_write,
+    sample_tokens,
     silu_mul,
     topk_inner_product,
 )
@@ -36,6 +37,7 @@ CACHE = numbers(2, 1, 6, 5, seed=2), numbers(2, 1, 6, 5, seed=3)
 PLACES = torch.tensor([0, 1]), torch.tensor([5, 2])
 
 TOKENS = numbers(2, 2, 4), numbers(2, 1, 4, seed=1), numbers(2, 1, 4, seed=2), *numbers(2, 2, 1, 4, seed=3)
+UNIFORMS = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
 ROWS = numbers(3, 8), numbers(3, 8, seed=1), numbers(8, seed=2)
 
 
@@ -49,6 +51,7 @@ CHECKED = {
     "add_rms_norm": (*ROWS, 1e-6),
     "rotary_write": (*TOKENS, *written(), *PLACES, None, None, 1e-6),
     "silu_mul": ROWS[:2],
+    "sample_tokens": (numbers(3, 50), UNIFORMS, 0.7, 9, 0.8),
     "gae": (numbers(10), numbers(10, seed=1), CU_SEQLENS, 0.9, 0.8, MASK),
     "masked_kl": (numbers(10, grad=True), numbers(10, seed=1), "k3", MASK),
     "group_advantages": (numbers(10), GROUPS, True, 1e-6),
@@ -62,6 +65,7 @@ CALLED = {
     "rms_norm": lambda x: rms_norm(x.view(2, 5), x[:5], 1e-6, x.view(2, 5)),
     "rotary_write": lambda x: rotary_write(x[:8].view(2, 1, 4), *TOKENS[1:], *written(), *PLACES),
     "silu_mul": lambda x: silu_mul(x.view(2, 5), x.view(2, 5)),
+    "sample_tokens": lambda x: sample_tokens(x.view(2, 5), UNIFORMS[:2], temperature=0.7, top_k=3, top_p=0.8),
     "gae": lambda x: gae(x, x.cos(), CU_SEQLENS, gamma=0.9, lam=0.8, mask=MASK),
     "masked_kl": lambda x: masked_kl(x, x.detach().cos(), "k3", MASK),
     "group_advantages": lambda x: group_advantages(x, GROUPS),
@@ -93,6 +97,7 @@ STRIDED = {
     "add_rms_norm": (*TURNED, ROWS[2], 1e-6),
     "rotary_write": (*TURNED_HEADS, *TOKENS[3:], *written(), *PLACES, None, None, 1e-6),
     "silu_mul": TURNED,
+    "sample_tokens": (TURNED[0], UNIFORMS, 1.0, 0, 1.0),
 }
 
 

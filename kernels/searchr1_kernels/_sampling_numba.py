@@ -1,0 +1,225 @@
+"""Sampling of tokens on a CPU, from probabilities: a few compiled passes over a row, and no sort.
+
+Probabilities are not negative, so they are ordered as their bits are as integers. What top-k and top-p leave is all of
+at least some value, which is searched by halving an interval of integers: by counts (top-k) or sums (top-p) of what is
+above. Only what can be at issue is looked at: what the value cannot be below comes from the largest probability of
+every block of tokens (those of k blocks are k tokens), or from what all tokens below it could add up to; blocks without
+anything from there on are passed over.
+
+Arrays come with their bits, where both are needed, and blocks have one length: so loops use vector registers (151,936
+tokens: 8 us a pass, against 47 to 150 us otherwise; one core of an Intel Xeon, 2026-11-27).
+
+Shape legend
+    S  rows    V  vocabulary    B  blocks of a row    n  packed probabilities
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+
+BLOCK = 64  # tokens
+# The order of sums is free, so that they use vector registers; but NaN keeps its meaning.
+_SUMS = {"reassoc", "nsz", "contract"}
+_ONE = np.int32(0x3F800000)  # bits of the probability 1
+_LEAST_REST = 1e-4  # 1 - top_p from which on what is left out is surely more than rounding
+
+
+@numba.njit(cache=True, nogil=True)
+def choose(begin, end, probabilities, uniforms, top_k, top_p, ids, logprobs):
+    """probabilities [S,V] fp32, uniforms [S] fp64 -> ids, logprobs [S] of rows `begin` to `end`; top_k 0, top_p 1: no
+    limit. Probabilities may have any total, as those of a softmax have: torch's adds up to 1 within 5e-6 for 151,936
+    tokens."""
+    vocabulary = probabilities.shape[1]
+    num_blocks = (vocabulary + BLOCK - 1) // BLOCK
+    sums, peaks = np.empty(num_blocks, np.float32), np.empty(num_blocks, np.int32)
+    top_k = top_k if top_k < vocabulary else 0
+    limited = top_k > 0 or top_p < 1
+    packed = np.empty(vocabulary if limited else 0, np.int32)
+    for row in range(begin, end):
+        weights = probabilities[row]
+        bits, least = weights.view(np.int32), np.int32(0)
+        _block_sums(weights, sums)
+        total = _total(sums)
+        if limited:
+            _block_peaks(bits, peaks)
+            least = _least(total, bits, peaks, top_k, top_p, packed)
+            _kept_sums(weights, bits, peaks, least, sums)
+        token = _draw(weights, bits, sums, least, uniforms[row])
+        ids[row] = token
+        logprobs[row] = np.log(weights[token] / total)
+
+
+@numba.njit(cache=True, nogil=True)
+def take_likeliest(begin, end, logits, probabilities, ids, logprobs):
+    """logits, probabilities [S,V] fp32 -> ids, logprobs [S] of rows `begin` to `end`: the first of the largest logits,
+    which is one of the largest probabilities; these may be equal where logits are not."""
+    num_blocks = (logits.shape[1] + BLOCK - 1) // BLOCK
+    sums, peaks = np.empty(num_blocks, np.float32), np.empty(num_blocks, np.int32)
+    for row in range(begin, end):
+        weights, values = probabilities[row], logits[row]
+        bits, token, highest = weights.view(np.int32), 0, np.float32(-np.inf)
+        _block_sums(weights, sums)
+        _block_peaks(bits, peaks)
+        peak = peaks.max()
+        for b in range(num_blocks):
+            if peaks[b] == peak:
+                for i in range(b * BLOCK, min((b + 1) * BLOCK, bits.shape[0])):
+                    if bits[i] == peak and values[i] > highest:
+                        token, highest = i, values[i]
+        ids[row] = token
+        logprobs[row] = np.log(weights[token] / _total(sums))
+
+
+@numba.njit(cache=True, nogil=True)
+def _least(total, bits, peaks, top_k, top_p, packed):
+    """-> bits of the smallest probability that is kept."""
+    if top_k:
+        cut = _search(peaks, np.int32(0), top_k)
+    else:
+        small = np.full(1, 0.9 * (1 - top_p) * total / bits.shape[0] if 1 - top_p > _LEAST_REST else 0.0, np.float32)
+        cut = max(small.view(np.int32)[0], np.int32(1))
+    kept = packed[: _collect(bits, peaks, cut, packed)]
+    values = kept.view(np.float32)
+    if not top_k:
+        return _search_sums(values, kept, cut - 1, top_p * total)
+    least = _search(kept, cut - 1, top_k)
+    if top_p == 1:
+        return least
+    num_equal = top_k - _count_above(kept, least)  # of exactly k tokens, whichever of equals they are
+    value = np.full(1, least, np.int32).view(np.float32)[0]
+    whole = np.float64(_sum_above(values, kept, least)) + num_equal * np.float64(value)
+    return _search_sums(values, kept, least - 1, top_p * whole)
+
+
+@numba.njit(cache=True, nogil=True)
+def _search(bits, low, target):
+    """-> the smallest bits above `low` that fewer than `target` are above."""
+    high = _ONE
+    while high - low > 1:
+        middle = np.int32(low + (high - low) // 2)
+        if _count_above(bits, middle) >= target:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+@numba.njit(cache=True, nogil=True)
+def _search_sums(weights, bits, low, target):
+    """-> the smallest bits above `low` that less than `target` in all is above."""
+    high = _ONE
+    while high - low > 1:
+        middle = np.int32(low + (high - low) // 2)
+        if _sum_above(weights, bits, middle) >= target:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")  # of NaN, a division by 0 is NaN
+def _draw(weights, bits, sums, least, uniform):
+    """-> the place at which the running sum of what is kept passes the uniform's share of the total: the block, then
+    the token in it; never one of weight 0, of NaN some place."""
+    total = _total(sums)
+    share, before, block = min(uniform * total, np.nextafter(total, 0.0)), 0.0, 0
+    for b in range(sums.shape[0]):
+        if sums[b] > 0:
+            block = b
+            if before + sums[b] > share:
+                break
+            before += sums[b]
+    first = token = block * BLOCK
+    end, exact = min(first + BLOCK, weights.shape[0]), 0.0
+    for i in range(first, end):
+        exact += weights[i] if bits[i] >= least else np.float32(0)
+    # A fraction: the sum of the block is rounded, and what is left over would fall to its last token.
+    share, before = min((share - before) / sums[block] * exact, np.nextafter(exact, 0.0)), 0.0
+    for i in range(first, end):
+        if weights[i] > 0 and bits[i] >= least:
+            token = i
+            before += weights[i]
+            if before > share:
+                break
+    return token
+
+
+# --------------------------------------------------------------------------------------------------------- the passes
+
+
+@numba.njit(cache=True, nogil=True)
+def _total(sums):
+    total = 0.0
+    for value in sums:
+        total += value
+    return total
+
+
+@numba.njit(cache=True, nogil=True, fastmath=_SUMS)
+def _sum(weights):
+    total = np.float32(0)
+    for i in range(weights.shape[0]):
+        total += weights[i]
+    return total
+
+
+@numba.njit(cache=True, nogil=True, fastmath=_SUMS)
+def _sum_above(weights, bits, least):
+    total = np.float32(0)
+    for i in range(bits.shape[0]):
+        weight = weights[i]  # read whatever it is, or the loop has a branch
+        total += weight if bits[i] > least else np.float32(0)
+    return total
+
+
+@numba.njit(cache=True, nogil=True)
+def _count_above(bits, least):
+    count = np.int32(0)
+    for i in range(bits.shape[0]):
+        count += np.int32(bits[i] > least)
+    return count
+
+
+@numba.njit(cache=True, nogil=True, fastmath=_SUMS)
+def _block_sums(weights, sums):
+    num_whole = weights.shape[0] // BLOCK
+    for b in range(num_whole):
+        total = np.float32(0)
+        for i in range(BLOCK):
+            total += weights[b * BLOCK + i]
+        sums[b] = total
+    if num_whole < sums.shape[0]:
+        sums[num_whole] = _sum(weights[num_whole * BLOCK :])
+
+
+@numba.njit(cache=True, nogil=True)
+def _block_peaks(bits, peaks):
+    num_whole = bits.shape[0] // BLOCK
+    for b in range(num_whole):
+        peak = np.int32(0)
+        for i in range(BLOCK):
+            peak = max(peak, bits[b * BLOCK + i])
+        peaks[b] = peak
+    if num_whole < peaks.shape[0]:
+        peaks[num_whole] = bits[num_whole * BLOCK :].max()
+
+
+@numba.njit(cache=True, nogil=True)
+def _kept_sums(weights, bits, peaks, least, sums):
+    """Of what is kept of each block."""
+    for b in range(peaks.shape[0]):
+        part = slice(b * BLOCK, (b + 1) * BLOCK)
+        sums[b] = _sum_above(weights[part], bits[part], least - 1) if peaks[b] >= least else np.float32(0)
+
+
+@numba.njit(cache=True, nogil=True)
+def _collect(bits, peaks, cut, packed):
+    """-> how many there are from `cut` on; they are packed."""
+    count = 0
+    for b in range(peaks.shape[0]):
+        if peaks[b] >= cut:
+            for i in range(b * BLOCK, min((b + 1) * BLOCK, bits.shape[0])):
+                packed[count] = bits[i]  # overwritten by the next, if it is below
+                count += bits[i] >= cut
+    return count
