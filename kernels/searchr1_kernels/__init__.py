@@ -27,6 +27,10 @@ _HOME = {
     "silu_mul": "generation",
     "topk_inner_product": "topk",
     "TopKIndex": "topk",
+    "open_search": "topk_search",
+    "TopKSearch": "topk_search",
+    "Hits": "topk_search",
+    "Settled": "topk_search",
 }
 _MODULES = ("reference",)
 
