@@ -233,6 +233,32 @@ def test_codes_of_close_rows_give_way_to_the_rows():
     assert settled.num_queries == settled.num_rescanned == 4
 
 
+@pytest.mark.parametrize("coarse", ["float", "int8"])
+@pytest.mark.parametrize("kind", ["normal", "tiny", "zero", "large"])
+def test_prepared_queries_are_the_queries_up_to_what_is_said(coarse, kind):
+    """scale * operand and what it lacks: norms from fp64, no less than the truth and little more."""
+    asked, corpus, _ = problem("normal", 300, 300, 4, torch.float16)
+    asked *= {"normal": 1.0, "tiny": 1e-34, "zero": 0.0, "large": 1e30}[kind]
+    passes = Passes(Corpus(corpus, None, _topk_cuda.prepare(corpus, None, coarse)), 4, 1)
+    _, offsets = passes.bounds(asked)
+    if coarse == "int8":
+        first, second = passes._operand[: 2 * asked.numel()].view(torch.int8).view(2, 4, 300).double()
+        assert first.abs().max() <= 127 and second.abs().max() <= 64
+        operand, rounding = 128 * first + second, 0.0
+        torch.testing.assert_close(offsets, asked.double() @ passes.corpus.parts[1].double(), rtol=1e-12, atol=0.0)
+    else:
+        operand = passes._operand[: 2 * asked.numel()].view(torch.float16).view(4, 300).double()
+        assert operand.abs().max() <= 1 and not offsets.any()
+        rounding = 300 * 2.0**-22
+    norms = asked.double().norm(dim=1)
+    lacking = (asked.double() - passes._scales.double()[:, None] * operand).norm(dim=1)
+    lacking += rounding * (norms + lacking)
+    for said, true in ((passes._norms, norms), (passes._residual_norms, lacking)):
+        assert (true <= said.double()).all() and (said.double() <= true * (1 + 2e-6) + 1e-40).all()
+    if kind in ("normal", "large"):
+        assert (lacking <= (1e-4 if coarse == "int8" else 5e-4) * norms).all()
+
+
 @pytest.mark.parametrize(("k", "dtype"), [(1, torch.float16), (7, torch.int8)])
 def test_more_hits_than_a_warp_takes(k, dtype, monkeypatch):
     """The plain way, which is also the twin: the same bits."""

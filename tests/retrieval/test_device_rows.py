@@ -207,6 +207,19 @@ def test_hits_that_are_not_proven_are_settled(device, monkeypatch):
     assert len(asked) == 1
 
 
+@pytest.mark.parametrize("device", ["cpu", GPU])
+@pytest.mark.parametrize("scan", ["float16", "int8"])
+def test_hits_in_more_blocks_than_are_scored_at_first(device, scan):
+    """Each of 100 rows 600 times: every block of 128 has a copy of the best, and the lowest numbers win."""
+    vectors = np.tile(vectors_of(100), (600, 1))
+    rows, host = DeviceRows([(0, vectors)], device, scan), HostRows([(0, vectors)])
+    queries = np.random.default_rng(4).standard_normal((5, 24)).astype(np.float32)
+    for one, other in zip(host.search(queries, 16), rows.search(queries, 16), strict=True):
+        np.testing.assert_array_equal(one, other)
+    if device == "cuda":
+        assert rows.settled.num_queries >= 5  # those of the warm-up come before
+
+
 def test_a_bucket_has_room_and_is_not_much_larger():
     assert [bucket_size(number) for number in (0, 1, 2, 16, 17, MAX_QUERIES)] == [0, 1, 4, 16, 24, MAX_QUERIES]
     for number in range(1, MAX_QUERIES + 1):
