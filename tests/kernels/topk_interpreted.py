@@ -207,7 +207,7 @@ def test_what_is_left_is_settled(monkeypatch):
 
     def settled(kind, coarse):
         scored.clear()
-        asked, corpus, _ = problem(kind, 1500, 16, 4, torch.float16)
+        asked, corpus, _ = problem(kind, 700, 16, 4, torch.float16)
         parts = _topk_cuda.prepare(corpus, None, coarse)
         *have, settled = _topk_cuda._search(asked, Corpus(corpus, None, parts), 1)
         want = reference.topk_inner_product(asked, corpus, 1)
@@ -216,16 +216,16 @@ def test_what_is_left_is_settled(monkeypatch):
 
     monkeypatch.setattr(_topk_cuda, "_best_of_blocks", count)
     assert settled("normal", "float") == (0, 0, 0) and scored == []
-    assert settled("copies", "float") == (4, 0, 48) and scored == [(4, 48)]  # all of 12 blocks
-    monkeypatch.setattr(_topk_cuda, "_WORTH", 4.1)  # 48 blocks are 4.096 times the rows
-    assert settled("copies", "int8") == (4, 0, 48) and scored == [(4, 48)]
-    monkeypatch.setattr(_topk_cuda, "_WORTH", 3.9)
-    assert settled("copies", "int8") == (4, 4, 48) and scored == [(4, 48)]  # the rows themselves tell no more of copies
+    assert settled("copies", "float") == (4, 0, 24) and scored == [(4, 24)]  # all of 6 blocks
+    monkeypatch.setattr(_topk_cuda, "_WORTH", 4.4)  # 24 blocks are 4.39 times the rows
+    assert settled("copies", "int8") == (4, 0, 24) and scored == [(4, 24)]
+    monkeypatch.setattr(_topk_cuda, "_WORTH", 4.3)
+    assert settled("copies", "int8") == (4, 4, 24) and scored == [(4, 24)]  # the rows themselves tell no more of copies
 
 
 def test_codes_of_close_rows_give_way_to_the_rows():
     """What differs by less than codes can tell, the rows as floats tell apart, in as many blocks as there are hits."""
-    asked, corpus, _ = problem("large component", 1500, 16, 4, torch.float16)
+    asked, corpus, _ = problem("large component", 700, 16, 4, torch.float16)
     parts = _topk_cuda.prepare(corpus, None, "int8")
     *have, settled = _topk_cuda._search(asked, Corpus(corpus, None, parts), 1)
     want = reference.topk_inner_product(asked, corpus, 1)
@@ -335,7 +335,7 @@ def test_sums_of_two_digits_fit():
 @pytest.mark.parametrize("coarse", ["float", "int8"])
 def test_a_search_in_memory_that_stays(coarse):
     """Launched for one number of queries and then another; what is unproven is settled, as far as it was asked for."""
-    asked, corpus, _ = problem("copies", 1500, 16, 4, torch.float16)
+    asked, corpus, _ = problem("copies", 900, 16, 4, torch.float16)
     asked[2] = 0  # as in a bucket with a row to spare
     index = object.__new__(TopKIndex)  # whose own checks keep rows as floats for a GPU
     index.corpus, index.scales, index.parts = corpus, None, _topk_cuda.prepare(corpus, None, coarse)
