@@ -6,6 +6,7 @@
 
 scan     queries in host memory to hits in host memory, by batch size: 16-bit rows, 8-bit codes, torch's product and
          top-k, faiss where it is installed; GB/s of what a pass reads, beside a copy's on the same device
+         (where its time goes: bench/search_parts.py)
 batched  2,560 queries at once through the batcher, texts in, hits out; without an encoder: a text names its vector
 upload   a file to the device: through the pinned ring, and as torch copies a memory map
 merge    the hits of 8 parts, which lie in host memory, as the sockets left them: C++, our kernel, torch
@@ -119,11 +120,11 @@ def measure_scans(
     """(a row per way and batch size, how many hits differ from the CPU's)."""
     half = len(rows) // 2
     parts = [(0, rows[:half]), (half, rows[half:])]
-    ways: dict[str, tuple[Search | None, int]] = {  # the search, bytes that a pass must read
-        "float16": (DeviceRows(parts, device, "float16").search, rows.nbytes),
-        "int8": (DeviceRows(parts, device, "int8").search, rows.nbytes // 2),
-        "torch": (torch_search(rows, device), rows.nbytes),
-        "faiss": (faiss_search(rows, device), rows.nbytes),
+    opened = {scan: DeviceRows(parts, device, scan) for scan in ("float16", "int8")}
+    ways: dict[str, tuple[Search | None, Callable[[int], int]]] = {  # the search, bytes that a pass must read
+        **{scan: (found.search, found.bytes_read) for scan, found in opened.items()},
+        "torch": (torch_search(rows, device), lambda num_queries: rows.nbytes),
+        "faiss": (faiss_search(rows, device), lambda num_queries: rows.nbytes),
     }
     say("rows are on the device, and kernels compiled")
     queries = make_rows(max(batches), rows.shape[1], device, seed=1).astype(np.float32)
@@ -146,10 +147,12 @@ def measure_scans(
             median = float(np.median(times))
             table.append({
                 "way": name, "queries": num_queries, "ms": median * 1e3, "queries_per_second": num_queries / median,
-                "bytes_per_second": ways[name][1] / median,
+                "bytes_per_second": ways[name][1](num_queries) / median,
             })  # fmt: skip
         shown = ", ".join(f"{row['way']} {row['ms']:.2f} ms" for row in table[-len(names) :])
         say(f"{num_queries} queries: {shown}")
+    for scan, found in opened.items():
+        say(f"{scan}: {found.settled.num_queries} queries of all these searches were not proven at first")
     return table, wrong
 
 

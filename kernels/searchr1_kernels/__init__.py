@@ -28,6 +28,10 @@ _HOME = {
     "sample_tokens": "sampling",
     "topk_inner_product": "topk",
     "TopKIndex": "topk",
+    "open_search": "topk_search",
+    "TopKSearch": "topk_search",
+    "Hits": "topk_search",
+    "Settled": "topk_search",
 }
 _MODULES = ("reference",)
 

@@ -1,10 +1,12 @@
-"""The search's two kernels: an upper bound per block of rows, and exact scores of chosen blocks.
+"""The search's kernels beside the pass over the corpus: operands, the best blocks, exact scores, the best hits.
 
-Rows are the first operand of the product (128 of them per program) and queries the second, so that a corpus is read
-once whatever the number of queries, and what is written is one number per 128 rows and query. No atomics, and nothing
-depends on the order in which programs run.
+What is chosen from many numbers (blocks by bound, rows by score) is taken one after the other, best first: a warp per
+query holds the maximum of every group of them, takes the largest, and puts in its place the next largest of its group.
+All keys are different, as the lower half is a place, so there is one order, and taken is what is not below the last
+key. A step is some hundred instructions of one warp and a read from L2; sorting does more for as few as these.
 
-Shape legend: Q queries, M rows, D components, G blocks of 128 rows, P chosen blocks per query.
+Shape legend: Q queries, M rows, D components, G blocks of 128 rows, P places per query for chosen blocks, K hits,
+N groups, of blocks or of rows.
 """
 
 from __future__ import annotations
@@ -14,161 +16,333 @@ from typing import Any
 import triton
 import triton.language as tl
 
-BLOCK_ROWS = 128
+from searchr1_kernels._topk_bounds_triton import BLOCK_ROWS
 
-# Queries per program -> warps, pipeline stages: at most half of an H100's shared memory where 128 queries or fewer, so
-# that one program computes while another begins. A stage holds 128 bytes of every row and query. Neither 64 queries nor
-# 128 with 8 warps: Triton 3.6 spills both on sm_100, and up to 128 the products take less time than the reading anyway.
-CONFIGURATIONS = {16: (4, 4), 32: (4, 4), 128: (4, 3), 256: (8, 3)}
-_STAGE_BYTES = 128
+PART_ROWS = 32  # of a block, scored by one program: one lane each when hits are taken
+PARTS = BLOCK_ROWS // PART_ROWS
+MAX_GROUPS = 1024  # that a warp holds: 64 registers of a thread
+MAX_PLACES = MAX_GROUPS // PARTS
+MAX_GROUP_BLOCKS = 4096
+_MAXIMA_TILE = 4096  # bounds of one program
+NO_BLOCK = tl.constexpr(-1)
+_NO_KEY = tl.constexpr(-0x8000000000000000)
+_PARTS = tl.constexpr(PARTS)
+_PART_ROWS = tl.constexpr(PART_ROWS)
+# Of scores and bounds to fp32, as in _topk_numba.
+_ROUNDING = tl.constexpr(2.5e-7)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_queries", "num_blocks"])
-def block_bounds(
-    rows,  # [M, D] fp16, bf16, fp32 or int8
-    row_scales,  # [M] fp32, read if SCALED
-    queries,  # [Q, D]
-    scales,  # [Q] fp32: of the product
-    norms,  # [Q] fp32: what a row's residual is multiplied by
-    residual_norms,  # [Q] fp32: what a row's magnitude is multiplied by
-    residuals,  # [G] fp32, the largest of each block
-    magnitudes,  # [G] fp32, the largest of each block
-    out,  # [Q, G] fp32
-    num_rows,
+@triton.jit
+def make_key(value, place):
+    """fp32, and a place below 2^32 -> int64: larger values first, then lower places."""
+    bits = value.to(tl.int32, bitcast=True)
+    monotone = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
+    return (monotone << 32) | (0xFFFFFFFF - place.to(tl.int64))
+
+
+@triton.jit
+def key_value(key):
+    """The value."""
+    monotone = (key >> 32).to(tl.int32)
+    return (monotone ^ ((monotone >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def key_place(key):
+    """The place."""
+    return 0xFFFFFFFF - (key & 0xFFFFFFFF)
+
+
+@triton.jit
+def highest_score(offset, bound):
+    """What no score of a block is above, from its bound without the offset (fp64, fp32 -> fp64)."""
+    bound = bound.to(tl.float64)
+    return offset + bound + _ROUNDING * (tl.abs(offset + bound) + tl.abs(bound))
+
+
+@triton.jit
+def _may_reach(key, offset, threshold, THRESHOLD: tl.constexpr):
+    """Whether the key is one, and its block may have such a score; what is not known to be below counts as reaching."""
+    reaches = key != _NO_KEY
+    if THRESHOLD:
+        reaches &= (highest_score(offset, key_value(key)) < threshold) == 0
+    return reaches
+
+
+@triton.jit(do_not_specialize=["num_queries", "rounding"])
+def prepare_queries(
+    queries,  # [Q, D] floating
+    center,  # [D] fp32, read if BASE
+    operand,  # [Q, D] fp32, fp16 or bf16; with BASE [2 * Q, D] int8, all first digits and then all second ones
+    scales,  # [Q] fp32: of products with the operand
+    norms,  # [Q] fp32: of queries, rounded up
+    residual_norms,  # [Q] fp32: of what the operand lacks, rounded up, and of what the products may round
+    offsets,  # [Q] fp64: query . center, or 0
     num_queries,
     size,
-    num_blocks,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    SCALED: tl.constexpr,
-    EVEN: tl.constexpr,  # size % BK == 0
+    rounding,  # fp32: of a product, relative to the norms
+    BD: tl.constexpr,
+    BASE: tl.constexpr,  # of two digits; 0: the operand is floats
 ):
-    """out = max over a block of scale * row_scale * (row . query), plus what the product may have missed."""
-    query_tiles = tl.cdiv(num_queries, BN)
-    block = tl.program_id(0) // query_tiles  # the tiles of one block follow each other, and find its rows in L2
-    query = tl.program_id(0) % query_tiles * BN + tl.arange(0, BN)
-    first = block.to(tl.int64) * BM
-    # The last block repeats its last row, and the last tile its last query: no mask, and no maximum changes.
-    row = tl.minimum(tl.arange(0, BM), num_rows - 1 - first).to(tl.int32)
-    known = tl.minimum(query, num_queries - 1)
-    component = tl.arange(0, BK)
-    row_pointers = rows + first * size + row[:, None] * size + component[None, :]
-    query_pointers = queries + known[:, None] * size + component[None, :]
-    integers: tl.constexpr = queries.dtype.element_ty == tl.int8
-    product = tl.zeros((BM, BN), dtype=tl.int32 if integers else tl.float32)
-    for d in range(0, size, BK):
-        if EVEN:
-            x = tl.load(row_pointers + d)
-            y = tl.load(query_pointers + d)
+    """query ~ scale * operand, components of the operand at most 1 (floats) or 127 (first digits).
+
+    Sums are in fp64; what the slack of 1e-6 in the norms is for is their own rounding to fp32."""
+    query = tl.program_id(0).to(tl.int64)
+    component = tl.arange(0, BD)
+    peaks = tl.zeros((BD,), dtype=tl.float64)
+    squares = tl.zeros((BD,), dtype=tl.float64)
+    along = tl.zeros((BD,), dtype=tl.float64)
+    for d in range(0, size, BD):
+        mask = d + component < size
+        value = tl.load(queries + query * size + d + component, mask=mask, other=0).to(tl.float32).to(tl.float64)
+        peaks = tl.maximum(peaks, tl.abs(value))
+        squares += value * value
+        if BASE:
+            along += value * tl.load(center + d + component, mask=mask, other=0).to(tl.float64)
+    unit = (tl.max(peaks, 0) / (127 if BASE else 1)).to(tl.float32)
+    unit = tl.where(unit > 1e-30, unit, 1.0)  # so small a query is all left over
+    exact_unit = unit.to(tl.float64)
+    left_over = tl.zeros((BD,), dtype=tl.float64)
+    for d in range(0, size, BD):
+        mask = d + component < size
+        value = tl.load(queries + query * size + d + component, mask=mask, other=0).to(tl.float32).to(tl.float64)
+        in_units = value / exact_unit
+        place = operand + query * size + d + component
+        if BASE:
+            digit = tl.floor(in_units + 0.5)
+            second = tl.floor((in_units - digit) * BASE + 0.5)
+            tl.store(place, digit.to(tl.int8), mask=mask)
+            tl.store(operand + (num_queries + query) * size + d + component, second.to(tl.int8), mask=mask)
+            known = digit + second / BASE
         else:
-            x = tl.load(row_pointers + d, mask=(d + component < size)[None, :], other=0)
-            y = tl.load(query_pointers + d, mask=(d + component < size)[None, :], other=0)
-        if integers:
-            product = tl.dot(x, tl.trans(y), product, out_dtype=tl.int32)
-        else:
-            product = tl.dot(x.to(y.dtype), tl.trans(y), product, input_precision="tf32")
-    coarse = product.to(tl.float32)
-    if SCALED:
-        coarse = coarse * tl.load(row_scales + first + row)[:, None]
-    coarse = tl.max(coarse, 0) * tl.load(scales + known)
-    error = tl.load(norms + known) * tl.load(residuals + block)
-    error += tl.load(residual_norms + known) * tl.load(magnitudes + block)
-    bound = coarse + error + 1e-6 * (tl.abs(coarse) + error)  # the slack is for the rounding of these lines
-    tl.store(out + query.to(tl.int64) * num_blocks + block, bound, mask=query < num_queries)
+            rounded = in_units.to(tl.float32).to(operand.dtype.element_ty)
+            tl.store(place, rounded, mask=mask)
+            known = rounded.to(tl.float32).to(tl.float64)
+        left = value - known * exact_unit
+        left_over += left * left
+    norm = tl.sqrt(tl.sum(squares, 0))
+    residual = tl.sqrt(tl.sum(left_over, 0))
+    residual += rounding * (norm + residual)
+    tl.store(scales + query, unit / (BASE if BASE else 1))
+    tl.store(norms + query, (norm * (1 + 1e-6)).to(tl.float32))
+    tl.store(residual_norms + query, (residual * (1 + 1e-6)).to(tl.float32))
+    tl.store(offsets + query, tl.sum(along, 0))
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_chosen"])
+@triton.jit(do_not_specialize=["num_blocks", "num_groups"])
+def group_maxima(
+    bounds,  # [Q, G] fp32
+    maxima,  # [Q, N] int64
+    num_blocks,
+    num_groups,
+    GROUP: tl.constexpr,  # blocks
+    TILE: tl.constexpr,  # groups of a program
+):
+    """The largest key of each group of blocks."""
+    query = tl.program_id(1).to(tl.int64)
+    group = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    block = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    inside = block < num_blocks
+    keys = make_key(tl.load(bounds + query * num_blocks + block, mask=inside, other=0), block)
+    keys = tl.where(inside, keys, _NO_KEY)
+    tl.store(maxima + query * num_groups + group, tl.max(keys, 1), mask=group < num_groups)
+
+
+@triton.jit(do_not_specialize=["num_blocks", "num_groups", "num_places", "begin", "end", "num_hits"])
+def best_blocks(
+    bounds,  # [Q, G] fp32
+    maxima,  # [Q, N] int64, left as it is after the last that was taken
+    offsets,  # [Q] fp64, read if THRESHOLD
+    thresholds,  # [Q, K] fp32: the last is a score, read if THRESHOLD
+    blocks,  # [Q, P] int64
+    rest,  # [Q] fp32: the highest bound that was not taken; -inf where all were
+    num_blocks,
+    num_groups,
+    num_places,
+    begin,
+    end,
+    num_hits,
+    GROUP: tl.constexpr,
+    GROUPS: tl.constexpr,  # at least N
+    THRESHOLD: tl.constexpr,
+):
+    """Fills places from `begin` to `end` with the best blocks, in order of their keys.
+
+    With THRESHOLD, only with blocks that may have a row of that score or a better one; `NO_BLOCK` in the others."""
+    query = tl.program_id(0).to(tl.int64)
+    group = tl.arange(0, GROUPS)
+    largest = tl.load(maxima + query * num_groups + group, mask=group < num_groups, other=_NO_KEY)
+    key = tl.max(largest, 0)
+    place = begin
+    offset, threshold = tl.zeros((), tl.float64), tl.full((), float("-inf"), tl.float64)
+    if THRESHOLD:
+        offset = tl.load(offsets + query)
+        threshold = tl.load(thresholds + query * num_hits + num_hits - 1).to(tl.float64)
+    while _may_reach(key, offset, threshold, THRESHOLD) & (place < end):
+        tl.store(blocks + query * num_places + place, key_place(key))
+        taken = key_place(key) // GROUP
+        member = taken * GROUP + tl.arange(0, GROUP)
+        inside = member < num_blocks
+        keys = make_key(tl.load(bounds + query * num_blocks + member, mask=inside, other=0), member)
+        following = tl.max(tl.where(inside & (keys < key), keys, _NO_KEY), 0)
+        largest = tl.where(group == taken, following, largest)
+        key = tl.max(largest, 0)
+        place += 1
+    tl.store(rest + query, tl.where(key == _NO_KEY, float("-inf"), key_value(key)))
+    if THRESHOLD:
+        while place < end:
+            tl.store(blocks + query * num_places + place, NO_BLOCK)
+            place += 1
+    else:
+        tl.store(maxima + query * num_groups + group, largest, mask=group < num_groups)
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_places", "begin", "count"])
 def exact_keys(
     rows,  # [M, D]
     row_scales,  # [M] fp32, read if SCALED
     queries,  # [Q, D] floating
-    blocks,  # [Q, P] int64
-    keys,  # [Q, P * BM] int64
+    blocks,  # [Q, P] int64; NO_BLOCK: nothing to do
+    keys,  # [Q, P * 128] int64
+    maxima,  # [Q, P * PARTS] int64: the largest of each part
     num_rows,
     size,
-    num_chosen,
-    BM: tl.constexpr,
+    num_places,
+    begin,  # of the places that are scored
+    count,
+    PART: tl.constexpr,
     BR: tl.constexpr,
     BD: tl.constexpr,
     SCALED: tl.constexpr,
 ):
-    """Exact scores of the rows of one block, packed with their ids so that a larger key is a better result.
+    """Exact scores of the rows of a part of a block, as keys.
 
-    Products are exact in fp64, and summed in fp64 in an order that only `size` decides. The upper half of a key is the
-    score's bits made monotone, the lower half the id's complement; rows past the end get the smallest key of all.
-    """
-    place = tl.program_id(0).to(tl.int64)
-    query = place // num_chosen
-    first = tl.load(blocks + place) * BM
-    for begin in range(0, BM, BR):
-        row = first + begin + tl.arange(0, BR)
-        inside = row < num_rows
-        sums = tl.zeros((BR, BD), dtype=tl.float64)
-        for d in range(0, size, BD):
-            component = d + tl.arange(0, BD)
-            mask = inside[:, None] & (component < size)[None, :]
-            x = tl.load(rows + row[:, None] * size + component[None, :], mask=mask, other=0).to(tl.float64)
-            y = tl.load(queries + query * size + component, mask=component < size, other=0).to(tl.float64)
-            sums += x * y[None, :]
-        total = tl.sum(sums, 1)
-        if SCALED:
-            total *= tl.load(row_scales + row, mask=inside, other=0).to(tl.float64)
-        score = total.to(tl.float32)
-        score = tl.where(score == 0, 0.0, score)  # -0 equals 0, and must look like it
-        bits = score.to(tl.int32, bitcast=True)
-        monotone = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
-        key = (monotone << 32) | (0xFFFFFFFF - row)
-        key = tl.where(inside, key, -0x8000000000000000)
-        tl.store(keys + place * BM + begin + tl.arange(0, BR), key)
+    Products are exact in fp64, and summed in fp64 in an order that only `size` decides. Rows past the end get the
+    smallest key of all, and so does a part that there is nothing to do for."""
+    program = tl.program_id(0).to(tl.int64)
+    part = program % _PARTS
+    query = program // _PARTS // count
+    place = query * num_places + begin + program // _PARTS % count
+    block = tl.load(blocks + place)
+    largest = tl.full((), _NO_KEY, dtype=tl.int64)
+    if block != NO_BLOCK:
+        first = (block * _PARTS + part) * PART
+        for r in range(0, PART, BR):
+            row = first + r + tl.arange(0, BR)
+            inside = row < num_rows
+            sums = tl.zeros((BR, BD), dtype=tl.float64)
+            for d in range(0, size, BD):
+                component = d + tl.arange(0, BD)
+                mask = inside[:, None] & (component < size)[None, :]
+                x = tl.load(rows + row[:, None] * size + component[None, :], mask=mask, other=0).to(tl.float64)
+                y = tl.load(queries + query * size + component, mask=component < size, other=0).to(tl.float64)
+                sums += x * y[None, :]
+            total = tl.sum(sums, 1)
+            if SCALED:
+                total *= tl.load(row_scales + row, mask=inside, other=0).to(tl.float64)
+            score = total.to(tl.float32)
+            score = tl.where(score == 0, 0.0, score)  # -0 equals 0, and must look like it
+            key = tl.where(inside, make_key(score, row), _NO_KEY)
+            tl.store(keys + (place * _PARTS + part) * PART + r + tl.arange(0, BR), key)
+            largest = tl.maximum(largest, tl.max(key, 0))
+    tl.store(maxima + place * _PARTS + part, largest)
 
 
-def bounds_configuration(num_queries: int, itemsize: int, shared_memory: int) -> dict[str, int]:
-    """Meta-parameters of `block_bounds` for rows and queries of `itemsize` bytes, in so much shared memory."""
-    tile = min((tile for tile in CONFIGURATIONS if tile >= num_queries), default=max(CONFIGURATIONS))
-    num_warps, num_stages = CONFIGURATIONS[tile]
-    fitting = shared_memory // ((BLOCK_ROWS + tile) * _STAGE_BYTES)
-    return {
-        "BM": BLOCK_ROWS,
-        "BN": tile,
-        "BK": _STAGE_BYTES // itemsize,
-        "num_warps": num_warps,
-        "num_stages": max(1, min(num_stages, fitting)),
-    }
+@triton.jit(do_not_specialize=["num_places", "count", "num_hits"])
+def best_hits(
+    keys,  # [Q, P * 128] int64
+    maxima,  # [Q, P * PARTS] int64
+    offsets,  # [Q] fp64
+    rest,  # [Q] fp32
+    scores,  # [Q, K] fp32
+    ids,  # [Q, K] int64
+    unproven,  # [Q] int32
+    num_places,
+    count,  # of places, from the first
+    num_hits,
+    PART: tl.constexpr,
+    GROUPS: tl.constexpr,  # at least count * PARTS
+):
+    """The K best rows in order, and whether a block that was not scored may have a better one."""
+    query = tl.program_id(0).to(tl.int64)
+    group = tl.arange(0, GROUPS)
+    largest = tl.load(maxima + query * num_places * _PARTS + group, mask=group < count * _PARTS, other=_NO_KEY)
+    score = tl.full((), 0, dtype=tl.float32)
+    for hit in range(num_hits):
+        key = tl.max(largest, 0)
+        taken = tl.max(tl.where(largest == key, group, -1), 0)
+        score = key_value(key)
+        tl.store(scores + query * num_hits + hit, score)
+        tl.store(ids + query * num_hits + hit, key_place(key))
+        members = tl.load(keys + (query * num_places * _PARTS + taken) * PART + tl.arange(0, PART))
+        following = tl.max(tl.where(members < key, members, _NO_KEY), 0)
+        largest = tl.where(group == taken, following, largest)
+    bound = tl.load(rest + query)
+    proven = (bound == float("-inf")) | (highest_score(tl.load(offsets + query), bound) < score.to(tl.float64))
+    tl.store(unproven + query, tl.where(proven, 0, 1))
+
+
+def group_blocks(num_blocks: int) -> int:
+    """Blocks of a group: a power of two, so that a warp holds the maxima of all groups and reads one in a step."""
+    group = 32
+    while group < MAX_GROUP_BLOCKS and -(-num_blocks // group) > MAX_GROUPS // 2:
+        group *= 2
+    return group
+
+
+def group_constants(num_blocks: int) -> dict[str, int]:
+    """Meta-parameters of `best_blocks`; of `group_maxima`, with TILE in place of GROUPS."""
+    group = group_blocks(num_blocks)
+    return {"GROUP": group, "GROUPS": max(32, triton.next_power_of_2(-(-num_blocks // group)))}
+
+
+def maxima_tile(group: int) -> int:
+    """Groups of a program of `group_maxima`."""
+    return max(1, _MAXIMA_TILE // group)
 
 
 # Of `exact_keys`: 16 rows by 128 components in fp64 are 32 registers of a thread (32 by 64 spill in Triton 3.6, sm_80).
-EXACT_CONFIGURATION = {"BM": BLOCK_ROWS, "BR": 16, "BD": 128, "num_warps": 4}
+EXACT_CONFIGURATION = {"PART": PART_ROWS, "BR": 16, "BD": 128, "num_warps": 4}
+PREPARE_CONFIGURATION = {"BD": 256, "num_warps": 4}
+TAKE_CONFIGURATION = {"num_warps": 1}  # a step waits for no other warp
 
 
 def compile_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int, int, set[str]]]:
     """What is shipped, for the compile test: name, kernel, signature, constants, warps, stages, and the arguments that
     are multiples of 16."""
-    cases = [_bounds_case("fp16", "fp16", tile) for tile in CONFIGURATIONS]
-    cases += [_bounds_case("i8", "i8", tile) for tile in CONFIGURATIONS]
-    cases += [_bounds_case(element, element, 256) for element in ("bf16", "fp32")]
-    cases += [_bounds_case("i8", "fp16", 256), _bounds_case("fp16", "fp16", 256, even=False)]
+    cases = []
+
+    def add(name, kernel, pointers, numbers, constants, divisible=()):
+        constants = dict(constants)
+        num_warps = constants.pop("num_warps", 4)
+        signature = pointers | dict.fromkeys(numbers, "i32")
+        if "rounding" in signature:
+            signature["rounding"] = "fp32"
+        cases.append((name, kernel, signature, constants, num_warps, 3, {*pointers, *divisible}))
+
+    for element, base in (("fp16", 0), ("bf16", 0), ("fp32", 0), ("i8", 128)):
+        pointers = {"queries": "*fp32", "center": "*fp32", "operand": f"*{element}", "offsets": "*fp64"}
+        pointers |= dict.fromkeys(("scales", "norms", "residual_norms"), "*fp32")
+        constants = PREPARE_CONFIGURATION | {"BASE": base}
+        add(f"prepare_queries_{element}", prepare_queries, pointers, ("num_queries", "size", "rounding"), constants,
+            ("size",))  # fmt: skip
+    for group in (32, 128, MAX_GROUP_BLOCKS):
+        add(f"group_maxima_{group}", group_maxima, {"bounds": "*fp32", "maxima": "*i64"}, ("num_blocks", "num_groups"),
+            {"GROUP": group, "TILE": maxima_tile(group)})  # fmt: skip
+    for group, groups, threshold in ((128, 512, False), (128, 512, True), (MAX_GROUP_BLOCKS, MAX_GROUPS, True)):
+        pointers = {"bounds": "*fp32", "maxima": "*i64", "offsets": "*fp64", "thresholds": "*fp32", "blocks": "*i64",
+                    "rest": "*fp32"}  # fmt: skip
+        numbers = ("num_blocks", "num_groups", "num_places", "begin", "end", "num_hits")
+        constants = TAKE_CONFIGURATION | {"GROUP": group, "GROUPS": groups, "THRESHOLD": threshold}
+        add(f"best_blocks_{group}x{groups}_{threshold}", best_blocks, pointers, numbers, constants)
     for element, scaled in (("fp16", False), ("bf16", False), ("fp32", False), ("i8", True)):
-        constants = {**EXACT_CONFIGURATION, "SCALED": scaled}
-        signature = {
-            "rows": f"*{element}", "row_scales": "*fp32", "queries": "*fp32", "blocks": "*i64", "keys": "*i64",
-            "num_rows": "i32", "size": "i32", "num_chosen": "i32",
-        }  # fmt: skip
-        divisible = {"rows", "row_scales", "queries", "blocks", "keys", "size"}
-        num_warps = constants.pop("num_warps")
-        cases.append((f"exact_keys_{element}", exact_keys, signature, constants, num_warps, 3, divisible))
+        pointers = {"rows": f"*{element}", "row_scales": "*fp32", "queries": "*fp32"}
+        pointers |= dict.fromkeys(("blocks", "keys", "maxima"), "*i64")
+        numbers = ("num_rows", "size", "num_places", "begin", "count")
+        add(f"exact_keys_{element}", exact_keys, pointers, numbers, EXACT_CONFIGURATION | {"SCALED": scaled}, ("size",))
+    for groups in (64, MAX_GROUPS):
+        pointers = {"keys": "*i64", "maxima": "*i64", "offsets": "*fp64", "rest": "*fp32", "scores": "*fp32",
+                    "ids": "*i64", "unproven": "*i32"}  # fmt: skip
+        constants = TAKE_CONFIGURATION | {"PART": PART_ROWS, "GROUPS": groups}
+        add(f"best_hits_{groups}", best_hits, pointers, ("num_places", "count", "num_hits"), constants)
     return cases
-
-
-def _bounds_case(rows: str, queries: str, tile: int, even: bool = True) -> tuple:
-    """One of `compile_cases`: element types of rows and queries, queries per program."""
-    itemsize = {"fp32": 4, "fp16": 2, "bf16": 2, "i8": 1}[queries]
-    constants = bounds_configuration(tile, itemsize, 1 << 20) | {"SCALED": rows == "i8", "EVEN": even}
-    num_warps, num_stages = constants.pop("num_warps"), constants.pop("num_stages")
-    vectors = ("row_scales", "scales", "norms", "residual_norms", "residuals", "magnitudes", "out")
-    signature = {"rows": f"*{rows}", "queries": f"*{queries}", **dict.fromkeys(vectors, "*fp32")}
-    divisible = {*signature, "size"}
-    signature |= dict.fromkeys(("num_rows", "num_queries", "size", "num_blocks"), "i32")
-    kind = rows if rows == queries else f"{rows}_{queries}"
-    name = f"block_bounds_{kind}_{tile}" + ("" if even else "_uneven")
-    return name, block_bounds, signature, constants, num_warps, num_stages, divisible

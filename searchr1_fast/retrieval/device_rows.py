@@ -6,6 +6,9 @@ What keeps out of the trainer's way: every kernel and copy is queued on one stre
 names none would get the default one, and wait for the decoding and training that is queued there); queries and results
 pass through pinned memory; and one search at a time is under way, so memory is that of one.
 
+What keeps the host out of the search's way: its kernels are one launch (`recorded_search.py`), and one copy brings the
+hits together with whether they are proven. Where one is not, the host looks again, and `settled` counts it.
+
 The whole class runs on a CPU too, where it is the twin that tests compare: ring, row numbers, cutting of batches.
 
 Shape legend
@@ -20,14 +23,20 @@ from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
-from searchr1_kernels import TopKIndex, topk_inner_product
+from searchr1_kernels import Hits, Settled, TopKIndex, open_search, topk_inner_product
 
 from searchr1_fast.retrieval.index_format import Progress
 from searchr1_fast.retrieval.memory_plan import MAX_QUERIES, MemoryPlan, Scan, free_bytes
+from searchr1_fast.retrieval.recorded_search import SIZES, CudaRecordedSearches, RecordedSearches, bucket_size
 from searchr1_fast.retrieval.rows import Part
 from searchr1_fast.retrieval.staging import HostBuffer, StagingRing, copies_of
 
 _BYTES_BETWEEN_SIGNS = 2**28  # of progress
+_MAX_HITS = 192  # of a search that can be recorded; more are searched as one that cannot
+_RECORDED_HITS = 16  # what the batcher asks for unless somebody wants more
+# Of rows, from which on reading them is what takes time: only then is it worth the seconds of finding out how.
+_TUNED_BYTES = 2**28
+_TUNED_QUERIES = (16, 32, 64, 128, 256)
 
 
 class DeviceRows:
@@ -63,6 +72,12 @@ class DeviceRows:
             self._index = TopKIndex(corpus, coarse=coarse)
         if self._device.type == "cuda":
             torch.cuda.empty_cache()  # preparing took gigabytes, which torch would keep for this stream alone
+        with self._on_stream():
+            self._search = open_search(self._index, MAX_QUERIES, min(_MAX_HITS, len(self._index)))
+        kind = CudaRecordedSearches if self._device.type == "cuda" else RecordedSearches
+        self.recorded = kind(self._search, self._stream)
+        self.settled = Settled()  # of all searches
+        self.ways: dict[int, dict[str, float]] = {}  # seconds of each way to read the rows, by number of queries
         self._warm_up()
 
     def __len__(self) -> int:
@@ -75,30 +90,49 @@ class DeviceRows:
         with self._lock, self._on_stream():
             for begin in range(0, len(vectors), MAX_QUERIES):
                 part = slice(begin, begin + MAX_QUERIES)
-                scores[part], rows[part] = self._search(vectors[part], k)
+                scores[part], rows[part] = self._search_part(vectors[part], k)
+        rows += self._first
         return scores, rows
 
-    def _search(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The results are views of memory that the next search overwrites."""
-        staged = self._queries.view(vectors.shape, torch.float32)
-        staged.numpy()[...] = vectors
-        queries = torch.empty(vectors.shape, dtype=torch.float32, device=self._device)
+    def bytes_read(self, num_queries: int) -> int:
+        """By the pass over the rows, or over their codes, that a search of so many makes."""
+        return self._search.bytes_read(bucket_size(num_queries))
+
+    def _search_part(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The results are views of memory that the next search overwrites; rows counted from the first."""
+        num_queries, size = len(vectors), bucket_size(len(vectors))
+        staged = self._queries.view((size, vectors.shape[1]), torch.float32)
+        staged.numpy()[:num_queries] = vectors
+        staged.numpy()[num_queries:] = 0  # rows of the bucket that nobody asks for
+        queries = self._search.queries[:size]
         self._copies.start(queries, staged)
-        scores, rows = topk_inner_product(queries, self._index, k)
-        rows += self._first
-        # One copy for both: to start one is what costs.
-        hits = torch.cat([rows.view(-1).view(torch.int32), scores.view(-1).view(torch.int32)])
-        landed = self._results.view((hits.numel(),), torch.int32)
-        self._copies.wait(self._copies.start(landed, hits))
-        numbers, values = np.split(landed.numpy(), [2 * scores.numel()])
-        return values.view(np.float32).reshape(scores.shape), numbers.view(np.int64).reshape(rows.shape)
+        if not self._search.can_launch(size, k):
+            return tuple(tensor.cpu().numpy() for tensor in topk_inner_product(queries[:num_queries], self._index, k))
+        self.recorded.launch(size, k)
+        hits = self._fetch(size, k)
+        if hits.unproven[:num_queries].any():
+            self.settled += self._search.settle(size, k, num_queries)
+            hits = self._fetch(size, k)
+        return hits.scores[:num_queries].numpy(), hits.ids[:num_queries].numpy()
+
+    def _fetch(self, num_queries: int, k: int) -> Hits:
+        """What the search left, in pinned memory."""
+        packed = self._search.packed_hits(num_queries, k)
+        landed = self._results.view((packed.numel(),), torch.uint8)
+        self._copies.wait(self._copies.start(landed, packed))
+        return Hits.views(landed, num_queries, k)
 
     def _warm_up(self) -> None:
         """Every kernel that batches of any size want is compiled, and the memory of the largest is torch's to keep. A
         deadline allows for neither, and a later `cudaMalloc` may wait for whatever else the device is doing."""
+        with self._on_stream():
+            if self._device.type == "cuda" and self._index.corpus.nbytes >= _TUNED_BYTES:
+                self.ways = {size: self._search.tune(size) for size in _TUNED_QUERIES}
+            k = min(_RECORDED_HITS, self._search.max_k)
+            for size in reversed(SIZES):
+                self.recorded.record(size, k)
         vectors = np.random.default_rng(0).standard_normal((MAX_QUERIES, self._index.corpus.shape[1]), np.float32)
-        for num_queries in (1, 32, 128, MAX_QUERIES):
-            self.search(vectors[:num_queries], 16)
+        self.search(vectors, _RECORDED_HITS)
 
     def _load(self, parts: list[Part], corpus: torch.Tensor, progress: Progress | None) -> None:
         ring = StagingRing(self._copies)

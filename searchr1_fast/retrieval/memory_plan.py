@@ -1,8 +1,8 @@
 """How much of a GPU an index takes, computed before a byte is copied: said, and refused where it cannot fit.
 
     rows       2 bytes per component: fp16, as on the disk
-    codes      1 byte per component, 4 for the scale of each row, where passes read 8-bit codes
-    bounds     4 bytes per block of 128 rows, 12 with codes: what a bound of the block is made of
+    codes      1 byte per component, 8 for the scale and the residual of each row, where passes read 8-bit codes
+    bounds     4 bytes per block of 128 rows, 8 with codes: what a bound of the block is made of
     work       the larger of what preparing takes for a moment, and what a search of the largest batch takes
 
 What a search takes stays with torch's caching allocator, so later searches ask the driver for nothing.
@@ -23,6 +23,7 @@ Scan = Literal["float16", "int8"]
 MAX_QUERIES = 512  # searched at once; a pass over the rows costs the same for one query as for about a hundred
 _BLOCK_ROWS = 128  # searchr1_kernels: rows under one bound
 _PREPARED_ROWS = 2**18  # prepared at a time, in fp64
+_SCORED_BYTES = 256 * (8 * _BLOCK_ROWS + 64)  # of a query: its places for blocks, a key per row and some numbers more
 
 
 @dataclass(frozen=True)
@@ -40,20 +41,20 @@ class MemoryPlan:
 
     @property
     def codes(self) -> int:
-        """Codes with their scales, and the center that was taken off before."""
-        return (self.dimension + 4) * self.num_rows + 4 * self.dimension if self.scan == "int8" else 0
+        """Codes with their scales and residuals, and the center that was taken off before."""
+        return (self.dimension + 8) * self.num_rows + 4 * self.dimension if self.scan == "int8" else 0
 
     @property
     def bounds(self) -> int:
-        """Per block: a norm; with codes a residual and a magnitude, too."""
-        return (12 if self.scan == "int8" else 4) * self._num_blocks
+        """Per block: a norm; with codes a magnitude, too."""
+        return (8 if self.scan == "int8" else 4) * self._num_blocks
 
     @property
     def work(self) -> int:
         """Beside what stays. An estimate from above: rows in fp64 (and centred, and rounded, for codes) while they are
-        prepared; for a search a bound per query and block, twice, as selecting makes a copy."""
+        prepared; for a search a bound per query and block, twice, as settling makes a copy, and exact scores."""
         preparing = 8 * min(self.num_rows, _PREPARED_ROWS) * self.dimension * (4 if self.scan == "int8" else 1)
-        searching = 2 * 4 * MAX_QUERIES * self._num_blocks
+        searching = MAX_QUERIES * (2 * 4 * self._num_blocks + _SCORED_BYTES + 4 * self.dimension)
         return max(preparing, searching)
 
     @property

@@ -65,6 +65,18 @@ def test_kernels_stay_within_their_budget(toolchain, architecture, request):
     assert not found, "\n".join(found)
 
 
+def test_walking_programs_fit_beside_each_other():
+    """As many as are started for every multiprocessor: one that has to wait would begin when the others are done."""
+    walk = pytest.importorskip("searchr1_kernels._topk_walk_triton", reason="needs Triton")
+    for version, budgets in json.loads(BUDGET.read_text(encoding="utf-8")).items():
+        for name, *_, num_warps, _, _ in walk.compile_cases():
+            needs, programs = budgets["sm_90"][name], int(name.rpartition("_")[2].partition("x")[0])
+            registers = -(-needs["registers"] // 8) * 8 * 32 * num_warps
+            assert programs * registers <= 1 << 16, f"{name}, Triton {version}"
+            shared = needs["shared"] + 1024  # which the driver keeps
+            assert programs * shared <= 228 * 1024, f"{name}, Triton {version}"
+
+
 def test_what_counts_as_a_violation():
     budget = {"scan": {"registers": 64, "shared": 128, "stack": 0}}
     assert violations(budget, budget) == []

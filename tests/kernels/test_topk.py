@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from searchr1_kernels import TopKIndex, _topk_cpu, reference, topk_inner_product
+from searchr1_kernels import Hits, TopKIndex, _topk_cpu, open_search, reference, topk_inner_product
 
 KINDS = ("normal", "ties", "copies", "zero", "close", "one direction", "one large component", "all sizes", "tiny")
 
@@ -215,6 +215,35 @@ def test_queries_may_be_any_view():
     assert_equal(topk_inner_product(wide[:, :, 0], corpus, 3), topk_inner_product(asked, corpus, 3))
 
 
+def test_a_search_in_memory_that_stays():
+    """The twin of a GPU's: as `topk_inner_product`, with nothing to settle and nothing to tune."""
+    asked, corpus = problem("ties", rows=500)
+    search = open_search(TopKIndex(corpus), max_queries=20, max_k=9)
+    for num_queries, k in ((20, 9), (3, 1), (20, 4), (0, 2)):
+        search.queries[:num_queries] = asked[:num_queries]
+        want = reference.topk_inner_product(asked[:num_queries], corpus, k)
+        hits = search.launch(num_queries, k)
+        assert_equal((hits.scores, hits.ids), want)
+        assert not hits.unproven.any() and search.settle(num_queries, k) == (0, 0, 0)
+        packed = Hits.views(search.packed_hits(num_queries, k).clone(), num_queries, k)
+        assert_equal(packed, hits)
+    assert search.tune(16) == {}
+    assert not search.can_launch(21, 9) and not search.can_launch(20, 10) and not search.can_launch(1, 0)
+    with pytest.raises(ValueError, match="no room for 21 queries and 9 hits"):
+        search.launch(21, 9)
+    for max_queries, max_k in ((0, 1), (1, 0), (1, 501)):
+        with pytest.raises(ValueError, match=f"got max_queries {max_queries}, max_k {max_k}"):
+            open_search(search.index, max_queries, max_k)
+
+
+def test_hits_lie_in_one_piece():
+    memory = torch.zeros(Hits.nbytes(3, 5), dtype=torch.uint8)
+    hits = Hits.views(memory, 3, 5)
+    hits.ids[:], hits.scores[:], hits.unproven[:] = 1 << 40, 2.0, 1
+    assert (hits.ids == 1 << 40).all() and (hits.scores == 2).all() and (hits.unproven == 1).all()
+    assert all(tensor.data_ptr() % 16 == memory.data_ptr() % 16 for tensor in hits)
+
+
 QUERIES, CORPUS = torch.zeros(2, 3), torch.zeros(5, 3)
 
 
@@ -289,3 +318,33 @@ def test_a_gpu_and_a_cpu_agree(kind, dtype):
         for queries in (1, 50, 200):
             have = topk_inner_product(asked[:queries].cuda(), index, 10)
             assert_equal([tensor.cpu() for tensor in have], [tensor[:queries] for tensor in want])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("coarse", ["float", "int8"])
+def test_every_way_on_a_gpu_has_the_same_bits(coarse, monkeypatch):
+    """Of reading the corpus, for each tile; and a search that was recorded."""
+    from searchr1_kernels import _topk_passes
+
+    monkeypatch.setattr(_topk_passes, "_FASTEST", {})
+    asked, corpus = problem("one direction", rows=300_000, size=768, queries=300, dtype=torch.float16)
+    want = topk_inner_product(asked, corpus, 10)
+    search = open_search(TopKIndex(corpus.cuda(), coarse=coarse), 300, 10)
+    search.queries[:] = asked.cuda()
+    for queries in (16, 32, 64, 128, 256, 300):
+        kind = search._passes._kind(queries)
+        for way in _topk_passes._candidates(*kind):
+            _topk_passes._FASTEST[kind] = way
+            hits = search.launch(queries, 10)
+            search.settle(queries, 10)
+            have = [tensor.cpu() for tensor in (hits.scores, hits.ids)]
+            assert_equal(have, [tensor[:queries] for tensor in want])
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            hits = search.launch(queries, 10)
+        hits.ids.zero_()
+        graph.replay()
+        search.settle(queries, 10)
+        assert_equal([tensor.cpu() for tensor in (hits.scores, hits.ids)], [tensor[:queries] for tensor in want])
+        assert len(search.tune(queries)) >= 1

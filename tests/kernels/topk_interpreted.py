@@ -11,8 +11,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from searchr1_kernels import _topk_cuda, reference
-from searchr1_kernels._topk_triton import CONFIGURATIONS
+from searchr1_kernels import Hits, TopKIndex, _topk_cuda, _topk_passes, reference, topk_search
+from searchr1_kernels._topk_bounds_triton import (
+    CONFIGURATIONS,
+    DIGITS_CONFIGURATIONS,
+    Candidate,
+    candidates,
+    digit_base,
+)
+from searchr1_kernels._topk_passes import Corpus, Passes
+from searchr1_kernels._topk_triton import best_blocks, group_constants, group_maxima, maxima_tile
+from searchr1_kernels._topk_walk_triton import DIGITS_WALKS, WALKS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.int8] + ([torch.bfloat16] if DEVICE == "cuda" else [])
@@ -22,8 +31,9 @@ DTYPES = [torch.float32, torch.float16, torch.int8] + ([torch.bfloat16] if DEVIC
 def few_blocks():
     """Fewer blocks scored at once than a small corpus has, so that something is left to prove."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_topk_cuda, "_SLACK", {"float": 1, "int8": 3})
-        patch.setattr(_topk_cuda, "_WIDEN", 2)
+        patch.setattr(_topk_passes, "SLACK", {"float": 1, "int8": 3})
+        patch.setattr(_topk_passes, "MAX_CODED_QUERIES", 4)
+        patch.setattr(_topk_cuda, "_PLAIN_SLACK", 1)
         patch.setattr(_topk_cuda, "_QUERIES_AT_ONCE", 6)
         patch.setattr(_topk_cuda, "_KEY_BYTES", 8 << 10)
         patch.setattr(_topk_cuda, "_ROWS_AT_ONCE", 500)
@@ -79,48 +89,268 @@ def test_whole_tiles(dtype, coarse):
     assert_exact("normal", 1280, 128, 5, 2, dtype, coarse)
 
 
+def bounds_of(asked, corpus, scales, parts, way=None):
+    """Bounds [Q,G] fp32 and offsets [Q]."""
+    return Passes(Corpus(corpus, scales, parts), len(asked), 1).bounds(asked, way)
+
+
+def best_scores(asked, corpus, scales):
+    """The best score of each block [Q,G], fp64."""
+    scores = asked.double() @ corpus.double().T * (1 if scales is None else scales.double())
+    padded = torch.nn.functional.pad(scores, (0, -corpus.shape[0] % 128), value=-torch.inf)
+    return padded.view(len(asked), -1, 128).amax(2)
+
+
+WALKING = _topk_passes._device(torch.device(DEVICE)).walks
+
+
+def every_way(queries, digits):
+    """All that ships for tiles of so many queries, here."""
+    return candidates(queries, digits, 1 << 20, WALKING)
+
+
 @pytest.mark.parametrize("queries", [*(size + more for size in CONFIGURATIONS for more in (0, 1)), 300])
 def test_bounds_for_any_number_of_queries(queries):
     """Every shipped tile, full and with one query over; each query's bounds are those it gets alone."""
     asked, corpus, scales = problem("normal", 300, 40, queries, torch.float16)
     parts = _topk_cuda.prepare(corpus, scales, "float")
-    bounds, _ = _topk_cuda._bounds(asked, corpus, scales, parts, "float")
-    best = torch.nn.functional.pad(asked.double() @ corpus.double().T, (0, 84), value=-torch.inf)
-    assert (best.view(queries, 3, 128).amax(2) <= bounds).all()
+    bounds, _ = bounds_of(asked, corpus, scales, parts)
+    assert (best_scores(asked, corpus, scales) <= bounds).all()
     for q in (0, queries - 1):
-        alone, _ = _topk_cuda._bounds(asked[q : q + 1], corpus, scales, parts, "float")
+        alone, _ = bounds_of(asked[q : q + 1], corpus, scales, parts)
         torch.testing.assert_close(bounds[q : q + 1], alone, rtol=1e-6, atol=1e-6)
 
 
-def test_more_is_scored_until_it_is_proven(monkeypatch):
-    """Copies in more blocks than are scored at first: the first answer cannot be the last."""
-    scored, function = [], _topk_cuda._score_blocks
+@pytest.mark.parametrize("rows", [1, 200, 257, 650])
+@pytest.mark.parametrize("coarse", ["float", "int8"])
+def test_every_way_to_make_bounds(coarse, rows, monkeypatch):
+    """They are bounds, as close as the plain kernel's, also where a walking program's step ends past the rows."""
+    monkeypatch.setattr(_topk_passes, "MAX_CODED_QUERIES", 1 << 20)
+    tables = (DIGITS_CONFIGURATIONS, DIGITS_WALKS) if coarse == "int8" else (CONFIGURATIONS, WALKS)
+    for queries in sorted(set(tables[0]) | set(tables[1])):
+        count = queries + 3 if rows == 200 and queries <= 32 else 5  # two tiles of them
+        asked, corpus, scales = problem("normal", rows, 80, count, torch.float16)
+        if rows == 257:
+            corpus -= 20 * asked[0].half()  # all scores of a query below zero, as what a descriptor fills in is not
+        parts = _topk_cuda.prepare(corpus, scales, coarse)
+        best = None
+        for way in every_way(queries, coarse == "int8"):
+            bounds, offsets = bounds_of(asked, corpus, scales, parts, way)
+            best = best_scores(asked, corpus, scales) - offsets[:, None] if best is None else best
+            assert (best <= bounds).all(), way.name
+            plain, _ = bounds_of(asked, corpus, scales, parts)
+            torch.testing.assert_close(bounds, plain, rtol=1e-5, atol=1e-5)
 
-    def count(queries, corpus, k, scales, blocks):
-        scored.append(blocks.shape[1])
-        return function(queries, corpus, k, scales, blocks)
 
-    monkeypatch.setattr(_topk_cuda, "_score_blocks", count)
-    assert_exact("normal", 1500, 16, 4, 1, torch.float16, "float")
-    assert scored == [2]
-    scored.clear()
-    assert_exact("copies", 1500, 16, 4, 1, torch.float16, "int8")
-    assert scored == [4, 2, 4, 8, 12]  # codes; rows as they are, ever more of them
+@pytest.mark.parametrize("coarse", ["float", "int8"])
+def test_no_result_depends_on_the_way(coarse, monkeypatch):
+    """Whatever was found the fastest, for whatever reason; what was tried is reported, the fastest first."""
+    monkeypatch.setattr(_topk_passes, "_FASTEST", {})
+    asked, corpus, scales = problem("ties", 900, 32, 3, torch.float16)
+    parts = _topk_cuda.prepare(corpus, scales, coarse)
+    ways = every_way(16, coarse == "int8")
+    assert len(ways) > (2 if WALKING else 0)
+    results = []
+    for favourite in ways:
+        seconds = iter([0.5 if way == favourite else 1.0 for way in ways])
+        passes = Passes(Corpus(corpus, scales, parts), 3, 4)
+        times = passes.tune(3, lambda run, seconds=seconds: (run(), next(seconds))[1])
+        assert list(times) == [favourite.name, *(way.name for way in ways if way != favourite)]
+        assert passes._ways(3) == [favourite] and passes._ways(4) == [favourite]
+        results.append(_topk_cuda.search(asked, corpus, 4, scales, parts))
+    want = reference.topk_inner_product(asked, corpus, 4)
+    for result in results:
+        assert all(torch.equal(one, other) for one, other in zip(result, want, strict=True))
+
+
+def test_a_way_with_other_bounds_is_not_used(monkeypatch):
+    """One that leaves out a block, say, although it is the fastest."""
+    monkeypatch.setattr(_topk_passes, "_FASTEST", {})
+    _, corpus, _ = problem("normal", 900, 32, 3, torch.float16)
+    passes = Passes(Corpus(corpus, None, _topk_cuda.prepare(corpus, None, "float")), 3, 4)
+    first, wrong, *_ = ways = [Candidate(0, 128, tile, 4, 2) for tile in (16, 32, 128)]
+    monkeypatch.setattr(_topk_passes, "_candidates", lambda *kind: ways)
+
+    def seconds(run):
+        bounds, _ = run()
+        if run.args[-1] == wrong:
+            bounds[1, -1] = bounds[1, -1] - 1.0
+        return 0.5 if run.args[-1] == wrong else 1.0
+
+    with pytest.warns(UserWarning, match=f"{wrong.name} gives other bounds on {DEVICE}.*; it is not used"):
+        times = passes.tune(3, seconds)
+    assert list(times) == [first.name, ways[2].name] and passes._ways(3) == [first]
+
+
+def test_only_rows_that_descriptors_can_name_are_walked():
+    if not WALKING:
+        pytest.skip("nothing walks on this GPU")
+
+    def walking(rows, coarse="float"):
+        passes = Passes(Corpus(rows, None, _topk_cuda.prepare(rows, None, coarse)), 4, 1)
+        return any(way.programs for way in passes._ways(4))
+
+    half = torch.zeros(9, 32, dtype=torch.float16, device=DEVICE)
+    assert walking(half) and walking(half[:, :16].float()) and walking(half, "int8") and walking(half.char(), "int8")
+    assert not walking(half[:, :7].contiguous()) and not walking(half[:, :24].contiguous(), "int8")  # 14, 24 bytes
+    assert not walking(half.view(-1)[1:-31].view(-1, 32)[:5])  # begins at no multiple of 16
+    assert not walking(half.char())  # its operand is floats
+
+
+def test_what_is_left_is_settled(monkeypatch):
+    """Copies in more blocks than there are places: the first answer cannot be the last."""
+    scored, function = [], _topk_cuda._best_of_blocks
+
+    def count(queries, corpus, k, blocks):
+        scored.append((len(queries), int((blocks >= 0).sum())))
+        return function(queries, corpus, k, blocks)
+
+    def settled(kind, coarse):
+        scored.clear()
+        asked, corpus, _ = problem(kind, 700, 16, 4, torch.float16)
+        parts = _topk_cuda.prepare(corpus, None, coarse)
+        *have, settled = _topk_cuda._search(asked, Corpus(corpus, None, parts), 1)
+        want = reference.topk_inner_product(asked, corpus, 1)
+        assert all(torch.equal(one, other) for one, other in zip(have, want, strict=True))
+        return settled
+
+    monkeypatch.setattr(_topk_cuda, "_best_of_blocks", count)
+    assert settled("normal", "float") == (0, 0, 0) and scored == []
+    assert settled("copies", "float") == (4, 0, 24) and scored == [(4, 24)]  # all of 6 blocks
+    monkeypatch.setattr(_topk_cuda, "_WORTH", 4.4)  # 24 blocks are 4.39 times the rows
+    assert settled("copies", "int8") == (4, 0, 24) and scored == [(4, 24)]
+    monkeypatch.setattr(_topk_cuda, "_WORTH", 4.3)
+    assert settled("copies", "int8") == (4, 4, 24) and scored == [(4, 24)]  # the rows themselves tell no more of copies
+
+
+def test_codes_of_close_rows_give_way_to_the_rows():
+    """What differs by less than codes can tell, the rows as floats tell apart, in as many blocks as there are hits."""
+    asked, corpus, _ = problem("large component", 700, 16, 4, torch.float16)
+    parts = _topk_cuda.prepare(corpus, None, "int8")
+    *have, settled = _topk_cuda._search(asked, Corpus(corpus, None, parts), 1)
+    want = reference.topk_inner_product(asked, corpus, 1)
+    assert all(torch.equal(one, other) for one, other in zip(have, want, strict=True))
+    assert settled.num_queries == settled.num_rescanned == 4
+
+
+@pytest.mark.parametrize("coarse", ["float", "int8"])
+@pytest.mark.parametrize("kind", ["normal", "tiny", "zero", "large"])
+def test_prepared_queries_are_the_queries_up_to_what_is_said(coarse, kind):
+    """scale * operand and what it lacks: norms from fp64, no less than the truth and little more."""
+    asked, corpus, _ = problem("normal", 300, 300, 4, torch.float16)
+    asked *= {"normal": 1.0, "tiny": 1e-34, "zero": 0.0, "large": 1e30}[kind]
+    passes = Passes(Corpus(corpus, None, _topk_cuda.prepare(corpus, None, coarse)), 4, 1)
+    _, offsets = passes.bounds(asked)
+    if coarse == "int8":
+        first, second = passes._operand[: 2 * asked.numel()].view(torch.int8).view(2, 4, 300).double()
+        assert first.abs().max() <= 127 and second.abs().max() <= 64
+        operand, rounding = 128 * first + second, 0.0
+        torch.testing.assert_close(offsets, asked.double() @ passes.corpus.parts[1].double(), rtol=1e-12, atol=0.0)
+    else:
+        operand = passes._operand[: 2 * asked.numel()].view(torch.float16).view(4, 300).double()
+        assert operand.abs().max() <= 1 and not offsets.any()
+        rounding = 300 * 2.0**-22
+    norms = asked.double().norm(dim=1)
+    lacking = (asked.double() - passes._scales.double()[:, None] * operand).norm(dim=1)
+    lacking += rounding * (norms + lacking)
+    for said, true in ((passes._norms, norms), (passes._residual_norms, lacking)):
+        assert (true <= said.double()).all() and (said.double() <= true * (1 + 2e-6) + 1e-40).all()
+    if kind in ("normal", "large"):
+        assert (lacking <= (1e-4 if coarse == "int8" else 5e-4) * norms).all()
+
+
+@pytest.mark.parametrize(("k", "dtype"), [(1, torch.float16), (7, torch.int8)])
+def test_more_hits_than_a_warp_takes(k, dtype, monkeypatch):
+    """The plain way, which is also the twin: the same bits."""
+    asked, corpus, scales = problem("ties", 1500, 16, 5, dtype)
+    parts = _topk_cuda.prepare(corpus, scales, "int8")
+    fast = _topk_cuda.search(asked, corpus, k, scales, parts)
+    monkeypatch.setattr(Passes, "can_launch", lambda self, k: False)
+    for one, other in zip(fast, _topk_cuda.search(asked, corpus, k, scales, parts), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("num_blocks", [1, 31, 32, 40, 600])
+def test_blocks_are_taken_in_order(num_blocks):
+    """By bound, then by number, as sorting would have them; also below zero, infinite, and equal ones."""
+    generator = torch.Generator().manual_seed(num_blocks)
+    bounds = torch.randn(3, num_blocks, generator=generator)
+    bounds[1] = bounds[1].round() + 0.0  # without -0, which comes after 0 here
+    bounds[2, ::3] = torch.inf
+    bounds = bounds.to(DEVICE)
+    constants = group_constants(num_blocks)
+    num_groups, tile = -(-num_blocks // constants["GROUP"]), maxima_tile(constants["GROUP"])
+    maxima = torch.empty(3, num_groups, dtype=torch.int64, device=DEVICE)
+    group_maxima[(-(-num_groups // tile), 3)](
+        bounds, maxima, num_blocks, num_groups, GROUP=constants["GROUP"], TILE=tile
+    )
+    places = min(num_blocks, 12)
+    offsets, scores = torch.zeros(3, dtype=torch.float64, device=DEVICE), bounds.amin(1, keepdim=True)
+    blocks, rest = torch.empty(3, places, dtype=torch.int64, device=DEVICE), torch.empty(3, device=DEVICE)
+    for begin, end in ((0, places // 2), (places // 2, places)):  # the second goes on where the first ended
+        best_blocks[(3,)](
+            bounds, maxima, offsets, scores, blocks, rest, num_blocks, num_groups, places, begin, end, 1,
+            THRESHOLD=begin > 0, num_warps=1, **constants,
+        )  # fmt: skip
+    values, order = bounds.sort(dim=1, descending=True, stable=True)
+    assert torch.equal(blocks, order[:, :places])
+    assert torch.equal(rest, values[:, places] if num_blocks > places else torch.full_like(rest, -torch.inf))
+
+
+def test_blocks_below_the_threshold_have_no_place():
+    bounds = torch.arange(40.0).repeat(2, 1).to(DEVICE)
+    maxima = torch.empty(2, 2, dtype=torch.int64, device=DEVICE)
+    group_maxima[(1, 2)](bounds, maxima, 40, 2, GROUP=32, TILE=2)
+    offsets = torch.tensor([0.0, 1.0], dtype=torch.float64, device=DEVICE)
+    scores = torch.full((2, 1), 37.0, device=DEVICE)
+    blocks, rest = torch.empty(2, 5, dtype=torch.int64, device=DEVICE), torch.empty(2, device=DEVICE)
+    best_blocks[(2,)](bounds, maxima, offsets, scores, blocks, rest, 40, 2, 5, 1, 5, 1,
+                      GROUP=32, GROUPS=32, THRESHOLD=True, num_warps=1)  # fmt: skip
+    assert blocks[:, 1:].tolist() == [[39, 38, 37, -1], [39, 38, 37, 36]]
+    assert rest.tolist() == [36.0, 35.0]
 
 
 def test_bounds_hold_and_are_close():
-    """No score of a block is above its bound, and the best is not far below."""
+    """No score of a block is above its bound, and the best is not far below: with codes of random rows some 0.01 of the
+    norms, which are the rows' own residuals, as the queries have two digits."""
     for dtype in DTYPES:
-        for coarse, distance in (("float", 5e-3), ("int8", 0.1)):
-            asked, corpus, scales = problem("normal", 700, 70, 17, dtype)
+        for coarse, distance in (("float", 5e-3), ("int8", 0.03)):
+            asked, corpus, scales = problem("normal", 700, 70, 4, dtype)
             parts = _topk_cuda.prepare(corpus, scales, coarse)
-            bounds, offsets = _topk_cuda._bounds(asked, corpus, scales, parts, coarse)
-            scores = asked.double() @ corpus.double().T * (1 if scales is None else scales.double())
-            padded = torch.nn.functional.pad(scores, (0, 68), value=-torch.inf)
-            best = padded.view(17, 6, 128).amax(2) - offsets[:, None]
+            bounds, offsets = bounds_of(asked, corpus, scales, parts)
+            best = best_scores(asked, corpus, scales) - offsets[:, None]
             norms = asked.double().norm(dim=1)[:, None] * parts[0].double()
             assert (best <= bounds).all()
             assert (bounds - best <= distance * norms).all()
+
+
+def test_sums_of_two_digits_fit():
+    for size in (1, 70, 768, 1024, 1036, 1037, 4096, 100_000):
+        base = digit_base(size)
+        assert base >= 2 or size > 60_000
+        assert size * 127 * (127 * base + base // 2) < 1 << 31
+    assert (digit_base(768), digit_base(1024), digit_base(2048)) == (128, 128, 64)
+
+
+@pytest.mark.parametrize("coarse", ["float", "int8"])
+def test_a_search_in_memory_that_stays(coarse):
+    """Launched for one number of queries and then another; what is unproven is settled, as far as it was asked for."""
+    asked, corpus, _ = problem("copies", 900, 16, 4, torch.float16)
+    asked[2] = 0  # as in a bucket with a row to spare
+    index = object.__new__(TopKIndex)  # whose own checks keep rows as floats for a GPU
+    index.corpus, index.scales, index.parts = corpus, None, _topk_cuda.prepare(corpus, None, coarse)
+    search = topk_search._DeviceSearch(index, 4, 3)
+    assert search.can_launch(4, 3) and not search.can_launch(5, 3) and not search.can_launch(4, 4)
+    for num_queries, k, num_asked in ((4, 3, 4), (3, 1, 2), (4, 1, 3)):
+        search.queries[:num_queries] = asked[:num_queries]
+        hits = search.launch(num_queries, k)
+        assert hits.unproven.all()
+        settled = search.settle(num_queries, k, num_asked)
+        assert settled.num_queries == num_asked
+        want = reference.topk_inner_product(asked[:num_asked], corpus, k)
+        assert torch.equal(hits.scores[:num_asked], want[0]) and torch.equal(hits.ids[:num_asked], want[1])
+        packed = Hits.views(search.packed_hits(num_queries, k).clone(), num_queries, k)
+        assert all(torch.equal(one, other) for one, other in zip(packed, hits, strict=True))
 
 
 def test_numbers_that_are_not_finite_are_named():
