@@ -4,6 +4,7 @@ launched kernel by kernel.
     python bench/decode.py                                # Qwen2.5-3B's shape, random weights: for a GPU
     python bench/decode.py --shape tiny --rows 8 --context 50
     python bench/decode.py --rows 256,64,1 --top-p 0.95 --output
+    python bench/decode.py --lora-rank 32 --output       # with an adapter, and what it costs
 
 The engine is the trainer's. Its sequences are said to have `--context` tokens in the cache (zeros, which cost as much
 as any), so no prompt is computed; then they decode, and each step is timed whole: schedule, one copy in, layers, head,
@@ -13,7 +14,8 @@ A step cannot be faster than memory: it reads every weight once and every sequen
 printed is these bytes over the bandwidth of a copy, measured in the same run.
 
 `graphs` is what the trainer runs; `modules` are graphs too, of the blocks as training has them; `single` is the first,
-launched kernel by kernel. With `--compile` the modules are compiled.
+launched kernel by kernel. With `--compile` the modules are compiled. With `--lora-rank` there is an adapter on all
+layers, and `base` is `graphs` without it: what weights with the adapter merged into them would take.
 
 Without a GPU all run the same kernels but for the fused operations' twins, and graphs are their plain twin.
 """
@@ -24,20 +26,22 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import harness
 import torch
 from rich import box
 from rich.table import Table
 
-from searchr1_fast.config import RolloutConfig
+from searchr1_fast.config import LoraTarget, RolloutConfig
 from searchr1_fast.console import make_console
 from searchr1_fast.distributed import process
 from searchr1_fast.errors import entry_point
 from searchr1_fast.models import Decoder, DecoderConfig, TextTokenizer, load_tokenizer
+from searchr1_fast.models.lora import adapter_parameters, add_adapter, without_adapter
 from searchr1_fast.models.published import published_config
 from searchr1_fast.rollout import Engine, RolloutRequest, SamplingParams
 from searchr1_fast.rollout.decode_graph import DecodeGraphs
@@ -59,18 +63,31 @@ SHAPES = {
 }
 ASSETS = Path(__file__).resolve().parent.parent / "searchr1_fast" / "assets" / "base"  # for its tokenizer
 WARM_UP_STEPS, STEPS_IN_A_ROW = 4, 10
-ENGINES = ("graphs", "modules", "single")
+ENGINES = ("graphs", "base", "modules", "single")
 
 
-def build_model(config: DecoderConfig, dtype: torch.dtype, device: torch.device) -> Decoder:
-    """Random weights."""
+def build_model(config: DecoderConfig, dtype: torch.dtype, device: torch.device, lora_rank: int = 0) -> Decoder:
+    """Random weights, and a random adapter."""
     with torch.device("meta"):
         model = Decoder(config)
     model = model.to(dtype).to_empty(device=device).requires_grad_(False)
     torch.manual_seed(0)
     model.reset_parameters()
+    if lora_rank:
+        add_adapter(model, lora_rank, alpha=32.0, targets=get_args(LoraTarget), dtype=dtype)
+        model.requires_grad_(False)
+        for parameter in adapter_parameters(model).values():
+            parameter.normal_(std=config.initializer_range)
     model.join_projections()
     return model
+
+
+@contextmanager
+def mode(model: Decoder, name: str) -> Iterator[None]:
+    """The model as an engine has it: read where a step is recorded, and in every other."""
+    model.fused_generation = name != "modules"
+    with without_adapter(model) if name == "base" else nullcontext():
+        yield
 
 
 class Decoding:
@@ -80,7 +97,6 @@ class Decoding:
         self, model: Decoder, tokenizer: TextTokenizer, arguments: argparse.Namespace, num_rows: int, name: str
     ) -> None:
         graphs = name != "single"
-        model.fused_generation = name != "modules"  # read where a step is recorded, and in every other
         num_steps = WARM_UP_STEPS + arguments.steps + 1
         config = RolloutConfig(
             max_num_seqs=num_rows,
@@ -119,10 +135,13 @@ def measure(
     model: Decoder, tokenizer: TextTokenizer, arguments: argparse.Namespace, num_rows: int, bandwidth: float
 ) -> dict[str, Any]:
     """One batch size: milliseconds a step, with graphs and without, and the floor."""
-    engines = {name: Decoding(model, tokenizer, arguments, num_rows, name) for name in arguments.engines}
+    engines = {}
+    for name in arguments.engines:
+        with mode(model, name):
+            engines[name] = Decoding(model, tokenizer, arguments, num_rows, name)
     for _, name in harness.interleaved(list(engines), arguments.steps // STEPS_IN_A_ROW):
-        model.fused_generation = name != "modules"
-        engines[name].run(STEPS_IN_A_ROW)
+        with mode(model, name):
+            engines[name].run(STEPS_IN_A_ROW)
     seconds = {name: statistics.median(one.seconds) for name, one in engines.items()}
     graphs = engines["graphs"].engine
     assert graphs.statistics.num_replayed_steps == graphs.statistics.num_steps - 1  # the first one hands out blocks
@@ -170,12 +189,17 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=50, help="timed steps of each, a multiple of 10 (default: 50)")
     parser.add_argument("--engines", default=",".join(ENGINES), help=f"which of {', '.join(ENGINES)} (default: all)")
     parser.add_argument("--compile", action="store_true", help="the modules around attention by torch.compile")
+    parser.add_argument("--lora-rank", type=int, default=0, help="of an adapter on all layers (default: 0, none)")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--top-k", type=int, default=0)
     harness.add_output_argument(parser, "decode")
     arguments = parser.parse_args(argv)
     arguments.engines = [name for name in ENGINES if name in arguments.engines.split(",")]
+    if arguments.lora_rank < 0:
+        raise ValueError(f"--lora-rank {arguments.lora_rank}: give 0 or more")
+    if not arguments.lora_rank and "base" in arguments.engines:
+        arguments.engines.remove("base")  # the same as `graphs`
     if "graphs" not in arguments.engines:
         raise ValueError(f"--engines: give `graphs` and any of {', '.join(ENGINES[1:])}")
     if arguments.steps < STEPS_IN_A_ROW or arguments.steps % STEPS_IN_A_ROW:
@@ -194,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with process(arguments.device) as ranks:
         device = ranks.device
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        model = build_model(SHAPES[arguments.shape], dtype, device)
+        model = build_model(SHAPES[arguments.shape], dtype, device, arguments.lora_rank)
         if arguments.compile:
             model.compile_blocks()
         tokenizer = load_tokenizer(ASSETS)
@@ -203,7 +227,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             measure(model, tokenizer, arguments, int(num_rows), bandwidth) for num_rows in arguments.rows.split(",")
         ]
         row = {"benchmark": "decode", "shape": arguments.shape, "dtype": str(dtype), "context": arguments.context}
-        row |= {name: getattr(arguments, name) for name in ("steps", "compile", "temperature", "top_p", "top_k")}
+        settings = ("steps", "compile", "lora_rank", "temperature", "top_p", "top_k")
+        row |= {name: getattr(arguments, name) for name in settings}
         row |= harness.circumstances(device) | {"copy_gigabytes_per_second": bandwidth / 1e9, "results": results}
     make_console().print(table(results))
     harness.emit(row, arguments.output)

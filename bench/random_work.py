@@ -6,7 +6,9 @@
     done    what this project computes of it: shared beginnings once, the last layer behind its attention and the head
             on scored rows alone; and what checkpointing computes again.
 
-Both count products of matrices alone, two operations per multiplication and addition, backward twice forward.
+Both count products of matrices alone, two operations per multiplication and addition, backward twice forward. With an
+adapter on all layers a frozen weight has no gradient, so backward is once forward for it, 4 P T in place of 6; thin
+products come on top, of which backward is twice forward.
 """
 
 from __future__ import annotations
@@ -82,7 +84,7 @@ class Work:
         )
 
 
-def count_flops(decoder: DecoderConfig, work: Work, checkpointing: str) -> dict[str, float]:
+def count_flops(decoder: DecoderConfig, work: Work, checkpointing: str, lora_rank: int = 0) -> dict[str, float]:
     """`model` and `done`, as on top of the file."""
     hidden, layers = decoder.hidden_size, decoder.num_hidden_layers
     queries, keys = (n * decoder.head_dim for n in (decoder.num_attention_heads, decoder.num_key_value_heads))
@@ -90,15 +92,22 @@ def count_flops(decoder: DecoderConfig, work: Work, checkpointing: str) -> dict[
     down = hidden * decoder.intermediate_size
     after = hidden * queries + 3 * down
     head = decoder.vocab_size * hidden
-    model = 6.0 * (layers * (before + after) + head) * work.tokens + 12.0 * queries * layers * work.pairs
+    inputs = 3 * lora_rank * hidden  # A of q, k and v
+    thin_before = inputs + lora_rank * (queries + 2 * keys)
+    thin_after = lora_rank * (queries + hidden + 3 * (hidden + decoder.intermediate_size))
+    passes = 2.0 if lora_rank else 3.0  # through weights that are not the adapter's
+    model = 2.0 * passes * (layers * (before + after) + head) * work.tokens + 12.0 * queries * layers * work.pairs
+    model += 6.0 * layers * (thin_before + thin_after) * work.tokens
 
-    def blocks(behind: int) -> float:
-        """All layers' products of a forward pass, of which `behind` weights lie behind attention."""
-        last = before * work.rows + behind * work.scored
-        return 2.0 * ((layers - 1) * (before + behind) * work.rows + last)
+    def blocks(ahead: int, behind: int) -> float:
+        """All layers' products of a forward pass, of so many weights ahead of attention and behind it."""
+        last = ahead * work.rows + behind * work.scored
+        return 2.0 * ((layers - 1) * (ahead + behind) * work.rows + last)
 
-    attention = 4.0 * queries * layers * work.row_pairs
-    done = 3.0 * (blocks(after) + attention + 2.0 * head * work.scored)
+    attention, thin = 4.0 * queries * layers * work.row_pairs, blocks(thin_before, thin_after)
+    done = passes * (blocks(before, after) + 2.0 * head * work.scored) + 3.0 * (attention + thin)
+    if lora_rank:  # the embedding is frozen: nothing asks for the gradient of the first layer's input
+        done -= 2.0 * (before + inputs) * work.rows
     if checkpointing != "none":  # the last product of a block is not needed again
-        done += blocks(after - down) + (attention if checkpointing == "full" else 0.0)
+        done += blocks(before, after - down) + thin + (attention if checkpointing == "full" else 0.0)
     return {"model": model, "done": done}

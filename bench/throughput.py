@@ -252,6 +252,8 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Con
         raise ValueError("the plain twin trains without a critic; set algorithm.name=grpo")
     if config.rollout.engine != "native":
         raise ValueError("rollout.engine=plain would compare the twin with itself; leave it at native")
+    if config.model.lora.rank:
+        raise ValueError("the plain twin learns every weight; leave model.lora.rank at 0")
     return arguments, config.model_copy(update={"eval": EvalConfig()})  # evaluation sets need not be built
 
 

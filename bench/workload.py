@@ -3,6 +3,7 @@
     python bench/workload.py --model qwen2.5-1.5b
     python bench/workload.py --model qwen2.5-3b --checkpointing selective --tokens-per-microbatch 16384 --output
     python bench/workload.py --model qwen2.5-3b --checkpointing selective --phases update --offload optimizer replica
+    python bench/workload.py --model qwen2.5-7b --lora-rank 32 --checkpointing selective --output
     python bench/workload.py --model tiny --device cpu --dtype float32
 
 The update is `Policy.update` on trajectories of random tokens in the mix of Search-R1's traces (prompt, turn, passages,
@@ -85,7 +86,7 @@ def run_update(policy: Policy, batches: list[PackedBatch], work: Work, plan: Tra
     on_device = [to_device(batch, device) for batch in batches]
     seconds, peak = measure_update(policy, on_device, work.policy_tokens, options.repetitions)
     typical = float(np.median(seconds))
-    flops = count_flops(policy.replica.config, work, options.checkpointing)
+    flops = count_flops(policy.replica.config, work, options.checkpointing, options.lora_rank)
     matmul = harness.matmul_flops(device, getattr(torch, options.dtype))
     row = {
         "seconds": seconds,
@@ -183,7 +184,7 @@ def measure(options, ranks: Ranks, say: Callable[[str], None]) -> dict[str, Any]
     plan = make_plan(config, decoder, batches, ranks.device)
     say(describe_attention(ranks.device, getattr(torch, options.dtype), decoder.head_dim))
     row: dict[str, Any] = {"benchmark": "workload", **harness.circumstances(ranks.device)}
-    row["model"] = {"name": options.model, "dtype": options.dtype}
+    row["model"] = {"name": options.model, "dtype": options.dtype, "lora_rank": options.lora_rank}
     row["workload"] = workload_row(options, work, batches)
     row["plan"] = {one.name: one.num_bytes for one in plan.rows if one.when in ("always", "update")}
     model = None
@@ -217,7 +218,11 @@ def make_config(options) -> Config:
     length = options.prompt_tokens + options.new_tokens
     return Config.model_validate(
         {
-            "model": {"dtype": options.dtype, "offload": dict.fromkeys(options.offload, True)},
+            "model": {
+                "dtype": options.dtype,
+                "offload": dict.fromkeys(options.offload, True),
+                "lora": {"rank": options.lora_rank},
+            },
             "train": {
                 "tokens_per_microbatch": options.tokens_per_microbatch,
                 "activation_checkpointing": options.checkpointing,
@@ -320,6 +325,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", choices=("tiny", *PUBLISHED), default="qwen2.5-1.5b")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--lora-rank", type=int, default=0, help="of an adapter on all layers (default: 0, none)")
     parser.add_argument("--tokens", type=int, default=65536, help="of an update's trajectories, at least")
     parser.add_argument("--sequence-length", type=int, default=1024, help="mean of a trajectory's tokens")
     parser.add_argument("--tokens-per-microbatch", type=int, default=8192)
@@ -341,6 +347,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     for name in ("tokens", "sequence_length", "tokens_per_microbatch", "group_size", "repetitions", "prompt_tokens"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: give at least 1")
+    if options.lora_rank < 0:
+        raise ValueError(f"--lora-rank {options.lora_rank}: give 0 or more")
     if min(options.num_seqs) < 1:
         raise ValueError(f"--num-seqs {min(options.num_seqs)}: give at least 1")
     if options.new_tokens < 4:

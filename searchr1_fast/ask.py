@@ -118,7 +118,7 @@ def _ask(
     from searchr1_fast.evaluate import evaluate
     from searchr1_fast.models import load_model, load_tokenizer, resolve
 
-    directory = resolve(model_path)
+    directory = resolve(model_path, or_adapter=True)
     with process(config.run.device, config.run.num_threads, arguments.seed) as ranks, ExitStack() as stack:
         model = load_model(directory, getattr(torch, config.model.dtype), ranks.device).eval()
         environment = Environment([question], retriever, config.retrieval.topk, config.retrieval.max_retries)

@@ -1,9 +1,10 @@
 """Checkpoints: a run can be stopped at any moment and goes on as if it had not been.
 
-    <run>/checkpoints/step_000100/state/    every tensor of model, critic and optimizers (torch.distributed.checkpoint,
+    <run>/checkpoints/step_000100/state/    what is learned, and the optimizers' tensors (torch.distributed.checkpoint:
                                             each rank writes its shards), trainer.pt, manifest.json, searches-00000.bin
                                             of each rank whose retriever remembers them
                      step_000100/hf/        the policy and its tokenizer as a Hugging Face directory
+                     step_000100/adapter/   where an adapter is learned: it alone, and the tokenizer
                      latest                 link to the newest, replaced last
                      best                   link to the one that an evaluation liked best, where the run asks for it
 

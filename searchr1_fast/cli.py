@@ -105,8 +105,9 @@ def add_model_argument(parser: argparse.ArgumentParser, default: str) -> None:
 
 
 def model_directory(path: str | Path) -> str | Path:
-    """The folder with the weights: of a run folder its newest checkpoint's, of a checkpoint its `hf`, else `path`."""
-    for inside in ("checkpoints/latest/hf", "hf"):
+    """The folder with the weights: of a run folder its newest checkpoint's, of a checkpoint its `adapter`, where it was
+    not all weights that were learned, or its `hf`; else `path`."""
+    for inside in ("checkpoints/latest/adapter", "checkpoints/latest/hf", "adapter", "hf"):
         if (Path(path) / inside).is_dir():
             return Path(path) / inside
     if (Path(path) / "metrics.jsonl").is_file():

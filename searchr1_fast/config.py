@@ -58,6 +58,25 @@ class OffloadConfig(Section):
     """Adam's moments, of policy and critic, lie in host memory and pass the GPU piece by piece in an optimizer step."""
 
 
+LoraTarget = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+class LoraConfig(Section):
+    """A low-rank adapter in place of all weights: the model is frozen, alpha / rank * B A of each target learned."""
+
+    rank: NonNegative = 0
+    """0: no adapter, every weight is trained."""
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    targets: tuple[LoraTarget, ...] = get_args(LoraTarget)
+    """The layers that get one, in every block."""
+
+    @model_validator(mode="after")
+    def _distinct(self) -> LoraConfig:
+        if not self.targets or len(set(self.targets)) < len(self.targets):
+            raise ValueError("model.lora.targets: name at least one layer, and each once; rank 0 switches it off")
+        return self
+
+
 class ModelConfig(Section):
     path: str = "builtin:base"
     """A Hugging Face directory, or `builtin:base` / `builtin:instruct` for the tiny models in the package."""
@@ -67,6 +86,16 @@ class ModelConfig(Section):
     """`torch.compile` all blocks around attention. On a GPU generation has kernels of its own; a CPU needs a C++
     compiler."""
     offload: OffloadConfig = OffloadConfig()
+    lora: LoraConfig = LoraConfig()
+
+    @model_validator(mode="after")
+    def _has_what_leaves(self) -> ModelConfig:
+        if self.lora.rank and (self.offload.replica or self.offload.reference):
+            raise ValueError(
+                "model.offload: with model.lora, replica and reference are the frozen base that is trained on, which "
+                "stays; leave both off"
+            )
+        return self
 
 
 class PromptConfig(Section):

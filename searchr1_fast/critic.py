@@ -16,10 +16,10 @@ import torch
 from torch import nn
 
 from searchr1_fast.config import Config
-from searchr1_fast.distributed import Ranks, reshard, shard
+from searchr1_fast.distributed import Ranks, reshard
 from searchr1_fast.losses import accumulate_metrics, value_loss
 from searchr1_fast.models import Decoder
-from searchr1_fast.policy import Learner, fill, prepare_blocks
+from searchr1_fast.policy import Learner, prepare_blocks, prepare_learner
 from searchr1_fast.schedule import critic_learning_rate
 from searchr1_fast.types import PackedBatch
 
@@ -52,13 +52,12 @@ class Critic(Learner):
     """The value model and its optimizer."""
 
     def __init__(self, decoder: Decoder, config: Config, ranks: Ranks, weights: Path | None = None) -> None:
-        """`decoder`: fp32, its own copy of the policy's start. `weights`: as `Policy` takes it."""
+        """`decoder`: fp32, its own copy of the policy's start; with an adapter, on the policy's base (`on_same_base`).
+        `weights`: as `Policy` takes it."""
         prepare_blocks(decoder, config)
         model = ValueModel(decoder)
         model.value_head.to(ranks.device)
-        dtype = getattr(torch, config.model.dtype)
-        shard(model, decoder.layers, ranks, dtype, config.train.reshard_after == "forward")
-        fill(model, decoder, weights, ranks.device)
+        prepare_learner(model, decoder, config, ranks, weights)
         model.reset_head()
         super().__init__("critic", model, critic_learning_rate(config), config, ranks)
         self.value_clip = config.algorithm.value_clip

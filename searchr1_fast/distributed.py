@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -145,8 +145,10 @@ def shard(
     ranks: Ranks,
     dtype: torch.dtype,
     reshard_after_forward: bool = True,
+    whole: Collection[nn.Parameter] = (),
 ) -> None:
     """FSDP2, in place: each block and then the rest of `module`, over all ranks; fp32 master weights and reductions.
+    Parameters that are `whole` it leaves alone.
 
     With one rank and an fp32 compute type there is nothing to shard or cast, and the module stays as it is. One rank
     computing in bf16 takes this path too (a group of one), so that mixed precision has one implementation. The rest of
@@ -160,7 +162,7 @@ def shard(
     )
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=precision, reshard_after_forward=reshard_after_forward)
-    fully_shard(module, mesh=mesh, mp_policy=precision)
+    fully_shard(module, mesh=mesh, mp_policy=precision, ignored_params=set(whole) or None)
 
 
 def reshard(module: nn.Module) -> None:
@@ -187,10 +189,12 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def copy_parameters(source: nn.Module, target: nn.Module) -> None:
-    """Copy sharded fp32 parameters into a whole replica, by name, cast before they travel. A collective."""
+    """Copy sharded fp32 parameters into a whole replica, by name, cast before they travel; not those that it shares.
+    A collective."""
     replicas = dict(target.named_parameters())
     for name, parameter in source.named_parameters():
-        replicas[name].copy_(full(parameter.detach().to(replicas[name].dtype)))
+        if replicas[name] is not parameter:
+            replicas[name].copy_(full(parameter.detach().to(replicas[name].dtype)))
 
 
 def _device(name: str, local_rank: int) -> torch.device:

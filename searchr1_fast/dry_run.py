@@ -37,7 +37,8 @@ def dry_run(config: Config, shape: str | None, device_memory: str | None, ranks:
 
 def _title(config: Config, shape: str | None, num_ranks: int) -> str:
     ranks = "one rank" if num_ranks == 1 else f"each of {num_ranks} ranks"
-    return f"{shape or config.model.path}, {config.algorithm.name}, {config.model.dtype}: memory of {ranks}"
+    adapter = f", an adapter of rank {config.model.lora.rank}" if config.model.lora.rank else ""
+    return f"{shape or config.model.path}{adapter}, {config.algorithm.name}, {config.model.dtype}: memory of {ranks}"
 
 
 def _read_decoder(directory: Path) -> DecoderConfig:

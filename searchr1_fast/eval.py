@@ -83,7 +83,7 @@ def _evaluate(config: Config, names: list[str], model_path: Path | str) -> list[
     from searchr1_fast.evaluate import build_engine, evaluate
     from searchr1_fast.models import load_model, load_tokenizer, resolve
 
-    directory = resolve(model_path)
+    directory = resolve(model_path, or_adapter=True)
     with process(config.run.device, config.run.num_threads, config.run.seed) as ranks, ExitStack() as stack:
         ui = Console(quiet=not ranks.is_main)
         environments = _environments(config, names, ranks, ui)

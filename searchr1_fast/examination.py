@@ -26,6 +26,8 @@ from searchr1_fast.config import Config
 from searchr1_fast.critic import ValueModel
 from searchr1_fast.losses import policy_objective, value_loss
 from searchr1_fast.models import load_tokenizer, load_weights, meta_model, resolve
+from searchr1_fast.models.adapter_files import adapter_base, load_adapter
+from searchr1_fast.models.lora import add_adapter
 from searchr1_fast.policy import TokenScorer, policy_loss, to_device
 from searchr1_fast.types import PackedBatch
 
@@ -54,12 +56,19 @@ def load_learner(
     decoder = meta_model(config.model.path, getattr(torch, dtype))
     is_policy = update.learner == "policy"
     decoder.checkpoint_blocks(config.train.activation_checkpointing)
+    lora = config.model.lora
+    if lora.rank and model is None:
+        add_adapter(decoder, lora.rank, lora.alpha, lora.targets, getattr(torch, dtype))
     module = TokenScorer(decoder, config.rollout.temperature) if is_policy else ValueModel(decoder)
     module.to_empty(device=device)
     if model is not None:
         if not is_policy:
             raise ValueError("--model: this update is the critic's, and a model directory holds a policy; drop it")
-        load_weights(decoder, model_directory(model))
+        directory = model_directory(model)
+        base = adapter_base(directory)
+        load_weights(decoder, base or directory)
+        if base is not None:
+            load_adapter(decoder, directory)
         return module
     path = folder / update.weights_name
     if not path.is_file():
@@ -67,9 +76,12 @@ def load_learner(
             f"the weights of this update, {path}, are gone: a run keeps those of its last two; give those of a "
             "checkpoint near it with --model"
         )
+    if lora.rank:
+        load_weights(decoder, config.model.path)
     with safe_open(path, framework="pt") as file, torch.no_grad():
         for name, parameter in module.named_parameters():
-            parameter.copy_(file.get_tensor(name))
+            if parameter.requires_grad:  # what is frozen is not kept
+                parameter.copy_(file.get_tensor(name))
     return module
 
 

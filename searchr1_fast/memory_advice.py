@@ -49,8 +49,9 @@ def advice(config: Config, plan: TrainingPlan, num_ranks: int) -> Iterator[str]:
         yield "rollout.max_sequence_tokens lower: without cache_tokens, each sequence has room for the longest"
     if "index" in sizes:
         yield "retrieval.device=cpu: the index leaves the GPU"
-    if plan.total("always") > room // 2:
+    if plan.total("always") > room // 2 and not config.model.lora.rank:
         yield f"more than {num_ranks} ranks: weights, gradients and moments are split among them"
+        yield "model.lora.rank=64: an adapter is learned; the model has neither gradient, moments nor master weights"
     if plan.resident("reference"):
         yield "algorithm.kl_coefficient=0: no reference model"
 

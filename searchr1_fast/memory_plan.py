@@ -5,15 +5,17 @@ What each part of policy.py, critic.py and the engine holds, and when:
     always    master weights and Adam's two moments, fp32, a part on each of N ranks; the whole replica that generates,
               in the compute type (none where one rank computes in fp32: then it is the trained module); the
               reference's part, in the compute type; the part of the index. With `model.offload` the replica is there
-              in rollouts alone; moments and reference are on the host, and pass the GPU when activations are not there
+              in rollouts alone; moments and reference are on the host, and pass the GPU when activations are not there.
+              With an adapter (`model.lora`) all this is the adapter's, and beside it there is one frozen base, whole,
+              in the compute type, which is also the reference
     rollout   the KV cache and what recorded decode steps work in, the activations of a prefill, logits, partial sums of
               attention over the cache; vLLM's copy of the weights, where it generates (what else vLLM works in is taken
               to be what the native engine does, and logits three times)
     update    gradients, fp32, a part on each rank, of one learner at a time (the critic's are freed before the
               policy's are made), or whole with `train.reduce_after=update`; what FSDP gathers: embedding, head and last
-              norm whole, and two blocks, or all unless `train.reshard_after=forward`; what the blocks keep for the
-              backward pass; what one block needs while it is in it, or if that is more, logits of a chunk and the
-              head's gradient
+              norm whole, and two blocks, or all unless `train.reshard_after=forward` (or the whole adapter, whose
+              gradient is whole too until the pass ends); what the blocks keep for the backward pass; what one block
+              needs while it is in it, or if that is more, logits of a chunk and the head's gradient
     host      what `model.offload` keeps in page-locked host memory
 
 Rollout and update never meet, so the peak is the larger of them; but cache and recorded steps are there always where
@@ -35,13 +37,22 @@ from pathlib import Path
 
 import torch
 
+from searchr1_fast.activation_counts import block_kept, block_working, norm_kept
 from searchr1_fast.config import Config
 from searchr1_fast.memory_advice import advice
 from searchr1_fast.models import DecoderConfig
 from searchr1_fast.models.attention_backends import repeats_key_heads
 from searchr1_fast.models.kv_cache import block_size
-from searchr1_fast.models.recompute import Recompute
-from searchr1_fast.parameter_counts import count, is_ppo, is_wrapped, itemsize, meta_critic, meta_decoder, sharded
+from searchr1_fast.parameter_counts import (
+    count,
+    critic_parameters,
+    is_ppo,
+    is_wrapped,
+    itemsize,
+    meta_decoder,
+    policy_parameters,
+    sharded,
+)
 from searchr1_fast.retrieval.index_format import read_manifest
 from searchr1_fast.retrieval.memory_plan import MemoryPlan as IndexPlan
 from searchr1_fast.retrieval.memory_plan import size_text
@@ -232,22 +243,26 @@ def _settle_cache(config: Config, plan: TrainingPlan) -> TrainingPlan:
 
 def _resident(config: Config, decoder: DecoderConfig, num_ranks: int) -> Iterator[Row]:
     """What lives as long as the run."""
-    policy, size = meta_decoder(decoder), itemsize(config)
+    policy, size, has_adapter = policy_parameters(config, decoder), itemsize(config), config.model.lora.rank > 0
     part = f"1/{num_ranks} of " if num_ranks > 1 else ""
     text = f"{part}{count(policy) / 1e9:.3f}e9"
     local = sharded(policy, num_ranks)
+    if has_adapter:
+        base = size * count(meta_decoder(decoder).parameters())
+        yield Row("frozen base", base, "always", f"whole, {config.model.dtype}; also the reference's and the critic's")
     yield Row("policy: master weights", _FP32 * local, "always", f"{text} x fp32")
     offload = config.model.offload
     moments = "host" if offload.optimizer else "always"
     yield Row("policy: Adam's moments", 2 * _FP32 * local, moments, f"{text} x 2 x fp32")
     if is_wrapped(config, num_ranks):
         when = "rollout" if offload.replica else "always"
-        yield Row(REPLICA, size * count(policy), when, f"whole, {config.model.dtype}")
-    if config.algorithm.kl_coefficient > 0:
+        name = "policy: adapter that generates" if has_adapter else REPLICA
+        yield Row(name, size * count(policy), when, f"whole, {config.model.dtype}")
+    if config.algorithm.kl_coefficient > 0 and not has_adapter:
         when = "host" if offload.reference else "always"
         yield Row("reference", size * local, when, f"{text} x {config.model.dtype}")
-    if config.algorithm.name == "ppo":
-        critic = sharded(meta_critic(decoder), num_ranks)
+    if is_ppo(config):
+        critic = sharded(critic_parameters(config, decoder), num_ranks)
         yield Row("critic: master weights", _FP32 * critic, "always", "fp32")
         yield Row("critic: Adam's moments", 2 * _FP32 * critic, moments, "2 x fp32")
 
@@ -269,7 +284,7 @@ def _rollout(config: Config, decoder: DecoderConfig, num_ranks: int) -> Iterator
     keys = decoder.num_key_value_heads * decoder.head_dim
     token = 2 * decoder.num_hidden_layers * keys * size
     if rollout.engine == "vllm":
-        weights = size * count(meta_decoder(decoder))
+        weights = size * count(meta_decoder(decoder).parameters())
         yield Row(VLLM_WEIGHTS, weights, "rollout", f"whole, {config.model.dtype}")
     length, heads = rollout.max_sequence_tokens, decoder.num_attention_heads
     spare = 1 if rollout.cuda_graphs else 0  # a block for rows without a sequence
@@ -296,46 +311,52 @@ def _rollout(config: Config, decoder: DecoderConfig, num_ranks: int) -> Iterator
 
 
 def _update(config: Config, decoder: DecoderConfig, num_ranks: int, batch: Batch, repeats: bool) -> Iterator[Row]:
-    policy, size, mode = meta_decoder(decoder), itemsize(config), config.train.activation_checkpointing
-    learners = [policy, *([meta_critic(decoder)] if is_ppo(config) else [])]
+    policy, size, mode = policy_parameters(config, decoder), itemsize(config), config.train.activation_checkpointing
+    learners, lora = [policy, *([critic_parameters(config, decoder)] if is_ppo(config) else [])], config.model.lora
     parts = num_ranks if config.train.reduce_after == "microbatch" else 1
     trained = max(sharded(learner, parts) for learner in learners)
     yield Row(
         "gradients", _FP32 * trained, "update", f"fp32{', whole' * (parts < num_ranks)}, of one learner at a time"
     )
-    block = count(policy.layers[0])
-    root = count(policy) - block * decoder.num_hidden_layers
-    if is_wrapped(config, num_ranks):
+    if is_wrapped(config, num_ranks) and lora.rank:
+        adapter = size * max(count(learner) for learner in learners)
+        yield Row("gathered adapter and its gradient", 2 * adapter, "update", f"whole, {config.model.dtype}")
+    elif is_wrapped(config, num_ranks):
+        block = count(meta_decoder(decoder).layers[0].parameters())
+        root = count(policy) - block * decoder.num_hidden_layers
         if config.train.reshard_after == "forward":
             yield Row("gathered weights", size * (root + 2 * block), "update", "embedding, head, two blocks")
         else:
             yield Row("gathered weights", size * count(policy), "update", f"whole, {config.model.dtype}")
-    kept = block_kept(decoder, size, mode, batch.num_keys / batch.num_rows, repeats)
+    kept = block_kept(decoder, size, mode, batch.num_keys / batch.num_rows, repeats, lora)
     layers = decoder.num_hidden_layers
     whole = (layers - 1) * kept[0] * batch.num_rows
     last = kept[1] * batch.num_rows + (kept[0] - kept[1]) * batch.num_scored
     last += norm_kept(decoder.hidden_size, size) * batch.num_scored
     detail = f"{batch.num_rows} rows x {layers} layers x {kept[0] / 1e3:.1f} kB, checkpointing: {mode}"
     yield Row("activations", int(whole + last), "update", detail)
-    again = 0 if mode == "none" else block_kept(decoder, size, "none", batch.num_keys / batch.num_rows, repeats)[0]
+    again = 0
+    if mode != "none":
+        again = block_kept(decoder, size, "none", batch.num_keys / batch.num_rows, repeats, lora)[0]
     working = block_working(decoder, size) + again
-    head = sum(row for _, row in head_bytes(decoder, size, batch.num_scored))
+    parts = head_bytes(decoder, size, batch.num_scored, is_learned=not lora.rank)
+    head = sum(row for _, row in parts)
     in_block = int(working * batch.num_rows)
     # The head's gradient waits, in the compute type, for the embedding's while the blocks run backward; the chunk of
-    # logits and the fp32 gradient do not: so it is the larger of the two.
-    head_gradient = size * decoder.vocab_size * decoder.hidden_size
+    # logits and the fp32 gradient do not: so it is the larger of the two. A frozen head has none.
+    head_gradient = 0 if lora.rank else size * decoder.vocab_size * decoder.hidden_size
     if head >= in_block + head_gradient:
-        parts = head_bytes(decoder, size, batch.num_scored)
         yield Row("head and loss", head, "update", ", ".join(f"{name} {size_text(part)}" for name, part in parts))
     else:
         yield Row("a block's backward pass", in_block, "update", f"{batch.num_rows} rows x {working / 1e3:.1f} kB")
         yield Row("head's gradient", head_gradient, "update", config.model.dtype)
 
 
-def head_bytes(decoder: DecoderConfig, size: int, num_scored: int) -> list[tuple[str, int]]:
-    """`linear_policy_loss` on CUDA at its peak: both gradients of the head, and a chunk of logits with its gradient; or
-    if that is more, the weight's gradient once more, in the compute type."""
-    weight = decoder.vocab_size * decoder.hidden_size
+def head_bytes(decoder: DecoderConfig, size: int, num_scored: int, is_learned: bool = True) -> list[tuple[str, int]]:
+    """`linear_policy_loss` on CUDA at its peak: both gradients of the head (of one that is frozen, the hidden states'
+    alone), and a chunk of logits with its gradient; or if that is more, the weight's gradient once more, in the compute
+    type."""
+    weight = decoder.vocab_size * decoder.hidden_size if is_learned else 0
     row = decoder.vocab_size * (_FP32 + (size if size != _FP32 else 0))
     rows, _ = _head_chunks(num_scored, CHUNK_BYTES // row)
     ways = [(rows * row, _FP32 * weight, 0)]
@@ -356,40 +377,6 @@ def _head_chunks(num_scored: int, most: int) -> tuple[int, int]:
     chunks = max(1, -(-num_scored // max(256, most)))
     longest = -(-num_scored // chunks)
     return longest + -longest % TILE_ROWS, chunks
-
-
-# --------------------------------------------------------------------------------------------------------- activations
-
-
-def norm_kept(width: int, size: int) -> int:
-    """An RMS norm per row: its input in fp32, the root, and its output (which the next product keeps)."""
-    return _FP32 * width + _FP32 + size * width
-
-
-def block_kept(
-    decoder: DecoderConfig, size: int, mode: Recompute, keys_per_row: float = 1.0, repeats_keys: bool = False
-) -> tuple[float, float]:
-    """Bytes per row that a block keeps for its backward pass, and the part of them up to attention.
-
-    In the last layer the rest is kept of scored rows alone.
-    """
-    hidden, heads = decoder.hidden_size, decoder.num_attention_heads
-    queries, keys = heads * decoder.head_dim, decoder.num_key_value_heads * decoder.head_dim
-    attention = size * queries + 2 * size * (queries if repeats_keys else keys) * keys_per_row + _FP32 * heads
-    attention += size * queries  # what it returned, which the output projection keeps
-    if mode == "full":
-        return size * hidden, size * hidden
-    if mode == "selective":
-        return size * hidden + attention, size * hidden + attention
-    before = norm_kept(hidden, size) + attention
-    if decoder.family.qk_norm:
-        before += _FP32 * (queries + keys) + _FP32 * (heads + decoder.num_key_value_heads)
-    return before + norm_kept(hidden, size) + 4 * size * decoder.intermediate_size, before
-
-
-def block_working(decoder: DecoderConfig, size: int) -> int:
-    """Bytes per row that come and go in a block: three as wide as the MLP, and the residual with a norm in fp32."""
-    return 3 * size * decoder.intermediate_size + 2 * (size + _FP32) * decoder.hidden_size
 
 
 def block_places(config: Config) -> int:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
-from searchr1_fast.config import Config
+from searchr1_fast.config import Config, LoraConfig
 from searchr1_fast.critic import ValueModel
 from searchr1_fast.models import Decoder, DecoderConfig
+from searchr1_fast.models.lora import adapter_parameters, add_adapter
 
 
 def meta_decoder(decoder: DecoderConfig) -> Decoder:
@@ -22,14 +25,35 @@ def meta_critic(decoder: DecoderConfig) -> ValueModel:
         return ValueModel(Decoder(decoder))
 
 
-def count(module: nn.Module) -> int:
-    """Parameters; a tied head once."""
-    return sum(parameter.numel() for parameter in module.parameters())
+def meta_adapter(decoder: DecoderConfig, lora: LoraConfig) -> list[nn.Parameter]:
+    """A and B of every adapted layer, likewise; none at rank 0."""
+    if not lora.rank:
+        return []
+    model = meta_decoder(decoder)
+    add_adapter(model, lora.rank, lora.alpha, lora.targets)
+    return list(adapter_parameters(model).values())
 
 
-def sharded(module: nn.Module, num_ranks: int) -> int:
-    """Parameters on a rank: FSDP2 splits rows, and fills up to equal parts."""
-    return sum(-(-p.shape[0] // num_ranks) * (p.numel() // p.shape[0]) for p in module.parameters())
+def policy_parameters(config: Config, decoder: DecoderConfig) -> list[nn.Parameter]:
+    """What the policy learns, without memory: all of it, or its adapter."""
+    return meta_adapter(decoder, config.model.lora) or list(meta_decoder(decoder).parameters())
+
+
+def critic_parameters(config: Config, decoder: DecoderConfig) -> list[nn.Parameter]:
+    """What a critic learns, likewise."""
+    critic = meta_critic(decoder)
+    adapter = meta_adapter(decoder, config.model.lora)
+    return [*adapter, *critic.value_head.parameters()] if adapter else list(critic.parameters())
+
+
+def count(parameters: Iterable[nn.Parameter]) -> int:
+    """Numbers in them; a module's `parameters()` have a tied head once."""
+    return sum(parameter.numel() for parameter in parameters)
+
+
+def sharded(parameters: Iterable[nn.Parameter], num_ranks: int) -> int:
+    """Those on a rank: FSDP2 splits rows, and fills up to equal parts."""
+    return sum(-(-p.shape[0] // num_ranks) * (p.numel() // p.shape[0]) for p in parameters)
 
 
 def itemsize(config: Config) -> int:

@@ -29,11 +29,12 @@ from torch import nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from searchr1_fast.checkpoint import optimizer_tensors
-from searchr1_fast.config import Config, OffloadConfig
+from searchr1_fast.config import Config, LoraConfig, OffloadConfig
 from searchr1_fast.distributed import Ranks, before_backward, copy_parameters, full, reshard, shard
 from searchr1_fast.host_adamw import HostAdamW
 from searchr1_fast.losses import accumulate_metrics, policy_objective
 from searchr1_fast.models import Decoder, load_weights
+from searchr1_fast.models.lora import add_adapter, base_parameters, reset_adapter, without_adapter
 from searchr1_fast.offload import DeviceMemory, FrozenWeights, leaves
 from searchr1_fast.schedule import LearningRate, policy_learning_rate
 from searchr1_fast.types import PackedBatch
@@ -68,7 +69,7 @@ class Learner:
     def __init__(self, name: str, module: nn.Module, learning_rate: LearningRate, config: Config, ranks: Ranks) -> None:
         self.name, self.module, self.ranks, self.config = name, module, ranks, config
         self.learning_rate = learning_rate
-        self.parameters = dict(module.named_parameters())
+        self.parameters = {name: one for name, one in module.named_parameters() if one.requires_grad}
         self.optimizer = make_optimizer(self.parameters.values(), learning_rate.peak, config, ranks.device)
         self.last_learning_rate = 0.0
         self.num_updates = 0
@@ -181,21 +182,20 @@ class Policy(Learner):
         reference: Decoder | None = None,
         weights: Path | None = None,
     ) -> None:
-        """`decoder`: fp32 master weights. `reference`: the same start, frozen; needed where a KL is.
+        """`decoder`: fp32 master weights, or what an adapter is put on. `reference`: the same start, frozen; needed
+        where a KL is, except beside an adapter, without which the policy is its own reference.
 
         `weights`: the directory that both were made from, where they are `meta_model`s: each rank reads its own rows.
         """
-        dtype = getattr(torch, config.model.dtype)
+        dtype, temperature = getattr(torch, config.model.dtype), config.rollout.temperature
         prepare_blocks(decoder, config)
-        scorer = TokenScorer(decoder, config.rollout.temperature)
+        scorer = TokenScorer(decoder, temperature)
+        prepare_learner(scorer, decoder, config, ranks, weights)
+        super().__init__("policy", scorer, policy_learning_rate(config), config, ranks)
         self.replica = decoder  # generates; the trained module itself where it is whole and in the compute type
         if ranks.world_size > 1 or dtype != torch.float32:
-            self.replica = empty_replica(decoder, dtype, ranks.device)
+            self.replica = empty_replica(decoder, dtype, ranks.device, config.model.lora)
             prepare_blocks(self.replica, config)
-        reshard_after_forward = config.train.reshard_after == "forward"
-        shard(scorer, decoder.layers, ranks, dtype, reshard_after_forward)
-        fill(scorer, decoder, weights, ranks.device)
-        super().__init__("policy", scorer, policy_learning_rate(config), config, ranks)
         self.objective = policy_objective(config.algorithm)
         offload = config.model.offload if leaves(ranks.device) else OffloadConfig()
         self._replica_memory = None
@@ -203,11 +203,13 @@ class Policy(Learner):
             self._replica_memory = DeviceMemory(self.replica, beside=scorer)
         self.reference: TokenScorer | None = None
         self.reference_at_hand: AbstractContextManager[None] = nullcontext()  # the inside of which has its weights
-        if config.algorithm.kl_coefficient > 0:
+        if config.algorithm.kl_coefficient > 0 and config.model.lora.rank:
+            self.reference = TokenScorer(self.replica, temperature)
+        elif config.algorithm.kl_coefficient > 0:
             assert reference is not None, "a KL needs a reference"
             prepare_blocks(reference, config)
-            self.reference = TokenScorer(reference.requires_grad_(False), config.rollout.temperature)
-            shard(self.reference, reference.layers, ranks, dtype, reshard_after_forward)
+            self.reference = TokenScorer(reference.requires_grad_(False), temperature)
+            shard(self.reference, reference.layers, ranks, dtype, config.train.reshard_after == "forward")
             fill(self.reference, reference, weights, ranks.device)
             if offload.reference:
                 self.reference_at_hand = FrozenWeights(self.reference, beside=scorer)
@@ -227,7 +229,7 @@ class Policy(Learner):
     def reference_logprobs(self, batches: list[PackedBatch]) -> list[torch.Tensor]:  # [P] fp32 each
         """Of every batch under the reference."""
         assert self.reference is not None
-        with self.reference_at_hand:
+        with self.reference_at_hand, without_adapter(self.reference):
             logprobs = [batch.spread(self.reference(batch, linear_logprob)) for batch in batches]
             reshard(self.reference)
         return logprobs
@@ -303,6 +305,24 @@ def prepare_blocks(decoder: Decoder, config: Config) -> None:
         decoder.compile_blocks()
 
 
+def prepare_learner(module: nn.Module, decoder: Decoder, config: Config, ranks: Ranks, weights: Path | None) -> None:
+    """Shard a module and fill the decoder in it; where the configuration has an adapter, freeze the decoder, in the
+    compute type, and shard what is learned alone.
+
+    The frozen base stays whole on every rank. Generation needs it so in any case, and a share of it beside would be
+    more memory, not less; and a pass gathers the adapter, in one piece, instead of every block's weights.
+    """
+    dtype, lora = getattr(torch, config.model.dtype), config.model.lora
+    if not lora.rank:
+        shard(module, decoder.layers, ranks, dtype, config.train.reshard_after == "forward")
+        fill(module, decoder, weights, ranks.device)
+        return
+    add_adapter(decoder.to(dtype), lora.rank, lora.alpha, lora.targets)
+    shard(module, (), ranks, dtype, whole=base_parameters(decoder).values())
+    fill(module, decoder, weights, ranks.device)
+    reset_adapter(decoder, config.run.seed)
+
+
 def fill(module: nn.Module, decoder: Decoder, weights: Path | None, device: torch.device) -> None:
     """Give a module that was sharded on the meta device memory for its part, and the decoder in it its weights.
 
@@ -313,11 +333,19 @@ def fill(module: nn.Module, decoder: Decoder, weights: Path | None, device: torc
         load_weights(decoder, weights)
 
 
-def empty_replica(decoder: Decoder, dtype: torch.dtype, device: torch.device) -> Decoder:
-    """A decoder of the same shape whose weights are memory only: initialising billions of them takes minutes."""
-    with torch.device("meta"):
-        replica = Decoder(decoder.config)
-    replica = replica.to(dtype).to_empty(device=device).requires_grad_(False)
+def empty_replica(
+    decoder: Decoder, dtype: torch.dtype, device: torch.device, lora: LoraConfig | None = None
+) -> Decoder:
+    """A frozen decoder of the same shape whose weights are memory only: initialising billions of them takes minutes. Of
+    one with an adapter the base is shared, and only the adapter's memory another."""
+    if lora is not None and lora.rank:
+        replica = decoder.on_same_base()
+        add_adapter(replica, lora.rank, lora.alpha, lora.targets, dtype)
+        replica.requires_grad_(False)
+    else:
+        with torch.device("meta"):
+            replica = Decoder(decoder.config)
+        replica = replica.to(dtype).to_empty(device=device).requires_grad_(False)
     replica.join_projections()
     return replica
 

@@ -28,6 +28,8 @@ from searchr1_fast.evaluate import EvalResult, Progress, build_engine, evaluate
 from searchr1_fast.memory_plan import plan_rank
 from searchr1_fast.metrics import MetricsLog, PhaseTimers, read_metrics
 from searchr1_fast.models import TextTokenizer, describe_attention, load_tokenizer, meta_model, resolve, save_weights
+from searchr1_fast.models.adapter_files import write_adapter
+from searchr1_fast.models.lora import adapter_scale, describe_adapter, fingerprint
 from searchr1_fast.policy import Learner, Policy
 from searchr1_fast.prompt import PromptBuilder
 from searchr1_fast.retrieval.statistics import SearchStatistics
@@ -119,9 +121,15 @@ class Run:
     def stage_checkpoint(self) -> dict[str, float]:
         """Take what a checkpoint of the step that is done will hold; the seconds, for the step's row."""
 
+        replica, lora = self.policy.replica, self.config.model.lora
+
         def export(weights: dict[str, torch.Tensor], directory: Path) -> None:
-            save_weights(weights, self.policy.replica.config, directory)
+            save_weights(weights, replica.config, directory, scale=adapter_scale(replica))
             self.tokenizer.save(directory)
+            if lora.rank:  # beside it: transformers would take a directory with both for an adapter
+                adapter = directory.with_name("adapter")
+                write_adapter(weights, lora.alpha, adapter, str(resolve(self.config.model.path)))
+                self.tokenizer.save(adapter)
 
         return self.checkpoints.stage(
             self.step,
@@ -131,8 +139,9 @@ class Run:
                 "learners": {learner.name: learner.state_dict() for learner in self.learners},
                 "config": self.config.to_yaml(),
                 "best": self.best,
+                "base": fingerprint(replica) if lora.rank else None,
             },
-            dict(self.policy.replica.named_parameters()),
+            dict(replica.named_parameters()),
             export,
             None if self.best is None else self.best["step"],
             self.environment.save_searches,
@@ -141,6 +150,12 @@ class Run:
     def load(self, checkpoint: Checkpoint) -> None:
         """Become the run that wrote the checkpoint."""
         state = checkpoint.trainer_state
+        base = state.get("base")
+        if base is not None and self.config.model.lora.rank and base != fingerprint(self.policy.replica):
+            raise ValueError(
+                f"checkpoint {checkpoint.path} holds an adapter, and model.path={self.config.model.path} is not the "
+                "model that it was trained on; resume with the model that the run began with"
+            )
         self.stream.load_state_dict(state["stream"])
         checkpoint.read(
             {key: tensor for learner in self.learners for key, tensor in learner.tensors(checkpoint.keys).items()}
@@ -220,6 +235,8 @@ def open_run(config: Config, ui: UserInterface | None = None) -> Iterator[Run]:
                 run.load(checkpoint)
             dtype, head_dim = getattr(torch, config.model.dtype), run.policy.replica.config.head_dim
             ui.note(describe_attention(ranks.device, dtype, head_dim))
+            if config.model.lora.rank:
+                ui.note(describe_adapter(run.policy.replica))
             if ranks.device.type == "cuda":
                 run.settle_cache(torch.cuda.get_device_properties(ranks.device).total_memory)
             # Last: whatever is wrong with the configuration has been said by now, and nothing was written.
@@ -252,12 +269,14 @@ def build_run(config: Config, ranks: Ranks, ui: UserInterface) -> Run:
     directory = resolve(config.model.path)
     training, evaluations = build_environments(config, ranks, ui)
     tokenizer = load_tokenizer(directory)
-    reference = None
-    if config.algorithm.kl_coefficient > 0:
+    reference, has_adapter = None, config.model.lora.rank > 0
+    if config.algorithm.kl_coefficient > 0 and not has_adapter:
         reference = meta_model(directory, getattr(torch, config.model.dtype))
     policy = Policy(meta_model(directory), config, ranks, reference, weights=directory)
     critic = None
-    if config.algorithm.name == "ppo":
+    if config.algorithm.name == "ppo" and has_adapter:
+        critic = Critic(policy.replica.on_same_base(), config, ranks)
+    elif config.algorithm.name == "ppo":
         critic = Critic(meta_model(directory), config, ranks, weights=directory)
     engine = build_engine(policy.replica, tokenizer, config)
     with ExitStack() as on_error:

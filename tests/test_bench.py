@@ -231,6 +231,9 @@ def test_decode_steps_are_timed_with_graphs_and_without(bench, capsys):
     assert bench("decode").main([*arguments, "--engines", "graphs"]) == 0
     row = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert row["results"][0]["milliseconds"].keys() == {"graphs"}
+    assert bench("decode").main([*arguments, "--lora-rank", "2", "--engines", "graphs,base"]) == 0
+    row = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (row["lora_rank"], row["results"][0]["milliseconds"].keys()) == (2, {"graphs", "base"})
     config = bench("decode").SHAPES["tiny"]
     model = bench("decode").build_model(config, torch.float32, torch.device("cpu"))
     weights = 4 * sum(parameter.numel() for parameter in model.parameters())

@@ -5,14 +5,17 @@ from __future__ import annotations
 import importlib
 import json
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from searchr1_fast.config import LoraTarget
 from searchr1_fast.distributed import process
 from searchr1_fast.models import Decoder, DecoderConfig
+from searchr1_fast.models.lora import add_adapter
 from searchr1_fast.packing import pack
 
 BENCH = Path(__file__).parent.parent / "bench"
@@ -45,8 +48,14 @@ def test_the_mix_is_that_of_traces(bench):
         assert not np.array_equal(first.token_ids[96:110], other.token_ids[96:110])
 
 
+def sum_in_place(summed: torch.Size, left: torch.Size, right: torch.Size, **_) -> int:
+    """Operations of `addmm_`, which torch does not count by itself."""
+    return 2 * left[0] * left[1] * right[1]
+
+
+@pytest.mark.parametrize("lora_rank", [0, 3])
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
-def test_operations_are_those_that_torch_counts(bench, shape, checkpointing):
+def test_operations_are_those_that_torch_counts(bench, shape, checkpointing, lora_rank):
     """A batch that shares nothing, as torch's counter sees its matrix products, forward, again and backward. It counts
     no attention on a CPU, so that is left out of ours too."""
     work = bench("random_work")
@@ -57,14 +66,16 @@ def test_operations_are_those_that_torch_counts(bench, shape, checkpointing):
     without_pairs = work.Work(counted.tokens, 0, counted.policy_tokens, counted.rows, 0, counted.scored)
     decoder = Decoder(shape)
     decoder.checkpoint_blocks(checkpointing)
-    with FlopCounterMode(display=False) as counter:
+    if lora_rank:
+        add_adapter(decoder, lora_rank, 8.0, get_args(LoraTarget))
+    in_place = {torch.ops.aten.addmm_: sum_in_place}
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
         hidden = decoder.hidden(batch.token_ids, batch.cu_seqlens, batch.scored_rows, batch.prefixes, batch.max_seqlen)
         (hidden @ decoder.head_weight.T).sum().backward()
     products = counter.get_flop_counts()["Global"]
-    expected = sum(
-        count for operator, count in products.items() if operator in (torch.ops.aten.mm, torch.ops.aten.addmm)
-    )
-    flops = work.count_flops(shape, without_pairs, checkpointing)
+    operators = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_)
+    expected = sum(count for operator, count in products.items() if operator in operators)
+    flops = work.count_flops(shape, without_pairs, checkpointing, lora_rank)
     assert flops["done"] == pytest.approx(expected, rel=1e-6)
 
 
@@ -75,6 +86,10 @@ def test_attention_and_the_model_s_operations(bench, shape):
     idle = work.Work(tokens=100, pairs=0, policy_tokens=30, rows=80, row_pairs=0, scored=25)
     layer = 64 * (64 + 2 * 32) + 64 * 64 + 3 * 64 * 160
     assert work.count_flops(shape, counted, "none")["model"] == 6 * (3 * layer + 512 * 64) * 100 + 12 * 64 * 3 * 2000
+
+    thin = 7 * (64 + 64) + 96 + 96 + 96 - 32 - 32  # in + out of 7 layers: 64, but the MLP's 160 and 32 of k and v
+    with_adapter = work.count_flops(shape, counted, "none", lora_rank=5)["model"]
+    assert with_adapter == 4 * (3 * layer + 512 * 64) * 100 + 6 * 3 * 5 * thin * 100 + 12 * 64 * 3 * 2000
 
     def attention(mode):
         return work.count_flops(shape, counted, mode)["done"] - work.count_flops(shape, idle, mode)["done"]
@@ -134,6 +149,7 @@ def test_the_update_is_the_policy_s_own(bench):
     [
         (["--tokens", "0"], "--tokens 0"),
         (["--new-tokens", "2"], "--new-tokens 2"),
+        (["--lora-rank", "-1"], "--lora-rank -1"),
         (["--num-seqs", "4", "0"], "--num-seqs 0"),
     ],
 )

@@ -11,7 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 import searchr1_fast
-from searchr1_fast.config import Config, DataSet, OffloadConfig, Section, WorldConfig, load_config
+from searchr1_fast.config import Config, DataSet, LoraConfig, OffloadConfig, Section, WorldConfig, load_config
 
 PACKAGE = Path(searchr1_fast.__file__).parent
 
@@ -225,9 +225,8 @@ def test_frozen():
 def holders(section: type[Section]) -> set[str]:
     """What a variable or attribute that holds this section is called in the package."""
     own = {key for key, field in Config.model_fields.items() if field.annotation is section}
-    return (
-        own | {"config"} | {DataSet: {"data"}, WorldConfig: {"world"}, OffloadConfig: {"offload"}}.get(section, set())
-    )
+    others = {DataSet: "data", WorldConfig: "world", OffloadConfig: "offload", LoraConfig: "lora"}
+    return own | {"config"} | ({others[section]} if section in others else set())
 
 
 def attributes_read(tree: ast.AST) -> Iterator[tuple[str, str]]:

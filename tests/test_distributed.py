@@ -16,7 +16,7 @@ from searchr1_fast.distributed import Ranks, process
 from searchr1_fast.train import train
 
 TRAIN = {"num_steps": 2, "num_minibatches": 2}
-RECOMPUTE = {"grpo": "selective", "ppo": "full"}  # on two ranks; one rank keeps every activation
+RECOMPUTE = {"grpo": "selective", "ppo": "full", "lora": "selective"}  # on two ranks; one rank keeps every activation
 ALGORITHMS = {
     "grpo": {"kl_coefficient": 0.05},
     "ppo": {
@@ -28,6 +28,8 @@ ALGORITHMS = {
         "lam": 0.9,
     },
 }
+ALGORITHMS["lora"] = ALGORITHMS["ppo"]
+MODELS = {"lora": {"lora": {"rank": 3, "alpha": 6.0}}}  # rows of A that two ranks cannot share evenly
 
 
 @pytest.fixture
@@ -36,7 +38,10 @@ def two_ranks(make_config, tmp_path):
     configs, files = {}, []
     for name, algorithm in ALGORITHMS.items():
         recompute = {"activation_checkpointing": RECOMPUTE[name]}
-        configs[name] = make_config(algorithm=algorithm, run={"name": f"{name}-two"}, train=TRAIN | recompute)
+        model = MODELS.get(name, {})
+        configs[name] = make_config(
+            algorithm=algorithm, model=model, run={"name": f"{name}-two"}, train=TRAIN | recompute
+        )
         files.append(tmp_path / f"{name}.yaml")
         files[-1].write_text(configs[name].to_yaml())
     root = Path(__file__).parent
@@ -59,7 +64,7 @@ def test_two_ranks(two_ranks, make_config, make_console):
     reports, configs = two_ranks
     check_collectives(reports)
     for place, (name, algorithm) in enumerate(ALGORITHMS.items()):
-        alone = make_config(algorithm=algorithm, run={"name": f"{name}-one"}, train=TRAIN)
+        alone = make_config(algorithm=algorithm, model=MODELS.get(name, {}), run={"name": f"{name}-one"}, train=TRAIN)
         result = train(alone, make_console())
         check_same_rows(rows(configs[name]), rows(alone))
         check_same_weights(weights(configs[name]), weights(alone))
@@ -111,7 +116,12 @@ def check_resumes_on_one_rank(name, algorithm, make_config, make_console) -> Non
     """A checkpoint of two ranks, read by one: one more step is that of the run which was on one rank all along."""
     endings = []
     for run in (f"{name}-two", f"{name}-one"):
-        config = make_config(algorithm=algorithm, run={"name": run, "resume": True}, train=TRAIN | {"num_steps": 3})
+        config = make_config(
+            algorithm=algorithm,
+            model=MODELS.get(name, {}),
+            run={"name": run, "resume": True},
+            train=TRAIN | {"num_steps": 3},
+        )
         console = make_console()
         train(config, console)
         assert console.notes[0].startswith("going on after step 2")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import get_args
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from searchr1_fast import memory_plan
 from searchr1_fast.cli import main as command
-from searchr1_fast.config import load_config
+from searchr1_fast.config import LoraConfig, LoraTarget, load_config
 from searchr1_fast.critic import Critic
 from searchr1_fast.distributed import process
 from searchr1_fast.losses import value_loss
@@ -19,6 +20,7 @@ from searchr1_fast.memory_plan import Batch, block_kept, memory_size, plan_train
 from searchr1_fast.models import Decoder, DecoderConfig, KVCache
 from searchr1_fast.models import decoder as decoder_module
 from searchr1_fast.models.attention_backends import AttentionBackend
+from searchr1_fast.models.lora import adapter_parameters, add_adapter, base_parameters
 from searchr1_fast.models.published import published_config
 from searchr1_fast.packing import pack
 from searchr1_fast.policy import Policy
@@ -112,6 +114,65 @@ def test_resident_rows_are_the_bytes_of_a_real_policy_and_critic(
             assert rows["policy: replica that generates"] == num_bytes(policy.replica.parameters())
 
 
+@pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])
+def test_resident_rows_with_an_adapter(make_config, make_decoder, make_trajectory, dtype, size):
+    """One base for all, and nothing else that is as large."""
+    algorithm = {"name": "ppo", "group_size": 2, "kl_coefficient": 0.1}
+    config = make_config(model={"dtype": dtype, "lora": {"rank": 5}}, algorithm=algorithm)
+    (batch,) = pack([make_trajectory(0, [(False, 5), (True, 6)])], [1.0], 100)
+    with process("cpu", 1, 0) as ranks:
+        policy = Policy(make_decoder(0, tied=True), config, ranks)
+        critic = Critic(policy.replica.on_same_base(), config, ranks)
+        gradients = []
+        for learner, loss in (
+            (policy, lambda: policy.loss(batch, 6, policy.reference_logprobs([batch])[0])[0]),
+            (critic, lambda: value_loss(critic.module(batch), torch.ones(6), torch.zeros(6), 0.5, 6)),
+        ):
+            learner.backward(loss())
+            gradients.append(num_bytes(parameter.grad for parameter in learner.parameters.values()))
+            learner.step()
+        rows = rows_of(plan_training(config, policy.replica.config))
+        modules = (policy.module, policy.replica, policy.reference, critic.module)
+        parameters = {id(p): p for module in modules for p in module.parameters()}
+        expected = {
+            "frozen base": num_bytes(base_parameters(policy.replica).values()),
+            "policy: master weights": num_bytes(policy.parameters.values()),
+            "policy: Adam's moments": moments(policy),
+            "critic: master weights": num_bytes(critic.parameters.values()),
+            "critic: Adam's moments": moments(critic),
+        }
+        if dtype == "bfloat16":
+            expected["policy: adapter that generates"] = num_bytes(adapter_parameters(policy.replica).values())
+        resident = {
+            row.name: row.num_bytes for row in plan_training(config, policy.replica.config).rows if row.when == "always"
+        }
+        assert resident == expected
+        assert sum(resident.values()) == num_bytes(parameters.values()) + moments(policy) + moments(critic)
+        assert rows["gradients"] == max(gradients)
+
+
+def test_an_adapter_s_numbers_by_hand():
+    """Qwen2.5-7B on 8 ranks: rank 64 on all seven layers of 28 blocks."""
+    config = load_config("configs/search_r1_7b_grpo.yaml", ["model.lora.rank=64"])
+    plan = plan_training(config, published_config("qwen2.5-7b"), num_ranks=8)
+    rows = rows_of(plan)
+    ends = 2 * (3584 + 3584) + 2 * (3584 + 512) + 3 * (3584 + 18944)  # in + out of q and o, k and v, and the MLP's
+    adapter = 28 * 64 * ends
+    assert rows["frozen base"] == 2 * 7_615_616_512
+    assert rows["policy: master weights"] == rows["gradients"] == 4 * adapter // 8
+    assert rows["policy: Adam's moments"] == 8 * adapter // 8
+    assert rows["policy: adapter that generates"] == 2 * adapter
+    assert rows["gathered adapter and its gradient"] == 4 * adapter
+    assert not rows.keys() & {"reference", "gathered weights", "head's gradient"}
+    all_learned = rows_of(plan_training(load_config("configs/search_r1_7b_grpo.yaml"), published_config("qwen2.5-7b")))
+    thin = 28 * 4596 * 2 * 64 * 7
+    assert rows["activations"] == all_learned["activations"] + thin
+    head = dict(memory_plan.head_bytes(published_config("qwen2.5-7b"), 2, 4096, is_learned=False))
+    learned = dict(memory_plan.head_bytes(published_config("qwen2.5-7b"), 2, 4096))
+    assert head["weight's gradient"] == 0 and learned["weight's gradient"] > 0
+    assert sum(head.values()) < sum(learned.values()) - 2 * 152_064 * 3584
+
+
 def num_bytes(tensors) -> int:
     local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
     return sum(tensor.numel() * tensor.element_size() for tensor in local)
@@ -148,10 +209,16 @@ class StandIn(torch.autograd.Function):
         raise AssertionError
 
 
+TARGETS = (None, get_args(LoraTarget), ("v_proj", "gate_proj"), ("o_proj",), ("down_proj", "k_proj"))
+
+
+@pytest.mark.parametrize("targets", TARGETS, ids=str)
 @pytest.mark.parametrize("mode", ["none", "selective", "full"])
 @pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
-def test_a_block_keeps_what_is_planned(monkeypatch, mode, model_type):
-    """On the meta device in bf16, a layer more or less. Off CUDA a norm is not fused, and keeps the normed row too."""
+def test_a_block_keeps_what_is_planned(monkeypatch, mode, model_type, targets):
+    """On the meta device in bf16, a layer more or less, with and without an adapter. Off CUDA a norm is not fused, and
+    keeps the normed row too, for the gradient of its weight."""
+    lora = LoraConfig() if targets is None else LoraConfig(rank=24, targets=targets)
     backend = AttentionBackend("stand-in", "", lambda query, key, value, layout: StandIn.apply(query, key, value))
     monkeypatch.setattr(decoder_module, "choose_attention", lambda *_: backend)
     rows, kept = 4096, []
@@ -161,10 +228,12 @@ def test_a_block_keeps_what_is_planned(monkeypatch, mode, model_type):
         config = DecoderConfig(**shape, **heads, head_dim=32)
         with torch.device("meta"):
             decoder = Decoder(config).to(torch.bfloat16)
+            if lora.rank:
+                add_adapter(decoder, lora.rank, lora.alpha, lora.targets, torch.bfloat16)
         decoder.checkpoint_blocks(mode)
         kept.append(saved_bytes(decoder, rows))
-    planned, _ = block_kept(config, 2, mode)
-    if mode == "none":
+    planned, _ = block_kept(config, 2, mode, lora=lora)
+    if mode == "none" and not lora.rank:
         planned += 2 * 4 * config.hidden_size
         if model_type == "qwen3":
             planned += 4 * 32 * (4 + 2)
@@ -252,6 +321,9 @@ def test_dry_run_says_whether_it_fits(capsys, tmp_path):
     assert command([*arguments, "--device-memory", "24GB"]) == 1
     out = capsys.readouterr().out
     assert "DOES NOT FIT" in out and "train.activation_checkpointing=selective" in out
+    assert command([*arguments, "--device-memory", "80GB", "model.lora.rank=8"]) == 0
+    out = capsys.readouterr().out
+    assert "qwen2.5-3b, an adapter of rank 8, grpo" in out and "frozen base" in out
     assert list(tmp_path.iterdir()) == []  # nothing was begun
 
 

@@ -17,6 +17,7 @@ from searchr1_fast.train import train
 
 CONFIGS = Path(searchr1_fast.__file__).parents[1] / "configs"
 PAPER = [f"search_r1_{size}_{algorithm}" for size in ("3b", "7b") for algorithm in ("ppo", "grpo")]
+LORA = "search_r1_7b_grpo_lora"
 
 if not CONFIGS.is_dir():
     pytest.skip("no configs/ beside the package: an installed copy, not a checkout", allow_module_level=True)
@@ -36,7 +37,7 @@ def settings(name: str) -> dict[str, Any]:
 
 def test_these_are_all_the_recipes():
     names = {path.stem for path in CONFIGS.glob("search_r1*.yaml")}
-    assert names == {*PAPER, *(f"{name}_fast" for name in PAPER)}
+    assert names == {*PAPER, *(f"{name}_fast" for name in PAPER), LORA}
     assert all(settings(name)["run.name"] == name for name in names)
 
 
@@ -122,6 +123,17 @@ def test_a_fast_recipe_differs_in_this_and_nothing_else(name):
     assert changed == expected
 
 
+def test_the_recipe_of_an_adapter_differs_in_this_and_nothing_else():
+    fast, lora = settings("search_r1_7b_grpo_fast"), settings(LORA)
+    assert {key: value for key, value in lora.items() if value != fast[key]} == {
+        "run.name": LORA,
+        "model.lora.rank": 32,
+        "optimizer.learning_rate": 1e-5,
+    }
+    assert lora["model.lora.alpha"] == 32.0
+    assert len(lora["model.lora.targets"]) == 7
+
+
 # ------------------------------------------------------------------------------------------------------ they run
 
 
@@ -142,7 +154,7 @@ def prepared(make_config, tmp_path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "name", ["search_r1_3b_ppo", "search_r1_7b_grpo", "search_r1_7b_ppo_fast", "search_r1_3b_grpo_fast"]
+    "name", ["search_r1_3b_ppo", "search_r1_7b_grpo", "search_r1_7b_ppo_fast", "search_r1_3b_grpo_fast", LORA]
 )
 def test_a_recipe_runs_in_small_from_published_files(name, make_config, prepared, tiny_model_directory, tmp_path):
     """Two steps on the CPU; what is overridden is sizes and places, and a chat template that the tiny model lacks."""
@@ -163,5 +175,5 @@ def test_a_recipe_runs_in_small_from_published_files(name, make_config, prepared
     assert [row["step"] for row in rows] == [0, 1, 2]
     assert all(row["policy_tokens"] > 0 and row["grad_norm"] > 0 for row in rows[1:])
     kls = [row["kl_ref"] for row in rows[1:]]
-    assert all(kl is None for kl in kls) if name.endswith("_fast") else all(kl is not None for kl in kls)
+    assert all(kl is None for kl in kls) if name.endswith(("_fast", "_lora")) else all(kl is not None for kl in kls)
     assert ("critic_grad_norm" in rows[1]) == ("ppo" in name)

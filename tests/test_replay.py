@@ -105,11 +105,14 @@ def test_a_run_goes_on_without_a_bad_update_and_its_replay_names_the_input(make_
     assert "what the policy wrote up to there: <" in said
 
 
-def test_the_weights_that_are_kept_are_those_that_the_update_met(make_config, make_decoder, trajectories, tmp_path):
-    """Replayed without a flaw, loss and gradient are the trainer's own."""
-    config = make_config()
+@pytest.mark.parametrize("lora", [{}, {"rank": 3}], ids=["all", "lora"])
+def test_the_weights_that_are_kept_are_those_that_the_update_met(
+    make_config, tiny_model_directory, trajectories, tmp_path, lora
+):
+    """Replayed without a flaw, loss and gradient are the trainer's own. Of an adapter's base nothing is kept."""
+    config = make_config(model={"lora": lora})
     ranks = Ranks(0, 1, torch.device("cpu"))
-    policy = Policy(make_decoder(0, tied=True), config, ranks)
+    policy = Policy(load_model(tiny_model_directory), config, ranks)
     batches = pack(trajectories, ADVANTAGES, 1000)
     policy.update(batches, 18)  # weights of its own
     update = bad_update(config, policy, batches)
@@ -117,6 +120,7 @@ def test_the_weights_that_are_kept_are_those_that_the_update_met(make_config, ma
     path = write_bad_update(tmp_path, update, policy, torch.float32)
     (kept,) = tmp_path.glob("*.safetensors")
     assert kept.name == "policy_000001.safetensors"
+    assert load_file(kept).keys() == policy.parameters.keys()
     for name, tensor in load_file(kept).items():
         assert torch.equal(tensor, policy.parameters[name]), name
     read = read_bad_update(path)

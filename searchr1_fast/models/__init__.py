@@ -1,5 +1,6 @@
 """The decoder, its cache, its tokenizer, and their Hugging Face directories."""
 
+from searchr1_fast.models.adapter_files import save_adapter
 from searchr1_fast.models.attention_backends import describe_attention
 from searchr1_fast.models.decoder import Decoder
 from searchr1_fast.models.decoder_config import DecoderConfig, Llama3Scaling
@@ -20,6 +21,7 @@ __all__ = [
     "load_weights",
     "meta_model",
     "resolve",
+    "save_adapter",
     "save_model",
     "save_weights",
 ]

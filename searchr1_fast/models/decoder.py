@@ -23,12 +23,16 @@ from searchr1_fast.models.attention_backends import PackedLayout, choose_attenti
 from searchr1_fast.models.cached_attention import cached_attention, find_chunks, make_tiles
 from searchr1_fast.models.decoder_config import DecoderConfig
 from searchr1_fast.models.generation import join_projections, run_blocks
+from searchr1_fast.models.lora import base_parameters
 from searchr1_fast.models.recompute import Recompute, recomputed
 from searchr1_fast.models.rope import apply_rotary, rotary_embedding
 from searchr1_fast.types import SharedPrefixes
 
 if TYPE_CHECKING:
     from searchr1_fast.models.kv_cache import KVCache
+
+
+RECOMPILE_LIMIT = 32  # graphs that one of a block's two halves may have
 
 
 class RMSNorm(nn.Module):
@@ -269,14 +273,27 @@ class Decoder(nn.Module):
         """`torch.compile` every block around its attention, once, before the first forward.
 
         Two graphs serve all layers and lengths, with and without gradients each; a single token, and none, have their
-        own, as torch treats sizes of 0 and 1 apart.
+        own, as torch treats sizes of 0 and 1 apart. With an adapter, passes of the base alone have theirs, and a critic
+        on the same base too: 8 in all, where torch would give up, are soon there.
         """
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
         for block in self.layers:
             block.compile_in_place(backend)
 
     def join_projections(self) -> None:
-        """Let fused generation multiply once by the weights of q, k and v, and once by gate's and up's."""
+        """Let fused generation multiply once by the weights of q, k and v, and once by gate's and up's; likewise by
+        their adapters."""
         join_projections(self.model)
+
+    def on_same_base(self) -> Decoder:
+        """Another decoder of the same parameters, the very objects, but for an adapter: it has none."""
+        with torch.device("meta"):
+            other = Decoder(self.config)
+        for name, parameter in base_parameters(self).items():
+            module, _, own = name.rpartition(".")
+            other.get_submodule(module).register_parameter(own, parameter)
+        other._tie()
+        return other
 
     def checkpoint_blocks(self, recompute: Recompute) -> None:
         """What blocks keep for the backward pass of `hidden`; generation keeps nothing in any case."""

@@ -1,4 +1,7 @@
-"""Weights to Hugging Face directories, as transformers writes them: one file, or shards with an index above a size."""
+"""Weights to Hugging Face directories, as transformers writes them: one file, or shards with an index above a size.
+
+An adapter (lora.py) is merged into the weights there; adapter_files.py writes it alone.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from safetensors.torch import save_file
 
 from searchr1_fast.models.decoder import Decoder
 from searchr1_fast.models.decoder_config import DecoderConfig
+from searchr1_fast.models.lora import adapter_scale, is_adapters, merged
 from searchr1_fast.models.weights import INDEX, SINGLE
 
 MAX_SHARD_BYTES = 5 * 10**9  # what transformers wrote for years, and every loader copes with
@@ -26,7 +30,8 @@ def save_model(
     Whole parameters only: a sharded model is gathered first. On the CPU there is at most one shard at a time. Files of
     an earlier export that this one does not replace are removed, so that no reader mixes the two.
     """
-    save_weights(dict(model.named_parameters()), model.config, directory, dtype, max_shard_bytes)
+    weights, scale = dict(model.named_parameters()), adapter_scale(model)
+    save_weights(weights, model.config, directory, dtype, max_shard_bytes, scale)
 
 
 def save_weights(
@@ -35,11 +40,13 @@ def save_weights(
     directory: str | Path,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    scale: float = 1.0,
 ) -> None:
-    """`save_model` of weights that left their model, as those that a checkpoint has copied to the host."""
+    """`save_model` of weights that left their model, as those that a checkpoint has copied to the host. An adapter that
+    is among them is merged, by that scale."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    state = dict(weights)
+    state = {name: weight for name, weight in weights.items() if not is_adapters(name)}
     if config.tie_word_embeddings:
         state.pop("lm_head.weight", None)  # tied by the configuration, though not in memory
     stored = dtype or next(iter(state.values())).dtype
@@ -48,7 +55,7 @@ def save_weights(
     if len(shards) == 1:
         names = [SINGLE]
     for name, shard in zip(names, shards, strict=True):
-        tensors = {key: state[key].detach().to("cpu", stored).contiguous() for key in shard}
+        tensors = {key: merged(weights, key, scale).to("cpu", stored).contiguous() for key in shard}
         save_file(tensors, directory / name, metadata={"format": "pt"})
     if len(shards) > 1:
         weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}

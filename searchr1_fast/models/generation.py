@@ -2,9 +2,10 @@
 modules have several (`searchr1_kernels`: `rms_norm`, `rotary_write`, `silu_mul`).
 
 On a GPU a step of one token per sequence is bound by its launches, and recorded as a CUDA graph by what each takes at
-the least: written as modules a layer has about 40, here 13, and 10 where `join_projections` laid weights side by side.
-On a CPU a small model is bound by passes over its tokens' numbers, of which there are as many. Values are rounded where
-the modules round. Without gradients only; the plain twin is `Decoder` itself.
+the least: written as modules a layer has about 40, here 13, and 10 where `join_projections` laid weights side by side; an
+adapter (lora.py) on all layers adds two to each of a layer's four products, three where alpha is not the rank. On a CPU
+a small model is bound by passes over its tokens' numbers, of which there are as many. Values are rounded where the
+modules round. Without gradients only; the plain twin is `Decoder` itself.
 
 Shape legend
     T  new tokens    R  those whose output is wanted    D  hidden size    I  MLP size    H, G  query, key/value heads
@@ -20,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from searchr1_kernels import rms_norm, rotary_write, silu_mul
 from torch import nn
+
+from searchr1_fast.models.lora import LoraLinear, adapted_product, join_adapters, joined_adapters
 
 if TYPE_CHECKING:
     from searchr1_fast.models.decoder import Attention, Block, CachedContext, Model
@@ -70,27 +73,36 @@ def _heads(x: torch.Tensor, attention: Attention) -> torch.Tensor:  # [T, n * d]
 
 
 def _project(x: torch.Tensor, layers: Sequence[nn.Linear]) -> Sequence[torch.Tensor]:
-    """[T, D] -> what each layer gives, by one product where their weights are side by side, and their biases too."""
+    """[T, D] -> what each layer gives, by one product where their weights are side by side, and their biases too; two
+    more where they are adapted."""
     weight = side_by_side([layer.weight for layer in layers])
     has_bias = layers[0].bias is not None
     bias = side_by_side([layer.bias for layer in layers]) if has_bias else None
-    if weight is None or (has_bias and bias is None):
+    adapted = [layer for layer in layers if isinstance(layer, LoraLinear) and layer.is_active]
+    adapters = joined_adapters(adapted) if adapted else None
+    if weight is None or (has_bias and bias is None) or (adapted and adapters is None):
         return [layer(x) for layer in layers]
-    return F.linear(x, weight, bias).split([layer.out_features for layer in layers], dim=-1)
+    if adapters is None:
+        y = F.linear(x, weight, bias)
+    else:
+        y = adapted_product(x, weight, bias, adapters.below, adapters.diagonal, adapted[0].scale)
+    return y.split([layer.out_features for layer in layers], dim=-1)
 
 
 # ------------------------------------------------------------------------------------------------- weights side by side
 
 
 def join_projections(model: Model) -> None:
-    """Lay the weights of q, k and v side by side in memory, and those of gate and up. The parameters stay themselves,
-    their names and values too; what gives them other memory (`Module.to`) undoes it, and costs the speed alone."""
+    """Lay the weights of q, k and v side by side in memory, and those of gate and up, and their adapters as well. The
+    parameters stay themselves, their names and values too; what gives them other memory (`Module.to`) undoes it, and
+    costs the speed alone."""
     for block in model.layers:
         _join((block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj))
         _join((block.mlp.gate_proj, block.mlp.up_proj))
 
 
 def _join(layers: Sequence[nn.Linear]) -> None:
+    join_adapters(layers)
     for name in ("weight", "bias"):
         parameters = [getattr(layer, name) for layer in layers]
         if parameters[0] is not None:

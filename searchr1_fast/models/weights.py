@@ -15,10 +15,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch.distributed.tensor import DTensor, Shard
 
+from searchr1_fast.models.adapter_files import adapter_base, load_adapter
 from searchr1_fast.models.decoder import Decoder
 from searchr1_fast.models.decoder_config import DecoderConfig
+from searchr1_fast.models.lora import base_parameters
+from searchr1_fast.models.own_rows import own_rows
 
 BUILTIN = {"builtin:base": "base", "builtin:instruct": "instruct"}
 INDEX = "model.safetensors.index.json"
@@ -28,12 +30,19 @@ _FLOATING = ("F64", "F32", "F16", "BF16")  # as safetensors spells them
 _NAMES_SHOWN = 3
 
 
-def resolve(path: str | Path) -> Path:
-    """A model directory; `builtin:base` and `builtin:instruct` name those in the package. ValueError: there is none."""
+def resolve(path: str | Path, or_adapter: bool = False) -> Path:
+    """A model directory; `builtin:base` and `builtin:instruct` name those in the package. ValueError: there is none.
+
+    `or_adapter`: or the directory of an adapter, which `load_model` takes as well.
+    """
     if str(path) in BUILTIN:
         return Path(__file__).resolve().parent.parent / "assets" / BUILTIN[str(path)]
     if str(path).startswith("builtin:"):
         raise ValueError(f"model {path!r}: the built-in models are {', '.join(BUILTIN)}")
+    if (base := adapter_base(path)) is not None:
+        if or_adapter:
+            return Path(path)
+        raise ValueError(f"model {str(path)!r} is an adapter; give what it stands on ({base}), or the two merged")
     if not (Path(path) / "config.json").is_file():
         raise ValueError(f"model {str(path)!r} is not a Hugging Face directory: it has no config.json")
     return Path(path)
@@ -42,10 +51,19 @@ def resolve(path: str | Path) -> Path:
 def load_model(
     directory: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> Decoder:
-    """The decoder of a Hugging Face directory. ValueError names what is missing, left over or of another shape."""
-    model = meta_model(directory, dtype)
+    """The decoder of a Hugging Face directory, or of an adapter's with the model that it stands on. ValueError names
+    what is missing, left over or of another shape."""
+    base = adapter_base(directory)
+    if base is not None and not (Path(base) / "config.json").is_file():
+        raise ValueError(
+            f"the adapter {directory} stands on {base}, which is not a model's directory here; say where it is in "
+            "adapter_config.json, or give a merged model (a checkpoint's hf/)"
+        )
+    model = meta_model(base or directory, dtype)
     model.to_empty(device=device)
-    load_weights(model, directory)
+    load_weights(model, base or directory)
+    if base is not None:
+        load_adapter(model, directory)
     return model
 
 
@@ -61,10 +79,11 @@ def load_weights(model: Decoder, directory: str | Path) -> None:
     """Fill the model's parameters from a directory's files.
 
     Parameters may be plain or DTensors, of any floating type, on any device but meta. A model without a head
-    (`lm_head` None) leaves the head in the file. ValueError, before anything is copied: what does not fit.
+    (`lm_head` None) leaves the head in the file, an adapter stays as it is. ValueError, before anything is copied: what
+    does not fit.
     """
     directory = resolve(directory)
-    parameters = dict(model.named_parameters())  # a tied head appears once, as the embedding
+    parameters = base_parameters(model)
     ignored = {"lm_head.weight"} - parameters.keys()
     with ExitStack() as stack:
         tensors: dict[str, Any] = {}  # name -> slices of the mapped file
@@ -73,7 +92,7 @@ def load_weights(model: Decoder, directory: str | Path) -> None:
             tensors |= {name: reader.get_slice(name) for name in reader.keys() if name not in ignored}  # noqa: SIM118
         _check(directory, tensors, parameters)
         for name, parameter in parameters.items():
-            local, rows = _own_rows(parameter)
+            local, rows = own_rows(parameter)
             if local.numel():
                 # To the device first: the file's bf16 is half of what the parameter's fp32 would be on the way.
                 local.copy_(tensors[name][rows].to(local.device))
@@ -85,21 +104,6 @@ def _read_config(path: Path) -> DecoderConfig:
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     return DecoderConfig.from_hf(values)
-
-
-def _own_rows(parameter: torch.nn.Parameter) -> tuple[torch.Tensor, slice]:
-    """The part of a parameter that this rank holds, and which rows of the whole it is."""
-    if not isinstance(parameter, DTensor):
-        return parameter, slice(None)
-    local = parameter.to_local()
-    (placement,) = parameter.placements
-    assert placement == Shard(0), f"FSDP2 shards rows, this parameter is {placement}"
-    # FSDP2 cuts like torch.chunk: equal parts, rounded up, the last ones shorter or empty.
-    size = -(-parameter.shape[0] // parameter.device_mesh.size())
-    begin = min(parameter.device_mesh.get_local_rank() * size, parameter.shape[0])
-    end = min(begin + size, parameter.shape[0])
-    assert local.shape[0] == end - begin, f"{tuple(local.shape)} rows here, {begin} to {end} were expected"
-    return local, slice(begin, end)
 
 
 def _check(directory: Path, tensors: dict[str, Any], parameters: dict[str, torch.nn.Parameter]) -> None:

@@ -38,6 +38,7 @@ from searchr1_fast.rollout.statistics import RolloutStatistics
 from searchr1_fast.rollout.stop import START, StopMatcher, vocabulary_bytes
 from searchr1_fast.rollout.vllm_model import Piece, VllmModel
 from searchr1_fast.rollout.weight_handover import (
+    HandedWeights,
     Scores,
     check_scores,
     check_weights,
@@ -159,11 +160,11 @@ class VllmEngine:
         """
         assert not self._turns
         started = time.perf_counter()
-        weights = dict(named_weights(self.model))
-        self._generator.load(weights.items())
+        weights = HandedWeights(self.model)
+        self._generator.load(named_weights(self.model))
         loaded, self._is_awake = time.perf_counter(), True
         receiver = f"vLLM {self._generator.version}"
-        held = self._generator.held({name: weight.shape for name, weight in weights.items()})
+        held = self._generator.held(weights.shapes)
         unseen = check_weights(weights, held, receiver)
         if unseen:
             warnings.warn(

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 
 from searchr1_fast.models import Decoder, TextTokenizer
+from searchr1_fast.models.lora import adapter_scale, base_parameters, merged
 from searchr1_fast.protocol import INVALID_ACTION_MESSAGE, format_observation
 from searchr1_fast.rollout.sampling import head_logits
 
@@ -48,12 +49,34 @@ class Scores(NamedTuple):
     receiver: np.ndarray  # [T - sequences] fp32
 
 
+class HandedWeights(Mapping[str, torch.Tensor]):
+    """Every weight by Hugging Face's name, a tied head under both of its names. An adapter is merged, where a weight is
+    asked for: one at a time is a copy, and not the model."""
+
+    def __init__(self, model: Decoder) -> None:
+        self._all, self._scale = dict(model.named_parameters()), adapter_scale(model)
+        self._own = base_parameters(model)
+        if model.config.tie_word_embeddings:
+            self._all["lm_head.weight"] = self._own["lm_head.weight"] = model.head_weight
+
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """Of all."""
+        return {name: parameter.shape for name, parameter in self._own.items()}
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return merged(self._all, name, self._scale)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._own)
+
+    def __len__(self) -> int:
+        return len(self._own)
+
+
 def named_weights(model: Decoder) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every weight by Hugging Face's name; a tied head under both of its names."""
-    for name, parameter in model.named_parameters():
-        yield name, parameter.detach()
-    if model.config.tie_word_embeddings:
-        yield "lm_head.weight", model.head_weight.detach()
+    """`HandedWeights`, one after the other."""
+    yield from HandedWeights(model).items()
 
 
 def check_weights(

@@ -138,5 +138,8 @@ def test_model_directory_finds_the_weights_of_a_run(tmp_path):
     assert model_directory(weights) == weights
     assert model_directory("builtin:base") == "builtin:base"
     assert run_config_path(model_directory(run_folder)) == run_folder / "config.yaml"
+    (weights.parent / "adapter").mkdir()  # what was learned, unrounded
+    assert model_directory(run_folder).resolve() == model_directory(weights.parent) == weights.parent / "adapter"
+    assert run_config_path(model_directory(run_folder)) == run_folder / "config.yaml"
     assert run_config_path("builtin:base") is None
     assert run_config_path(tmp_path) is None

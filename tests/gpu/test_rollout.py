@@ -11,6 +11,7 @@ from searchr1_kernels import linear_logprob
 
 from searchr1_fast.config import RolloutConfig
 from searchr1_fast.models import load_model
+from searchr1_fast.models.lora import adapter_parameters, add_adapter
 from searchr1_fast.packing import pack
 from searchr1_fast.policy import to_device
 from searchr1_fast.rollout import Engine, PlainEngine, RolloutRequest, SamplingParams, SearchLoop
@@ -38,10 +39,19 @@ def requests(make_question):
 
 @pytest.fixture
 def loop(tiny_model_directory, tiny_tokenizer):
-    """device, sampling -> a loop over the pre-trained tiny model."""
+    """device, sampling -> a loop over the pre-trained tiny model; with a rank, and an adapter side by side."""
 
-    def make(device, sampling=None, engine=Engine, dtype=torch.float32) -> SearchLoop:
+    def make(device, sampling=None, engine=Engine, dtype=torch.float32, lora_rank=0) -> SearchLoop:
         model = load_model(tiny_model_directory, dtype=dtype, device=device)
+        if lora_rank:
+            add_adapter(
+                model, lora_rank, 2.0 * lora_rank, ("q_proj", "v_proj", "o_proj", "up_proj", "down_proj"), dtype
+            )
+            generator = torch.Generator().manual_seed(0)
+            with torch.no_grad():
+                for parameter in adapter_parameters(model).values():
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+            model.requires_grad_(False).join_projections()
         return SearchLoop(engine(model, tiny_tokenizer, CONFIG, sampling), search)
 
     return make
@@ -63,6 +73,18 @@ def test_tokens_are_those_of_the_plain_twin_and_of_the_cpu(loop, requests, sampl
     assert sum(trajectory.num_searches for trajectory in ours) > 0
     check_same(ours, loop("cuda", sampling, PlainEngine).run(requests))
     check_same(ours, loop("cpu", sampling).run(requests))
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SamplingParams(1.0)])
+def test_an_adapter_generates_as_on_the_cpu(loop, requests, sampling):
+    """Fused, recorded as CUDA graphs; the new adapter is read where it lies."""
+    fused, plain = loop("cuda", sampling, lora_rank=4), loop("cpu", sampling, lora_rank=4)
+    check_same(fused.run(requests), plain.run(requests))
+    with torch.no_grad():
+        for one in (fused, plain):
+            for parameter in adapter_parameters(one.engine.model).values():
+                parameter.mul_(1.5)
+    check_same(fused.run(requests), plain.run(requests))
 
 
 def test_samples_do_not_depend_on_the_batch(loop, requests):

@@ -41,12 +41,12 @@ def rows(config: Config) -> list[dict]:
     return [json.loads(line) for line in (config.run_directory / "metrics.jsonl").read_text().splitlines()]
 
 
-def demo(tmp_path: Path, algorithm: str, dtype: str) -> Config:
+def demo(tmp_path: Path, algorithm: str, dtype: str, lora: dict | None = None) -> Config:
     """Two steps of the built-in model in a world of 60 entities."""
     world = {"num_entities": 60, "num_questions": 64}
     return Config.model_validate({
         "run": {"directory": str(tmp_path), "device": "cuda", "tensorboard": False, "trajectories_every": 0},
-        "model": {"path": "builtin:base", "dtype": dtype},
+        "model": {"path": "builtin:base", "dtype": dtype, "lora": lora or {}},
         "prompt": {"template": "plain"},
         "data": {"world": world},
         "retrieval": {"topk": 2},
@@ -61,10 +61,11 @@ def demo(tmp_path: Path, algorithm: str, dtype: str) -> Config:
     })  # fmt: skip
 
 
+@pytest.mark.parametrize("lora", [{}, {"rank": 8}], ids=["all", "lora"])
 @each_algorithm
 @each_dtype
-def test_two_steps_of_the_built_in_model(tmp_path, make_console, algorithm, dtype):
-    config, console = demo(tmp_path, algorithm, dtype), make_console()
+def test_two_steps_of_the_built_in_model(tmp_path, make_console, algorithm, dtype, lora):
+    config, console = demo(tmp_path, algorithm, dtype, lora), make_console()
     result = train(config, console)
     assert (result["step"], result["interrupted"]) == (2, False)
     last = rows(config)[-1]
@@ -77,13 +78,16 @@ def test_two_steps_of_the_built_in_model(tmp_path, make_console, algorithm, dtyp
     assert (config.run_directory / "checkpoints" / "latest" / "hf" / "model.safetensors").is_file()
 
 
-@pytest.mark.parametrize(("algorithm", "dtype"), [("grpo", "float32"), ("ppo", "bfloat16")])
-def test_a_checkpoint_is_taken_up_where_it_was_left(make_config, make_console, algorithm, dtype):
+@pytest.mark.parametrize(
+    ("algorithm", "dtype", "lora"),
+    [("grpo", "float32", {}), ("ppo", "bfloat16", {}), ("ppo", "bfloat16", {"rank": 4})],
+)
+def test_a_checkpoint_is_taken_up_where_it_was_left(make_config, make_console, algorithm, dtype, lora):
     """Step 3 after a checkpoint of step 2 is step 3 of the run that wrote it: what is sampled to the token, what is
     learned up to sums that a GPU may add in any order."""
     settings = {
         "algorithm": ALGORITHMS[algorithm] | {"drop_zero_variance_groups": False},
-        "model": {"dtype": dtype},
+        "model": {"dtype": dtype, "lora": lora},
         "train": {"num_steps": 3, "num_minibatches": 2},
         "checkpoint": {"every": 2},
     }
@@ -133,12 +137,14 @@ def test_one_rank_under_torchrun(tmp_path):
     assert [row["step"] for row in rows(config)] == [0, 1, 2]
 
 
-def prepared(make_config, make_decoder, make_trajectory, ranks):
+def prepared(make_config, make_decoder, make_trajectory, ranks, lora):
     """A policy with a reference and a critic in bf16, several micro-batches with shared beginnings, and their number
     of policy tokens."""
-    config = make_config(model={"dtype": "bfloat16"}, algorithm=ALGORITHMS["grpo"] | {"entropy_coefficient": 0.01})
+    algorithm = ALGORITHMS["grpo"] | {"entropy_coefficient": 0.01}
+    config = make_config(model={"dtype": "bfloat16", "lora": lora}, algorithm=algorithm)
     decoders = [make_decoder(seed).to(ranks.device) for seed in (0, 1, 2)]
-    policy, critic = Policy(decoders[0], config, ranks, decoders[1]), Critic(decoders[2], config, ranks)
+    policy = Policy(decoders[0], config, ranks, decoders[1])
+    critic = Critic(policy.replica.on_same_base() if lora else decoders[2], config, ranks)
     trajectories = [make_trajectory(seed, [(False, 9), (True, 6 + seed), (False, 12), (True, 4)]) for seed in range(6)]
     for trajectory in trajectories[1:]:
         trajectory.token_ids[:12] = trajectories[0].token_ids[:12]
@@ -148,10 +154,11 @@ def prepared(make_config, make_decoder, make_trajectory, ranks):
     return policy, critic, [to_device(batch, ranks.device) for batch in batches], count
 
 
-def test_an_update_waits_for_the_device_once(make_config, make_decoder, make_trajectory):
+@pytest.mark.parametrize("lora", [{}, {"rank": 4}], ids=["all", "lora"])
+def test_an_update_waits_for_the_device_once(make_config, make_decoder, make_trajectory, lora):
     """For the norm of the gradient; forward and backward passes of policy, reference and critic not at all."""
     with process("cuda") as ranks:
-        policy, critic, batches, count = prepared(make_config, make_decoder, make_trajectory, ranks)
+        policy, critic, batches, count = prepared(make_config, make_decoder, make_trajectory, ranks, lora)
         returns = [torch.ones_like(batch.advantages) for batch in batches]
 
         def learn() -> None:

@@ -22,6 +22,7 @@ from searchr1_fast.config import Config
 from searchr1_fast.console import Console
 from searchr1_fast.evaluate import build_engine
 from searchr1_fast.models import Decoder, DecoderConfig, load_model, load_tokenizer
+from searchr1_fast.models.lora import adapted_layers, add_adapter, reset_adapter
 from searchr1_fast.rollout import Engine, SamplingParams, SearchLoop, vllm_engine
 from searchr1_fast.rollout.vllm_model import CPU_BLOCK
 from searchr1_fast.rollout.weight_handover import named_weights
@@ -110,6 +111,24 @@ def test_vllm_takes_new_weights_and_misses_a_forgotten_head(base, open_engine, m
     with pytest.raises(ValueError, match="has not got the trainer's weights"):
         engine.update_weights()
     monkeypatch.undo()
+    engine.update_weights()
+    after = loop.run(requests)
+    check_same(after, SearchLoop(Engine(model, tokenizer, config.rollout, GREEDY), search_letters).run(requests))
+    assert any(a.token_ids.tolist() != b.token_ids.tolist() for a, b in zip(before, after, strict=True))
+
+
+@only_with_vllm
+def test_vllm_writes_what_an_adapter_writes(base, open_engine):
+    model, tokenizer, config = base
+    add_adapter(model, 8, 16.0, ("q_proj", "k_proj", "o_proj", "gate_proj", "down_proj"))
+    reset_adapter(model, seed=0)
+    engine = open_engine(model, tokenizer, config)
+    engine.sampling = GREEDY
+    loop, requests = SearchLoop(engine, search_letters), requests_for(config, tokenizer)
+    before = loop.run(requests)
+    with torch.no_grad():
+        for layer in adapted_layers(model).values():
+            layer.lora_B.copy_(0.05 * torch.randn(layer.lora_B.shape, generator=torch.Generator().manual_seed(1)))
     engine.update_weights()
     after = loop.run(requests)
     check_same(after, SearchLoop(Engine(model, tokenizer, config.rollout, GREEDY), search_letters).run(requests))

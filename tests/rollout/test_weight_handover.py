@@ -10,6 +10,7 @@ import torch
 from vllm_stand_in import GREEDY, StandIn, check_same
 
 from searchr1_fast.models import Decoder
+from searchr1_fast.models.lora import adapted_layers, add_adapter, reset_adapter
 from searchr1_fast.protocol import format_observation
 from searchr1_fast.rollout import Engine, SearchLoop, VllmEngine, weight_handover
 from searchr1_fast.rollout.weight_handover import (
@@ -34,6 +35,21 @@ def test_updated_weights_are_the_ones_that_generate(
             parameter.copy_(new)
     check_same(before, SearchLoop(engine, fake_search).run(requests))  # a copy: nothing has changed yet
     engine.update_weights()
+    after = SearchLoop(engine, fake_search).run(requests)
+    check_same(after, SearchLoop(Engine(model, tokenizer, config, GREEDY), fake_search).run(requests))
+    assert any(len(a.token_ids) != len(b.token_ids) for a, b in zip(before, after, strict=True))
+
+
+def test_an_adapter_is_handed_over_merged(make_model, make_vllm_engine, make_requests, fake_search, tokenizer, config):
+    model, requests = make_model(3), make_requests(6, seed=3)
+    add_adapter(model, rank=2, alpha=3.0, targets=("q_proj", "o_proj", "up_proj"))
+    reset_adapter(model, seed=0)
+    engine = make_vllm_engine(model, GREEDY)
+    before = SearchLoop(engine, fake_search).run(requests)
+    with torch.no_grad():
+        for layer in adapted_layers(model).values():
+            layer.lora_B.normal_(std=0.3)
+    assert engine.update_weights()["handover_unseen_weights"] == 0
     after = SearchLoop(engine, fake_search).run(requests)
     check_same(after, SearchLoop(Engine(model, tokenizer, config, GREEDY), fake_search).run(requests))
     assert any(len(a.token_ids) != len(b.token_ids) for a, b in zip(before, after, strict=True))

@@ -1,0 +1,234 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685): a layer computes with W + alpha / rank * B A; A and B are learned, W is
+frozen.
+
+Numerics are peft's: A begins as peft draws it, B at zero, so that training begins at the base. Products are two thin
+ones beside the frozen one, in training and in generation alike, and W is never written. Why not a merged copy for
+generation: it is as large as the model, and W + B A has to be rounded to the compute type, where B A is lost while it
+is smaller than half of W's last digit. In bf16 (rank 32, B as ten steps of AdamW at 1e-5 leave it, 3584 x 3584 of
+deviation 0.02) 94 % of what the adapter adds is gone, after a hundred steps 51 %, after a thousand 6 %: the sampler
+would not see what the trainer learns. Merged weights are for what leaves the process: files, and engines with weights
+of their own; `save_adapter` writes what such rounding would lose.
+
+A base is shared, as nobody writes it: by the module that is trained, by the one that generates, by the reference (the
+base without adapter) and by PPO's critic, which has an adapter of its own.
+
+Left out: dropout on the adapter's input (the sampler could not have it), rsLoRA and DoRA, adapters on embedding and
+head, base weights in fewer bits, training from an adapter that there is already (merge it first).
+
+Shape legend
+    T  packed tokens    I, O  what a layer takes and gives    r  rank
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from searchr1_fast.models.own_rows import own_rows
+
+PARTS = ("lora_A", "lora_B")
+
+
+class LoraLinear(nn.Linear):
+    """A linear layer with its adapter. `weight` and `bias` are those of the layer whose place it takes."""
+
+    def __init__(self, linear: nn.Linear, rank: int, alpha: float, dtype: torch.dtype) -> None:
+        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
+        device = linear.weight.device
+        self.lora_A = nn.Parameter(torch.empty(rank, linear.in_features, dtype=dtype, device=device))  # [r, I]
+        self.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank, dtype=dtype, device=device))  # [O, r]
+        self.rank, self.alpha = rank, alpha
+        self.is_active = True
+        self.joined: JoinedAdapters | None = None
+
+    @property
+    def scale(self) -> float:
+        """What B A is multiplied by."""
+        return self.alpha / self.rank
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [T, I] -> [T, O]
+        if not self.is_active:
+            return F.linear(x, self.weight, self.bias)
+        return adapted_product(x, self.weight, self.bias, self.lora_A, self.lora_B, self.scale)
+
+
+def adapted_product(
+    x: torch.Tensor,  # [T, I]
+    weight: torch.Tensor,  # [O, I]
+    bias: torch.Tensor | None,  # [O]
+    below: torch.Tensor,  # [r, I]: A
+    above: torch.Tensor,  # [O, r]: B
+    scale: float,
+) -> torch.Tensor:  # [T, O]
+    """x W^T + bias + scale x A^T B^T.
+
+    The frozen product comes last and is added in place. So its sum is rounded once, with what B A gives in it; and
+    recomputation ends before it where it is a block's last, as it keeps nothing: that is over a quarter of a block.
+    """
+    thin = F.linear(x, below)  # [T, r]
+    if scale != 1.0:
+        thin = thin.mul_(scale)  # not by `addmm_`, whose backward would scale at full width
+    return F.linear(thin, above, bias).addmm_(x, weight.t())
+
+
+# ---------------------------------------------------------------------------------------------------- parts of a model
+
+
+def adapted_layers(model: nn.Module) -> dict[str, LoraLinear]:
+    """By the layer's name; none where the model has no adapter."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
+
+
+def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """A and B of every adapted layer, by name."""
+    layers = adapted_layers(model)
+    return {f"{name}.{part}": getattr(layer, part) for name, layer in layers.items() for part in PARTS}
+
+
+def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """All but the adapter's, by Hugging Face's names; a tied head once, as the embedding."""
+    own = adapter_parameters(model).keys()
+    return {name: parameter for name, parameter in model.named_parameters() if name not in own}
+
+
+def merged_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """What `base_parameters` names, with the adapter in it; one at a time, so that one at most is a copy."""
+    weights, scale = dict(model.named_parameters()), adapter_scale(model)
+    for name in base_parameters(model):
+        yield name, merged(weights, name, scale)
+
+
+def adapter_scale(model: nn.Module) -> float:
+    """What B A is multiplied by, in all layers; 1 where there is no adapter."""
+    return next((layer.scale for layer in adapted_layers(model).values()), 1.0)
+
+
+def is_adapters(name: str) -> bool:
+    """Whether a parameter's name is that of an A or a B."""
+    return name.rpartition(".")[2] in PARTS
+
+
+@torch.no_grad()
+def merged(weights: Mapping[str, torch.Tensor], name: str, scale: float) -> torch.Tensor:
+    """A weight of a model, by its name among all of them; with an adapter W + scale * B A, summed in fp32 and rounded
+    once to W's type."""
+    layer, _, own = name.rpartition(".")
+    weight, below = weights[name].detach(), weights.get(f"{layer}.{PARTS[0]}")
+    if own != "weight" or below is None:
+        return weight
+    above = weights[f"{layer}.{PARTS[1]}"]
+    return torch.addmm(weight.float(), above.detach().float(), below.detach().float(), alpha=scale).to(weight.dtype)
+
+
+def describe_adapter(model: nn.Module) -> str:
+    """Of a model that has one, in one line."""
+    layers = adapted_layers(model)
+    rank, targets = next(iter(layers.values())).rank, dict.fromkeys(name.rpartition(".")[2] for name in layers)
+    learned, frozen = (sum(p.numel() for p in part(model).values()) for part in (adapter_parameters, base_parameters))
+    return f"adapter: rank {rank} on {', '.join(targets)}; {learned:,} numbers are learned beside {frozen:,} frozen"
+
+
+# ------------------------------------------------------------------------------------------------- making and switching
+
+
+def add_adapter(
+    model: nn.Module, rank: int, alpha: float, targets: Collection[str], dtype: torch.dtype = torch.float32
+) -> None:
+    """Freeze every parameter, and put a LoraLinear of `rank` in the place of every linear layer whose own name (the
+    last part, `q_proj`) is among the targets. A and B are where the layer is, A uninitialised. ValueError: a target
+    that the model does not have."""
+    assert not adapted_layers(model), "one adapter at a time"
+    model.requires_grad_(False)
+    found = set()
+    for name, module in list(model.named_modules()):
+        above, _, own = name.rpartition(".")
+        if own in targets and isinstance(module, nn.Linear):
+            setattr(model.get_submodule(above), own, LoraLinear(module, rank, alpha, dtype))
+            found.add(own)
+    if missing := sorted(set(targets) - found):
+        raise ValueError(f"the model has no linear layer {missing[0]!r} to adapt")
+
+
+@torch.no_grad()
+def reset_adapter(model: nn.Module, seed: int) -> None:
+    """A uniform in +-1 / sqrt(I), as peft draws it, and B zero. The same on any number of ranks: each draws all of A,
+    and keeps its rows."""
+    generator = torch.Generator().manual_seed(seed)
+    for layer in adapted_layers(model).values():
+        bound = layer.in_features**-0.5
+        whole = torch.empty(layer.rank, layer.in_features).uniform_(-bound, bound, generator=generator)
+        local, rows = own_rows(layer.lora_A)
+        local.copy_(whole[rows])
+        own_rows(layer.lora_B)[0].zero_()
+
+
+@contextmanager
+def without_adapter(model: nn.Module) -> Iterator[None]:
+    """The base alone, within. Nothing to switch where there is no adapter."""
+    layers = list(adapted_layers(model).values())
+    for layer in layers:
+        layer.is_active = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.is_active = True
+
+
+@torch.no_grad()
+def fingerprint(model: nn.Module) -> int:
+    """A number that tells bases apart: the sum of the bits of all their numbers, in whatever order they are added."""
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    parameters = list(base_parameters(model).values())
+    total = torch.zeros((), dtype=torch.int64, device=parameters[0].device)
+    for parameter in parameters:
+        # In pieces: a sum of narrow integers first makes wide ones of all of them.
+        for piece in parameter.view(integers[parameter.element_size()]).flatten().split(1 << 24):
+            total += piece.sum(dtype=torch.int64)
+    return int(total)
+
+
+# ------------------------------------------------------------------------------------- adapters of layers side by side
+
+
+class JoinedAdapters(NamedTuple):
+    """The adapters of n layers that take the same input, as two matrices of which theirs are views."""
+
+    below: torch.Tensor  # [n r, I]: each A below the one before
+    diagonal: torch.Tensor  # [sum of O, n r]: each B on the diagonal, zeros beside them
+    views: list[tuple[torch.Tensor, torch.Tensor]]  # A and B of each
+
+
+def join_adapters(layers: Sequence[nn.Linear]) -> None:
+    """Give the adapters of layers that take the same input one memory, so that two products serve them all. Layers
+    without adapter get rows of zeros. The parameters stay themselves; their values too."""
+    adapted = [layer for layer in layers if isinstance(layer, LoraLinear)]
+    if not adapted:
+        return
+    below = torch.cat([layer.lora_A.detach() for layer in adapted])
+    diagonal = below.new_zeros(sum(layer.out_features for layer in layers), len(below))
+    outputs = dict(zip(layers, diagonal.split([layer.out_features for layer in layers]), strict=True))
+    rank = adapted[0].rank
+    views = [(part, outputs[layer].narrow(1, place * rank, rank))
+             for place, (layer, part) in enumerate(zip(adapted, below.split(rank), strict=True))]  # fmt: skip
+    for layer, (part, block) in zip(adapted, views, strict=True):
+        block.copy_(layer.lora_B.detach())
+        layer.lora_A.data, layer.lora_B.data = part, block
+        layer.joined = JoinedAdapters(below, diagonal, views)
+
+
+def joined_adapters(layers: Sequence[LoraLinear]) -> JoinedAdapters | None:
+    """What `join_adapters` made of them, if A and B still lie there: `Module.to` gives them memory of their own."""
+    joined = layers[0].joined
+    if joined is None or len(joined.views) != len(layers):
+        return None
+    for layer, (part, block) in zip(layers, joined.views, strict=True):
+        if (layer.lora_A.data_ptr(), layer.lora_B.data_ptr()) != (part.data_ptr(), block.data_ptr()):
+            return None
+    return joined
