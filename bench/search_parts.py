@@ -100,6 +100,7 @@ def measure(rows: DeviceRows, vectors: np.ndarray, k: int, repetitions: int, dev
 
 def show(scan: str, lines: Sequence[dict[str, Any]], bandwidth: float) -> list[Table]:
     """For a person: times, and parts."""
+
     def table(title: str, names: Sequence[str]) -> Table:
         made = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
         for name in names:

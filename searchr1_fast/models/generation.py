@@ -2,9 +2,9 @@
 modules have several (`searchr1_kernels`: `rms_norm`, `rotary_write`, `silu_mul`).
 
 On a GPU a step of one token per sequence is bound by its launches, and recorded as a CUDA graph by what each takes at
-the least: written as modules a layer has about 40, here 13, and 10 where `join_projections` laid weights side by side; an
-adapter (lora.py) on all layers adds two to each of a layer's four products, three where alpha is not the rank. On a CPU
-a small model is bound by passes over its tokens' numbers, of which there are as many. Values are rounded where the
+the least: written as modules a layer has about 40, here 13, and 10 where `join_projections` laid weights side by side;
+an adapter (lora.py) on all layers adds two to each of a layer's four products, three where alpha is not the rank. On a
+CPU a small model is bound by passes over its tokens' numbers, of which there are as many. Values are rounded where the
 modules round. Without gradients only; the plain twin is `Decoder` itself.
 
 Shape legend
