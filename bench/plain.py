@@ -213,10 +213,10 @@ def plain_policy(run: Run) -> PlainPolicy:
     return PlainPolicy(load_model(directory, torch.float32, device), config, run.ranks, reference)
 
 
-def plain_run(run: Run, policy: PlainPolicy, variant: Variant) -> Run:
+def plain_run(run: Run, policy: PlainPolicy, variant: Variant, engine_type: type[PlainEngine] = PlainEngine) -> Run:
     """The run with the twin's policy and engine: what `train.sample` needs to sample the same trajectories."""
     config = run.config
-    engine = PlainEngine(policy.replica, run.tokenizer, config.rollout, stop_at_tags=variant.stop_at_tags)
+    engine = engine_type(policy.replica, run.tokenizer, config.rollout, stop_at_tags=variant.stop_at_tags)
     return replace(
         run,
         config=config.model_copy(

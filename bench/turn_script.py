@@ -1,0 +1,106 @@
+"""Turns that random weights are made to write: real texts with real queries, of the lengths of Search-R1's traces.
+
+Random weights never write a tag. So the engine is given, sequence by sequence, what each turn says, and takes the
+script's token in place of the one that was sampled; everything else is done as ever: the forward pass, the sampling,
+finding the end of the turn, the search for the query that is in it. What is not real is the log-probability that is
+kept, which is that of the token that was sampled.
+
+Policy tokens of a turn are drawn from quantiles of 361 turns of a released Search-R1 instruct model on Bamboogle, and
+the final turn from its last turns; observations are what the search gives, cut as in training.
+
+Shape legend
+    C  cache slots    N  tokens that a turn may have    S  sequences of a step    n  tokens of a turn
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from searchr1_fast.models import TextTokenizer
+from searchr1_fast.rollout import Engine, PlainEngine
+
+# Share of turns that are at most so long: 10, 50, 90 and 99 %, and the longest. Tokens of Qwen2.5's tokenizer.
+_SHARES = (0.0, 0.1, 0.5, 0.9, 0.99, 1.0)
+SEARCHING, ANSWERING = (8, 27, 50, 80, 101, 117), (8, 31, 41, 60, 92, 111)
+_FILLER = " so"
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """A published one: questions of a step, samples of each, searches before the answer."""
+
+    questions: int
+    group_size: int
+    searches: int
+
+
+WORKLOADS = {"A": Workload(512, 4, 1), "B": Workload(512, 5, 3)}
+
+Script = list[np.ndarray]  # a trajectory's turns, [n] int64 each
+
+
+def write_scripts(
+    seeds: Sequence[int], queries: Sequence[str], searches: int, tokenizer: TextTokenizer, seed: int = 0
+) -> dict[int, Script]:
+    """A script for each trajectory's seed, its queries drawn from `queries`."""
+    rng = np.random.default_rng(seed)
+    scripts = {}
+    for one in seeds:
+        turns = [
+            _write(tokenizer, f"<search> {rng.choice(queries)} </search>", int(_draw(rng, SEARCHING)))
+            for _ in range(searches)
+        ]
+        turns.append(_write(tokenizer, "<answer> x </answer>", int(_draw(rng, ANSWERING))))
+        scripts[one] = turns
+    return scripts
+
+
+def _draw(rng: np.random.Generator, quantiles: Sequence[int]) -> float:
+    return np.round(np.interp(rng.random(), _SHARES, quantiles))
+
+
+def _write(tokenizer: TextTokenizer, action: str, length: int) -> np.ndarray:  # -> [n] int64
+    """A thought, then the action: as many tokens as wanted, or what the action alone takes."""
+    opening, filler, closing = (tokenizer.encode(text) for text in ("<think>", _FILLER, f" </think> {action}"))
+    missing = max(0, length - len(opening) - len(closing))
+    filling = (filler * (missing // len(filler) + 1))[:missing]
+    return np.array(opening + filling + closing, dtype=np.int64)
+
+
+class Scripted:
+    """An engine whose tokens are those of `scripts`, by the seed of a request."""
+
+    scripts: Mapping[int, Script]
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        self.scripts = {}
+        super().__init__(*arguments, **options)
+
+    def _allocate(self, num_slots: int) -> None:
+        super()._allocate(num_slots)
+        self._script = np.zeros_like(self._slots.turn_tokens)  # [C, N]
+        self._length = np.zeros(num_slots, dtype=np.int64)  # [C]
+
+    def _postprocess(self, batch: Any, token_ids: np.ndarray, logprobs: np.ndarray) -> list:  # [S] int64, [S] fp32
+        counts = self._slots.turn_count[batch.slots]
+        for slot in batch.slots[counts == 0].tolist():
+            sequence = self._slots.occupants[slot]
+            turn = self.scripts[sequence.request.seed][len(sequence.turns)]
+            self._length[slot] = len(turn)
+            self._script[slot, : len(turn)] = turn
+        # Behind its end a turn goes on as sampled: the twin without stop tags does.
+        is_written = counts < self._length[batch.slots]
+        forced = np.where(is_written, self._script[batch.slots, counts], token_ids)
+        return super()._postprocess(batch, forced, logprobs)
+
+
+class ScriptedEngine(Scripted, Engine):
+    """Ours."""
+
+
+class ScriptedPlainEngine(Scripted, PlainEngine):
+    """The lock-step twin."""
