@@ -152,8 +152,10 @@ def merge_spans(
     if SOFTCAP:
         logit = softcap * tanh(logit / softcap)
     log_total = tl.log2(total)
-    # This dot product adds in another order than the tiles: rounding must not make a probability exceed 1.
-    logprob = tl.minimum(((logit - highest) * scale - log_total) * _LN_2, 0.0)
+    # This dot product adds in another order than the tiles: rounding must not make a probability exceed 1. A NaN stays
+    # one; by default the smaller of NaN and 0 is 0 on a GPU, a certainty.
+    logprob = ((logit - highest) * scale - log_total) * _LN_2
+    logprob = tl.minimum(logprob, 0.0, propagate_nan=tl.PropagateNan.ALL)
     tl.store(logprobs_ptr + rows, tl.where(known, logprob, float("nan")), mask=inside)
     if ENTROPY:
         tl.store(entropy_ptr + rows, (log_total - weighted / total) * _LN_2, mask=inside)

@@ -292,7 +292,8 @@ class KeptRows:
         self.peaks = hidden.new_empty(triton.cdiv(vocabulary, forward._TILE[1]) * num_rows, dtype=torch.float32)
         self.partial = self.peaks.new_empty(triton.cdiv(vocabulary, forward._SPAN) * 3 * num_rows)
         self.normalizers = self.peaks.new_empty(num_rows, 2)
-        self.references, self.scales = self.peaks.new_empty(2, num_rows)
+        # Not parts of one tensor: where the second began would choose between two kernels, so N would.
+        self.references, self.scales = self.peaks.new_empty(num_rows), self.peaks.new_empty(num_rows)
 
     def scores(self, rows, targets, logprobs, entropy, saved=None) -> None:
         """rows [C,D], targets [C] -> fills logprobs [C] and entropy [C]."""

@@ -33,8 +33,8 @@ def scaled(gradient: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype, may
 
 
 def scale(tensor: torch.Tensor, factor: torch.Tensor) -> None:
-    """tensor *= factor (0-d, fp32 or fp64), in the type of the factor; contiguous."""
-    if _fused(tensor):
+    """tensor *= factor (0-d, fp32 or fp64), in the type of the factor."""
+    if _fused(tensor) and tensor.is_contiguous():  # a hook for saved tensors may give back another view
         from searchr1_kernels import _scaling_triton
 
         _scaling_triton.scale(tensor, factor)

@@ -161,6 +161,8 @@ def _check(hidden, rows: PolicyRows, loss: PolicyLoss, denominator, on_policy: b
         checks.check_positive("denominator", denominator)
     elif denominator.dim() != 0:
         raise ValueError(f"denominator: expected a number or a 0-d tensor, got shape {list(denominator.shape)}")
+    elif denominator.device.type != "cpu":  # of a meta tensor the operator would be its fake
+        checks.check_device("denominator", denominator, "hidden", hidden)
     if loss.kl_coefficient and rows.ref_logprobs is None:
         raise ValueError(f"ref_logprobs: expected [N] for a kl_coefficient of {loss.kl_coefficient}, got None")
     if on_policy and rows.old_logprobs is not None:

@@ -155,6 +155,48 @@ def test_the_kl_is_that_of_the_cpu_in_fp64(kind):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("lengths", [[700, 3, 0, 512], [20_000, 5]])  # a program per sequence, and per tile
+def test_a_remembered_kernel_of_gae_at_any_address_on_any_stream_and_in_a_graph(monkeypatch, lengths):
+    """Against the launcher of Triton, to the bit."""
+    total = sum(lengths)
+    tensors = numbers(total + 4), numbers(total + 4, seed=1), mask(total + 4)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int().cuda()
+
+    def advantages(begin: int, directly: bool = True) -> torch.Tensor:
+        monkeypatch.setattr("searchr1_kernels._gae_triton.LAUNCH_DIRECTLY", directly)
+        rewards, values, kept = (tensor[begin : begin + total] for tensor in tensors)
+        return torch.stack(gae(rewards, values, cu_seqlens, gamma=0.99, lam=0.95, mask=kept))
+
+    wanted = [advantages(begin, directly=False) for begin in range(4)]  # and now it is remembered
+    for begin, want in enumerate(wanted):
+        assert torch.equal(advantages(begin), want)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10_000_000)
+        tensors[0].neg_()  # another stream's kernel would be too early
+        negated = advantages(1)
+        tensors[0].neg_()
+    torch.cuda.current_stream().wait_stream(stream)
+    assert not torch.equal(negated, wanted[1])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded = advantages(1)
+    tensors[0].neg_()
+    graph.replay()
+    assert torch.equal(recorded, negated)
+
+
+def test_a_remembered_kernel_of_gae_is_one_for_its_device():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    inputs = numbers(ROWS), numbers(ROWS, seed=1), offsets(), mask()
+    want = torch.stack(gae(*inputs[:3], mask=inputs[3]))
+    for device in (1, 0, 1):
+        moved = [tensor.to(f"cuda:{device}") for tensor in inputs]
+        assert torch.equal(torch.stack(gae(*moved[:3], mask=moved[3])).to(0), want)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nothing_to_do(dtype):
     hidden, weight, targets, rollout, advantages = head(0, dtype)

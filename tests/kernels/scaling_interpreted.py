@@ -46,6 +46,15 @@ def test_a_factor_of_one_touches_nothing():
     assert torch.equal(tensor.view(torch.int32), bits)
 
 
+def test_a_view_is_scaled_and_nothing_beside_it(monkeypatch):
+    monkeypatch.setattr(_scaling, "_fused", lambda tensor: True)
+    for take in (lambda tensor: tensor, lambda tensor: tensor.T, lambda tensor: tensor[:, 1:4]):
+        have, want = numbers(5, 7), numbers(5, 7)
+        _scaling.scale(take(have), torch.tensor(3.0, device=DEVICE))
+        take(want).mul_(3.0)
+        assert torch.equal(have, want)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("out_dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(0, 8), (5, 1), (4, 37), (2, 1030)])

@@ -443,6 +443,7 @@ def test_wrong_settings_are_named(fields, message):
         ({"token_weights": torch.zeros(6, device="meta")}, "token_weights: expected the device of hidden"),
         ({"denominator": 0}, "denominator: expected a finite number above 0, got 0"),
         ({"denominator": torch.ones(2)}, "denominator: expected a number or a 0-d tensor"),
+        ({"denominator": torch.tensor(6.0, device="meta")}, r"denominator: expected the device of hidden \(cpu\)"),
         ({"loss": PolicyLoss(kl_coefficient=0.1)}, "ref_logprobs: expected .* kl_coefficient of 0.1, got None"),
         ({"loss": PolicyLoss(kind="gspo")}, "cu_seqlens: expected .* for gspo and None .*, got None for gspo"),
         ({"cu_seqlens": torch.tensor([0, 6])}, "cu_seqlens: expected .*, got a tensor for ppo"),
