@@ -1,4 +1,4 @@
-"""The configuration: one frozen model per noun, every field documented, unknown keys are errors.
+"""The configuration: its sections (config_sections.py) together, and how files and overrides make one.
 
 A run is a YAML file plus dotted overrides (`optimizer.learning_rate=1e-4`). A file may stand on others: `extends` names
 them, as paths from its own folder. They are read first and in order, then the file itself, then the overrides; what
@@ -9,333 +9,54 @@ What a field is checked for is checked here, once, with a sentence that names th
 from __future__ import annotations
 
 import difflib
-import re
 import types
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Any, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ValidationError, model_validator
 
-Positive = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+from searchr1_fast.config_sections import (
+    AlgorithmConfig,
+    CheckpointConfig,
+    DataSet,
+    EvalConfig,
+    LoraConfig,
+    LoraTarget,
+    ModelConfig,
+    OffloadConfig,
+    OptimizerConfig,
+    PromptConfig,
+    RetrievalConfig,
+    RolloutConfig,
+    RunConfig,
+    Section,
+    TrainConfig,
+    WorldConfig,
+)
+
+__all__ = [
+    "AlgorithmConfig",
+    "CheckpointConfig",
+    "Config",
+    "DataSet",
+    "EvalConfig",
+    "LoraConfig",
+    "LoraTarget",
+    "ModelConfig",
+    "OffloadConfig",
+    "OptimizerConfig",
+    "PromptConfig",
+    "RetrievalConfig",
+    "RolloutConfig",
+    "RunConfig",
+    "Section",
+    "TrainConfig",
+    "WorldConfig",
+    "load_config",
+]
 
 EXTENDS = "extends"  # the key of a file that names the files it stands on
-
-
-class Section(BaseModel):
-    """Base of every section: immutable, and strict about names."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), use_attribute_docstrings=True)
-
-
-class RunConfig(Section):
-    name: str = "run"
-    """The run's folder below `directory`."""
-    directory: str = "runs"
-    seed: NonNegative = 0
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """`auto`: CUDA where there is one."""
-    num_threads: NonNegative = 0
-    """CPU threads of torch and numba per rank; 0 leaves torch's choice."""
-    resume: bool = False
-    """Go on from the newest checkpoint of this run folder. Without it a folder that holds a run is an error."""
-    tensorboard: bool = True
-    wandb: bool = False
-    trajectories_every: NonNegative = 10
-    """Write the step's trajectories every so many steps; 0 never."""
-
-
-class OffloadConfig(Section):
-    """What leaves the GPU between its uses. Results are the same to the bit; on a CPU nothing is moved."""
-
-    replica: bool = False
-    """The weights that generate give their memory to the updates, which end by writing them anew: nothing is copied."""
-    reference: bool = False
-    """The reference's weights wait in host memory; one copy a step."""
-    optimizer: bool = False
-    """Adam's moments, of policy and critic, lie in host memory and pass the GPU piece by piece in an optimizer step."""
-
-
-LoraTarget = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
-class LoraConfig(Section):
-    """A low-rank adapter in place of all weights: the model is frozen, alpha / rank * B A of each target learned."""
-
-    rank: NonNegative = 0
-    """0: no adapter, every weight is trained."""
-    alpha: Annotated[float, Field(gt=0)] = 32.0
-    targets: tuple[LoraTarget, ...] = get_args(LoraTarget)
-    """The layers that get one, in every block."""
-
-    @model_validator(mode="after")
-    def _distinct(self) -> LoraConfig:
-        if not self.targets or len(set(self.targets)) < len(self.targets):
-            raise ValueError("model.lora.targets: name at least one layer, and each once; rank 0 switches it off")
-        return self
-
-
-class ModelConfig(Section):
-    path: str = "builtin:base"
-    """A Hugging Face directory, or `builtin:base` / `builtin:instruct` for the tiny models in the package."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Compute type of the forward and backward pass; master weights, log-probs and reductions are fp32 always."""
-    compile_blocks: bool = False
-    """`torch.compile` all blocks around attention. On a GPU generation has kernels of its own; a CPU needs a C++
-    compiler."""
-    offload: OffloadConfig = OffloadConfig()
-    lora: LoraConfig = LoraConfig()
-
-    @model_validator(mode="after")
-    def _has_what_leaves(self) -> ModelConfig:
-        if self.lora.rank and (self.offload.replica or self.offload.reference):
-            raise ValueError(
-                "model.offload: with model.lora, replica and reference are the frozen base that is trained on, which "
-                "stays; leave both off"
-            )
-        return self
-
-
-class PromptConfig(Section):
-    template: str = "Question: {question}\n"
-    """Text with `{question}`, or one of the named templates in prompt.py: `plain`, `search_r1`."""
-    chat_template: bool = False
-    """Put the prompt through the tokenizer's chat template as one user turn."""
-
-
-class WorldConfig(Section):
-    """A generated encyclopedia (searchr1_fast/world)."""
-
-    split: Literal["pretrain", "train", "eval"] = "train"
-    """Names of different splits never meet, so neither do entities nor facts."""
-    seed: int = 0
-    num_entities: Positive = 600
-    style: Literal["plain", "rich"] = "plain"
-    """`plain`: a few facts in one form of words; `rich`: more facts and sentences, paraphrases, aliases."""
-    num_questions: NonNegative = 4096
-    hops: tuple[float, ...] = (1.0, 2.0, 1.0)
-    """Weight of 1-, 2-, … hop questions."""
-    comparison: Fraction = 0.0
-    """Share of comparison questions, beside the compositional ones."""
-
-
-class DataSet(Section):
-    """Questions with what they are asked of: a world, or a file over a corpus."""
-
-    world: WorldConfig | None = None
-    questions: str | None = None
-    """JSONL `{"id","question","golden_answers"}` or Search-R1's Parquet."""
-    corpus: str | None = None
-    """JSONL `{"id","contents"}`; an evaluation set without one searches the training corpus."""
-    limit: NonNegative = 0
-    """Keep the first so many questions; 0 keeps all."""
-
-    @model_validator(mode="after")
-    def _one_source(self) -> DataSet:
-        if (self.world is None) == (self.questions is None):
-            raise ValueError("give exactly one of `world` and `questions`")
-        if self.world is not None and self.corpus is not None:
-            raise ValueError("a world brings its own corpus; drop `corpus`")
-        return self
-
-
-class RetrievalConfig(Section):
-    backend: Literal["bm25", "dense", "remote", "none"] = "bm25"
-    """`dense`: exact search over vectors. `none`: a model that searches finds nothing (the R1 ablation)."""
-    topk: Positive = 3
-    index: str | None = None
-    """`dense`: an index (`searchr1 index`), which brings its passages. Without one the corpus is hashed in memory."""
-    encoder: str | None = None
-    """`dense`: where the index's model lies now, if not where it lay when the index was built."""
-    hashing_dimension: Annotated[int, Field(ge=64)] = 2048
-    """`dense` without an index: components of a hashed vector."""
-    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"
-    """`dense`: where vectors and encoder are: `cpu`, `cuda`, `cuda:1`, …"""
-    scan: Literal["float16", "int8"] = "float16"
-    """`dense` on a GPU: what a pass reads. int8 codes are half as much, and take half as much memory more."""
-    sharded: bool = True
-    """`dense` with an index: the ranks of a machine hold a part each. Off: every rank holds all of it."""
-    url: str = "http://127.0.0.1:8000/retrieve"
-    """`remote`: a server that speaks Search-R1's protocol."""
-    token_variable: str = "SEARCHR1_TOKEN"
-    """`remote` and `serve`: the environment variable that holds the server's bearer token, where it wants one."""
-    timeout_seconds: Annotated[float, Field(gt=0)] = 30.0
-    max_retries: NonNegative = 4
-    bm25_k1: Annotated[float, Field(ge=0)] = 0.9
-    bm25_b: Fraction = 0.4
-    bm25_phrases: bool = False
-    """Whether neighbouring words count as terms too: a name is found before others of the same words."""
-    miss_rate: Fraction = 0.0
-    """Share of queries, chosen by their text, that lose their best passage: a retriever that misses now and then."""
-    miss_seed: int = 0
-
-
-class RolloutConfig(Section):
-    engine: Literal["native", "plain", "vllm"] = "native"
-    """`native`: continuous batching over a KV cache kept across turns. `plain`: its lock-step twin, for comparison.
-    `vllm`: vLLM in this process, on a copy of the weights that is renewed at every step; needs the extra `vllm`."""
-    overlap: bool = False
-    """Decode on while searches are in flight. Off, a step's searches run inline and runs repeat bit for bit."""
-    temperature: Annotated[float, Field(gt=0)] = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    top_k: NonNegative = 0
-    """0: no limit. Below 1.0 / above 0 the sampler's distribution is not the one the ratio is taken of."""
-    max_searches: NonNegative = 4
-    """Turns that may search; one forced final turn follows."""
-    max_turn_tokens: Positive = 500
-    max_observation_tokens: Positive = 500
-    """Passages that do not fit whole are left out; the first is cut at a word if it alone does not fit."""
-    max_sequence_tokens: Positive = 4096
-    """Prompt, turns and observations together."""
-    max_num_seqs: Positive = 256
-    """Sequences that are under way at a time, searching ones included."""
-    cache_tokens: Positive | None = None
-    """Tokens that the KV cache holds; sequences that begin alike have them in common. None: enough for `max_num_seqs`
-    sequences of `max_sequence_tokens`. Of fewer, sequences that find no room wait, or are computed again."""
-    cuda_graphs: bool = True
-    """On a GPU: record a decode step once per batch size and sampling, and replay it. Off: launch kernel by kernel."""
-    keep_cache: Literal["auto"] | bool = "auto"
-    """On a GPU: keep KV cache and recorded decode steps while the weights are updated. Off: the update has their
-    memory, and the steps are recorded in every rollout. `auto`: kept where the memory planner has room for both."""
-    final_turn_message: str = ""
-    """Environment text before the forced final turn; masked from the loss. A tag opened in it is not the policy's."""
-
-    @property
-    def is_cut(self) -> bool:
-        """Whether sampling leaves tokens out."""
-        return self.top_p < 1 or self.top_k > 0
-
-    @model_validator(mode="after")
-    def _fits_one(self) -> RolloutConfig:
-        if self.cache_tokens is not None and self.cache_tokens < self.max_sequence_tokens:
-            raise ValueError(
-                f"cache_tokens, {self.cache_tokens}, is less than max_sequence_tokens, {self.max_sequence_tokens}: "
-                "the longest sequence must fit"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _reported(self) -> RolloutConfig:
-        if self.engine == "vllm" and self.is_cut and self.temperature != 1:
-            raise ValueError(
-                "rollout.engine: with top_p or top_k, vLLM gives the log-probabilities that the loss needs at "
-                "temperature 1 only; set rollout.temperature=1, or rollout.engine=native"
-            )
-        return self
-
-
-class AlgorithmConfig(Section):
-    name: Literal["grpo", "ppo"] = "grpo"
-    group_size: Positive = 8
-    """Samples per question. PPO may use 1."""
-    normalize_std: bool = True
-    """GRPO: divide by the group's standard deviation (off: Dr. GRPO)."""
-    drop_zero_variance_groups: bool = True
-    mask_observations: bool = True
-    """Off: retrieved tokens are trained on too (the paper's ablation)."""
-    clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    clip_high: Annotated[float, Field(gt=0)] = 0.2
-    importance_cap: Annotated[float, Field(ge=0)] = 2.0
-    """Truncated importance sampling: cap on the ratio of the trainer's to the sampler's probability; 0: none."""
-    kl_coefficient: Annotated[float, Field(ge=0)] = 0.0
-    """0 skips the reference model."""
-    kl_kind: Literal["k1", "k2", "k3"] = "k3"
-    """The estimator (Schulman's names), in the loss or in the reward; the paper's PPO has k1 in the reward."""
-    kl_in_reward: bool = False
-    """Subtract the KL from the token rewards (PPO of the paper) instead of adding it to the loss."""
-    entropy_coefficient: Annotated[float, Field(ge=0)] = 0.0
-    gamma: Fraction = 1.0
-    lam: Fraction = 1.0
-    whiten_advantages: bool = True
-    """PPO: zero mean, unit variance over the policy tokens of the step."""
-    value_clip: Annotated[float, Field(ge=0)] = 0.5
-    """0: unclipped."""
-    critic_learning_rate: Annotated[float, Field(gt=0)] = 1e-5
-    critic_warmup_steps: NonNegative = 0
-    """Steps at the start in which only the critic learns."""
-
-    @model_validator(mode="after")
-    def _consistent(self) -> AlgorithmConfig:
-        if self.name == "grpo" and self.group_size < 2:
-            raise ValueError("algorithm.group_size: GRPO compares samples of one question; give at least 2")
-        if 0 < self.importance_cap < 1:
-            raise ValueError("algorithm.importance_cap: below 1 it would cut tokens that nothing moved; give 0 or >= 1")
-        if self.kl_coefficient > 0 and self.kl_kind == "k1" and not self.kl_in_reward:
-            raise ValueError("algorithm.kl_kind: the gradient of k1 in the loss is zero on average; take k2 or k3")
-        if self.name == "grpo" and self.kl_in_reward:
-            raise ValueError("algorithm.kl_in_reward: GRPO has one reward per trajectory; put the KL in the loss")
-        return self
-
-
-class OptimizerConfig(Section):
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-6
-    warmup_steps: NonNegative = 0
-    """Optimizer steps of linear warm-up."""
-    warmup_ratio: Fraction = 0.0
-    """The same as a share of the run's optimizer steps; give one of the two."""
-    critic_warmup_ratio: Fraction | None = None
-    """PPO: the critic's warm-up as a share of its optimizer steps; null: as the policy's."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """After the warm-up."""
-    final_learning_rate_ratio: Fraction = 0.0
-    """`linear`, `cosine`: the share of the learning rate that is left at the run's end."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-
-    @model_validator(mode="after")
-    def _one_warmup(self) -> OptimizerConfig:
-        if self.warmup_steps and self.warmup_ratio:
-            raise ValueError("optimizer.warmup_ratio: warmup_steps says how long the warm-up is already; drop one")
-        if self.schedule == "constant" and self.final_learning_rate_ratio:
-            raise ValueError("optimizer.final_learning_rate_ratio: a constant schedule ends where it began; drop it")
-        return self
-
-
-class TrainConfig(Section):
-    num_steps: Positive = 100
-    questions_per_step: Positive = 64
-    num_minibatches: Positive = 1
-    """Optimizer steps per rollout; groups are split whole."""
-    tokens_per_microbatch: Positive = 8192
-    """Packed tokens per forward pass; one longer trajectory goes alone."""
-    activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    """What the backward pass computes again. `selective`: all but attention; `full`: whole blocks."""
-    reshard_after: Literal["forward", "backward", "update"] = "forward"
-    """When ranks free a block's gathered weights. `forward`: after each pass, so a micro-batch gathers them twice;
-    `backward`: it gathers them once; `update`: so do all micro-batches of an optimizer step together."""
-    reduce_after: Literal["microbatch", "update"] = "microbatch"
-    """When ranks add up gradients. `update`: once per optimizer step, until which every rank holds all of them."""
-    eval_every: NonNegative = 10
-    """0: before and after only."""
-
-
-class EvalConfig(Section):
-    sets: dict[str, DataSet] = {}
-    """By name: letters, digits, `_`, `.` and `-`."""
-    temperature: Annotated[float, Field(ge=0)] = 0.0
-    """0: greedy."""
-
-    @model_validator(mode="after")
-    def _plain_names(self) -> EvalConfig:
-        for name in self.sets:
-            if not re.fullmatch(r"[\w.-]+", name):  # metrics.jsonl has it between slashes
-                raise ValueError(f"sets: the name {name!r} may hold letters, digits, `_`, `.` and `-` only")
-        return self
-
-
-class CheckpointConfig(Section):
-    every: NonNegative = 50
-    """0: only the last."""
-    keep: Positive = 2
-    """So many of the newest, and the best."""
-    best: str | None = None
-    """A score of an evaluation, `<set>/em` or `<set>/<kind>/f1`: a step that betters it is saved, due or not, and kept
-    as `checkpoints/best`."""
-    background: bool = True
-    """Write while training goes on, from a copy in the host's memory. Off: training waits, and needs no such memory."""
 
 
 class Config(Section):
