@@ -78,8 +78,9 @@ class Critic(Learner):
     ) -> tuple[dict[str, torch.Tensor], float]:
         """As `Policy.update`: sums over this rank's tokens, and the norm of the gradient."""
         totals: dict[str, torch.Tensor] = {}
+        share = self.share(denominator)
         for index, (batch, target, old) in enumerate(zip(batches, returns, old_values, strict=True)):
-            loss = value_loss(self.module(batch), target, old, clip=self.value_clip, denominator=denominator)
+            loss = value_loss(self.module(batch), target, old, clip=self.value_clip, denominator=share)
             self.backward(loss, is_last=index == len(batches) - 1)
-            accumulate_metrics(totals, {"value_loss": loss.detach() * denominator})
+            accumulate_metrics(totals, {"value_loss": loss.detach() * share})
         return totals, self.step()

@@ -37,7 +37,7 @@ def value_loss(
     returns: torch.Tensor,  # [P]
     old_values: torch.Tensor,  # [P]: of the critic before the step
     clip: float,
-    denominator: int | torch.Tensor,
+    denominator: float | torch.Tensor,
 ) -> torch.Tensor:
     """-> 0-d: half the squared error, at least that of the value held within `clip` of the old one (0: unclipped)."""
     for name, tensor in (("returns", returns), ("old_values", old_values)):

@@ -79,7 +79,7 @@ class Learner:
         self._loss: torch.Tensor | None = None  # 0-d, of the micro-batches since the last update, on the device
 
     def backward(self, loss: torch.Tensor, is_last: bool = True) -> None:
-        """Accumulate gradients of a loss whose denominator counts all ranks: FSDP averages, and a sum is meant.
+        """Accumulate gradients of a loss whose denominator is this rank's `share`.
 
         `is_last`: of the optimizer step; the others leave behind what `train.reshard_after` and `reduce_after` say.
         """
@@ -90,7 +90,12 @@ class Learner:
             reduce_after=is_last or train.reduce_after != "update",
         )
         self._loss = loss.detach() if self._loss is None else self._loss + loss.detach()
-        (loss * self.ranks.world_size).backward()
+        loss.backward()
+
+    def share(self, denominator: int) -> float:
+        """What this rank's sums are divided by for the mean over all ranks' tokens: FSDP averages over ranks, and a sum
+        is meant. Here, and not behind the loss: a head whose gradient comes as 1 need not go over it again."""
+        return denominator / self.ranks.world_size
 
     def step(self) -> float:
         """Clip and apply the accumulated gradients; returns their norm.
@@ -218,7 +223,7 @@ class Policy(Learner):
     def loss(
         self,
         batch: PackedBatch,
-        denominator: int,
+        denominator: float,
         ref_logprobs: torch.Tensor | None = None,  # [P] fp32
         on_policy: bool = True,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -248,7 +253,7 @@ class Policy(Learner):
         totals: dict[str, torch.Tensor] = {}
         for index, batch in enumerate(batches):
             references = ref_logprobs[index] if ref_logprobs is not None else None
-            loss, metrics = self.loss(batch, denominator, references, on_policy)
+            loss, metrics = self.loss(batch, self.share(denominator), references, on_policy)
             self.backward(loss, is_last=index == len(batches) - 1)
             accumulate_metrics(totals, metrics)
         return totals, self.step()
@@ -280,7 +285,7 @@ def policy_loss(
     scorer: TokenScorer,
     objective: PolicyLoss,
     batch: PackedBatch,
-    denominator: int,
+    denominator: float,
     ref_logprobs: torch.Tensor | None = None,  # [P] fp32
     on_policy: bool = True,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
