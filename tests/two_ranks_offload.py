@@ -8,12 +8,14 @@ from searchr1_fast import policy
 from searchr1_fast.config import load_config
 from searchr1_fast.console import Console
 from searchr1_fast.distributed import process
+from searchr1_fast.models import Decoder
 from searchr1_fast.train import train
 
 
 def main() -> None:
     """Runs leave what they leave."""
     policy.leaves = lambda device: True
+    Decoder.fused_generation = False  # its loops see weights through numpy, which pins their memory
     with process("cpu", num_threads=1):
         for path in sys.argv[1:]:
             train(load_config(path), Console(quiet=True))
