@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import warnings
 import zlib
@@ -75,7 +76,7 @@ def begin_checkpoint(
 
     def clear() -> None:
         if ranks.is_main:
-            shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed while it wrote
+            _clear(root)  # of a run that was killed while it wrote; perhaps of another step, and as large as this will be
             (temporary / "state").mkdir(parents=True)
 
     _everywhere(clear, root, step, ranks)  # also the barrier before the first write
@@ -224,15 +225,24 @@ def _everywhere(action: Callable[[], T], root: Path, step: int, ranks: Ranks) ->
         failure = error
     said = next((said for said in ranks.gather(_said(failure, ranks.rank)) if said), None)
     if said is not None:
+        if ranks.is_main:  # nobody writes there any more, and what is there may be what filled the disk
+            shutil.rmtree(_temporary(root, step), ignore_errors=True)
         rank, text = said
         where = f" on rank {rank}" if ranks.world_size > 1 else ""
-        newest = latest_checkpoint(root)
-        rest = "there is none before it" if newest is None else f"the newest that is whole is {newest.name}"
         raise CheckpointFailed(
-            f"the checkpoint of step {step} could not be written to {root}{where}: {text}; {rest}. "
+            f"the checkpoint of step {step} could not be written to {root}{where}: {text}; {_newest(root)}. "
             "Mend that and go on with run.resume=true"
         ) from failure
     return result
+
+
+def _newest(root: Path) -> str:
+    """What a run can go on from, for a person; whatever is the matter with it."""
+    try:
+        newest = latest_checkpoint(root)
+    except ValueError as error:
+        return str(error)
+    return "there is none before it" if newest is None else f"the newest that is whole is {newest.name}"
 
 
 def _said(failure: BaseException | None, rank: int) -> tuple[int, str] | None:
@@ -263,6 +273,11 @@ def _searches(rank: int | str) -> str:
 
 def _name(step: int) -> str:
     return f"step_{step:06d}"
+
+
+def _number(path: Path) -> int:
+    """The inverse of `_name`."""
+    return int(path.name.removeprefix("step_"))
 
 
 def _temporary(root: Path, step: int) -> Path:
@@ -329,10 +344,16 @@ def _prune(root: Path, step: int, keep: int) -> None:
     """Delete older checkpoints but the best, and the leftovers of writes that never finished."""
     best = root / BEST
     kept = root / os.readlink(best) if best.is_symlink() else None
-    complete = sorted(path for path in root.glob("step_*") if path.name <= _name(step))
-    for path in complete[:-keep]:
+    complete = [path for path in root.iterdir() if re.fullmatch(r"step_\d{6,}", path.name)]  # not what a person copied
+    older = [path for path in complete if _number(path) <= step]
+    for path in sorted(older, key=_number)[:-keep]:
         if path != kept:
             _put_aside(path)
+    _clear(root)
+
+
+def _clear(root: Path) -> None:
+    """Delete what was begun, or put aside, and never finished."""
     for path in root.glob(".step_*"):
         shutil.rmtree(path)
 
