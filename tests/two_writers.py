@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -42,6 +43,25 @@ def failures(output: Path, ranks: Ranks) -> list[str]:
             said.append(str(failure))
         setattr(owner, part, before)
     return said
+
+
+def found_together(output: Path, ranks: Ranks) -> int:
+    """At which `check` each rank is told of a failure; rank 1's thread ends long after rank 0's."""
+    writer, before = CheckpointWriter(output, ranks, keep=1), checkpoint._publish
+    writer.stage(1, {"a": torch.ones(2)}, {}, {}, lambda weights, directory: None)
+    checkpoint._publish = full
+    run = writer._run
+    writer._run = lambda contents: (run(contents), time.sleep(0.5 * ranks.rank))
+    writer.start()
+    for number in range(600):
+        try:
+            writer.check()
+        except CheckpointFailed:
+            checkpoint._publish = before
+            return number
+        ranks.barrier()  # a rank that was told earlier would be missed here
+        time.sleep(0.05)
+    raise AssertionError("nobody was told")
 
 
 def beside_training(output: Path, ranks: Ranks) -> list[float]:
@@ -101,6 +121,7 @@ def main() -> None:
     output, config = Path(sys.argv[1]), load_config(sys.argv[2])
     with process("cpu", num_threads=1) as ranks:
         report = {"failures": failures(output / "full", ranks), "read": beside_training(output / "room", ranks)}
+        report["told"] = found_together(output / "together", ranks)
         report["bad"] = bad_updates(output / "bad_steps", config, ranks)
         (output / f"writer{ranks.rank}.json").write_text(json.dumps(report))
 
