@@ -76,7 +76,7 @@ def begin_checkpoint(
 
     def clear() -> None:
         if ranks.is_main:
-            _clear(root)  # of a run that was killed while it wrote; perhaps of another step, and as large as this will be
+            _clear(root)  # of a run that was killed while it wrote, whichever step: it may be as large as this will be
             (temporary / "state").mkdir(parents=True)
 
     _everywhere(clear, root, step, ranks)  # also the barrier before the first write
