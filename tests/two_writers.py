@@ -17,6 +17,7 @@ from searchr1_fast.checkpoint import Checkpoint, CheckpointFailed, latest_checkp
 from searchr1_fast.checkpoint_writer import CheckpointWriter
 from searchr1_fast.config import Config, load_config
 from searchr1_fast.distributed import Ranks, process
+from searchr1_fast.distributed import full as full_tensor
 from searchr1_fast.models import meta_model
 from searchr1_fast.policy import Policy
 from searchr1_fast.types import PackedBatch
@@ -99,20 +100,30 @@ def batch(rank: int, is_bad: bool) -> PackedBatch:
 
 
 def bad_updates(output: Path, config: Config, ranks: Ranks) -> list:
-    """Updates that are not finite on rank 1 alone, in gradient or in loss: both ranks skip them, one keeps them."""
+    """Updates that are not finite on rank 1 alone, in gradient or in loss: both ranks skip them, one keeps them.
+
+    Gradients are added up over ranks after the last micro-batch, and it is the first that is bad. The update after them
+    is that of a policy that never met them.
+    """
     directory = Path(config.model.path)
-    policy = Policy(meta_model(directory), config, ranks, weights=directory)
-    norms = [policy.update([batch(ranks.rank, ranks.rank == 1)], 8)[1]]
-    diagnosis = policy.diagnosis
-    micro_batch = MicroBatch(ranks.rank, batch(ranks.rank, ranks.rank == 1))
-    bad = BadUpdate(1, 0, policy.name, policy.num_updates, 8, True, diagnosis, config.to_yaml(), [micro_batch])
+    held = {"reshard_after": "update", "reduce_after": "update"}
+    config = config.model_copy(update={"train": config.train.model_copy(update=held)})
+    policy, fresh = (Policy(meta_model(directory), config, ranks, weights=directory) for _ in range(2))
+    good = [batch(ranks.rank, False) for _ in range(2)]
+    micro_batches = [batch(ranks.rank, ranks.rank == 1), good[1]]
+    norms = [policy.update(micro_batches, 16)[1]]
+    diagnosis, kept = policy.diagnosis, [MicroBatch(ranks.rank, micro_batch) for micro_batch in micro_batches]
+    bad = BadUpdate(1, 0, policy.name, policy.num_updates, 16, True, diagnosis, config.to_yaml(), kept)
     path = write_bad_update(output, bad, policy, torch.float32)
     loss = policy.loss
     if ranks.rank == 1:
         policy.loss = lambda *arguments: (loss(*arguments)[0] + float("inf"), {})
-    norms.append(policy.update([batch(ranks.rank, False)], 8)[1])
+    norms.append(policy.update(good, 16)[1])
     policy.loss = loss
-    norms.append(policy.update([batch(ranks.rank, False)], 8)[1])
+    norms.append(policy.update(good, 16)[1])
+    assert norms[2] == fresh.update(good, 16)[1]
+    pairs = zip(policy.parameters.values(), fresh.parameters.values(), strict=True)
+    assert all(torch.equal(full_tensor(one), full_tensor(other)) for one, other in pairs)
     return [str(path), [math.isfinite(norm) for norm in norms], policy.num_skipped, diagnosis]
 
 
