@@ -249,7 +249,26 @@ def _said(failure: BaseException | None, rank: int) -> tuple[int, str] | None:
     """Whose failure, in one line; of what torch gathered from several ranks, the first."""
     if isinstance(failure, dcp.CheckpointException):
         rank, (failure, _) = next(iter(failure.failures.items()))
+    failure = _of_the_system(failure)
     return None if failure is None else (rank, " ".join(f"{type(failure).__name__}: {failure}".split()))
+
+
+def _of_the_system(failure: BaseException | None) -> BaseException | None:
+    """The system's error behind another, where there is one: of a full disk torch says `unexpected pos 704 vs 598`."""
+    behind = failure
+    while behind is not None and not isinstance(behind, OSError):
+        behind = behind.__cause__ or behind.__context__
+    return behind or failure
+
+
+class _Writer(dcp.FileSystemWriter):
+    """Fails with the system's error: what stands behind another does not travel with it to other ranks."""
+
+    def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> Any:
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            raise _of_the_system(error) from error
 
 
 def _write_files(temporary: Path, contents: Contents, ranks: Ranks) -> None:
@@ -258,11 +277,12 @@ def _write_files(temporary: Path, contents: Contents, ranks: Ranks) -> None:
     # What torch copies ahead of its writing it waits for on the device's current stream, and of tensors on the host it
     # does the same: every few MB would wait for whatever the training has queued there.
     on_host = all(tensor.device.type == "cpu" for tensor in contents.tensors.values())
-    writer = dcp.FileSystemWriter(path, per_thread_copy_ahead=0 if on_host else COPY_AHEAD)
+    writer = _Writer(path, per_thread_copy_ahead=0 if on_host else COPY_AHEAD)
     dcp.save(contents.tensors, storage_writer=writer, no_dist=ranks.world_size == 1, process_group=ranks.group)
     if ranks.is_main:
         state = {"step": contents.step, "rng_states": contents.rng_states}
-        torch.save(contents.trainer_state | state, path / TRAINER)
+        with (path / TRAINER).open("wb") as file:  # of a path torch.save does not say what the system said
+            torch.save(contents.trainer_state | state, file)
         (temporary / "hf").mkdir()
         contents.export(temporary / "hf")
 

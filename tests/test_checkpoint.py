@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import shutil
 import threading
 
@@ -162,6 +163,23 @@ def test_what_a_write_fails_with_is_said_at_the_next_occasion(monkeypatch, tmp_p
     assert not list(tmp_path.glob(".step_*"))  # half of a checkpoint may be what fills the disk
     save(3, keep=1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_000003"]
+
+
+@pytest.mark.parametrize("part", ["tensors", "trainer_state"])
+def test_what_the_system_says_is_said(tmp_path, ranks, part):
+    """With files that really may not grow: torch's own words are `unexpected pos 704 vs 598`."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    large = {part: torch.ones(1 << 20)}
+    writer = CheckpointWriter(tmp_path, ranks, keep=1)
+    held, state = large if part == "tensors" else tensors(1), large if part == "trainer_state" else {}
+    writer.stage(1, held, state, {}, lambda weights, directory: None)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
+    try:
+        writer.start()
+        with pytest.raises(CheckpointFailed, match=r"OSError: \[Errno 27\] File too large"):
+            writer.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_full_disk_is_said_where_somebody_made_room(monkeypatch, tmp_path, save, stage):

@@ -28,15 +28,27 @@ def full(*_) -> None:
     raise OSError(28, "No space left on device")
 
 
+def full_in_torch(*_) -> None:
+    """As torch says it."""
+    try:
+        full()
+    finally:
+        raise RuntimeError("unexpected pos 704 vs 598")
+
+
 def failures(output: Path, ranks: Ranks) -> list[str]:
     """What a write says that fails on rank 1 alone, or on rank 0 in what only that does, by its part."""
     said = []
-    parts = [(FileSystemWriter, "write_data", 1), (checkpoint, "_checksum", 1), (checkpoint, "_publish", 0)]
-    for step, (owner, part, failing) in enumerate(parts, start=1):
+    parts = [
+        (FileSystemWriter, "write_data", 1, full_in_torch),
+        (checkpoint, "_checksum", 1, full),
+        (checkpoint, "_publish", 0, full),
+    ]
+    for step, (owner, part, failing, fail) in enumerate(parts, start=1):
         writer, before = CheckpointWriter(output / part, ranks, keep=1), getattr(owner, part)
         writer.stage(step, {"a": torch.ones(2)}, {}, {}, lambda weights, directory: None)
         if ranks.rank == failing:
-            setattr(owner, part, full)
+            setattr(owner, part, fail)
         writer.start()
         try:
             writer.wait()
