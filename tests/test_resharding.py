@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -26,21 +23,6 @@ ALGORITHMS = {
 TRAIN = {"grpo": {}, "ppo": {"reshard_after": "update", "reduce_after": "update"}}
 OFFLOAD = {"grpo": {}, "ppo": {"optimizer": True, "reference": True, "replica": True}}
 STOP, END = 2, 4
-
-
-def on_two_ranks(*arguments: str | Path) -> None:
-    """Run a script of this folder under torchrun."""
-    path = os.pathsep.join([str(ROOT.parent), str(ROOT.parent / "kernels"), os.environ.get("PYTHONPATH", "")])
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    result = subprocess.run(
-        [*launcher, *map(str, arguments)],
-        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=150,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
 
 
 def settings(make_config, algorithm: str, name: str, resume: bool = False):
@@ -87,7 +69,7 @@ def assert_same_run(changed, whole) -> None:
     assert differences.max() < 8e-3
 
 
-def test_a_run_goes_on_with_another_number_of_ranks(make_config, make_console, tmp_path):
+def test_a_run_goes_on_with_another_number_of_ranks(make_config, make_console, tmp_path, on_two_ranks):
     """From one rank to two and from two to one. One launch, as starting processes is what takes the time."""
     files = []
     for algorithm in ALGORITHMS:
@@ -125,7 +107,7 @@ def test_nothing_is_drawn_from_generators_that_belong_to_a_rank(make_config, mak
     assert histories[0] == histories[1]
 
 
-def test_writers_on_two_ranks(make_config, tmp_path, capsys):
+def test_writers_on_two_ranks(make_config, tmp_path, capsys, on_two_ranks):
     """A failure of one is every one's, and none waits for ever; both threads of a rank may call collectives at once."""
     (tmp_path / "config.yaml").write_text(make_config().to_yaml())
     on_two_ranks(ROOT / "two_writers.py", tmp_path, tmp_path / "config.yaml")
