@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -221,6 +222,19 @@ def test_nothing_is_copied_before_everything_fits(make_reference, tmp_path):
     with pytest.raises(ValueError, match="lacks model.norm.weight"):
         load_weights(model, tmp_path / "second")
     assert same_weights(model, load_model(tmp_path / "first"))
+
+
+def test_what_is_written_is_as_readable_as_other_files(make_reference, tmp_path):
+    """By the umask; safetensors' own files are their owner's alone."""
+    make_reference("qwen2-grouped-tied").save_pretrained(tmp_path / "theirs")
+    model, before = load_model(tmp_path / "theirs"), os.umask(0o027)
+    try:
+        for _ in range(2):  # over what was there, too
+            save_model(model, tmp_path / "ours", max_shard_bytes=20_000)
+    finally:
+        os.umask(before)
+    files = list((tmp_path / "ours").iterdir())
+    assert len(files) > 3 and {file.stat().st_mode & 0o777 for file in files} == {0o640}
 
 
 # ------------------------------------------------------------------------------------------------------ several ranks
