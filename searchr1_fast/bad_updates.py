@@ -20,9 +20,9 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from searchr1_fast.distributed import full
+from searchr1_fast.models.tensor_files import save_tensors
 from searchr1_fast.policy import Learner
 from searchr1_fast.types import PackedBatch, SharedPrefixes
 
@@ -118,7 +118,7 @@ def _write_weights(path: Path, learner: Learner, dtype: torch.dtype) -> None:
     if not learner.ranks.is_main:
         return
     temporary = path.with_name(f".{path.name}.partial")
-    save_file(tensors, temporary)
+    save_tensors(tensors, temporary)
     temporary.replace(path)
     newest = sorted(path.parent.glob("*.safetensors"), key=os.path.getmtime)
     for old in newest[:-KEPT_WEIGHTS]:

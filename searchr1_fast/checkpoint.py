@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import warnings
 import zlib
@@ -75,7 +76,7 @@ def begin_checkpoint(
 
     def clear() -> None:
         if ranks.is_main:
-            shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed while it wrote
+            _clear(root)  # of a run that was killed while it wrote, whichever step: it may be as large as this will be
             (temporary / "state").mkdir(parents=True)
 
     _everywhere(clear, root, step, ranks)  # also the barrier before the first write
@@ -224,22 +225,50 @@ def _everywhere(action: Callable[[], T], root: Path, step: int, ranks: Ranks) ->
         failure = error
     said = next((said for said in ranks.gather(_said(failure, ranks.rank)) if said), None)
     if said is not None:
+        if ranks.is_main:  # nobody writes there any more, and what is there may be what filled the disk
+            shutil.rmtree(_temporary(root, step), ignore_errors=True)
         rank, text = said
         where = f" on rank {rank}" if ranks.world_size > 1 else ""
-        newest = latest_checkpoint(root)
-        rest = "there is none before it" if newest is None else f"the newest that is whole is {newest.name}"
         raise CheckpointFailed(
-            f"the checkpoint of step {step} could not be written to {root}{where}: {text}; {rest}. "
+            f"the checkpoint of step {step} could not be written to {root}{where}: {text}; {_newest(root)}. "
             "Mend that and go on with run.resume=true"
         ) from failure
     return result
+
+
+def _newest(root: Path) -> str:
+    """What a run can go on from, for a person; whatever is the matter with it."""
+    try:
+        newest = latest_checkpoint(root)
+    except ValueError as error:
+        return str(error)
+    return "there is none before it" if newest is None else f"the newest that is whole is {newest.name}"
 
 
 def _said(failure: BaseException | None, rank: int) -> tuple[int, str] | None:
     """Whose failure, in one line; of what torch gathered from several ranks, the first."""
     if isinstance(failure, dcp.CheckpointException):
         rank, (failure, _) = next(iter(failure.failures.items()))
+    failure = _of_the_system(failure)
     return None if failure is None else (rank, " ".join(f"{type(failure).__name__}: {failure}".split()))
+
+
+def _of_the_system(failure: BaseException | None) -> BaseException | None:
+    """The system's error behind another, where there is one: of a full disk torch says `unexpected pos 704 vs 598`."""
+    behind = failure
+    while behind is not None and not isinstance(behind, OSError):
+        behind = behind.__cause__ or behind.__context__
+    return behind or failure
+
+
+class _Writer(dcp.FileSystemWriter):
+    """Fails with the system's error: what stands behind another does not travel with it to other ranks."""
+
+    def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> Any:
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            raise _of_the_system(error) from error
 
 
 def _write_files(temporary: Path, contents: Contents, ranks: Ranks) -> None:
@@ -248,11 +277,12 @@ def _write_files(temporary: Path, contents: Contents, ranks: Ranks) -> None:
     # What torch copies ahead of its writing it waits for on the device's current stream, and of tensors on the host it
     # does the same: every few MB would wait for whatever the training has queued there.
     on_host = all(tensor.device.type == "cpu" for tensor in contents.tensors.values())
-    writer = dcp.FileSystemWriter(path, per_thread_copy_ahead=0 if on_host else COPY_AHEAD)
+    writer = _Writer(path, per_thread_copy_ahead=0 if on_host else COPY_AHEAD)
     dcp.save(contents.tensors, storage_writer=writer, no_dist=ranks.world_size == 1, process_group=ranks.group)
     if ranks.is_main:
         state = {"step": contents.step, "rng_states": contents.rng_states}
-        torch.save(contents.trainer_state | state, path / TRAINER)
+        with (path / TRAINER).open("wb") as file:  # of a path torch.save does not say what the system said
+            torch.save(contents.trainer_state | state, file)
         (temporary / "hf").mkdir()
         contents.export(temporary / "hf")
 
@@ -263,6 +293,11 @@ def _searches(rank: int | str) -> str:
 
 def _name(step: int) -> str:
     return f"step_{step:06d}"
+
+
+def _number(path: Path) -> int:
+    """The inverse of `_name`."""
+    return int(path.name.removeprefix("step_"))
 
 
 def _temporary(root: Path, step: int) -> Path:
@@ -329,10 +364,16 @@ def _prune(root: Path, step: int, keep: int) -> None:
     """Delete older checkpoints but the best, and the leftovers of writes that never finished."""
     best = root / BEST
     kept = root / os.readlink(best) if best.is_symlink() else None
-    complete = sorted(path for path in root.glob("step_*") if path.name <= _name(step))
-    for path in complete[:-keep]:
+    complete = [path for path in root.iterdir() if re.fullmatch(r"step_\d{6,}", path.name)]  # not what a person copied
+    older = [path for path in complete if _number(path) <= step]
+    for path in sorted(older, key=_number)[:-keep]:
         if path != kept:
             _put_aside(path)
+    _clear(root)
+
+
+def _clear(root: Path) -> None:
+    """Delete what was begun, or put aside, and never finished."""
     for path in root.glob(".step_*"):
         shutil.rmtree(path)
 

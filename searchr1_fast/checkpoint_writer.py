@@ -87,8 +87,8 @@ class CheckpointWriter:
         return self._thread is not None and self._thread.is_alive()
 
     def check(self) -> None:
-        """Raise what a write that has ended failed with. Waits for nothing."""
-        if not self.is_writing:
+        """Raise what a write failed with, if it has ended on every rank: all raise, or none. Waits for no disk."""
+        if not self._ranks.max(self.is_writing):
             self.wait()
 
     def wait(self) -> None:

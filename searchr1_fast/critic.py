@@ -45,7 +45,8 @@ class ValueModel(nn.Module):
             batch.token_ids, batch.cu_seqlens, batch.scored_rows, batch.prefixes, batch.max_seqlen
         )  # [R, D]
         head = self.value_head  # in fp32 even where the decoder computes in bf16: returns need the digits
-        return batch.spread(hidden.float() @ head.weight.float()[0] + head.bias.float())
+        # The bias last: what FSDP is given back must be no view, or an operation in place would slip past its hooks.
+        return batch.spread(hidden.float() @ head.weight.float()[0]) + head.bias.float()
 
 
 class Critic(Learner):

@@ -91,6 +91,8 @@ def examine(module: nn.Module, update: BadUpdate, config: Config, place: int, de
     batch = to_device(micro_batch.batch, device)
     finding = Finding(place, micro_batch.rank, batch.num_tokens, batch.num_policy_tokens)
     for name, values in micro_batch.inputs():
+        if name == "rollout_logprobs" and not config.algorithm.mask_observations:
+            values = values.nan_to_num(0.0, posinf=torch.inf, neginf=-torch.inf)  # NaN says that nobody sampled it
         _look(finding, f"the {name} that the loss was given", values, batch)
     with Watch(module) as watch:
         with torch.no_grad():

@@ -16,7 +16,8 @@ What each part of policy.py, critic.py and the engine holds, and when:
               norm whole, and two blocks, or all unless `train.reshard_after=forward` (or the whole adapter, whose
               gradient is whole too until the pass ends); what the blocks keep for the backward pass; what one block
               needs while it is in it, or if that is more, logits of a chunk and the head's gradient
-    host      what `model.offload` keeps in page-locked host memory
+    host      what `model.offload` keeps in page-locked host memory; the copy that a checkpoint is written from, unless
+              `checkpoint.background` is off, on the rank that also has that of the exported weights
 
 Rollout and update never meet, so the peak is the larger of them; but cache and recorded steps are there always where
 `rollout.keep_cache` has them, as `auto` does where the sum fits with `KEEPING_SHARE` to spare. Activations are those of
@@ -261,10 +262,15 @@ def _resident(config: Config, decoder: DecoderConfig, num_ranks: int) -> Iterato
     if config.algorithm.kl_coefficient > 0 and not has_adapter:
         when = "host" if offload.reference else "always"
         yield Row("reference", size * local, when, f"{text} x {config.model.dtype}")
+    critic = 0
     if is_ppo(config):
         critic = sharded(critic_parameters(config, decoder), num_ranks)
         yield Row("critic: master weights", _FP32 * critic, "always", "fp32")
         yield Row("critic: Adam's moments", 2 * _FP32 * critic, moments, "2 x fp32")
+    if config.checkpoint.background:
+        exported = count(policy) + (count(meta_decoder(decoder).parameters()) if has_adapter else 0)
+        copied = 3 * _FP32 * (local + critic) + size * exported
+        yield Row("checkpoint's copy", copied, "host", "weights, moments, exported weights; from the first save on")
 
 
 def _index(config: Config, shape: tuple[int, int] | None, num_parts: int) -> Iterator[Row]:

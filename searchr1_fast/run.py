@@ -214,8 +214,10 @@ class Run:
 
     def example(self) -> tuple[Trajectory, Trajectory] | None:
         """A question that was lost before training and is won after it, as this process saw both."""
-        first, last = list(self.results.values())[0], list(self.results.values())[-1]
-        for name in first if len(self.results) > 1 else ():
+        if len(self.results) < 2:  # none of a run that was resumed when all of its steps were done
+            return None
+        first, last = self.results.values()
+        for name in first:
             for old, new in zip(first[name].scores, last[name].scores, strict=True):
                 if new.em > old.em:
                     return old.trajectory, new.trajectory

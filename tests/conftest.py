@@ -7,6 +7,9 @@ search and answer from the first step, rewards vary, and there is something to l
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +28,7 @@ TAGS = ("<search>", "</search>", "<answer>", "</answer>", "<information>", "</in
 LETTERS = "bcde"  # not "a": normalisation takes it for an article
 NUM_QUESTIONS = 8
 NUM_PRETRAINING_STEPS = 150
+TWO_RANKS_SECONDS = 200  # until they are given up
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +37,31 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def on_two_ranks():
+    """script, arguments -> None: torchrun ran it on two ranks of the CPU, and it came to its end."""
+
+    def run(script: Path, *arguments: str | Path) -> None:
+        root = Path(__file__).parents[1]
+        path = os.pathsep.join([str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")])
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        child = subprocess.Popen(
+            [*launcher, str(script), *map(str, arguments)],
+            env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            _, said = child.communicate(timeout=TWO_RANKS_SECONDS)
+        finally:
+            if child.poll() is None:
+                child.terminate()  # not kill: the launcher ends its ranks, and nobody else would
+                child.communicate()
+        assert child.returncode == 0, said[-4000:]
+
+    return run
 
 
 def build_tokenizer() -> TextTokenizer:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import shutil
 import threading
 
@@ -98,6 +99,16 @@ def test_only_the_newest_are_kept(tmp_path, save, ranks):
     assert_holds(latest_checkpoint(tmp_path), 4, ranks)
 
 
+def test_steps_are_numbers_and_copies_are_their_owners(tmp_path, save):
+    for step in (999_998, 999_999, 1_000_000):
+        save(step, keep=2)
+        if step == 999_998:
+            (tmp_path / "step_999998").rename(tmp_path / "step_999998_mine")
+    save(1_000_001, keep=2)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["latest", "step_1000000", "step_1000001", "step_999998_mine"]
+
+
 def test_the_best_outlives_newer_ones(tmp_path, save, ranks):
     save(1, keep=1, best=1)
     save(2, keep=1, best=1)
@@ -149,8 +160,41 @@ def test_what_a_write_fails_with_is_said_at_the_next_occasion(monkeypatch, tmp_p
     assert isinstance(caught.value.__cause__, OSError)
     writer.wait()  # said once
     assert_holds(latest_checkpoint(tmp_path), 1, ranks)
+    assert not list(tmp_path.glob(".step_*"))  # half of a checkpoint may be what fills the disk
     save(3, keep=1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_000003"]
+
+
+@pytest.mark.parametrize("part", ["tensors", "trainer_state"])
+def test_what_the_system_says_is_said(tmp_path, ranks, part):
+    """With files that really may not grow: torch's own words are `unexpected pos 704 vs 598`."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    large = {part: torch.ones(1 << 20)}
+    writer = CheckpointWriter(tmp_path, ranks, keep=1)
+    held, state = large if part == "tensors" else tensors(1), large if part == "trainer_state" else {}
+    writer.stage(1, held, state, {}, lambda weights, directory: None)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
+    try:
+        writer.start()
+        with pytest.raises(CheckpointFailed, match=r"OSError: \[Errno 27\] File too large"):
+            writer.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_is_said_where_somebody_made_room(monkeypatch, tmp_path, save, stage):
+    """By deleting what `latest` names."""
+    shutil.rmtree(save(1))
+    monkeypatch.setattr(checkpoint, "_write_files", _full)
+    with pytest.raises(CheckpointFailed, match=r"No space left on device; \S+latest names step_000001, which is gone"):
+        stage(2, background=False).start()
+
+
+def test_what_a_killed_write_left_makes_room_before_the_next_begins(tmp_path, stage):
+    """Of whatever step: the next one may be another's."""
+    (tmp_path / ".step_000001.partial" / "state").mkdir(parents=True)
+    stage(2)
+    assert [path.name for path in tmp_path.iterdir()] == [".step_000002.partial"]
 
 
 def test_a_full_disk_is_said_when_nobody_waits_for_it(monkeypatch, tmp_path, stage):

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,21 +13,10 @@ BLOCKS = ("decoder.model.layers.0", "decoder.model.layers.1")
 
 
 @pytest.fixture(scope="module")
-def reports(tmp_path_factory) -> list[dict]:
+def reports(tmp_path_factory, on_two_ranks) -> list[dict]:
     """Of both ranks, by settings. One launch, as starting processes is what takes the time."""
     output = tmp_path_factory.mktemp("collectives")
-    root = Path(__file__).parent
-    path = os.pathsep.join([str(root.parent), str(root.parent / "kernels"), os.environ.get("PYTHONPATH", "")])
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    result = subprocess.run(
-        [*launcher, str(root / "two_ranks_collectives.py"), str(output)],
-        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
+    on_two_ranks(Path(__file__).parent / "two_ranks_collectives.py", output)
     return [json.loads((output / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 

@@ -33,7 +33,7 @@ MODELS = {"lora": {"lora": {"rank": 3, "alpha": 6.0}}}  # rows of A that two ran
 
 
 @pytest.fixture
-def two_ranks(make_config, tmp_path):
+def two_ranks(make_config, tmp_path, on_two_ranks):
     """The reports of both ranks, and the configurations that they ran."""
     configs, files = {}, []
     for name, algorithm in ALGORITHMS.items():
@@ -44,18 +44,7 @@ def two_ranks(make_config, tmp_path):
         )
         files.append(tmp_path / f"{name}.yaml")
         files[-1].write_text(configs[name].to_yaml())
-    root = Path(__file__).parent
-    path = os.pathsep.join([str(root.parent), str(root.parent / "kernels"), os.environ.get("PYTHONPATH", "")])
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    result = subprocess.run(
-        [*launcher, str(root / "two_ranks.py"), str(tmp_path), *map(str, files)],
-        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
+    on_two_ranks(Path(__file__).parent / "two_ranks.py", tmp_path, *files)
     return [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)], configs
 
 

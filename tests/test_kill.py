@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -45,13 +46,17 @@ def start(tmp_path):
             stderr=subprocess.PIPE,
             text=True,
         )
-        children.append(child)
+        children.append((child, file))
         wait_for(file.exists, child)
         return child
 
     yield run
-    for child in children:
-        child.kill()  # of a test that failed
+    for child, file in children:
+        if child.poll() is None:  # of a test that failed; with its ranks, where it is a launcher
+            child.kill()
+            for pid in (int(path.read_text()) for path in tmp_path.glob(f"{file.name}.pid*")):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         child.communicate()
 
 

@@ -11,13 +11,15 @@ from searchr1_kernels import _linear_chunks
 from torch.distributed.tensor import DTensor
 
 from searchr1_fast import memory_plan
+from searchr1_fast import policy as policy_module
+from searchr1_fast.checkpoint_writer import CheckpointWriter
 from searchr1_fast.cli import main as command
 from searchr1_fast.config import LoraConfig, LoraTarget, load_config
 from searchr1_fast.critic import Critic
 from searchr1_fast.distributed import process
 from searchr1_fast.losses import value_loss
 from searchr1_fast.memory_plan import Batch, block_kept, memory_size, plan_training
-from searchr1_fast.models import Decoder, DecoderConfig, KVCache
+from searchr1_fast.models import Decoder, DecoderConfig, KVCache, load_model
 from searchr1_fast.models import decoder as decoder_module
 from searchr1_fast.models.attention_backends import AttentionBackend
 from searchr1_fast.models.lora import adapter_parameters, add_adapter, base_parameters
@@ -25,6 +27,7 @@ from searchr1_fast.models.published import published_config
 from searchr1_fast.packing import pack
 from searchr1_fast.policy import Policy
 from searchr1_fast.retrieval.memory_plan import size_text
+from searchr1_fast.train import train
 
 GB = 10**9
 
@@ -389,11 +392,29 @@ def test_what_is_offloaded_is_elsewhere(part):
     assert rows_of(moved) == rows_of(plan)
     assert moved.update == plan.update - size
     assert moved.rollout == plan.rollout - (0 if part == "replica" else size)
-    assert moved.total("host") == (0 if part == "replica" else size)
+    assert moved.total("host") - plan.total("host") == (0 if part == "replica" else size)
     (line,) = (line for line in plan.advice if line.startswith(place))
     assert size_text(size) in line
     assert not any(line.startswith(place) for line in moved.advice)
-    assert ("host   " in str(moved)) == (when == "host")
+    in_place = plan_training(load_config(recipe, ["checkpoint.background=false"]), shape)
+    assert ("host   " in str(moved), "host   " in str(in_place)) == (True, False)
+
+
+@pytest.mark.parametrize("changes", [{}, {"offload": {"optimizer": True, "replica": True}}, {"lora": {"rank": 3}}])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_checkpoint_s_copy_is_as_large_as_planned(make_config, make_console, monkeypatch, dtype, changes):
+    """Moments that lie on the host already are copied all the same: the next step writes them."""
+    writers, copied = [], CheckpointWriter._copied
+    monkeypatch.setattr(policy_module, "leaves", lambda device: True)
+    monkeypatch.setattr(Decoder, "fused_generation", False)  # as test_offload.py has it
+    monkeypatch.setattr(CheckpointWriter, "_copied", lambda self, *a: writers.append(self) or copied(self, *a))
+    algorithm = {"name": "ppo", "group_size": 2}
+    model = {"path": make_config().model.path, "dtype": dtype} | changes
+    config = make_config(model=model, algorithm=algorithm, train={"num_steps": 1}, eval={"sets": {}})
+    train(config, make_console())
+    copies = {name: tensor for name, tensor in writers[0]._copies.items() if not name.endswith(".step")}
+    decoder = load_model(config.model.path).config
+    assert rows_of(plan_training(config, decoder))["checkpoint's copy"] == num_bytes(copies.values())
 
 
 def test_what_ranks_hold_whole_is_counted():

@@ -6,10 +6,7 @@ A CPU stands in for the GPU: the same memory is taken away and given back, and m
 from __future__ import annotations
 
 import json
-import os
 import random
-import subprocess
-import sys
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -28,6 +25,7 @@ from searchr1_fast.models import Decoder, load_model
 from searchr1_fast.offload import DeviceMemory, FrozenWeights, leaves, local
 from searchr1_fast.packing import pack
 from searchr1_fast.policy import Policy, empty_replica
+from searchr1_fast.rollout import Engine
 from searchr1_fast.train import train
 
 ALL = {"optimizer": True, "reference": True, "replica": True}
@@ -252,7 +250,7 @@ def test_sharded_moments_are_sharded_likewise(make_config, make_decoder, as_if_o
 
 def test_memory_is_away_while_others_need_it(make_config, make_console, monkeypatch, as_if_on_a_gpu):
     seen = []
-    update, logprobs = Policy.update, Policy.reference_logprobs
+    update, logprobs, hand_over = Policy.update, Policy.reference_logprobs, Engine.update_weights
 
     def watched_update(self, *arguments, **options):
         seen.append(("update", num_bytes(self.replica) == 0, num_bytes(self.reference) == 0))
@@ -262,12 +260,17 @@ def test_memory_is_away_while_others_need_it(make_config, make_console, monkeypa
         seen.append(("reference", num_bytes(self.replica) == 0, num_bytes(self.reference) == 0))
         return logprobs(self, batches)
 
+    def watched_hand_over(self):  # vLLM reads the replica here
+        seen.append(("hand-over", num_bytes(self.model) == 0, True))
+        return hand_over(self)
+
+    monkeypatch.setattr(Engine, "update_weights", watched_hand_over)
     monkeypatch.setattr(Policy, "update", watched_update)
     monkeypatch.setattr(Policy, "reference_logprobs", watched_logprobs)
     model = {"path": make_config().model.path, "dtype": "bfloat16", "offload": ALL}
     algorithm = {"kl_coefficient": 0.05, "group_size": 4, "drop_zero_variance_groups": False}
     train(make_config(algorithm=algorithm, model=model, train=TRAIN), make_console())
-    expected = [*[("reference", True, False)] * 2, *[("update", True, True)] * 2]
+    expected = [*[("reference", True, False)] * 2, *[("update", True, True)] * 2, ("hand-over", False, True)]
     assert seen == expected * 2
 
 
@@ -323,7 +326,7 @@ def rows(config) -> list[dict]:
     return [json.loads(line) for line in (config.run_directory / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_two_ranks_are_the_same_to_the_bit(make_config, tmp_path):
+def test_two_ranks_are_the_same_to_the_bit(make_config, tmp_path, on_two_ranks):
     """FSDP over two ranks, whose shards it fills up; weights whole on both in between, and reduced once."""
     configs, files = {}, []
     for name, offload in (("here", {}), ("away", ALL)):
@@ -332,18 +335,7 @@ def test_two_ranks_are_the_same_to_the_bit(make_config, tmp_path):
         configs[name] = make_config(run={"name": name}, algorithm=ALGORITHMS["ppo"], model=model, train=settings)
         files.append(tmp_path / f"{name}.yaml")
         files[-1].write_text(configs[name].to_yaml())
-    root = Path(__file__).parent
-    path = os.pathsep.join([str(root.parent), str(root.parent / "kernels"), os.environ.get("PYTHONPATH", "")])
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    result = subprocess.run(
-        [*launcher, str(root / "two_ranks_offload.py"), *map(str, files)],
-        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
+    on_two_ranks(Path(__file__).parent / "two_ranks_offload.py", *files)
     check_same(*configs.values(), step=2)
 
 

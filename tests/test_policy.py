@@ -305,3 +305,11 @@ def test_critic_values_do_not_see_the_token_they_precede(make_config, make_decod
     assert torch.equal(critic.values([batch])[0], critic.values([changed])[0])
     token_ids[-2] = (token_ids[-2] + 1) % 200
     assert not torch.equal(critic.values([batch])[0], critic.values([changed])[0])
+
+
+def test_critic_gives_fsdp_no_view(make_config, make_decoder, trajectories, ranks):
+    """Also where sequences share a beginning: FSDP hangs its hooks on what a module returns, and warns of views."""
+    critic = Critic(make_decoder(0), make_config(), ranks)
+    (batch,) = pack([trajectories[0]] * 2, [1.0, -1.0], 100)
+    assert batch.prefixes is not None
+    assert not critic.module(batch)._is_view()

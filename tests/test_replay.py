@@ -105,6 +105,25 @@ def test_a_run_goes_on_without_a_bad_update_and_its_replay_names_the_input(make_
     assert "what the policy wrote up to there: <" in said
 
 
+def test_a_token_that_nobody_sampled_is_no_flaw(make_config, make_decoder, trajectories, tmp_path):
+    """With observations trained on, the sampler's log-probability of those is NaN."""
+    config = make_config(algorithm={"mask_observations": False})
+    ranks = Ranks(0, 1, torch.device("cpu"))
+    policy = Policy(make_decoder(0, tied=True), config, ranks)
+    (batch,) = pack(trajectories, ADVANTAGES, 1000, mask_observations=False)
+    assert batch.rollout_logprobs.isnan().any()
+    infinite = batch.rollout_logprobs.clone()
+    infinite[0] = -torch.inf
+    update = bad_update(config, policy, [batch, replace(batch, rollout_logprobs=infinite)])
+    policy.skipped_in_a_row = 1
+    path = write_bad_update(tmp_path, update, policy, torch.float32)
+    read = read_bad_update(path)
+    module = load_learner(read, config, tmp_path, None, "float32", ranks.device)
+    assert examine(module, read, config, 0, ranks.device).found == []
+    (found, *_) = examine(module, read, config, 1, ranks.device).found
+    assert found.startswith(f"the rollout_logprobs that the loss was given, of 1 of {batch.num_policy_tokens} policy")
+
+
 @pytest.mark.parametrize("lora", [{}, {"rank": 3}], ids=["all", "lora"])
 def test_the_weights_that_are_kept_are_those_that_the_update_met(
     make_config, tiny_model_directory, trajectories, tmp_path, lora

@@ -216,6 +216,15 @@ def test_a_score_that_no_evaluation_has_is_said_before_anything_is_trained(make_
     assert rows(config) == []
 
 
+def test_a_run_that_is_done_may_be_resumed(make_config, make_console):
+    """As one that was killed behind its last checkpoint is: nothing is left but to show what came of it."""
+    result = train(make_config(), make_console())
+    console = make_console()
+    again = train(make_config(run={"resume": True}), console)
+    assert again == result and again["after"]["letters"]["em"] >= 0
+    assert console.notes[0].startswith("going on after step 2")
+
+
 def test_a_folder_with_a_run_is_refused_without_resume(make_config, make_console):
     config = make_config(train={"num_steps": 1}, eval={"sets": {}})
     train(config, make_console())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from searchr1_fast.checkpoint import Checkpoint, CheckpointFailed, latest_checkp
 from searchr1_fast.checkpoint_writer import CheckpointWriter
 from searchr1_fast.config import Config, load_config
 from searchr1_fast.distributed import Ranks, process
+from searchr1_fast.distributed import full as full_tensor
 from searchr1_fast.models import meta_model
 from searchr1_fast.policy import Policy
 from searchr1_fast.types import PackedBatch
@@ -26,15 +28,27 @@ def full(*_) -> None:
     raise OSError(28, "No space left on device")
 
 
+def full_in_torch(*_) -> None:
+    """As torch says it."""
+    try:
+        full()
+    finally:
+        raise RuntimeError("unexpected pos 704 vs 598")
+
+
 def failures(output: Path, ranks: Ranks) -> list[str]:
     """What a write says that fails on rank 1 alone, or on rank 0 in what only that does, by its part."""
     said = []
-    parts = [(FileSystemWriter, "write_data", 1), (checkpoint, "_checksum", 1), (checkpoint, "_publish", 0)]
-    for step, (owner, part, failing) in enumerate(parts, start=1):
+    parts = [
+        (FileSystemWriter, "write_data", 1, full_in_torch),
+        (checkpoint, "_checksum", 1, full),
+        (checkpoint, "_publish", 0, full),
+    ]
+    for step, (owner, part, failing, fail) in enumerate(parts, start=1):
         writer, before = CheckpointWriter(output / part, ranks, keep=1), getattr(owner, part)
         writer.stage(step, {"a": torch.ones(2)}, {}, {}, lambda weights, directory: None)
         if ranks.rank == failing:
-            setattr(owner, part, full)
+            setattr(owner, part, fail)
         writer.start()
         try:
             writer.wait()
@@ -42,6 +56,25 @@ def failures(output: Path, ranks: Ranks) -> list[str]:
             said.append(str(failure))
         setattr(owner, part, before)
     return said
+
+
+def found_together(output: Path, ranks: Ranks) -> int:
+    """At which `check` each rank is told of a failure; rank 1's thread ends long after rank 0's."""
+    writer, before = CheckpointWriter(output, ranks, keep=1), checkpoint._publish
+    writer.stage(1, {"a": torch.ones(2)}, {}, {}, lambda weights, directory: None)
+    checkpoint._publish = full
+    run = writer._run
+    writer._run = lambda contents: (run(contents), time.sleep(0.5 * ranks.rank))
+    writer.start()
+    for number in range(600):
+        try:
+            writer.check()
+        except CheckpointFailed:
+            checkpoint._publish = before
+            return number
+        ranks.barrier()  # a rank that was told earlier would be missed here
+        time.sleep(0.05)
+    raise AssertionError("nobody was told")
 
 
 def beside_training(output: Path, ranks: Ranks) -> list[float]:
@@ -79,20 +112,30 @@ def batch(rank: int, is_bad: bool) -> PackedBatch:
 
 
 def bad_updates(output: Path, config: Config, ranks: Ranks) -> list:
-    """Updates that are not finite on rank 1 alone, in gradient or in loss: both ranks skip them, one keeps them."""
+    """Updates that are not finite on rank 1 alone, in gradient or in loss: both ranks skip them, one keeps them.
+
+    Gradients are added up over ranks after the last micro-batch, and it is the first that is bad. The update after them
+    is that of a policy that never met them.
+    """
     directory = Path(config.model.path)
-    policy = Policy(meta_model(directory), config, ranks, weights=directory)
-    norms = [policy.update([batch(ranks.rank, ranks.rank == 1)], 8)[1]]
-    diagnosis = policy.diagnosis
-    micro_batch = MicroBatch(ranks.rank, batch(ranks.rank, ranks.rank == 1))
-    bad = BadUpdate(1, 0, policy.name, policy.num_updates, 8, True, diagnosis, config.to_yaml(), [micro_batch])
+    held = {"reshard_after": "update", "reduce_after": "update"}
+    config = config.model_copy(update={"train": config.train.model_copy(update=held)})
+    policy, fresh = (Policy(meta_model(directory), config, ranks, weights=directory) for _ in range(2))
+    good = [batch(ranks.rank, False) for _ in range(2)]
+    micro_batches = [batch(ranks.rank, ranks.rank == 1), good[1]]
+    norms = [policy.update(micro_batches, 16)[1]]
+    diagnosis, kept = policy.diagnosis, [MicroBatch(ranks.rank, micro_batch) for micro_batch in micro_batches]
+    bad = BadUpdate(1, 0, policy.name, policy.num_updates, 16, True, diagnosis, config.to_yaml(), kept)
     path = write_bad_update(output, bad, policy, torch.float32)
     loss = policy.loss
     if ranks.rank == 1:
         policy.loss = lambda *arguments: (loss(*arguments)[0] + float("inf"), {})
-    norms.append(policy.update([batch(ranks.rank, False)], 8)[1])
+    norms.append(policy.update(good, 16)[1])
     policy.loss = loss
-    norms.append(policy.update([batch(ranks.rank, False)], 8)[1])
+    norms.append(policy.update(good, 16)[1])
+    assert norms[2] == fresh.update(good, 16)[1]
+    pairs = zip(policy.parameters.values(), fresh.parameters.values(), strict=True)
+    assert all(torch.equal(full_tensor(one), full_tensor(other)) for one, other in pairs)
     return [str(path), [math.isfinite(norm) for norm in norms], policy.num_skipped, diagnosis]
 
 
@@ -101,6 +144,7 @@ def main() -> None:
     output, config = Path(sys.argv[1]), load_config(sys.argv[2])
     with process("cpu", num_threads=1) as ranks:
         report = {"failures": failures(output / "full", ranks), "read": beside_training(output / "room", ranks)}
+        report["told"] = found_together(output / "together", ranks)
         report["bad"] = bad_updates(output / "bad_steps", config, ranks)
         (output / f"writer{ranks.rank}.json").write_text(json.dumps(report))
 

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from searchr1_fast.models.decoder import Decoder
 from searchr1_fast.models.lora import PARTS, adapted_layers, adapter_parameters, add_adapter, is_adapters
+from searchr1_fast.models.tensor_files import save_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX, SUFFIX = "base_model.model.", ".weight"  # around our names, in peft's
@@ -46,7 +47,7 @@ def write_adapter(weights: Mapping[str, torch.Tensor], alpha: float, directory: 
     directory.mkdir(parents=True, exist_ok=True)
     own = {name: weight.detach().cpu().contiguous() for name, weight in weights.items() if is_adapters(name)}
     tensors = {f"{PREFIX}{name}{SUFFIX}": weight for name, weight in own.items()}
-    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+    save_tensors(tensors, directory / WEIGHTS, metadata={"format": "pt"})
     ranks = {len(weight) for name, weight in own.items() if name.rpartition(".")[2] == PARTS[0]}
     config = {
         "peft_type": "LORA",

@@ -9,11 +9,11 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from searchr1_fast.models.decoder import Decoder
 from searchr1_fast.models.decoder_config import DecoderConfig
 from searchr1_fast.models.lora import adapter_scale, is_adapters, merged
+from searchr1_fast.models.tensor_files import save_tensors
 from searchr1_fast.models.weights import INDEX, SINGLE
 
 MAX_SHARD_BYTES = 5 * 10**9  # what transformers wrote for years, and every loader copes with
@@ -56,7 +56,7 @@ def save_weights(
         names = [SINGLE]
     for name, shard in zip(names, shards, strict=True):
         tensors = {key: merged(weights, key, scale).to("cpu", stored).contiguous() for key in shard}
-        save_file(tensors, directory / name, metadata={"format": "pt"})
+        save_tensors(tensors, directory / name, metadata={"format": "pt"})
     if len(shards) > 1:
         weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
         total = sum(tensor.numel() for tensor in state.values()) * stored.itemsize

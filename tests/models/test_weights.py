@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -226,10 +224,23 @@ def test_nothing_is_copied_before_everything_fits(make_reference, tmp_path):
     assert same_weights(model, load_model(tmp_path / "first"))
 
 
+def test_what_is_written_is_as_readable_as_other_files(make_reference, tmp_path):
+    """By the umask; safetensors' own files are their owner's alone."""
+    make_reference("qwen2-grouped-tied").save_pretrained(tmp_path / "theirs")
+    model, before = load_model(tmp_path / "theirs"), os.umask(0o027)
+    try:
+        for _ in range(2):  # over what was there, too
+            save_model(model, tmp_path / "ours", max_shard_bytes=20_000)
+    finally:
+        os.umask(before)
+    files = list((tmp_path / "ours").iterdir())
+    assert len(files) > 3 and {file.stat().st_mode & 0o777 for file in files} == {0o640}
+
+
 # ------------------------------------------------------------------------------------------------------ several ranks
 
 
-def test_two_ranks_read_their_own_rows_alone(make_reference, tmp_path):
+def test_two_ranks_read_their_own_rows_alone(make_reference, tmp_path, on_two_ranks):
     """One launch of two ranks (FSDP2 on the CPU), which compare what they hold with what one rank reads."""
     for name, shape_name, vocab_size in (
         ("tied", "qwen2-grouped-tied", 2000),
@@ -237,18 +248,7 @@ def test_two_ranks_read_their_own_rows_alone(make_reference, tmp_path):
     ):
         sizes = dict(vocab_size=vocab_size, hidden_size=96, intermediate_size=150)
         make_reference(shape_name, **sizes).bfloat16().save_pretrained(tmp_path / name, max_shard_size="300KB")
-    root = Path(__file__).parents[2]
-    path = os.pathsep.join([str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")])
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    result = subprocess.run(
-        [*launcher, str(Path(__file__).parent / "two_ranks_load.py"), str(tmp_path), "tied", "uneven"],
-        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
+    on_two_ranks(Path(__file__).parent / "two_ranks_load.py", tmp_path, "tied", "uneven")
     for name in ("tied", "uneven"):
         for rank in range(2):
             report = json.loads((tmp_path / f"{name}-{rank}.json").read_text())

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import subprocess
-import sys
 import warnings
 from contextlib import ExitStack
 from pathlib import Path
@@ -245,20 +242,9 @@ def test_the_demo_trains_with_vllm(small_demo):
 
 
 @only_with_vllm
-def test_two_ranks_train_with_an_engine_each(small_demo, tmp_path):
+def test_two_ranks_train_with_an_engine_each(small_demo, tmp_path, on_two_ranks):
     (tmp_path / "demo.yaml").write_text(small_demo.to_yaml())
-    root = Path(__file__).parents[2]
-    path = os.pathsep.join([str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")])
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    result = subprocess.run(
-        [*launcher, str(root / "tests" / "two_ranks.py"), str(tmp_path), str(tmp_path / "demo.yaml")],
-        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
+    on_two_ranks(Path(__file__).parents[1] / "two_ranks.py", tmp_path, tmp_path / "demo.yaml")
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text())["trained"][0] for rank in range(2))
     assert first == second
     check_trained(small_demo, first)
