@@ -35,21 +35,20 @@ from pathlib import Path
 
 import torch
 
+from searchr1_fast.cache_plan import plan_cache
 from searchr1_fast.config import Config
 from searchr1_fast.memory_advice import advice
 from searchr1_fast.models import DecoderConfig
 from searchr1_fast.models.attention_backends import repeats_key_heads
-from searchr1_fast.models.kv_cache import block_size
 from searchr1_fast.models.recompute import Recompute
 from searchr1_fast.parameter_counts import count, is_ppo, is_wrapped, itemsize, meta_critic, meta_decoder, sharded
 from searchr1_fast.retrieval.index_format import read_manifest
 from searchr1_fast.retrieval.memory_plan import MemoryPlan as IndexPlan
 from searchr1_fast.retrieval.memory_plan import size_text
-from searchr1_fast.rollout.engine import cache_blocks
 from searchr1_fast.rollout.scheduler import MAX_PREFILL_TOKENS
 
 RESERVE = 1 << 30  # CUDA context, NCCL, what the allocator cannot use: an estimate
-_FP32 = _INT32 = 4
+_FP32 = 4
 CHUNK_BYTES = 1 << 30  # searchr1_kernels: logits of a chunk and their gradient, on CUDA
 KEPT_BYTES = 3 << 29  # likewise, where a product of its own keeps 16 bits a logit
 TILE_ROWS = 128  # a chunk is a multiple of so many rows
@@ -184,7 +183,7 @@ def plan_training(
         *_update(config, decoder, num_ranks, batch or Batch(longest, longest, longest), repeats_keys),
     ]
     plan = _settle_cache(config, TrainingPlan(tuple(row for row in rows if row.num_bytes), device_bytes, ()))
-    return replace(plan, advice=tuple(advice(config, plan, num_ranks)))
+    return replace(plan, advice=tuple(advice(config, decoder, plan, num_ranks)))
 
 
 def plan_rank(
@@ -262,21 +261,13 @@ def _index(config: Config, shape: tuple[int, int] | None, num_parts: int) -> Ite
 
 def _rollout(config: Config, decoder: DecoderConfig, num_ranks: int) -> Iterator[Row]:
     rollout, size = config.rollout, itemsize(config)
-    questions = -(-config.train.questions_per_step // num_ranks)
-    own = questions * config.algorithm.group_size
-    slots = rollout.max_num_seqs if config.eval.sets else min(rollout.max_num_seqs, own)
-    keys = decoder.num_key_value_heads * decoder.head_dim
-    token = 2 * decoder.num_hidden_layers * keys * size
+    cache = plan_cache(config, decoder, num_ranks)
+    slots = cache.num_slots
     if rollout.engine == "vllm":
         weights = size * count(meta_decoder(decoder))
         yield Row(VLLM_WEIGHTS, weights, "rollout", f"whole, {config.model.dtype}")
     length, heads = rollout.max_sequence_tokens, decoder.num_attention_heads
-    spare = 1 if rollout.cuda_graphs else 0  # a block for rows without a sequence
-    places = block_places(config)
-    blocks = cache_blocks(rollout, slots, places) + spare
-    table = (slots + spare) * -(-length // places) * _INT32
-    detail = f"{blocks} blocks of {places} tokens x {token} bytes, for {slots} sequences"
-    yield Row("KV cache", blocks * places * token + table, "rollout", detail)
+    yield Row("KV cache", cache.num_bytes, "rollout", str(cache))
     logits = 3 * slots * decoder.vocab_size * _FP32
     if rollout.cuda_graphs:
         recorded = logits + slots * block_working(decoder, size)
@@ -384,11 +375,6 @@ def block_kept(
 def block_working(decoder: DecoderConfig, size: int) -> int:
     """Bytes per row that come and go in a block: three as wide as the MLP, and the residual with a norm in fp32."""
     return 3 * size * decoder.intermediate_size + 2 * (size + _FP32) * decoder.hidden_size
-
-
-def block_places(config: Config) -> int:
-    """Places of a block of the KV cache. `auto` is planned for a GPU, as everything here is, wherever that is done."""
-    return block_size("cpu" if config.run.device == "cpu" else "cuda")
 
 
 def memory_size(text: str) -> int:
