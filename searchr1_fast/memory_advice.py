@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from searchr1_fast.cache_plan import plan_cache
 from searchr1_fast.config import Config
+from searchr1_fast.models import DecoderConfig
 from searchr1_fast.retrieval.memory_plan import size_text
 
 if TYPE_CHECKING:
     from searchr1_fast.memory_plan import TrainingPlan
 
 
-def advice(config: Config, plan: TrainingPlan, num_ranks: int) -> Iterator[str]:
+def advice(config: Config, decoder: DecoderConfig, plan: TrainingPlan, num_ranks: int) -> Iterator[str]:
     """What would help, with the least loss first. Of the phase that is too large."""
     if plan.fits in (True, None):
         return
@@ -38,14 +40,11 @@ def advice(config: Config, plan: TrainingPlan, num_ranks: int) -> Iterator[str]:
             fewer = max(config.rollout.max_sequence_tokens, tokens // 2)
             yield f"train.tokens_per_microbatch={fewer}: fewer rows at a time"
     if plan.rollout > room:
-        cache = sizes.get("KV cache", 0)
-        over = plan.rollout - room
-        slots, length = config.rollout.max_num_seqs, config.rollout.max_sequence_tokens
-        if cache > over:
-            held = int((config.rollout.cache_tokens or slots * length) * (1 - over / cache))
-            if held >= length:
-                yield f"rollout.cache_tokens={held}: sequences that find no room wait, or are computed again"
-            yield f"rollout.max_num_seqs={max(1, int(slots * (1 - over / cache)))}: fewer sequences in the cache"
+        over, cache = plan.rollout - room, plan_cache(config, decoder, num_ranks)
+        if tokens := cache.tokens_within(over):
+            yield f"rollout.cache_tokens={tokens}: sequences that find no room wait, or are computed again"
+        if sequences := cache.sequences_within(over):
+            yield f"rollout.max_num_seqs={sequences}: fewer sequences in the cache"
         yield "rollout.max_sequence_tokens lower: without cache_tokens, each sequence has room for the longest"
     if "index" in sizes:
         yield "retrieval.device=cpu: the index leaves the GPU"

@@ -39,11 +39,11 @@ from pathlib import Path
 import torch
 
 from searchr1_fast.activation_counts import block_kept, block_working, norm_kept
+from searchr1_fast.cache_plan import plan_cache
 from searchr1_fast.config import Config
 from searchr1_fast.memory_advice import advice
 from searchr1_fast.models import DecoderConfig
 from searchr1_fast.models.attention_backends import repeats_key_heads
-from searchr1_fast.models.kv_cache import block_size
 from searchr1_fast.parameter_counts import (
     count,
     critic_parameters,
@@ -57,12 +57,11 @@ from searchr1_fast.parameter_counts import (
 from searchr1_fast.retrieval.index_format import read_manifest
 from searchr1_fast.retrieval.memory_plan import MemoryPlan as IndexPlan
 from searchr1_fast.retrieval.memory_plan import size_text
-from searchr1_fast.rollout.engine import cache_blocks
 from searchr1_fast.rollout.sampling import SamplingParams
 from searchr1_fast.rollout.scheduler import MAX_PREFILL_TOKENS
 
 RESERVE = 1 << 30  # CUDA context, NCCL, what the allocator cannot use: an estimate
-_FP32 = _INT32 = 4
+_FP32 = 4
 CHUNK_BYTES = 1 << 30  # searchr1_kernels: logits of a chunk and their gradient, on CUDA
 KEPT_BYTES = 3 << 29  # likewise, where a product of its own keeps 16 bits a logit
 TILE_ROWS = 128  # a chunk is a multiple of so many rows
@@ -197,7 +196,7 @@ def plan_training(
         *_update(config, decoder, num_ranks, batch or Batch(longest, longest, longest), repeats_keys),
     ]
     plan = _settle_cache(config, TrainingPlan(tuple(row for row in rows if row.num_bytes), device_bytes, ()))
-    return replace(plan, advice=tuple(advice(config, plan, num_ranks)))
+    return replace(plan, advice=tuple(advice(config, decoder, plan, num_ranks)))
 
 
 def plan_rank(
@@ -284,21 +283,13 @@ def _index(config: Config, shape: tuple[int, int] | None, num_parts: int) -> Ite
 
 def _rollout(config: Config, decoder: DecoderConfig, num_ranks: int) -> Iterator[Row]:
     rollout, size = config.rollout, itemsize(config)
-    questions = -(-config.train.questions_per_step // num_ranks)
-    own = questions * config.algorithm.group_size
-    slots = rollout.max_num_seqs if config.eval.sets else min(rollout.max_num_seqs, own)
-    keys = decoder.num_key_value_heads * decoder.head_dim
-    token = 2 * decoder.num_hidden_layers * keys * size
+    cache = plan_cache(config, decoder, num_ranks)
+    slots = cache.num_slots
     if rollout.engine == "vllm":
         weights = size * count(meta_decoder(decoder).parameters())
         yield Row(VLLM_WEIGHTS, weights, "rollout", f"whole, {config.model.dtype}")
     length, heads = rollout.max_sequence_tokens, decoder.num_attention_heads
-    spare = 1 if rollout.cuda_graphs else 0  # a block for rows without a sequence
-    places = block_places(config)
-    blocks = cache_blocks(rollout, slots, places) + spare
-    table = (slots + spare) * -(-length // places) * _INT32
-    detail = f"{blocks} blocks of {places} tokens x {token} bytes, for {slots} sequences"
-    yield Row("KV cache", blocks * places * token + table, "rollout", detail)
+    yield Row("KV cache", cache.num_bytes, "rollout", str(cache))
     copies, sampling = 1, SamplingParams(rollout.temperature, rollout.top_p, rollout.top_k)
     if rollout.engine == "vllm":
         copies = 3  # logits, probabilities, what is kept of them
@@ -383,11 +374,6 @@ def _head_chunks(num_scored: int, most: int) -> tuple[int, int]:
     chunks = max(1, -(-num_scored // max(256, most)))
     longest = -(-num_scored // chunks)
     return longest + -longest % TILE_ROWS, chunks
-
-
-def block_places(config: Config) -> int:
-    """Places of a block of the KV cache. `auto` is planned for a GPU, as everything here is, wherever that is done."""
-    return block_size("cpu" if config.run.device == "cpu" else "cuda")
 
 
 def memory_size(text: str) -> int:

@@ -30,8 +30,8 @@ LAYERS = (
         *("checkpoint", "checkpoint_writer", "bad_updates", "distributed"),
     },
     {
-        *("train", "run", "memory_plan", "memory_advice", "parameter_counts", "dry_run", "evaluate", "environment"),
-        *("pretraining", "examination", "activation_counts"),
+        *("train", "run", "memory_plan", "memory_advice", "cache_plan", "parameter_counts", "dry_run", "evaluate"),
+        *("environment", "pretraining", "examination", "activation_counts"),
         *("cli", "eval", "ask", "serve", "report", "index", "prepare_data", "replay"),  # commands, as are the next
         *("pretrain_base", "__main__", "world.__main__"),
         *("console", "curves", "metrics", "errors"),  # what a person sees

@@ -198,6 +198,31 @@ def test_cache_is_as_large_as_planned(make_config, make_decoder):
         assert ("recorded decode steps" in rows) == graphs
 
 
+@pytest.mark.parametrize("overrides", [[], ["eval.sets={}"], ["rollout.cache_tokens=200000"], ["rollout.engine=vllm"]])
+def test_a_cache_as_small_as_advised_fits(overrides):
+    """Where more sequences may run than a step has, too: fewer of those that are not there would save nothing."""
+    decoder = published_config("qwen2.5-7b")
+
+    def plan(*more):
+        config = load_config("configs/search_r1_7b_grpo.yaml", ["rollout.max_num_seqs=2000", *overrides, *more])
+        return plan_training(config, decoder, num_ranks=8, device_bytes=device_bytes)
+
+    device_bytes = 10**15
+    whole = plan()
+    saved = rows_of(whole)["KV cache"] // 3
+    device_bytes = whole.rollout - saved + memory_plan.RESERVE
+    lines = [line.split(":")[0] for line in plan().advice if line.startswith(("rollout.cache", "rollout.max_num"))]
+    assert len(lines) == 2 - ("rollout.cache_tokens=200000" in overrides)
+    for line in lines:
+        assert whole.rollout - 1.3 * saved < plan(line).rollout <= whole.rollout - saved, line
+
+
+def test_vllm_has_room_for_all_sequences_whatever_a_step_has():
+    few = ("eval.sets={}", "rollout.max_num_seqs=3000")
+    native, vllm = (rows_of(plan_3b(*few, f"rollout.engine={engine}"))["KV cache"] for engine in ("native", "vllm"))
+    assert vllm > 3 * native
+
+
 class StandIn(torch.autograd.Function):
     """Keeps what a kernel keeps: its arguments, its output and a number per row and head."""
 

@@ -216,7 +216,8 @@ class Scheduler:
             if len(full) <= blocks.num_free:
                 blocks.extend_each(full)
                 return
-            self._preempt_youngest()
+            # The last one that runs is spared: it would be back at this very step, for the blocks of who does not run.
+            self._preempt_youngest(besides=int(self.running[0]) if len(self.running) == 1 else None)
 
     def _preempt_youngest(self, besides: int | None = None) -> None:
         """Take the blocks of who got its slot last of all that have blocks. What ran joins again, before all others."""

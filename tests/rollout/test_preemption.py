@@ -115,6 +115,35 @@ def test_who_came_last_loses_its_cache_first(make_model, tokenizer, config, make
     assert num_victims > 5
 
 
+def test_the_last_one_that_runs_keeps_its_cache(make_model, tokenizer, config, make_requests, fake_search):
+    """Who searches does not need its blocks now, though it came before."""
+
+    class Spared(Engine):
+        num_single = 0
+
+        def step(self):
+            running = self._scheduler.running
+            interrupted = self.statistics.num_preemptions
+            ended = super().step()
+            if len(running) == 1 and self.statistics.num_preemptions > interrupted:
+                assert not any(sequence.slot == running[0] for sequence in self._scheduler._resumed)
+                assert self.lengths[running[0]] == 1  # it went on by its one token, and was not computed again
+                Spared.num_single += 1
+            return ended
+
+        def _postprocess(self, batch, token_ids, logprobs):
+            self.lengths = dict(zip(batch.slots.tolist(), batch.lengths.tolist(), strict=True))
+            return super()._postprocess(batch, token_ids, logprobs)
+
+    config = config.model_copy(update={"max_num_seqs": 24})
+    requests = make_requests(24, group_size=4, seed=1)
+    expected = SearchLoop(Engine(make_model(3), tokenizer, config, COOL), fake_search).run(requests)
+    small = config.model_copy(update={"cache_tokens": 260, "max_num_seqs": 24})
+    loop = SearchLoop(Spared(make_model(3), tokenizer, small, COOL), fake_search)
+    check_same(expected, loop.run(requests))
+    assert Spared.num_single > 0
+
+
 def test_an_ample_cache_refuses_nobody(make_model, tokenizer, config, make_requests, fake_search):
     """Every slot has room for the longest sequence: nobody waits for blocks, whoever else is there."""
     config = config.model_copy(update={"max_num_seqs": 7})
