@@ -36,7 +36,7 @@ from rich import box
 from rich.table import Table
 from steps import PHASES, STEP, Step, our_step, plain_step
 from turn_script import WORKLOADS, ScriptedEngine, ScriptedPlainEngine, Workload, write_scripts
-from workload import peak_flops, random_decoder, tiny_config
+from workload import add_model_arguments, peak_flops, random_decoder, tiny_config
 
 from searchr1_fast.config import Config
 from searchr1_fast.console import Console, make_console
@@ -46,7 +46,7 @@ from searchr1_fast.errors import entry_point
 from searchr1_fast.evaluate import trajectory_seed
 from searchr1_fast.metrics import PhaseTimers
 from searchr1_fast.models import TextTokenizer, load_tokenizer
-from searchr1_fast.models.published import PUBLISHED, published_config
+from searchr1_fast.models.published import published_config
 from searchr1_fast.packing import pack
 from searchr1_fast.policy import Policy
 from searchr1_fast.prompt import PromptBuilder
@@ -261,18 +261,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         description="A whole RL step on a published shape with random weights and scripted turns.",
         epilog="example:\n  python bench/replayed_step.py --model qwen2.5-3b --workload A --scale 0.125",
     )  # fmt: skip
-    parser.add_argument("--model", choices=("tiny", *PUBLISHED), default="qwen2.5-3b")
-    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    add_model_arguments(parser, model="qwen2.5-3b", tokens_per_microbatch=16384, checkpointing="selective")
     parser.add_argument("--workload", choices=sorted(WORKLOADS), default="A")
     parser.add_argument("--scale", type=float, default=0.125, help="share of the workload's questions (default: 0.125)")
     parser.add_argument("--steps", type=int, default=2, help="after one that warms up (default: 2)")
     parser.add_argument("--max-num-seqs", type=int, default=256, help="sequences under way (default: 256)")
-    parser.add_argument("--tokens-per-microbatch", type=int, default=16384)
-    parser.add_argument("--checkpointing", choices=("none", "selective", "full"), default="selective")
     parser.add_argument("--plain", action="store_true", help="the plain twin too, on the same trajectories")
     parser.add_argument("--plain-variant", choices=sorted(VARIANTS), default="stop", help="of the twin (default: stop)")
-    parser.add_argument("--peak-tflops", type=float, help="what MFU is by (default: 989 on Hopper in bf16)")
     harness.add_output_argument(parser, "replayed_step")
     options = parser.parse_args(argv)
     if not 0 < options.scale <= 1:

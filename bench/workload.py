@@ -315,6 +315,18 @@ def release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
+def add_model_arguments(
+    parser: argparse.ArgumentParser, *, model: str, tokens_per_microbatch: int, checkpointing: str
+) -> None:
+    """What is run where, and how its update is cut; replayed_step.py asks for the same."""
+    parser.add_argument("--model", choices=("tiny", *PUBLISHED), default=model)
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--tokens-per-microbatch", type=int, default=tokens_per_microbatch)
+    parser.add_argument("--checkpointing", choices=("none", "selective", "full"), default=checkpointing)
+    parser.add_argument("--peak-tflops", type=float, help="what MFU is by (default: 989 on Hopper in bf16)")
+
+
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The arguments."""
     parser = argparse.ArgumentParser(
@@ -322,14 +334,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         description="The update and the engine on a published shape with random weights.",
         epilog="example:\n  python bench/workload.py --model qwen2.5-1.5b --checkpointing selective",
     )  # fmt: skip
-    parser.add_argument("--model", choices=("tiny", *PUBLISHED), default="qwen2.5-1.5b")
-    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    add_model_arguments(parser, model="qwen2.5-1.5b", tokens_per_microbatch=8192, checkpointing="none")
     parser.add_argument("--lora-rank", type=int, default=0, help="of an adapter on all layers (default: 0, none)")
     parser.add_argument("--tokens", type=int, default=65536, help="of an update's trajectories, at least")
     parser.add_argument("--sequence-length", type=int, default=1024, help="mean of a trajectory's tokens")
-    parser.add_argument("--tokens-per-microbatch", type=int, default=8192)
-    parser.add_argument("--checkpointing", choices=("none", "selective", "full"), default="none")
     parser.add_argument(
         "--offload", nargs="+", choices=("optimizer", "replica"), default=[], help="as model.offload (default: nothing)"
     )
@@ -341,7 +349,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--phases", nargs="+", choices=("update", "rollout"), default=["update", "rollout"])
-    parser.add_argument("--peak-tflops", type=float, help="what MFU is by (default: 989 on Hopper in bf16)")
     harness.add_output_argument(parser, "workload")
     options = parser.parse_args(argv)
     for name in ("tokens", "sequence_length", "tokens_per_microbatch", "group_size", "repetitions", "prompt_tokens"):

@@ -30,6 +30,14 @@ PART = 512  # places; a multiple of every block of keys
 _TOKENS_AT_ONCE = 1024  # lone ones: bounds the partial sums, [1024, H, P, d] fp32
 
 
+@triton.jit
+def write_lines(target, line, values, inside, D: tl.constexpr):
+    """values [BM, BD] to the lines [BM] of `target` [lines, D], those that are inside."""
+    component = tl.arange(0, values.shape[1])
+    pointers = target + line[:, None] * D + component[None, :]
+    tl.store(pointers, values.to(target.dtype.element_ty), mask=inside[:, None] & (component < D)[None, :])
+
+
 @triton.jit(do_not_specialize=["first_tile", "num_parts", "num_blocks"])
 def attend(
     query,  # [T, H, d]
@@ -115,16 +123,14 @@ def attend(
             total = total * shrink + tl.sum(weight, 1)
             sum_ = tl.dot(weight.to(v.dtype), v, sum_ * shrink[:, None], input_precision="ieee")
             peak = higher
-        writing = inside[:, None] & known[None, :]
         if SPLIT:
             line = (tile.to(tl.int64) * GROUP * tl.num_programs(1) + head) * num_parts + part
-            tl.store(sums + line[:, None] * D + component[None, :], sum_, mask=writing)
+            write_lines(sums, line, sum_, inside, D)
             tl.store(peaks + line, peak, mask=inside)
             tl.store(totals + line, total, mask=inside)
         else:
             line = token * (GROUP * tl.num_programs(1)) + head
-            result = (sum_ / total[:, None]).to(output.dtype.element_ty)
-            tl.store(output + line[:, None] * D + component[None, :], result, mask=writing)
+            write_lines(output, line, sum_ / total[:, None], inside, D)
 
 
 @triton.jit(do_not_specialize=["first_tile", "num_parts"])

@@ -3,7 +3,8 @@
 A slot is a piece of memory of its own, or paged: a row of a table of blocks, which several slots may have in common
 where their sequences begin alike (Kwon et al. 2023, arXiv 2309.06180, section 4.1).
 
-CUDA: `_cached_attention_triton`, which waits for nothing. Elsewhere: a loop over tokens, in torch.
+CUDA: `_cached_attention_triton`, which waits for nothing. CPU, paged, fp32 and bf16: `_cached_attention_numba`, in
+which tokens that have blocks in common read them one behind the other. Elsewhere: a loop over tokens, in torch.
 
 Shape legend: T tokens, S sequences, N tiles, H query heads, G key/value heads, d head size, C slots of M places; paged:
 P blocks of M places, C slots of up to W blocks.
@@ -110,6 +111,8 @@ def _cached_attention(query, keys, values, slots, positions, table, tiles, num_a
         if table is not None and keys.shape[2] % BLOCK_STEP:
             raise ValueError(f"keys: expected blocks of a multiple of {BLOCK_STEP} places, got {keys.shape[2]}")
         return _attend_triton(query, keys, values, slots, positions, table, tiles, num_alone, output)
+    if table is not None and query.device.type == "cpu" and query.dtype in (torch.float32, torch.bfloat16):
+        return _attend_numba(query, keys, values, slots, positions, table)
     return _attend_torch(query, keys, values, slots, positions, table, output)
 
 
@@ -136,6 +139,17 @@ def _attend_triton(query, keys, values, slots, positions, table, tiles, num_alon
     inputs = (query, keys, values, slots.contiguous(), positions.contiguous())
     _cached_attention_triton.run(*inputs, table, tiles, num_alone, output)
     return output
+
+
+def _attend_numba(query, keys, values, slots, positions, table):
+    """Shapes as `cached_attention`."""
+    from searchr1_kernels import _cached_attention_numba
+
+    query, keys, values, table = (x.contiguous() for x in (query, keys, values, table))
+    tokens = _cached_attention_numba.order_by_blocks(table, slots, torch.arange(len(query)))
+    output = torch.empty(query.shape, dtype=torch.float32)
+    _cached_attention_numba.attend_blocks(query, keys, values, table, slots, positions, tokens, output)
+    return output.to(query.dtype)
 
 
 def _attend_torch(query, keys, values, slots, positions, table, output):

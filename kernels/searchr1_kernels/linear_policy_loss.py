@@ -89,8 +89,7 @@ def linear_policy_loss(
 
     `token_weights` and `denominator` make the mean: none and the number of policy tokens of the whole optimizer step
     (DAPO, and this project); 1 / length of the row's sequence and the number of sequences (GRPO, GSPO); none and
-    sequences times a constant length (Dr. GRPO). Losses of micro-batches with one denominator add up to that of the
-    whole.
+    sequences times a constant length (Dr. GRPO). Losses of micro-batches with one denominator add up.
 
     `token_rows`: the row that predicts each token, where several tokens (of sequences that begin alike) share one.
     `cu_seqlens`: where sequences begin in N; for gspo, which needs whole sequences. Rows where `mask` is False count

@@ -1,6 +1,6 @@
 """Attention of new tokens over a paged KV cache, for generation. No gradients; nothing is padded.
 
-On a CPU lone tokens read their blocks in place (`cached_attention_cpu`, fp32 and bf16), and tokens that join a sequence
+On a CPU lone tokens read their blocks in place (`searchr1_kernels`, fp32 and bf16), and tokens that join a sequence
 together go through matrix products over a copy of its keys. On CUDA it is the Triton kernel of `searchr1_kernels`.
 `cached_attention_reference` is the plain twin of all, and the path of every other device and type.
 
@@ -17,9 +17,9 @@ import numpy as np
 import searchr1_kernels
 import torch
 import torch.nn.functional as F
+from searchr1_kernels._cached_attention_numba import attend_blocks, order_by_blocks
 
 from searchr1_fast.models.attention import suffix_masks
-from searchr1_fast.models.cached_attention_cpu import attend_blocks, order_by_blocks
 
 GATHERED_TOKENS = 512  # bounds what the plain twin gathers: [512, H, length, d]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import numpy as np
 import pytest
 import torch
@@ -37,6 +39,23 @@ def test_a_table_says_where_places_are():
     assert torch.equal(have, cached_attention(query, keys, values, slots, positions))
     want = reference.cached_attention(query, *blocks, slots, positions, table)
     torch.testing.assert_close(have, want)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
+def test_paged_tokens_are_read_by_the_compiled_loop_with_the_same_bits_alone(dtype, tolerance, monkeypatch):
+    query, keys, values, slots, positions = problem([1] * 12, places=96, starts=range(20, 80, 5), dtype=dtype)
+    table = torch.arange(12 * 6).view(12, 6).int()
+    blocks = [x.unflatten(2, (6, 16)).transpose(1, 2).flatten(0, 1).contiguous() for x in (keys, values)]
+    table[1::2, 0] = table[::2, 0]  # pairs have their first block in common
+    want = reference.cached_attention(query.double(), *(x.double() for x in blocks), slots, positions, table)
+    monkeypatch.setattr(importlib.import_module("searchr1_kernels.cached_attention"), "_attend_torch", None)
+    have = cached_attention(query, *blocks, slots, positions, table=table)
+    assert have.dtype == dtype
+    torch.testing.assert_close(have.double(), want, rtol=0, atol=tolerance)
+    for t in range(12):
+        own = slice(t, t + 1)
+        alone = cached_attention(query[own], *blocks, slots[own], positions[own], table=table)
+        assert torch.equal(alone, have[own])
 
 
 @pytest.mark.parametrize("group", [1, 7, 8, 100])

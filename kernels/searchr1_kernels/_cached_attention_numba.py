@@ -20,6 +20,7 @@ from __future__ import annotations
 import numba
 import numpy as np
 import torch
+
 from searchr1_kernels._numba_numbers import FAST_MATH, LOG2_E, as_array, exp2, prefetch, widen
 
 # Tokens that go through their blocks abreast: what a block of each takes has to stay in the first-level cache.
