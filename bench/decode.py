@@ -8,14 +8,16 @@ launched kernel by kernel.
 
 The engine is the trainer's. Its sequences are said to have `--context` tokens in the cache (zeros, which cost as much
 as any), so no prompt is computed; then they decode, and each step is timed whole: schedule, one copy in, layers, head,
-sampling, one copy out, bookkeeping. The engines share the weights and run in turn, some steps each.
+sampling, one copy out, bookkeeping. The engines share the weights and run in turn, some steps each; on a GPU they run
+ahead, and a step's time is that from reading one to reading the next.
 
 A step cannot be faster than memory: it reads every weight once and every sequence's keys and values. The floor that is
 printed is these bytes over the bandwidth of a copy, measured in the same run.
 
-`graphs` is what the trainer runs; `modules` are graphs too, of the blocks as training has them; `single` is the first,
-launched kernel by kernel. With `--compile` the modules are compiled. With `--lora-rank` there is an adapter on all
-layers, and `base` is `graphs` without it: what weights with the adapter merged into them would take.
+`graphs` is what the trainer runs; `waiting` is the same, but for that it reads a step before it launches the next;
+`modules` are graphs too, of the blocks as training has them; `single` is the first, launched kernel by kernel. With
+`--compile` the modules are compiled. With `--lora-rank` there is an adapter on all layers, and `base` is `graphs`
+without it: what weights with the adapter merged into them would take.
 
 Without a GPU all run the same kernels but for the fused operations' twins, and graphs are their plain twin.
 """
@@ -63,7 +65,7 @@ SHAPES = {
 }
 ASSETS = Path(__file__).resolve().parent.parent / "searchr1_fast" / "assets" / "base"  # for its tokenizer
 WARM_UP_STEPS, STEPS_IN_A_ROW = 4, 10
-ENGINES = ("graphs", "base", "modules", "single")
+ENGINES = ("graphs", "waiting", "base", "modules", "single")
 
 
 def build_model(config: DecoderConfig, dtype: torch.dtype, device: torch.device, lora_rank: int = 0) -> Decoder:
@@ -106,7 +108,8 @@ class Decoding:
         )
         sampling = SamplingParams(arguments.temperature, arguments.top_p, arguments.top_k)
         twin = DecodeGraphs if graphs and model.head_weight.device.type == "cpu" else None
-        self.engine = Engine(model, tokenizer, config, sampling, stop_at_tags=False, decode_graphs=twin)
+        options = {"decode_graphs": twin, "run_ahead": False if name == "waiting" else None}
+        self.engine = Engine(model, tokenizer, config, sampling, stop_at_tags=False, **options)
         self.engine.share_prefixes = False
         self.engine.is_eos[:] = False
         self.engine.add([self._sequence(row, arguments.context, num_steps) for row in range(num_rows)])
@@ -115,7 +118,9 @@ class Decoding:
         self.seconds.clear()
 
     def run(self, num_steps: int) -> None:
-        """So many more steps."""
+        """So many more steps. One that another engine left under way is not theirs."""
+        if self.engine.model.head_weight.is_cuda:
+            torch.cuda.synchronize()
         for _ in range(num_steps):
             started = time.perf_counter()
             ended = self.engine.step()

@@ -22,6 +22,9 @@ import numpy as np
 
 from searchr1_fast.models import TextTokenizer
 from searchr1_fast.rollout import Engine, PlainEngine
+from searchr1_fast.rollout.engine import Launched
+from searchr1_fast.rollout.scheduler import Batch
+from searchr1_fast.rollout.transfers import Receipt
 
 # Tokens that so large a share of turns have at most: the traces' 10, 50, 90 and 99 % and their longest, in tokens of
 # Qwen2.5's tokenizer. The shortest is ours, what an action without a thought takes.
@@ -86,17 +89,30 @@ class Scripted:
         self._script = np.zeros_like(self._slots.turn_tokens)  # [C, N]
         self._length = np.zeros(num_slots, dtype=np.int64)  # [C]
 
-    def _postprocess(self, batch: Any, token_ids: np.ndarray, logprobs: np.ndarray) -> list:  # [S] int64, [S] fp32
+    def _replay(self, batch: Batch, randoms: np.ndarray) -> Receipt:  # [S] fp64
+        return super()._replay(self._dictate(batch), randoms)
+
+    def _run(self, batch: Batch, randoms: np.ndarray) -> Receipt:  # [S] fp64
+        return super()._run(self._dictate(batch), randoms)
+
+    def _dictate(self, batch: Batch) -> Batch:
+        """Let running sequences go on from the script's tokens, not from what they sampled on the device."""
         counts = self._slots.turn_count[batch.slots]
         for slot in batch.slots[counts == 0].tolist():
             sequence = self._slots.occupants[slot]
             turn = self.scripts[sequence.request.seed][len(sequence.turns)]
             self._length[slot] = len(turn)
             self._script[slot, : len(turn)] = turn
-        # Behind its end a turn goes on as sampled: the twin without stop tags does.
-        is_written = counts < self._length[batch.slots]
-        forced = np.where(is_written, self._script[batch.slots, counts], token_ids)
-        return super()._postprocess(batch, forced, logprobs)
+        token_ids, running = batch.token_ids.copy(), slice(batch.num_running)
+        token_ids[running] = self._written(batch.slots[running], counts[running] - 1, token_ids[running])
+        return batch._replace(token_ids=token_ids)
+
+    def _postprocess(self, step: Launched, token_ids: np.ndarray, logprobs: np.ndarray) -> list:  # [S] int64, [S] fp32
+        return super()._postprocess(step, self._written(step.batch.slots, step.counts, token_ids), logprobs)
+
+    def _written(self, slots: np.ndarray, counts: np.ndarray, token_ids: np.ndarray) -> np.ndarray:  # [S] int64 each
+        """Token `counts[i]` of each turn. Behind its end it goes on as sampled: the twin without stop tags does."""
+        return np.where(counts < self._length[slots], self._script[slots, counts], token_ids)
 
 
 class ScriptedEngine(Scripted, Engine):

@@ -222,12 +222,13 @@ def test_decode_steps_that_cannot_be_are_one_sentence(bench, capsys, arguments, 
 
 
 def test_decode_steps_are_timed_with_graphs_and_without(bench, capsys):
+    engines = {"graphs", "waiting", "modules", "single"}
     arguments = ["--shape", "tiny", "--device", "cpu", "--rows", "3,1", "--context", "5", "--steps", "10"]
     assert bench("decode").main(arguments) == 0
     row = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [one["rows"] for one in row["results"]] == [3, 1]
     for one in row["results"]:
-        assert one["milliseconds"].keys() == one["tokens_per_second"].keys() == {"graphs", "modules", "single"}
+        assert one["milliseconds"].keys() == one["tokens_per_second"].keys() == engines
     assert bench("decode").main([*arguments, "--engines", "graphs"]) == 0
     row = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert row["results"][0]["milliseconds"].keys() == {"graphs"}

@@ -3,7 +3,8 @@
 A step in which no sequence joins is the same work every time: each sequence's last token through the layers, the head
 and the sampler. Launched one by one, its hundreds of small kernels take the host longer than the device. Recorded as a
 CUDA graph they are one launch, which reads what differs from step to step (tokens, slots, positions, uniforms) from
-memory that stays where it is, and leaves tokens and log-probabilities in memory that stays.
+memory that stays where it is, and leaves tokens and log-probabilities in memory that stays. The token that a sequence
+sampled last it finds on the device, so that the host may launch a step before it has read the one before.
 
 A graph has a fixed number of rows. So a step takes the next larger of a few sizes (`bucket_size`), and its rows without
 a sequence write place 0 of a spare slot of the cache, the last, which nobody else uses, in a block that nobody else
@@ -15,7 +16,7 @@ uses; what they sample is not read. Of the cache's table a step is sent the entr
 weights have moved. Weights that are written in place stay where they are.
 
 Shape legend
-    S  sequences of a step    B  rows of a bucket, at least S
+    S  sequences of a step    B  rows of a bucket, at least S    C  cache slots
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import torch
 
 from searchr1_fast.models import Decoder, KVCache
 from searchr1_fast.rollout.sampling import SamplingParams, head_logits, sample
-from searchr1_fast.rollout.transfers import Transfers, pack
+from searchr1_fast.rollout.transfers import Receipt, Transfers, pack
 
 NUM_INPUTS = 5  # numbers per row that a step sends
 
@@ -37,9 +38,17 @@ NUM_INPUTS = 5  # numbers per row that a step sends
 class DecodeGraphs:
     """Replays steps over one cache, whose last slot and block are spare. Here a step is replayed by running it."""
 
-    def __init__(self, model: Decoder, cache: KVCache, transfers: Transfers, max_rows: int) -> None:
+    def __init__(
+        self,
+        model: Decoder,
+        cache: KVCache,
+        last_tokens: torch.Tensor,  # [C] int64: what each slot's sequence sampled last
+        transfers: Transfers,
+        max_rows: int,
+    ) -> None:
         assert cache.num_slots > max_rows
         self._model, self._cache, self._transfers, self._max_rows = model, cache, transfers, max_rows
+        self._last_tokens = last_tokens
         self._inputs = torch.zeros(NUM_INPUTS * max_rows, dtype=torch.int64, device=transfers.device)
         self._outputs = torch.zeros(2 * max_rows, dtype=torch.int32, device=transfers.device)
         self._replays: dict[tuple[SamplingParams, int], Callable[[], None]] = {}
@@ -49,16 +58,15 @@ class DecodeGraphs:
 
     def decode(
         self,
-        token_ids: np.ndarray,  # [S] int64: the last token of each sequence
+        token_ids: np.ndarray,  # [S] int64: the last token of each sequence; -1: what it sampled last
         slots: np.ndarray,  # [S] int64
         positions: np.ndarray,  # [S] int64: how many tokens each slot holds already
         blocks: np.ndarray,  # [S] int64: of the cache, in which these positions are
         uniforms: np.ndarray,  # [S] fp64
         params: SamplingParams,
-    ) -> tuple[np.ndarray, np.ndarray]:  # [S] int64, [S] fp32
-        """The next tokens and their log-probabilities, on the host; the last tokens are cached."""
-        num_rows = len(slots)
-        size = bucket_size(num_rows, self._max_rows)
+    ) -> Receipt:  # of [B]: the sequences' rows are the first
+        """The next tokens and their log-probabilities, on their way to the host; the last tokens are cached."""
+        size = bucket_size(len(slots), self._max_rows)
         spare_slot, spare_block = self._cache.num_slots - 1, self._cache.num_blocks - 1
         rows = ((token_ids, 0), (slots, spare_slot), (positions, 0), (blocks, spare_block), (uniforms, 0))
         inputs = self._transfers.send([_lengthen(array, size, filling) for array, filling in rows], self._inputs)
@@ -66,13 +74,14 @@ class DecodeGraphs:
         replay = self._replays.get((params, size))
         if replay is None:  # after the inputs were sent: recording runs the step, and writes where they say
             started = time.perf_counter()
-            step = _decode_step(self._model, self._cache, inputs, outputs, params)
+            step = _decode_step(self._model, self._cache, self._last_tokens, inputs, outputs, params)
+            before = self._last_tokens.clone()
             replay = self._replays[params, size] = self._record(step)
+            self._last_tokens.copy_(before)
             self.num_recordings += 1
             self.time_recording += time.perf_counter() - started
         replay()
-        sampled, logprobs = self._transfers.receive(outputs)
-        return sampled[:num_rows], logprobs[:num_rows]
+        return self._transfers.fetch(outputs)
 
     def refresh(self) -> None:
         """Forget what was recorded if a weight no longer lies where it lay."""
@@ -97,8 +106,10 @@ class CudaDecodeGraphs(DecodeGraphs):
     may happen in a recording. It writes what the replay writes again.
     """
 
-    def __init__(self, model: Decoder, cache: KVCache, transfers: Transfers, max_rows: int) -> None:
-        super().__init__(model, cache, transfers, max_rows)
+    def __init__(
+        self, model: Decoder, cache: KVCache, last_tokens: torch.Tensor, transfers: Transfers, max_rows: int
+    ) -> None:
+        super().__init__(model, cache, last_tokens, transfers, max_rows)
         self._stream = _recording_stream(transfers.device)
         self._pool = torch.cuda.graph_pool_handle()
 
@@ -137,6 +148,7 @@ def bucket_size(num_rows: int, max_rows: int) -> int:
 def _decode_step(
     model: Decoder,
     cache: KVCache,
+    last_tokens: torch.Tensor,  # [C] int64
     inputs: list[torch.Tensor],  # token_ids, slots, positions, blocks [B] int64, uniforms [B] fp64
     outputs: torch.Tensor,  # [2 * B] int32, from `pack`
     params: SamplingParams,
@@ -147,8 +159,11 @@ def _decode_step(
     @torch.no_grad()
     def step() -> None:
         cache.set_table(slots, positions // cache.block_size, blocks)
-        hidden = model.decode_cached(token_ids, slots, positions, cache)  # [B, D]
-        outputs.copy_(pack(*sample(head_logits(hidden, model.head_weight), uniforms, params)))
+        own = torch.where(token_ids < 0, last_tokens[slots], token_ids)
+        hidden = model.decode_cached(own, slots, positions, cache)  # [B, D]
+        sampled, logprobs = sample(head_logits(hidden, model.head_weight), uniforms, params)
+        last_tokens[slots] = sampled
+        outputs.copy_(pack(sampled, logprobs))
 
     return step
 

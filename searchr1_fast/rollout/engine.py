@@ -10,18 +10,22 @@ again (scheduler.py). What is known per slot lies in numpy arrays, so that a ste
 token; Python runs once per turn. The model is the trainer's own object: new weights need no copy.
 
 On a GPU, a step that only decodes is a recorded graph (decode_graph.py); what a step needs is sent in one copy, and its
-tokens and log-probabilities are read back in one, the only wait for the device (transfers.py).
+tokens and log-probabilities are read back in one, the only wait for the device (transfers.py). The host runs ahead: it
+launches a step before it reads the one before, so that the device does not wait for the host. What a sequence sampled
+last is on the device; that its turn ended with it the host learns a step late, and then does not read what it sampled
+behind its end. The tokens are those of an engine that waits.
 
 Left out: splitting one prompt over steps, speculation.
 
 Shape legend
-    C  cache slots    S  sequences of a step    T  their new tokens    D  hidden size    V  vocabulary
+    C  cache slots    S  sequences of a step    T  their new tokens    D  hidden size    V  vocabulary    n  some slots
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -38,7 +42,17 @@ from searchr1_fast.rollout.sequence import Sequence
 from searchr1_fast.rollout.slot_table import SlotTable
 from searchr1_fast.rollout.statistics import RolloutStatistics
 from searchr1_fast.rollout.stop import StopMatcher, vocabulary_bytes
-from searchr1_fast.rollout.transfers import Transfers, pack
+from searchr1_fast.rollout.transfers import Receipt, Transfers, pack
+
+
+@dataclass(slots=True)
+class Launched:
+    """A step that the device has been given, to be read."""
+
+    batch: Batch
+    counts: np.ndarray  # [S] int64: tokens of each turn before it
+    is_wanted: np.ndarray  # [S] bool: off where the step before turns out to have ended the turn
+    receipt: Receipt  # of [>= S]
 
 
 class Engine:
@@ -55,10 +69,12 @@ class Engine:
         *,
         stop_at_tags: bool = True,
         decode_graphs: type[DecodeGraphs] | None = None,
+        run_ahead: bool | None = None,
     ) -> None:
         """`sampling` None: as the configuration says. `stop_at_tags` off: turns run on to EOS or their limit and are
         cut afterwards, as the original does it; same trajectories, more work. `decode_graphs` None: CUDA graphs where
-        there is a GPU and `rollout.cuda_graphs` says so.
+        there is a GPU and `rollout.cuda_graphs` says so. `run_ahead` None: where there is a GPU; on a CPU, which is
+        host and device, it is more work for nothing.
         """
         vocab_size = model.config.vocab_size
         if tokenizer.vocab_size > vocab_size:
@@ -78,6 +94,8 @@ class Engine:
         if decode_graphs is None and config.cuda_graphs and self._transfers.device.type == "cuda" and has_triton():
             decode_graphs = CudaDecodeGraphs  # without Triton, attention to the cache waits for the device
         self._graphs_class, self._graphs = decode_graphs, None
+        self._runs_ahead = self._transfers.device.type == "cuda" if run_ahead is None else run_ahead
+        self._under_way: Launched | None = None
         self._cache: KVCache | None = None
         self._scheduler = Scheduler(self._make_slots(0))
 
@@ -95,7 +113,7 @@ class Engine:
     def has_work(self) -> bool:
         """Whether there is a sequence to run; one that waits for a slot, or for memory that those who search have, is
         none."""
-        return self._scheduler.has_work
+        return self._under_way is not None or self._scheduler.has_work
 
     def add(self, sequences: Iterable[Sequence]) -> None:
         """Take new sequences, their prompts appended and `turn_limit` set."""
@@ -119,6 +137,7 @@ class Engine:
 
     def reset(self) -> None:
         """Forget every sequence; the memory stays."""
+        self._under_way = None
         self._scheduler.reset(self._make_slots(len(self._slots)))
 
     def free_cache(self) -> None:
@@ -126,7 +145,8 @@ class Engine:
         held."""
         assert len(self._slots.free) == len(self._slots)
         if not self.keep_cache:
-            self._cache, self._graphs = None, None
+            self._transfers.finish()
+            self._cache = self._graphs = self._last_tokens = None
             self._scheduler.table = self._make_slots(0)
 
     def update_weights(self) -> dict[str, float]:
@@ -139,18 +159,12 @@ class Engine:
     def step(self) -> list[Sequence]:
         """Run every running sequence one token further; the sequences whose turn ended with it, tokens appended."""
         assert self.has_work
-        batch = self._scheduler.schedule()
+        step = self._under_way or self._launch()
+        self._under_way = self._launch() if self._runs_ahead and self._scheduler.can_run_ahead else None
         started = time.perf_counter()
-        randoms = self._randoms(batch.slots)
-        token_ids, logprobs = (self._replay if self._can_replay(batch) else self._run)(batch, randoms)
-        self._slots.num_cached[batch.slots] += batch.lengths
+        token_ids, logprobs = (values[: len(step.counts)] for values in step.receipt.wait())
         self.statistics.time_forward += time.perf_counter() - started
-        if not np.isfinite(logprobs).all():
-            raise ValueError(
-                f"the model's logits are not finite for {np.count_nonzero(~np.isfinite(logprobs))} of {len(logprobs)} "
-                "sequences; its weights are broken: go back to a checkpoint before this"
-            )
-        return self._postprocess(batch, token_ids, logprobs)
+        return self._postprocess(step, token_ids, logprobs)
 
     @property
     def _slots(self) -> SlotTable:
@@ -165,6 +179,7 @@ class Engine:
 
     def _allocate(self, num_slots: int) -> None:
         weight, max_length = self.model.head_weight, self.config.max_sequence_tokens
+        self._transfers.finish()
         self._cache = self._graphs = None  # first, so that old and new are never held together
         self._scheduler.table = self._make_slots(num_slots)
         num_spare = int(self._graphs_class is not None)  # a slot and its block, for rows without a sequence
@@ -172,32 +187,43 @@ class Engine:
             self.model.config, num_slots + num_spare, max_length, weight.dtype, weight.device,
             num_blocks=self._slots.blocks.num_free + num_spare,
         )  # fmt: skip
+        self._last_tokens = torch.zeros(num_slots + num_spare, dtype=torch.int64, device=weight.device)  # [C]
         if self._graphs_class is not None:
-            self._graphs = self._graphs_class(self.model, self._cache, self._transfers, num_slots)
+            memory = self._cache, self._last_tokens
+            self._graphs = self._graphs_class(self.model, *memory, self._transfers, num_slots)
 
-    def _randoms(self, slots: np.ndarray) -> np.ndarray:  # [S] int64 -> [S] fp64
-        """The next number of each sequence's own stream."""
-        table = self._slots
-        return uniforms(table.stream_key[slots], table.stream_start[slots] + table.turn_count[slots].astype(np.uint64))
+    def _launch(self) -> Launched:
+        """Give the device a step. Whose turn this step brings to its limit is known already, and does not run on."""
+        batch, table = self._scheduler.schedule(), self._slots
+        started = time.perf_counter()
+        counts = table.turn_count[batch.slots]
+        # The next number of each sequence's own stream.
+        randoms = uniforms(table.stream_key[batch.slots], table.stream_start[batch.slots] + counts.astype(np.uint64))
+        receipt = (self._replay if self._can_replay(batch) else self._run)(batch, randoms)
+        table.num_cached[batch.slots] += batch.lengths
+        table.turn_count[batch.slots] = counts + 1
+        self._scheduler.running = batch.slots[counts + 1 < table.turn_limit[batch.slots]]
+        self.statistics.time_forward += time.perf_counter() - started
+        return Launched(batch, counts, np.ones(len(counts), dtype=bool), receipt)
 
     def _can_replay(self, batch: Batch) -> bool:
         return self._graphs is not None and batch.only_decodes
 
-    def _replay(self, batch: Batch, randoms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # [S] int64, [S] fp32
+    def _replay(self, batch: Batch, randoms: np.ndarray) -> Receipt:  # [S] fp64
         """`_run` of a batch that only decodes, by a recorded step."""
         graphs, statistics = self._graphs, self.statistics
         num_recordings, time_recording = graphs.num_recordings, graphs.time_recording
         positions, blocks = self._slots.num_cached[batch.slots], self._slots.blocks
         own = blocks.table[batch.slots, positions // blocks.block_size]
-        results = graphs.decode(batch.token_ids, batch.slots, positions, own, randoms, self.sampling)
+        receipt = graphs.decode(batch.token_ids, batch.slots, positions, own, randoms, self.sampling)
         statistics.num_replayed_steps += 1
         statistics.num_recordings += graphs.num_recordings - num_recordings
         statistics.time_recording += graphs.time_recording - time_recording
-        return results
+        return receipt
 
     @torch.no_grad()
-    def _run(self, batch: Batch, randoms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # [S] int64, [S] fp32
-        """The next tokens and their log-probabilities, on the host."""
+    def _run(self, batch: Batch, randoms: np.ndarray) -> Receipt:  # [S] fp64
+        """The next tokens and their log-probabilities, on their way to the host."""
         cu_seqlens = np.zeros(len(batch.slots) + 1, dtype=np.int64)
         np.cumsum(batch.lengths, out=cu_seqlens[1:])
         positions = self._slots.num_cached[batch.slots]
@@ -208,28 +234,52 @@ class Engine:
             self._cache.set_table(*moves[:3])
         if batch.copies:
             self._cache.copy(*moves[-3:])
+        own = token_ids[: batch.num_running]
+        own.copy_(torch.where(own < 0, self._last_tokens[slots[: batch.num_running]], own))
         arguments = (token_ids, cu_seqlens, slots, positions, self._cache)
         hidden = self.model.forward_cached(*arguments, host_lengths=batch.lengths)  # [S, D]
-        logits = head_logits(hidden, self.model.head_weight)
-        return self._transfers.receive(pack(*sample(logits, randoms, self.sampling)))
+        sampled, logprobs = sample(head_logits(hidden, self.model.head_weight), randoms, self.sampling)
+        self._last_tokens[slots] = sampled
+        return self._transfers.fetch(pack(sampled, logprobs))
 
-    def _postprocess(self, batch: Batch, token_ids: np.ndarray, logprobs: np.ndarray) -> list[Sequence]:
-        """Keep the tokens, find the turns that ended."""
-        slots, table = batch.slots, self._slots
-        count = table.turn_count[slots]
-        table.turn_tokens[slots, count] = token_ids
-        table.turn_logprobs[slots, count] = logprobs
-        table.last_token[slots] = token_ids
-        table.turn_count[slots] = count + 1
+    def _postprocess(self, step: Launched, token_ids: np.ndarray, logprobs: np.ndarray) -> list[Sequence]:
+        """Keep the tokens, find the turns that ended. [S] int64, [S] fp32"""
+        table, slots, counts = self._slots, step.batch.slots, step.counts
+        if not step.is_wanted.all():
+            slots, counts, token_ids, logprobs = (x[step.is_wanted] for x in (slots, counts, token_ids, logprobs))
+        num_broken = np.count_nonzero(~np.isfinite(logprobs))
+        if num_broken:
+            raise ValueError(
+                f"the model's logits are not finite for {num_broken} of {len(logprobs)} sequences; its weights are "
+                "broken: go back to a checkpoint before this"
+            )
+        table.turn_tokens[slots, counts] = token_ids
+        table.turn_logprobs[slots, counts] = logprobs
         table.stop_state[slots] = states = self._matcher.advance(table.stop_state[slots], token_ids)
-        ended = (count + 1 == table.turn_limit[slots]) | self.is_eos[token_ids]
+        ended = (counts + 1 == table.turn_limit[slots]) | self.is_eos[token_ids]
         if self.stop_at_tags:
             ended |= states == self._matcher.matched
         if not ended.any():
-            self._scheduler.running = slots
             return []
-        self._scheduler.running = slots[~ended]
+        self._stop(slots[ended])
         return [self._end_turn(slot) for slot in slots[ended].tolist()]
+
+    def _stop(self, slots: np.ndarray) -> None:  # [n] int64
+        """Run these no longer; a step of theirs that is under way is as if it had never been."""
+        scheduler, table, ahead = self._scheduler, self._slots, self._under_way
+        is_stopped = np.zeros(len(table), dtype=bool)  # [C]
+        is_stopped[slots] = True
+        scheduler.running = scheduler.running[~is_stopped[scheduler.running]]
+        if ahead is None:
+            return
+        is_void = is_stopped[ahead.batch.slots]
+        void = ahead.batch.slots[is_void]
+        table.num_cached[void] -= 1
+        table.turn_count[void] -= 1
+        ahead.is_wanted &= ~is_void
+        self.statistics.num_discarded_tokens += len(void)
+        if not ahead.is_wanted.any():
+            self._under_way = None
 
     def _end_turn(self, slot: int) -> Sequence:
         """Give a sequence the tokens of its turn. It keeps its slot; the turn's last token is not cached yet."""

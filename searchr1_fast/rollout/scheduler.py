@@ -43,8 +43,9 @@ class Batch(NamedTuple):
     """One step's work: the running sequences, then the joining ones."""
 
     slots: np.ndarray  # [S] int64
-    token_ids: np.ndarray  # [T] int64
+    token_ids: np.ndarray  # [T] int64; -1: what the slot's sequence sampled last, which the host may not know yet
     lengths: np.ndarray  # [S] int64, adding up to T
+    num_running: int  # those that were running
     changes: list[np.ndarray]  # of the block tables: slots, numbers, blocks, [n] int64 each; or none
     copies: list[PrefixCopy]  # before the forward pass
     only_decodes: bool  # whether it is one token per sequence, each into a block of its own, and nothing else
@@ -80,6 +81,12 @@ class Scheduler:
         """Sequences that hold no slot."""
         return len(self._waiting)
 
+    @property
+    def can_run_ahead(self) -> bool:
+        """Whether a step can follow of which it is not known yet who ended at the one before: somebody runs on, and
+        there are blocks for all who do, so that nobody loses tokens that have not been read."""
+        return len(self.running) > 0 and len(self._running_full()) <= self.table.blocks.num_free
+
     def add(self, sequences: Iterable[Sequence]) -> None:
         """Take new sequences."""
         self._waiting.extend(sequences)
@@ -93,12 +100,12 @@ class Scheduler:
         """Whom to run, and on which tokens."""
         self._extend_running()
         grown = self.table.blocks.take_changes()
-        running, last_tokens = self.running, self.table.last_token[self.running]
+        running, last_tokens = self.running, np.full(len(self.running), -1)
         self.statistics.num_steps += 1
         self.statistics.num_decode_tokens += len(running)
         lengths = np.ones(len(running), dtype=np.int64)
         if not self._resumed and not (self._waiting and self.table.free):
-            return Batch(running, last_tokens, lengths, grown, [], only_decodes=True)
+            return Batch(running, last_tokens, lengths, len(running), grown, [], only_decodes=True)
         joining, copies = self._admit()
         pieces = [self.table.uncached_tokens(sequence) for sequence in joining]
         for sequence in joining:
@@ -112,6 +119,7 @@ class Scheduler:
             slots=np.concatenate((running, np.array([sequence.slot for sequence in joining], dtype=np.int64))),
             token_ids=np.concatenate((last_tokens, *pieces)),
             lengths=np.concatenate((lengths, sizes)),
+            num_running=len(running),
             changes=changes or grown or joined,
             copies=copies,
             only_decodes=bool((sizes == 1).all()) and not copies and not joined,
@@ -210,14 +218,19 @@ class Scheduler:
 
     def _extend_running(self) -> None:
         """Blocks for the next token of every running sequence."""
-        table, blocks = self.table, self.table.blocks
+        blocks = self.table.blocks
         while True:
-            full = self.running[table.num_cached[self.running] == blocks.counts[self.running] * blocks.block_size]
+            full = self._running_full()
             if len(full) <= blocks.num_free:
                 blocks.extend_each(full)
                 return
             # The last one that runs is spared: it would be back at this very step, for the blocks of who does not run.
             self._preempt_youngest(besides=int(self.running[0]) if len(self.running) == 1 else None)
+
+    def _running_full(self) -> np.ndarray:  # [n] int64
+        """The slots of running sequences whose next token goes into a block that they do not have yet."""
+        table, blocks = self.table, self.table.blocks
+        return self.running[table.num_cached[self.running] == blocks.counts[self.running] * blocks.block_size]
 
     def _preempt_youngest(self, besides: int | None = None) -> None:
         """Take the blocks of who got its slot last of all that have blocks. What ran joins again, before all others."""

@@ -25,11 +25,10 @@ class SlotTable:
         self.prefixes = PrefixTree()
         self.num_cached = np.zeros(num_slots, dtype=np.int64)  # [C]
         self.arrival = np.zeros(num_slots, dtype=np.int64)  # [C]: who got a slot later has a larger one
-        self.last_token = np.zeros(num_slots, dtype=np.int64)  # [C]
         self.stop_state = np.zeros(num_slots, dtype=np.uint8)  # [C]
         self.stream_key = np.zeros(num_slots, dtype=np.uint64)  # [C]
         self.stream_start = np.zeros(num_slots, dtype=np.uint64)  # [C]: policy tokens before the turn
-        self.turn_count = np.zeros(num_slots, dtype=np.int64)  # [C]: tokens of the turn so far
+        self.turn_count = np.zeros(num_slots, dtype=np.int64)  # [C]: tokens of the turn so far, read or under way
         self.turn_limit = np.zeros(num_slots, dtype=np.int64)  # [C]
         self.turn_tokens = np.zeros((num_slots, max_turn_tokens), dtype=np.int64)  # [C, N]
         self.turn_logprobs = np.zeros((num_slots, max_turn_tokens), dtype=np.float32)  # [C, N]

@@ -3,7 +3,8 @@ the model sends its attention's table of tiles besides: a few kB, from memory th
 
 A copy of a few numbers takes a GPU longer to begin than to make, and one from memory that is not pinned makes the host
 wait. So everything that a step needs travels in one pinned buffer, 8 bytes a number, and its results come back in
-another. The buffers are used again by the next step: `receive` has waited for all that this one sent.
+another. There are two such pairs, taken in turn: a step may be launched before the one before it is read. A pair is
+used again when all that was asked of the device with it has been done, whether or not anybody read it.
 
 On a CPU nothing is pinned, and what is sent is the buffer itself.
 
@@ -18,27 +19,32 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+NUM_PAIRS = 2
+
 
 class Transfers:
-    """Both buffers; they grow with what is sent."""
+    """Both pairs of buffers; they grow with what is sent."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._is_cuda = device.type == "cuda"
-        self._sent = self._buffer(4096, torch.int64)
-        self._received = self._buffer(512, torch.int32)
+        self._pairs = [_Pair(self._buffer(4096, torch.int64), self._buffer(512, torch.int32)) for _ in range(NUM_PAIRS)]
 
     def send(
         self,
         arrays: Sequence[np.ndarray],  # [n] int64 or fp64 each
         target: torch.Tensor | None = None,  # [>= W] int64 on the device; None: new memory
     ) -> list[torch.Tensor]:  # [n] each, of the same type
-        """The arrays on the device, in order and end to end in one memory; on a CPU good until the next `send`."""
+        """The arrays on the device, in order and end to end in one memory; on a CPU good until the `send` after the
+        next."""
+        self._pairs.append(self._pairs.pop(0))
+        pair = self._pairs[-1]
+        self._finish(pair)
         sizes = [len(array) for array in arrays]
         total = sum(sizes)
-        if total > len(self._sent):
-            self._sent = self._buffer(2 * total, torch.int64)
-        host = self._sent[:total]
+        if total > len(pair.sent):
+            pair.sent = self._buffer(2 * total, torch.int64)
+        host = pair.sent[:total]
         np.concatenate([array.view(np.int64) for array in arrays], out=host.numpy())
         if target is None:
             memory = host.to(self.device, non_blocking=True)
@@ -48,26 +54,57 @@ class Transfers:
         parts = zip(arrays, memory.split(sizes), strict=True)
         return [part.view(torch.float64) if array.dtype == np.float64 else part for array, part in parts]
 
-    def receive(self, results: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:  # [2 * S] -> [S] int64, [S] fp32
-        """Token ids and log-probabilities as `pack` made them; good until the next `receive`. Waits for the device."""
-        host = results
-        if self._is_cuda:
-            if len(results) > len(self._received):
-                self._received = self._buffer(2 * len(results), torch.int32)
-            host = self._received[: len(results)]
-            host.copy_(results, non_blocking=True)
-            self._wait()
-        token_ids, logprobs = host.numpy().reshape(2, -1)
-        return token_ids.astype(np.int64), logprobs.view(np.float32)
+    def fetch(self, results: torch.Tensor) -> Receipt:  # [2 * S] int32, from `pack`
+        """Begin to copy to the host what came of the last `send`; nothing is waited for."""
+        pair = self._pairs[-1]
+        if not self._is_cuda:
+            return Receipt(self, pair, results.numpy().copy())
+        if len(results) > len(pair.received):
+            pair.received = self._buffer(2 * len(results), torch.int32)
+        host = pair.received[: len(results)]
+        host.copy_(results, non_blocking=True)
+        pair.done = torch.cuda.Event()
+        pair.done.record(torch.cuda.current_stream(self.device))
+        return Receipt(self, pair, host.numpy())
 
-    def _wait(self) -> None:
-        """The one wait of a step: until what was asked of the device has been done."""
-        done = torch.cuda.Event()
-        done.record(torch.cuda.current_stream(self.device))
+    def finish(self) -> None:
+        """Wait until nothing is under way."""
+        for pair in self._pairs:
+            self._finish(pair)
+
+    def _finish(self, pair: _Pair) -> None:
+        if pair.done is not None:
+            self._wait(pair.done)
+            pair.done = None
+
+    def _wait(self, done: torch.cuda.Event) -> None:
+        """Until what was asked of the device before the event has been done."""
         done.synchronize()
 
     def _buffer(self, size: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(size, dtype=dtype, pin_memory=self._is_cuda)
+
+
+class _Pair:
+    """The buffers of one step. `done`: when the device needs them no longer; None where it does not know of them."""
+
+    def __init__(self, sent: torch.Tensor, received: torch.Tensor) -> None:
+        self.sent, self.received = sent, received
+        self.done: torch.cuda.Event | None = None
+
+
+class Receipt:
+    """Token ids and log-probabilities of a step, on their way; to be read once, before the `send` after the next."""
+
+    def __init__(self, transfers: Transfers, pair: _Pair, host: np.ndarray) -> None:  # [2 * S] int32
+        self._transfers, self._pair, self._host, self._done = transfers, pair, host, pair.done
+
+    def wait(self) -> tuple[np.ndarray, np.ndarray]:  # [S] int64, [S] fp32
+        """They, once they are there: the one wait of a step."""
+        assert self._pair.done is self._done, "the buffers are another step's by now"
+        self._transfers._finish(self._pair)
+        token_ids, logprobs = self._host.copy().reshape(2, -1)
+        return token_ids.astype(np.int64), logprobs.view(np.float32)
 
 
 def pack(token_ids: torch.Tensor, logprobs: torch.Tensor) -> torch.Tensor:  # [S] int64, [S] fp32 -> [2 * S] int32

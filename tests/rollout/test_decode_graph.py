@@ -254,9 +254,53 @@ def test_transfers_change_nothing(device):
             assert memory is None or sent[0].data_ptr() == target.data_ptr()
         tokens = torch.from_numpy(generator.integers(0, 2**31 - 1, count)).to(device)
         logprobs = torch.tensor([-0.0, -torch.inf, torch.nan, *[-1e-30] * count])[:count].to(device)
-        received, bits = transfers.receive(pack(tokens, logprobs))
+        received, bits = transfers.fetch(pack(tokens, logprobs)).wait()
         np.testing.assert_array_equal(received, tokens.cpu().numpy(), strict=True)
         np.testing.assert_array_equal(bits.view(np.int32), logprobs.cpu().numpy().view(np.int32), strict=True)
+
+
+def test_buffers_are_used_again_when_the_device_is_done_with_them(monkeypatch):
+    """The order of waits, with stand-ins for events: every step's own, once, before its buffers are another's."""
+    waited = []
+
+    class Event:
+        def record(self, stream):
+            self.number = len(made)
+            made.append(self)
+
+        def synchronize(self):
+            waited.append(self.number)
+
+    made: list[Event] = []
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    transfers = Transfers(CPU)
+    transfers._is_cuda = True
+
+    def launch(number):
+        (sent,) = transfers.send([np.array([number])])
+        receipt = transfers.fetch(pack(sent, torch.tensor([-float(number)])))
+        return sent, receipt
+
+    def read(receipt):
+        return [float(values[0]) for values in receipt.wait()]
+
+    (first, one), (second, other) = launch(10), launch(11)
+    assert first.data_ptr() != second.data_ptr()
+    assert waited == []
+    assert (read(one), waited) == ([10, -10], [0])
+    third, _dropped = launch(12)
+    assert third.data_ptr() == first.data_ptr()
+    assert (read(other), waited) == ([11, -11], [0, 1])
+    fourth, late = launch(13)
+    assert (fourth.data_ptr(), waited) == (second.data_ptr(), [0, 1])
+    launch(14)  # into what the step that nobody read has: first it is waited for
+    assert waited == [0, 1, 2]
+    launch(15)
+    with pytest.raises(AssertionError, match="another step's"):
+        late.wait()
+    transfers.finish()
+    assert waited == [0, 1, 2, 3, 4, 5]
 
 
 # ---------------------------------------------------------------------------------------------------------------- GPU
@@ -316,10 +360,10 @@ def test_on_a_gpu(gpu_loops, make_requests, sampling, overlap):
 def test_a_step_waits_once(gpu_loops, make_requests, monkeypatch, sampling):
     waits, wait = [], Transfers._wait
 
-    def allowed(transfers):
+    def allowed(transfers, done):
         waits.append(torch.cuda.get_sync_debug_mode())
         torch.cuda.set_sync_debug_mode("default")
-        wait(transfers)
+        wait(transfers, done)
         torch.cuda.set_sync_debug_mode(waits[-1])
 
     monkeypatch.setattr(Transfers, "_wait", allowed)
@@ -331,7 +375,9 @@ def test_a_step_waits_once(gpu_loops, make_requests, monkeypatch, sampling):
             loop.run(make_requests(12, group_size=4))
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        assert waits == [2] * loop.statistics.num_steps
+        # In none of the others; the last step of a run may be one that nobody wants, and reads.
+        assert set(waits) == {2}
+        assert len(waits) <= loop.statistics.num_steps
 
 
 @pytest.mark.gpu
@@ -381,9 +427,13 @@ def test_a_graph_in_bf16_is_the_step(make_model, attention, num_rows):
         cache = KVCache(model.config, num_slots=17, max_length=40, dtype=torch.bfloat16, device="cuda")
         for memory in (*cache.keys, *cache.values):
             memory.normal_()
-        graphs = graphs_class(model, cache, Transfers(torch.device("cuda")), max_rows=16)
+        last_tokens = torch.zeros(17, dtype=torch.int64, device="cuda")
+        graphs = graphs_class(model, cache, last_tokens, Transfers(torch.device("cuda")), max_rows=16)
         for step in range(3):
-            result = graphs.decode(tokens, slots, lengths + step, np.zeros(num_rows), GREEDY)
+            positions = lengths + step
+            blocks = cache.table.cpu().numpy()[slots, positions // cache.block_size].astype(np.int64)
+            receipt = graphs.decode(tokens, slots, positions, blocks, np.zeros(num_rows), GREEDY)
+            result = [values[:num_rows] for values in receipt.wait()]
         results.append(result)
         caches.append(cache)
         assert graphs.num_recordings == 1

@@ -22,8 +22,8 @@ class WatchedEngine(Engine):
     num_shared_blocks = 0
     interrupted = 0
 
-    def _postprocess(self, batch, token_ids, logprobs):
-        table, blocks = self._slots, self._slots.blocks
+    def _postprocess(self, step, token_ids, logprobs):
+        batch, table, blocks = step.batch, self._slots, self._slots.blocks
         for slot, length in zip(batch.slots.tolist(), batch.lengths.tolist(), strict=True):
             end = int(table.num_cached[slot])  # the step's tokens are the last `length` of these
             assert blocks.counts[slot] * blocks.block_size >= end
@@ -34,8 +34,8 @@ class WatchedEngine(Engine):
         assert np.count_nonzero(blocks._num_holders > 0) == len(held)
         WatchedEngine.num_shared_blocks += int(np.count_nonzero(blocks._num_holders > 1))
         WatchedEngine.interrupted += sum(len(batch.token_ids) > len(batch.slots) and c > 0 for c in
-                                         table.turn_count[batch.slots[batch.lengths > 1]])  # fmt: skip
-        return super()._postprocess(batch, token_ids, logprobs)
+                                         step.counts[batch.lengths > 1])  # fmt: skip
+        return super()._postprocess(step, token_ids, logprobs)
 
 
 def check_same(trajectories, others):
@@ -131,9 +131,9 @@ def test_the_last_one_that_runs_keeps_its_cache(make_model, tokenizer, config, m
                 Spared.num_single += 1
             return ended
 
-        def _postprocess(self, batch, token_ids, logprobs):
-            self.lengths = dict(zip(batch.slots.tolist(), batch.lengths.tolist(), strict=True))
-            return super()._postprocess(batch, token_ids, logprobs)
+        def _postprocess(self, step, token_ids, logprobs):
+            self.lengths = dict(zip(step.batch.slots.tolist(), step.batch.lengths.tolist(), strict=True))
+            return super()._postprocess(step, token_ids, logprobs)
 
     config = config.model_copy(update={"max_num_seqs": 24})
     requests = make_requests(24, group_size=4, seed=1)
