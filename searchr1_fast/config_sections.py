@@ -191,6 +191,10 @@ class RolloutConfig(Section):
     keep_cache: Literal["auto"] | bool = "auto"
     """On a GPU: keep KV cache and recorded decode steps while the weights are updated. Off: the update has their
     memory, and the steps are recorded in every rollout. `auto`: kept where the memory planner has room for both."""
+    on_search_error: Literal["stop", "drop"] = "stop"
+    """What a search that failed for good (`retrieval.max_retries`) does in training. `stop`: end the run. `drop`: end
+    its trajectories, which then count in no mean and in no update; a step of which every search failed still ends the
+    run. Evaluations always stop."""
     final_turn_message: str = ""
     """Environment text before the forced final turn; masked from the loss. A tag opened in it is not the policy's."""
 

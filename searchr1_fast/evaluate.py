@@ -116,7 +116,8 @@ def evaluate(
     engine = engine or own
     previous, engine.sampling = engine.sampling, sampling
     try:
-        loop = SearchLoop(engine, environment.search)
+        whole = config.rollout.model_copy(update={"on_search_error": "stop"})  # of some questions is no score
+        loop = SearchLoop(engine, environment.search, config=whole)
         trajectories = loop.run(ranks.share(requests) if ranks else requests, progress)
     finally:
         engine.sampling = previous

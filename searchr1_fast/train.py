@@ -41,7 +41,7 @@ from searchr1_fast.bad_updates import FOLDER, BadUpdate, MicroBatch, write_bad_u
 from searchr1_fast.cli import train_parser
 from searchr1_fast.config import Config, load_config
 from searchr1_fast.dry_run import dry_run
-from searchr1_fast.errors import INTERRUPTED, entry_point
+from searchr1_fast.errors import INTERRUPTED, entry_point, sentence
 from searchr1_fast.evaluate import score, trajectory_seed
 from searchr1_fast.losses import accumulate_metrics
 from searchr1_fast.packing import lay_out, pack_rank
@@ -123,6 +123,10 @@ def sample(run: Run, questions: Sequence[Question], step: int) -> list[Trajector
     run.timers.add("recording", run.loop.statistics.time_recording)
     if run.ranks.device.type == "cuda":
         run.engine.free_cache()  # for the update, unless there is room for both
+    failed = int(run.ranks.sum(run.loop.statistics.num_failed_searches))
+    if failed:
+        cause = f": {sentence(run.loop.last_error)}" if run.loop.last_error else ""
+        run.ui.note(f"step {step}: {failed} searches failed, and their trajectories do not count{cause}")
     shared = run.ranks.unshare([trajectories[i : i + size] for i in range(0, len(trajectories), size)])
     return [trajectory for group in shared for trajectory in group]
 
@@ -134,16 +138,22 @@ def baselines(
 ) -> tuple[np.ndarray, np.ndarray]:  # advantages [N] fp32, kept [N] bool
     """GRPO's advantages, and which trajectories are trained on. PPO's advantages come from the critic, later.
 
-    A failed search is no matter here: it ends the run in the rollout, so that nothing is trained on its trajectory.
+    One whose search failed says nothing about the policy: it is neither trained on nor part of its group's baseline.
     """
     advantages = np.zeros(len(trajectories), dtype=np.float32)
-    kept = np.array([bool(t.loss_mask.any()) for t in trajectories])
+    count = judged(trajectories)
+    kept = count & np.array([bool(t.loss_mask.any()) for t in trajectories])
     if config.algorithm.name == "grpo":
-        groups = [t.group for t in trajectories]
-        advantages, varied = grpo_advantages(rewards, groups, config.algorithm.normalize_std)
+        groups = np.array([t.group for t in trajectories])
+        advantages[count], varied = grpo_advantages(rewards[count], groups[count], config.algorithm.normalize_std)
         if config.algorithm.drop_zero_variance_groups:
-            kept &= varied
+            kept[count] &= varied
     return advantages, kept
+
+
+def judged(trajectories: Sequence[Trajectory]) -> np.ndarray:  # [N] bool
+    """Those whose reward is the policy's doing."""
+    return np.array([t.finish_reason is not FinishReason.SEARCH_FAILED for t in trajectories])
 
 
 def make_minibatches(
@@ -278,13 +288,14 @@ def describe(
 ) -> dict[str, Any]:
     """What the rollout looked like and how long the step's phases took."""
     count = len(trajectories)
+    reward_mean = float(rewards[judged(trajectories)].mean())  # some are: a rollout in which none is has raised
     times = run.timers.collect()
     sampled = sum(int(t.loss_mask.sum()) for t in trajectories)
     reasons = Counter(t.finish_reason for t in trajectories)
     is_vllm = run.config.rollout.engine == "vllm"
     return {
-        "reward_mean": float(rewards.mean()),
-        "em": float(rewards.mean()),
+        "reward_mean": reward_mean,
+        "em": reward_mean,
         "searches_mean": sum(t.num_searches for t in trajectories) / count,
         "response_tokens_mean": sum(t.response_length for t in trajectories) / count,
         "kept_fraction": float(kept.mean()),
@@ -293,6 +304,7 @@ def describe(
         "tokens_per_second": sampled / times["time_step"],
         # vLLM does not say how many of its own there were.
         "preemptions": None if is_vllm else int(run.ranks.sum(run.loop.statistics.num_preemptions)),
+        "forward_splits": None if is_vllm else int(run.ranks.sum(run.loop.statistics.num_splits)),
         **times,
     }
 

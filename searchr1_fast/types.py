@@ -41,7 +41,11 @@ class Passage:
     score: float = 0.0
 
 
-# queries -> for each query its passages, best first. The only thing the rollout knows about retrieval.
+class SearchError(RuntimeError):
+    """A search that failed for good. What else a search function raises is a fault of its own."""
+
+
+# queries -> for each query its passages, best first. All that the rollout knows about retrieval, with its error.
 SearchFunction = Callable[[Sequence[str]], list[list[Passage]]]
 
 
@@ -51,6 +55,7 @@ class FinishReason(StrEnum):
     ANSWER = "answer"  # the policy closed an <answer>
     NO_ANSWER = "no_answer"  # its forced final turn ended without one
     LENGTH = "length"  # the token budget of the whole sequence ran out
+    SEARCH_FAILED = "search_failed"  # and `rollout.on_search_error` drops it: says nothing about the policy
 
 
 class Action(StrEnum):

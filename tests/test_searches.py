@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from searchr1_fast import environment, report
+from searchr1_fast.advantage import grpo_advantages
 from searchr1_fast.config import Config, load_config
 from searchr1_fast.console import step_line
 from searchr1_fast.environment import Environment
@@ -22,8 +23,8 @@ from searchr1_fast.retrieval import MissingRetriever, NullRetriever, RetrievalEr
 from searchr1_fast.retrieval.protocol import RetrievalTimeout
 from searchr1_fast.retrieval.statistics import SearchStatistics, percentile
 from searchr1_fast.run import open_run
-from searchr1_fast.train import main, train
-from searchr1_fast.types import Passage
+from searchr1_fast.train import baselines, main, train
+from searchr1_fast.types import FinishReason, Passage
 
 DENSE = {"backend": "dense", "topk": 1, "hashing_dimension": 64, "timeout_seconds": 60.0}
 
@@ -153,6 +154,47 @@ def test_a_step_whose_searches_stay_late_fails_and_leaves_no_row(make_config, ma
     assert "this ended the rollout: a search for" in caught.value.__notes__[0]
     assert sentence(caught.value).startswith("a search did not end before its deadline")
     assert rows(config) == []
+
+
+class Broken:
+    """Every second search fails for good."""
+
+    def __init__(self, inner):
+        self.inner, self.num_calls = inner, 0
+
+    def search(self, queries, k):
+        self.num_calls += 1
+        if self.num_calls % 2 == 0:
+            raise RetrievalError("the server is gone")
+        return self.inner.search(queries, k)
+
+
+def test_trajectories_whose_search_failed_count_nowhere(make_config, make_console, monkeypatch):
+    patched(monkeypatch, Broken)
+    console, seen = make_console(), []
+    monkeypatch.setattr("searchr1_fast.train.baselines", lambda *a: seen.append((a, baselines(*a))) or seen[-1][1])
+    settings = {"eval": {"sets": {}}, "train": {"num_steps": 1}, "algorithm": {"drop_zero_variance_groups": False}}
+    train(make_config(**settings, rollout={"on_search_error": "drop"}, retrieval=DENSE), console)
+    ((_, trajectories, rewards), (advantages, kept)) = seen[0]
+    is_dropped = np.array([t.finish_reason is FinishReason.SEARCH_FAILED for t in trajectories])
+    assert 0 < is_dropped.sum() < len(is_dropped)
+    assert not kept[is_dropped].any()
+    assert kept[~is_dropped].all()
+    groups = np.array([t.group for t in trajectories])
+    expected, _ = grpo_advantages(rewards[~is_dropped], groups[~is_dropped])
+    np.testing.assert_array_equal(advantages[~is_dropped], expected)
+    (row,) = rows(make_config(**settings, rollout={"on_search_error": "drop"}, retrieval=DENSE))
+    assert row["finish_search_failed"] == is_dropped.mean()
+    assert row["reward_mean"] == row["em"] == pytest.approx(rewards[~is_dropped].mean())
+    assert row["policy_tokens"] == sum(int(trajectories[i].loss_mask.sum()) for i in np.flatnonzero(~is_dropped))
+    (note,) = [note for note in console.notes if "do not count" in note]
+    assert note.startswith(f"step 1: {is_dropped.sum()} searches failed") and note.endswith("the server is gone")
+
+
+def test_an_evaluation_is_never_of_some_questions_alone(make_config, make_console, monkeypatch):
+    patched(monkeypatch, Broken)
+    with pytest.raises(RetrievalError, match="the server is gone"):
+        train(make_config(rollout={"on_search_error": "drop"}, retrieval=DENSE), make_console())
 
 
 # -------------------------------------------------------------------------------------------------------- in a run

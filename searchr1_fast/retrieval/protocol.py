@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from searchr1_fast.retrieval.statistics import SearchStatistics
-from searchr1_fast.types import Passage
+from searchr1_fast.types import Passage, SearchError
 
 
-class RetrievalError(RuntimeError):
+class RetrievalError(SearchError):
     """A search that failed for good: what was asked of whom, how often, and the last cause, in one sentence."""
 
 

@@ -15,7 +15,7 @@ launches a step before it reads the one before, so that the device does not wait
 last is on the device; that its turn ended with it the host learns a step late, and then does not read what it sampled
 behind its end. The tokens are those of an engine that waits.
 
-Left out: splitting one prompt over steps, speculation.
+A pass for which the device has no memory is made in parts (forward.py). Left out: speculation.
 
 Shape legend
     C  cache slots    S  sequences of a step    T  their new tokens    D  hidden size    V  vocabulary    n  some slots
@@ -36,6 +36,7 @@ from searchr1_fast.models import Decoder, KVCache, TextTokenizer
 from searchr1_fast.models.kv_cache import block_size
 from searchr1_fast.rollout.block_tables import BlockTables
 from searchr1_fast.rollout.decode_graph import CudaDecodeGraphs, DecodeGraphs
+from searchr1_fast.rollout.forward import Tokens, forward_in_parts
 from searchr1_fast.rollout.sampling import SamplingParams, head_logits, sample, uniforms
 from searchr1_fast.rollout.scheduler import Batch, Scheduler, copied_places
 from searchr1_fast.rollout.sequence import Sequence
@@ -236,11 +237,14 @@ class Engine:
             self._cache.copy(*moves[-3:])
         own = token_ids[: batch.num_running]
         own.copy_(torch.where(own < 0, self._last_tokens[slots[: batch.num_running]], own))
-        arguments = (token_ids, cu_seqlens, slots, positions, self._cache)
-        hidden = self.model.forward_cached(*arguments, host_lengths=batch.lengths)  # [S, D]
+        tokens = Tokens(token_ids, cu_seqlens, slots, positions, batch.lengths)
+        hidden = forward_in_parts(self.model, self._cache, tokens, self._count_split)  # [S, D]
         sampled, logprobs = sample(head_logits(hidden, self.model.head_weight), randoms, self.sampling)
         self._last_tokens[slots] = sampled
         return self._transfers.fetch(pack(sampled, logprobs))
+
+    def _count_split(self) -> None:
+        self.statistics.num_splits += 1
 
     def _postprocess(self, step: Launched, token_ids: np.ndarray, logprobs: np.ndarray) -> list[Sequence]:
         """Keep the tokens, find the turns that ended. [S] int64, [S] fp32"""

@@ -5,8 +5,9 @@
 becomes pending meanwhile is the next batch. Read them as a diff: tokens are the same, as they depend on a sequence's
 own seed and context alone.
 
-A search that raises ends the run, with the queries in a note on the exception: trajectories whose search failed are
-never trained on in silence.
+A search that fails ends the run, with the queries in a note on the exception; or, with `rollout.on_search_error=drop`,
+the sequences that asked, which say so in their `finish_reason`. What the search function raises besides `SearchError`
+ends the run in any case.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ from searchr1_fast.rollout.sampling import stream_keys
 from searchr1_fast.rollout.sequence import RolloutRequest, Sequence, SequenceStatus
 from searchr1_fast.rollout.statistics import RolloutStatistics
 from searchr1_fast.rollout.vllm_engine import VllmEngine
-from searchr1_fast.types import Action, FinishReason, Passage, SearchFunction, Trajectory, Turn
+from searchr1_fast.types import Action, FinishReason, Passage, SearchError, SearchFunction, Trajectory, Turn
 
 Progress = Callable[[int, int], None]  # (finished, all)
+Results = list[list[Passage]] | SearchError  # by query; or why there are none, where that ends the sequences alone
 
 
 class SearchLoop:
@@ -47,6 +49,7 @@ class SearchLoop:
         self.tokenizer = tokenizer or engine.tokenizer
         self.config = config or engine.config
         self.statistics = RolloutStatistics()
+        self.last_error: SearchError | None = None  # of the searches that were dropped
         self._invalid = encode(INVALID_ACTION_MESSAGE, self.tokenizer)
         self._empty = encode(format_observation([]), self.tokenizer)
         self._final = encode(self.config.final_turn_message, self.tokenizer)
@@ -63,7 +66,11 @@ class SearchLoop:
             )
 
     def run(self, requests: list[RolloutRequest], progress: Progress | None = None) -> list[Trajectory]:
-        """One trajectory per request, in their order. `progress` is called whenever sequences finish."""
+        """One trajectory per request, in their order. `progress` is called whenever sequences finish.
+
+        A search that failed is raised: the first; or, where each ends its sequences alone, the last, if they all failed
+        or nobody is left.
+        """
         started = time.perf_counter()
         self.statistics = self.engine.statistics = RolloutStatistics()
         self._progress, self._num_finished, self._num_sequences = progress, 0, len(requests)
@@ -78,6 +85,9 @@ class SearchLoop:
         finally:
             self.engine.reset()
         self.statistics.time_total = time.perf_counter() - started
+        is_dropped = [sequence.finish_reason is FinishReason.SEARCH_FAILED for sequence in sequences]
+        if any(is_dropped) and (all(is_dropped) or self.statistics.num_searches == 0):
+            raise self.last_error
         return [sequence.to_trajectory() for sequence in sequences]
 
     def normal_loop(self) -> None:
@@ -94,7 +104,7 @@ class SearchLoop:
         """Step on while a search is in flight; wait for it only when nothing else is left to do."""
         pending: list[Sequence] = []
         in_flight: list[Sequence] = []
-        future: Future[list[list[Passage]]] | None = None
+        future: Future[Results] | None = None
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="search") as worker:
             while self.engine.has_work or future or pending:
                 if future and (future.done() or not self.engine.has_work):
@@ -144,8 +154,8 @@ class SearchLoop:
         num_finished = self._num_finished
         for sequence in ended:
             self._read_turn(sequence)
-        if self._progress and self._num_finished > num_finished:
-            self._progress(self._num_finished, self._num_sequences)
+        if self._num_finished > num_finished:
+            self._report()
         return [sequence for sequence in ended if sequence.status is SequenceStatus.SEARCHING]
 
     def _read_turn(self, sequence: Sequence) -> None:
@@ -174,20 +184,29 @@ class SearchLoop:
         sequence.segments.append(("policy", text))
         return turn
 
-    def _search(self, sequences: list[Sequence]) -> list[list[Passage]]:
+    def _search(self, sequences: list[Sequence]) -> Results:
         """The passages for each sequence's query, best first."""
         queries = [sequence.turns[-1].content for sequence in sequences]
         try:
             results = self.search(queries)
         except Exception as error:
             error.add_note(f"this ended the rollout: a search for {len(queries)} queries, first {queries[0]!r}")
+            if isinstance(error, SearchError) and self.config.on_search_error == "drop":
+                return error
             raise
         if len(results) != len(queries):
             raise ValueError(f"the search function returned {len(results)} results for {len(queries)} queries")
         return results
 
-    def _observe(self, sequences: list[Sequence], results: list[list[Passage]]) -> None:
-        """Append what was found and let the sequences go on."""
+    def _observe(self, sequences: list[Sequence], results: Results) -> None:
+        """Append what was found and let the sequences go on; where the search failed they end."""
+        if isinstance(results, SearchError):
+            self.statistics.num_failed_searches += len(sequences)
+            self.last_error = results
+            for sequence in sequences:
+                self._finish(sequence, FinishReason.SEARCH_FAILED)
+            self._report()
+            return
         self.statistics.num_searches += len(sequences)
         self.statistics.num_search_batches += 1
         for sequence, passages in zip(sequences, results, strict=True):
@@ -202,6 +221,10 @@ class SearchLoop:
         is_open = self._open_turn(sequence)
         assert is_open
         self.engine.resume(sequence)
+
+    def _report(self) -> None:
+        if self._progress:
+            self._progress(self._num_finished, self._num_sequences)
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
         sequence.status, sequence.finish_reason = SequenceStatus.FINISHED, reason
