@@ -8,13 +8,13 @@ the observation's tokens as the trainer does it.
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Iterable
 from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
 import rollout_engines as engines
+from timeline import Timeline
 
 from searchr1_fast.config import RetrievalConfig, RolloutConfig, WorldConfig
 from searchr1_fast.models import Decoder, TextTokenizer
@@ -94,51 +94,65 @@ class Script:
             sequence.turn_limit = int(self.limits[place, turn + 1])
 
 
-def play(engine: Engine | VllmEngine, script: Script) -> tuple[list[np.ndarray], dict[str, Any]]:
-    """-> the tokens of every trajectory, and what was computed for them."""
+def play(engine: Engine | VllmEngine, script: Script) -> tuple[list[np.ndarray], dict[str, Any], Timeline]:
+    """-> the tokens of every trajectory, what was computed for them, and when."""
     engine.statistics = RolloutStatistics()
     sequences = engines.make_sequences(script.prompts, script.limits[:, 0].tolist())
     places = {id(sequence): place for place, sequence in enumerate(sequences)}
     turns, seconds = [0] * len(sequences), 0.0
     num_asked = sum(sequence.length for sequence in sequences)  # tokens that a turn begins behind
+    timeline = Timeline()
+    for place in range(len(sequences)):
+        timeline.begin_turn(place)
     engine.add(sequences)
     while engine.has_work:
         asking = []
-        for sequence in engine.step():
+        with timeline.watching(engine):
+            ended = engine.step()
+        for sequence in ended:
             place = places[id(sequence)]
+            timeline.end_turn(place, sequence)
             if turns[place] == script.num_searches:
                 engine.release(sequence)
             else:
                 asking.append((sequence, place, turns[place]))
             turns[place] += 1
         if asking:
-            started = time.perf_counter()
+            started = timeline.now()
             script.observe(asking)
-            seconds += time.perf_counter() - started
-        for sequence, _, _ in asking:
+            seconds += timeline.now() - started
+            timeline.search([place for _, place, _ in asking], started)
+        for sequence, place, _ in asking:
             num_asked += sequence.length
+            timeline.begin_turn(place)
             engine.resume(sequence)
     statistics = engine.statistics
-    return [sequence.tokens_from(0) for sequence in sequences], {
+    work = {
         "tokens_computed": statistics.num_prefill_tokens + statistics.num_decode_tokens,
         "tokens_that_exist": sum(sequence.length - 1 for sequence in sequences),  # nobody attends to the last
         "cache_hit_share": 1 - statistics.num_prefill_tokens / num_asked,
         "search_seconds": seconds,
     }
+    return [sequence.tokens_from(0) for sequence in sequences], work | timeline.summary(), timeline
 
 
 def replay_providers(
-    model: Decoder, tokenizer: TextTokenizer, options: argparse.Namespace, work: dict[str, Any], stack: ExitStack
+    model: Decoder,
+    tokenizer: TextTokenizer,
+    options: argparse.Namespace,
+    work: dict[str, Any],
+    timelines: dict[str, Timeline],
+    stack: ExitStack,
 ) -> dict[str, engines.Provider]:
-    """The native engine, its lock-step twin, and vLLM where it is installed. `work` gets what the last run of each
-    computed, and what vLLM's hand-over before it took; `stack` ends them."""
+    """The native engine, its lock-step twin, and vLLM where it is installed. Of the last run of each, `work` gets what
+    it computed, and what vLLM's hand-over before it took, and `timelines` when; `stack` ends them."""
     script = Script(options, model.config.vocab_size, tokenizer)
 
     def player(name: str, engine: Engine | VllmEngine) -> engines.Provider:
         report: dict[str, float] = {}
 
         def run() -> list[np.ndarray]:
-            tokens, done = play(engine, script)
+            tokens, done, timelines[name] = play(engine, script)
             work[name] = done | report
             return tokens
 
@@ -168,5 +182,6 @@ def describe(name: str, one: dict[str, Any]) -> str:
     share = one["tokens_computed"] / one["tokens_that_exist"]
     return (
         f"{name}: {one['tokens_computed']:,} tokens computed, {share:.2f} of those that exist; "
-        f"{one['cache_hit_share']:.3f} of the contexts were cached; {one['search_seconds']:.2f} s of searching"
+        f"{one['cache_hit_share']:.3f} of the contexts were cached; {one['search_seconds']:.2f} s of searching; a "
+        f"trajectory took {one['latency_p50']:.1f} s (99 %: {one['latency_p99']:.1f} s), {one['idle_share']:.0%} idle"
     )

@@ -2,7 +2,7 @@
 
     python bench/rollout.py                            both parts, on a CPU
     python bench/rollout.py generate --prompts 256 --new-tokens 128 --output
-    python bench/rollout.py replay --threads 1
+    python bench/rollout.py replay --threads 1 --plot
     python bench/rollout.py --device cuda --shape 3b   both parts, on a GPU, all in bf16
 
 generate   prompts of one length, greedy, so many new tokens each: the engine and transformers' `generate` in fp32
@@ -13,8 +13,8 @@ replay     trajectories of several turns with a search behind each (replay.py): 
            turn and prefills whole contexts again, and against `VllmEngine` in fp32 and bf16, which finds them in its
            prefix cache. `--run-on 500` adds the twin as the original generates: without stop tags, every turn to 500
            tokens, and cut then. Turns are as long as a seed says and ask what it says: all run the same, and the share
-           of their contexts that was cached is in the row. Ids are compared with the twin's; vLLM draws in a way of its
-           own.
+           of their contexts that was cached is in the row, and how long they took and waited for others (timeline.py;
+           drawn with `--plot`). Ids are compared with the twin's; vLLM draws in a way of its own.
 
 The model's parameters are random, and its tokens end no turn. Providers run in turn, repetition by repetition; times
 are medians. With one thread, `cpu_seconds` is what a quiet machine would take.
@@ -26,6 +26,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import harness
@@ -46,6 +47,7 @@ from rollout_engines import (
     other_types,
     type_name,
 )
+from timeline import Timeline, draw
 
 from searchr1_fast.config import RolloutConfig
 from searchr1_fast.console import make_console
@@ -216,6 +218,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=0, help="of torch and numba (default: torch's choice)")
     parser.add_argument("--repetitions", type=int, default=3, help="of each, after one to warm up (default: 3)")
     harness.add_output_argument(parser, "rollout")
+    parser.add_argument(
+        "--plot", metavar="DIR", type=Path, nargs="?", const=harness.RESULTS,
+        help="replay: draw when every trajectory was generated, searched for and idle",
+    )  # fmt: skip
     arguments = parser.parse_args(argv)
     unknown = [part for part in arguments.parts if part not in PARTS]
     if unknown:
@@ -264,10 +270,11 @@ def measure_parts(options: argparse.Namespace, device: torch.device) -> None:
             "run_on",
         )
         work: dict[str, Any] = {}
+        timelines: dict[str, Timeline] = {}
         row = {"benchmark": "rollout", "part": "replay", **circumstances, **settings, "topk": replay.TOPK}
         row |= {name: getattr(options, name) for name in names}
         with ExitStack() as stack:
-            providers = replay.replay_providers(model, tokenizer, options, work, stack)
+            providers = replay.replay_providers(model, tokenizer, options, work, timelines, stack)
             twins = [name for name in (replay.LOCK_STEP, replay.RUN_ON) if name in providers]
             compared = twins if device.type == "cpu" else []  # in bf16 two tokens are often as likely
             row |= measure(providers, options.repetitions, compared)
@@ -276,6 +283,9 @@ def measure_parts(options: argparse.Namespace, device: torch.device) -> None:
         console.print(table(title, row, options.trajectories, "trajectories"))
         for name, one in work.items():
             console.print(replay.describe(name, one))
+        if options.plot is not None:
+            title = f"{title}, {circumstances['device']}, {circumstances['date'][:10]}"
+            console.print(f"drawn in {draw(timelines, title, options.plot / 'rollout_timeline.png')}")
         harness.emit(row, options.output)
 
 

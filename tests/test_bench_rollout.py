@@ -50,3 +50,34 @@ def test_replay_counts_what_each_computes(measure):
     assert twin["cache_hit_share"] == 0 < native["cache_hit_share"] < 1
     assert twin["tokens_computed"] > native["tokens_computed"]
     assert native["search_seconds"] > 0 < twin["search_seconds"]
+    for one in row["work"].values():
+        assert 0 < one["latency_p50"] <= one["latency_p99"]
+        assert sum(one[f"{what}_share"] for what in ("generate", "search", "idle")) == pytest.approx(1)
+    assert twin["idle_share"] > native["idle_share"]  # in lock step everybody waits for the longest turn
+
+
+def test_a_timeline_is_what_happened(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(BENCH))
+    timeline = importlib.import_module("timeline").Timeline()
+    now, first, other = [0.0], object(), object()
+    timeline.now = lambda: now[0]
+    timeline.begin_turn(0), timeline.begin_turn(1)
+    timeline._turn_ended[id(first)] = 2.0  # in the middle of a step that ends at 5
+    now[0] = 5.0
+    timeline.end_turn(0, first), timeline.end_turn(1, other)
+    now[0] = 9.0
+    timeline.search([0], 6.0)
+    timeline.begin_turn(0)
+    now[0] = 10.0
+    timeline.end_turn(0, first)
+    spans = sorted(map(tuple, timeline.spans))
+    assert spans == [
+        (0, "generate", 0.0, 2.0), (0, "generate", 9.0, 10.0), (0, "idle", 2.0, 6.0), (0, "search", 6.0, 9.0),
+        (1, "generate", 0.0, 5.0),
+    ]  # fmt: skip
+    summary = timeline.summary()
+    assert (summary["latency_p50"], summary["latency_p99"]) == pytest.approx((7.5, 9.95))
+    shares = [summary[f"{what}_share"] for what in ("generate", "search", "idle")]
+    assert shares == pytest.approx([8 / 15, 3 / 15, 4 / 15])
+    path = importlib.import_module("timeline").draw({"one": timeline, "two": timeline}, "title", tmp_path / "new/a.png")
+    assert path.read_bytes().startswith(b"\x89PNG")
