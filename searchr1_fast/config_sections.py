@@ -231,10 +231,20 @@ class AlgorithmConfig(Section):
     drop_zero_variance_groups: bool = True
     mask_observations: bool = True
     """Off: retrieved tokens are trained on too (the paper's ablation)."""
+    loss: Literal["ppo", "cispo", "reinforce", "gspo"] = "ppo"
+    """What is made of ratio and advantage: PPO's clipped surrogate (GRPO's too), CISPO, REINFORCE, or GSPO, whose ratio
+    is the whole trajectory's. They differ where `train.num_minibatches` is above 1: on policy the ratio is 1."""
     clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
     clip_high: Annotated[float, Field(gt=0)] = 0.2
+    dual_clip: Annotated[float, Field(ge=0)] = 0.0
+    """`ppo`, `gspo`: a token of negative advantage loses at most so many times it; above 1, 0: no bound."""
     importance_cap: Annotated[float, Field(ge=0)] = 2.0
     """Truncated importance sampling: cap on the ratio of the trainer's to the sampler's probability; 0: none."""
+    mismatch_mask: Literal["none", "sequence", "geometric"] = "none"
+    """Leave trajectories out whose probability under the trainer is not within `mismatch_low` to `mismatch_high` times
+    that under the sampler: of all its policy tokens together, or their geometric mean."""
+    mismatch_low: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    mismatch_high: Annotated[float, Field(gt=1)] = 1.01
     kl_coefficient: Annotated[float, Field(ge=0)] = 0.0
     """0 skips the reference model."""
     kl_kind: Literal["k1", "k2", "k3"] = "k3"
@@ -260,6 +270,8 @@ class AlgorithmConfig(Section):
             raise ValueError("algorithm.importance_cap: below 1 it would cut tokens that nothing moved; give 0 or >= 1")
         if self.kl_coefficient > 0 and self.kl_kind == "k1" and not self.kl_in_reward:
             raise ValueError("algorithm.kl_kind: the gradient of k1 in the loss is zero on average; take k2 or k3")
+        if self.dual_clip and (self.dual_clip <= 1 or self.loss not in ("ppo", "gspo")):
+            raise ValueError("algorithm.dual_clip: give 0, or with loss ppo or gspo a number above 1")
         if self.name == "grpo" and self.kl_in_reward:
             raise ValueError("algorithm.kl_in_reward: GRPO has one reward per trajectory; put the KL in the loss")
         return self

@@ -24,7 +24,7 @@ from searchr1_fast.bad_updates import BadUpdate, MicroBatch
 from searchr1_fast.cli import model_directory
 from searchr1_fast.config import Config
 from searchr1_fast.critic import ValueModel
-from searchr1_fast.losses import policy_objective, value_loss
+from searchr1_fast.losses import value_loss
 from searchr1_fast.models import load_tokenizer, load_weights, meta_model, resolve
 from searchr1_fast.models.adapter_files import adapter_base, load_adapter
 from searchr1_fast.models.lora import add_adapter
@@ -137,8 +137,7 @@ def micro_batch_loss(
     """What the trainer minimised."""
     if update.learner == "policy":
         references = None if micro_batch.ref_logprobs is None else micro_batch.ref_logprobs.to(device)
-        objective = policy_objective(config.algorithm)
-        return policy_loss(module, objective, batch, update.denominator, references, update.on_policy)[0]
+        return policy_loss(module, config.algorithm, batch, update.denominator, references, update.on_policy)[0]
     returns, old_values = micro_batch.returns.to(device), micro_batch.old_values.to(device)
     clip = config.algorithm.value_clip
     return value_loss(module(batch), returns, old_values, clip=clip, denominator=update.denominator)

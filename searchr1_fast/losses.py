@@ -7,29 +7,55 @@ averages the means of micro-batches, in which a token weighs more the emptier it
 The policy's loss is `searchr1_kernels.linear_policy_loss`; here is its objective. Nothing waits for the device. Metrics
 are sums over tokens, except those in `MAX_METRICS` and `MIN_METRICS`.
 
-Shape legend: P policy tokens.
+Shape legend: P policy tokens, S sequences.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 from searchr1_kernels import PolicyLoss
+from searchr1_kernels._segments import segment_sums
 from searchr1_kernels.policy_objective import MAX_METRICS, MIN_METRICS
 
 from searchr1_fast.config import AlgorithmConfig
 
 
 def policy_objective(algorithm: AlgorithmConfig) -> PolicyLoss:
-    """PPO's clipped surrogate, for GRPO too; the KL is left out where `kl_in_reward` puts it elsewhere."""
+    """As configured; the KL is left out where `kl_in_reward` puts it elsewhere."""
     return PolicyLoss(
-        kind="ppo",
+        kind=algorithm.loss,
         clip_low=algorithm.clip_low,
         clip_high=algorithm.clip_high,
+        dual_clip=algorithm.dual_clip,
         importance_cap=algorithm.importance_cap,
         kl_kind=algorithm.kl_kind,
         kl_coefficient=0.0 if algorithm.kl_in_reward else algorithm.kl_coefficient,
         entropy_coefficient=algorithm.entropy_coefficient,
     )
+
+
+@torch.no_grad()
+def mismatch_weights(
+    logprobs: torch.Tensor,  # [P] fp32: of the trainer
+    rollout_logprobs: torch.Tensor,  # [P] fp32: of the sampler; NaN where nobody sampled
+    policy_cu_seqlens: torch.Tensor,  # [S+1] int32
+    algorithm: AlgorithmConfig,
+) -> torch.Tensor:  # [P] fp32
+    """1 for tokens of trajectories that sampler and trainer give about the same probability, 0 for those of others.
+
+    The ratio of a trajectory is the product of its tokens' p / p_sampler, or that product's root of their number. It
+    says of long trajectories what no token's own ratio does (arXiv 2512.23075; verl and SkyRL mask so too).
+    """
+    offsets = policy_cu_seqlens.long()
+    lengths = offsets.diff()  # [S]
+    ratios = segment_sums((logprobs - rollout_logprobs).nan_to_num(nan=0.0), offsets)  # [S] fp64, logarithms
+    if algorithm.mismatch_mask == "geometric":
+        ratios = ratios / lengths.clamp(min=1)
+    low, high = (math.log(bound) if bound else -math.inf for bound in (algorithm.mismatch_low, algorithm.mismatch_high))
+    is_kept = (ratios >= low) & (ratios <= high)
+    return is_kept.to(logprobs.dtype).repeat_interleave(lengths, output_size=len(logprobs))
 
 
 def value_loss(

@@ -20,19 +20,20 @@ import math
 from collections.abc import Callable, Collection, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from searchr1_kernels import PolicyLoss, linear_logprob, linear_policy_loss
+from searchr1_kernels import linear_logprob, linear_policy_loss
 from torch import nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from searchr1_fast.checkpoint import optimizer_tensors
-from searchr1_fast.config import Config, LoraConfig, OffloadConfig
+from searchr1_fast.config import AlgorithmConfig, Config, LoraConfig, OffloadConfig
 from searchr1_fast.distributed import Ranks, before_backward, copy_parameters, full, reshard, shard
 from searchr1_fast.host_adamw import HostAdamW
-from searchr1_fast.losses import accumulate_metrics, policy_objective
+from searchr1_fast.losses import accumulate_metrics, mismatch_weights, policy_objective
 from searchr1_fast.models import Decoder, load_weights
 from searchr1_fast.models.lora import add_adapter, base_parameters, reset_adapter, without_adapter
 from searchr1_fast.offload import DeviceMemory, FrozenWeights, leaves
@@ -201,7 +202,6 @@ class Policy(Learner):
         if ranks.world_size > 1 or dtype != torch.float32:
             self.replica = empty_replica(decoder, dtype, ranks.device, config.model.lora)
             prepare_blocks(self.replica, config)
-        self.objective = policy_objective(config.algorithm)
         offload = config.model.offload if leaves(ranks.device) else OffloadConfig()
         self._replica_memory = None
         if offload.replica and self.replica is not decoder:
@@ -228,7 +228,7 @@ class Policy(Learner):
         on_policy: bool = True,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """`policy_loss` of this policy."""
-        return policy_loss(self.module, self.objective, batch, denominator, ref_logprobs, on_policy)
+        return policy_loss(self.module, self.config.algorithm, batch, denominator, ref_logprobs, on_policy)
 
     @torch.no_grad()
     def reference_logprobs(self, batches: list[PackedBatch]) -> list[torch.Tensor]:  # [P] fp32 each
@@ -283,24 +283,47 @@ def make_optimizer(
 
 def policy_loss(
     scorer: TokenScorer,
-    objective: PolicyLoss,
+    algorithm: AlgorithmConfig,
     batch: PackedBatch,
     denominator: float,
     ref_logprobs: torch.Tensor | None = None,  # [P] fp32
     on_policy: bool = True,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """-> `linear_policy_loss`'s loss and metrics, all 0-d; `denominator`: policy tokens of the optimizer step."""
+    """-> `linear_policy_loss`'s loss and metrics, all 0-d; `denominator`: policy tokens of the optimizer step, those
+    that `algorithm.mismatch_mask` leaves out included."""
+    head = linear_policy_loss if algorithm.mismatch_mask == "none" else partial(_masked_loss, batch, algorithm)
     return scorer(
         batch,
-        linear_policy_loss,
+        head,
         rollout_logprobs=batch.rollout_logprobs,
         advantages=batch.advantages,
         ref_logprobs=ref_logprobs,
-        loss=objective,
+        loss=policy_objective(algorithm),
         denominator=denominator,
         on_policy=on_policy,
         token_rows=batch.token_rows,
+        cu_seqlens=batch.policy_cu_seqlens if algorithm.loss == "gspo" else None,
     )
+
+
+def _masked_loss(
+    batch: PackedBatch,
+    algorithm: AlgorithmConfig,
+    hidden: torch.Tensor,  # [R, D]
+    weight: torch.Tensor,  # [V, D]
+    targets: torch.Tensor,  # [R] int64
+    *,
+    temperature: float,
+    **arguments: Any,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """`linear_policy_loss` with whole trajectories left out. Which, only their last token's log-probability decides, so
+    that all are known before: another pass of the head, without gradients."""
+    with torch.no_grad():
+        logprobs = batch.spread(linear_logprob(hidden, weight, targets, temperature=temperature))  # [P]
+    weights = mismatch_weights(logprobs, batch.rollout_logprobs, batch.policy_cu_seqlens, algorithm)
+    options = {"temperature": temperature, "token_weights": weights, **arguments}
+    loss, metrics = linear_policy_loss(hidden, weight, targets, **options)
+    return loss, metrics | {"mismatch_fraction": (1.0 - weights).sum()}
 
 
 def prepare_blocks(decoder: Decoder, config: Config) -> None:

@@ -7,14 +7,6 @@ trajectory: rewards, baselines, dropped groups and metrics need no further thoug
 dealt out by length. What a trajectory samples depends on the run's seed, the step and its place in the step alone; so
 runs repeat on any number of ranks, and a resumed run is the run that was not stopped.
 
-Rows of metrics.jsonl. `policy_tokens` are those trained on; `kept_fraction` is the share of the sampled trajectories
-they come from; `tokens_per_second` counts sampled tokens; `entropy`, `kl_ref`, `rollout_policy_kl` and `clip_fraction`
-are means over policy tokens of all minibatches, `grad_norm` a mean over optimizer steps; a mean of nothing is null.
-`update_imbalance` is the time that an update takes by the cost of its micro-batches, over what it would take if no rank
-waited for another (packing.py); a mean over optimizer steps.
-`search/…` are the step's searches on all ranks (retrieval/statistics.py), `time_search_wait` what the engine waited;
-`time_checkpoint…` what a save took (checkpoint_writer.py), in rows of steps that save, and no part of `time_step`.
-With vLLM, `time_handover` is the part of `time_sync` in which it got the weights and they were compared.
 Left out: rollouts that overlap the update. They would make every minibatch off-policy.
 """
 
@@ -25,18 +17,16 @@ import os
 import signal
 import sys
 import threading
-from collections import Counter
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
 import numpy as np
 import torch
-from searchr1_kernels.policy_objective import MAX_METRICS, MIN_METRICS
-from torch.distributed import ReduceOp
 
 from searchr1_fast.advantage import grpo_advantages, ppo_advantages, token_rewards
+from searchr1_fast.agreement import AgreementWatch
 from searchr1_fast.bad_updates import FOLDER, BadUpdate, MicroBatch, write_bad_update
 from searchr1_fast.cli import train_parser
 from searchr1_fast.config import Config, load_config
@@ -48,7 +38,8 @@ from searchr1_fast.packing import lay_out, pack_rank
 from searchr1_fast.policy import Learner, padding_batch, to_device
 from searchr1_fast.rollout import RolloutRequest
 from searchr1_fast.run import Run, UserInterface, is_due, open_run
-from searchr1_fast.types import FinishReason, PackedBatch, Question, Trajectory
+from searchr1_fast.step_metrics import Updates, rollout_metrics, update_metrics
+from searchr1_fast.types import PackedBatch, Question, Trajectory
 
 
 def train(config: Config, ui: UserInterface | None = None) -> dict[str, Any]:
@@ -56,6 +47,7 @@ def train(config: Config, ui: UserInterface | None = None) -> dict[str, Any]:
 
     Returns `step`, `interrupted`, and `before` and `after`: for each evaluation set its metrics.
     """
+    agreement = AgreementWatch(config)
     with open_run(config, ui) as run, StopSignal() as stop:
         if run.step == 0:
             run.write({"step": 0} | run.evaluate(0))
@@ -77,8 +69,11 @@ def train(config: Config, ui: UserInterface | None = None) -> dict[str, Any]:
             with run.timers("sync"):
                 handover = run.sync()
             run.step = step
-            metrics = {"step": step} | describe(run, trajectories, rewards, kept) | means(run, updates)
+            metrics = {"step": step} | rollout_metrics(run, trajectories, rewards, kept)
+            metrics |= update_metrics(run, updates)
             metrics |= run.take_search_statistics().row() | handover
+            if warning := agreement.warning(metrics):
+                run.ui.note(warning)
             run.ui.step(metrics)
             stopped, last = bool(run.ranks.max(stop.requested)), step == config.train.num_steps
             if last or (is_due(step, config.train.eval_every) and not stopped):
@@ -141,19 +136,15 @@ def baselines(
     One whose search failed says nothing about the policy: it is neither trained on nor part of its group's baseline.
     """
     advantages = np.zeros(len(trajectories), dtype=np.float32)
-    count = judged(trajectories)
-    kept = count & np.array([bool(t.loss_mask.any()) for t in trajectories])
+    is_judged = np.array([t.is_judged for t in trajectories])
+    kept = is_judged & np.array([bool(t.loss_mask.any()) for t in trajectories])
     if config.algorithm.name == "grpo":
         groups = np.array([t.group for t in trajectories])
-        advantages[count], varied = grpo_advantages(rewards[count], groups[count], config.algorithm.normalize_std)
+        normalize = config.algorithm.normalize_std
+        advantages[is_judged], varied = grpo_advantages(rewards[is_judged], groups[is_judged], normalize)
         if config.algorithm.drop_zero_variance_groups:
-            kept[count] &= varied
+            kept[is_judged] &= varied
     return advantages, kept
-
-
-def judged(trajectories: Sequence[Trajectory]) -> np.ndarray:  # [N] bool
-    """Those whose reward is the policy's doing."""
-    return np.array([t.finish_reason is not FinishReason.SEARCH_FAILED for t in trajectories])
 
 
 def make_minibatches(
@@ -215,17 +206,6 @@ def add_references(run: Run, minibatches: list[Minibatch], rewards: np.ndarray) 
         minibatch.returns, returns = returns[:count], returns[count:]
 
 
-@dataclass(slots=True)
-class Updates:
-    """What the optimizer steps of one step of the run reported."""
-
-    num_tokens: int = 0  # policy tokens, all ranks together
-    imbalances: list[float] = field(default_factory=list)
-    metrics: dict[str, torch.Tensor] = field(default_factory=dict)  # this rank's sums over tokens, and extremes; 0-d
-    grad_norms: list[float] = field(default_factory=list)
-    critic_grad_norms: list[float] = field(default_factory=list)
-
-
 def update(run: Run, minibatches: list[Minibatch], step: int) -> Updates:
     """One optimizer step per minibatch. The first is on-policy, whatever the sampler's rounding; later ones are not."""
     algorithm, updates = run.config.algorithm, Updates()
@@ -244,6 +224,8 @@ def update(run: Run, minibatches: list[Minibatch], step: int) -> Updates:
             if run.critic is None or step > algorithm.critic_warmup_steps:
                 arguments = minibatch.batches, minibatch.denominator, minibatch.ref_logprobs
                 sums, norm = run.policy.update(*arguments, on_policy=index == 0)
+                if index == 0:
+                    updates.first, updates.num_first_tokens = sums, minibatch.denominator
                 accumulate_metrics(updates.metrics, sums)
                 updates.grad_norms.append(norm)
                 keep_bad_update(run, run.policy, norm, minibatch, step, index)
@@ -275,73 +257,6 @@ def keep_bad_update(run: Run, learner: Learner, norm: float, minibatch: Minibatc
     path = write_bad_update(folder, bad, learner, getattr(torch, run.config.model.dtype))
     run.ui.note(f"step {step}: skipped an update of the {learner.name}: {bad.diagnosis}; searchr1 replay {path}")
     learner.raise_if_diverged(f"; what it met is kept: searchr1 replay {path}")
-
-
-# ------------------------------------------------------------------------------------------------------------ metrics
-
-
-def describe(
-    run: Run,
-    trajectories: list[Trajectory],
-    rewards: np.ndarray,  # [N]
-    kept: np.ndarray,  # [N] bool
-) -> dict[str, Any]:
-    """What the rollout looked like and how long the step's phases took."""
-    count = len(trajectories)
-    reward_mean = float(rewards[judged(trajectories)].mean())  # some are: a rollout in which none is has raised
-    times = run.timers.collect()
-    sampled = sum(int(t.loss_mask.sum()) for t in trajectories)
-    reasons = Counter(t.finish_reason for t in trajectories)
-    is_vllm = run.config.rollout.engine == "vllm"
-    return {
-        "reward_mean": reward_mean,
-        "em": reward_mean,
-        "searches_mean": sum(t.num_searches for t in trajectories) / count,
-        "response_tokens_mean": sum(t.response_length for t in trajectories) / count,
-        "kept_fraction": float(kept.mean()),
-        **{f"finish_{reason.value}": reasons[reason] / count for reason in FinishReason},
-        "trajectories_per_second": count / times["time_step"],
-        "tokens_per_second": sampled / times["time_step"],
-        # vLLM does not say how many of its own there were.
-        "preemptions": None if is_vllm else int(run.ranks.sum(run.loop.statistics.num_preemptions)),
-        "forward_splits": None if is_vllm else int(run.ranks.sum(run.loop.statistics.num_splits)),
-        **times,
-    }
-
-
-def means(run: Run, updates: Updates) -> dict[str, Any]:
-    """Sums of all ranks as means over policy tokens: the one place where metrics leave the device."""
-    names = updates.metrics.keys()
-    sums = reduced(run, names - {*MAX_METRICS, *MIN_METRICS}, updates, ReduceOp.SUM)
-    maxima = reduced(run, names & MAX_METRICS, updates, ReduceOp.MAX)
-    minima = reduced(run, names & MIN_METRICS, updates, ReduceOp.MIN)
-    norms = [norm for norm in updates.grad_norms if math.isfinite(norm)]
-    critic_norms = [norm for norm in updates.critic_grad_norms if math.isfinite(norm)]
-    critic = {"critic_grad_norm": _mean(critic_norms)} if run.critic is not None else {}
-    return {
-        "policy_tokens": updates.num_tokens,
-        **dict.fromkeys(("entropy", "kl_ref", "rollout_policy_kl", "clip_fraction")),  # null where nothing was updated
-        **{key: total / updates.num_tokens for key, total in sums.items()},
-        **maxima,
-        **minima,
-        "grad_norm": _mean(norms),
-        **critic,
-        "lr": run.policy.last_learning_rate,
-        "update_imbalance": _mean(updates.imbalances),
-        "skipped_updates": len(updates.grad_norms) + len(updates.critic_grad_norms) - len(norms) - len(critic_norms),
-    }
-
-
-def reduced(run: Run, keys: Set[str], updates: Updates, op: ReduceOp) -> dict[str, float]:
-    """Some of the metrics over all ranks, in one message."""
-    if not keys:
-        return {}
-    stacked = torch.stack([updates.metrics[key].double() for key in sorted(keys)])
-    return dict(zip(sorted(keys), run.ranks.all_reduce(stacked, op).tolist(), strict=True))
-
-
-def _mean(values: list[float]) -> float | None:
-    return sum(values) / len(values) if values else None
 
 
 class StopSignal:

@@ -104,6 +104,11 @@ class Trajectory:
         assert 0 < self.prompt_length <= length and not self.loss_mask[: self.prompt_length].any()
 
     @property
+    def is_judged(self) -> bool:
+        """Whether its reward is the policy's doing."""
+        return self.finish_reason is not FinishReason.SEARCH_FAILED
+
+    @property
     def num_searches(self) -> int:
         """Searches that were executed, whatever they found."""
         return sum(turn.passage_ids is not None for turn in self.turns)

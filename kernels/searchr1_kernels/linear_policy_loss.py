@@ -101,9 +101,10 @@ def linear_policy_loss(
 
     Metrics are sums over tokens, so that those of micro-batches and ranks add up, except `logprob_difference_max`,
     `ratio_max` and `ratio_min`: policy_loss (weighted, not divided), clip_fraction (tokens whose gradient the clip
-    took, for cispo bounded), truncated_fraction (tokens that the cap bound), ratio (p / p_sampler), importance_weight,
-    rollout_policy_kl (k3 of KL(sampler || policy)), entropy, and with `ref_logprobs` kl_ref. Without rows ratio_min is
-    infinite. Nothing waits for the device.
+    took, for cispo bounded), truncated_fraction (tokens that the cap bound), logprob_difference (of log p to the
+    sampler's, absolute), ratio (p / p_sampler), ratio_squared, importance_weight, rollout_policy_kl (k3 of
+    KL(sampler || policy)), entropy, and with `ref_logprobs` kl_ref. Without rows ratio_min is infinite. Nothing waits
+    for the device.
 
     Raises ValueError as `linear_logprob`, for settings that lack their inputs, for inputs nothing would read, and for
     log-probabilities in 16 bits: FSDP casts the arguments of a module to its `param_dtype`, unless the

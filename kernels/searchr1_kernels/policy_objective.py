@@ -36,7 +36,9 @@ SUM_METRICS = (
     "policy_loss",
     "clip_fraction",
     "truncated_fraction",
+    "logprob_difference",
     "ratio",
+    "ratio_squared",
     "importance_weight",
     "rollout_policy_kl",
     "entropy",
@@ -188,7 +190,7 @@ def entropy_slope(loss: PolicyLoss, rows: PolicyRows, logprobs: torch.Tensor) ->
 def total_and_metrics(
     loss: PolicyLoss, rows: PolicyRows, terms: RowTerms, entropy: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """-> sum of the rows' losses (0-d), and the metrics in the order of the three tuples above, [11]."""
+    """-> sum of the rows' losses (0-d), and the metrics in the order of the three tuples above, [13]."""
     policy_loss = terms.policy.sum()
     weights = rows.token_weights
     total = policy_loss
@@ -202,7 +204,9 @@ def total_and_metrics(
         policy_loss,
         terms.clipped.sum(),
         terms.truncated.sum(),
+        terms.difference.abs().sum(),
         drift.sum(),
+        drift.square().sum(),
         terms.weight.sum(),
         masked_kl(-terms.difference, torch.zeros_like(drift), "k3").sum(),
         entropy.sum(),

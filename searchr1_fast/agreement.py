@@ -1,0 +1,77 @@
+"""How far the sampler's log-probabilities are from the trainer's, and what to say when it is too far.
+
+Both compute the same weights' log-probabilities of the same tokens, so what is between them is arithmetic, or a fault:
+a weight that was not handed over, a cache that holds something else. It is measured on the first minibatch of a step,
+before the weights move; importance weights correct it in the loss, and hide it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from searchr1_fast.config import Config
+
+# Sums over tokens and extremes of `linear_policy_loss` that the rows below are made of.
+SUMS = ("logprob_difference", "rollout_policy_kl", "ratio", "ratio_squared")
+MAXIMA = ("logprob_difference_max",)
+
+AGREEMENT = ("sampler_difference_mean", "sampler_difference_max", "sampler_kl", "sampler_ess")  # keys of metrics.jsonl
+
+# The KL of sampler and trainer that arithmetic explains, and a margin. The demo has 6e-14 in fp32 and 6e-6 in bf16 (one
+# thread of an Intel Xeon, 2026-11-27); deeper models have more, in bf16 beside vLLM about 1e-3 by what others publish.
+LIMITS = {"float32": 1e-7, "bfloat16": 1e-2}
+
+
+def agreement(sums: Mapping[str, float], maxima: Mapping[str, float], num_tokens: int) -> dict[str, float]:
+    """`AGREEMENT`, of `SUMS` and `MAXIMA` over so many tokens: mean and largest |log p - log mu|, the k3
+    estimate of KL(mu || p), and the share of tokens that importance weights p / mu leave (Kish's effective sample size,
+    (sum w)^2 / (n sum w^2))."""
+    return {
+        "sampler_difference_mean": sums["logprob_difference"] / num_tokens,
+        "sampler_difference_max": maxima["logprob_difference_max"],
+        "sampler_kl": sums["rollout_policy_kl"] / num_tokens,
+        "sampler_ess": sums["ratio"] ** 2 / (num_tokens * sums["ratio_squared"]),
+    }
+
+
+class AgreementWatch:
+    """Says so when a step is beyond the limit, and again only when it has become twice as bad."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._worst = LIMITS[config.model.dtype] / 2
+
+    def warning(self, row: Mapping[str, float | None]) -> str | None:
+        """A sentence about a step's row, or None."""
+        kl = row["sampler_kl"]
+        if kl is None or kl <= 2 * self._worst:
+            return None
+        self._worst = kl
+        return (
+            f"step {row['step']}: the sampler's log-probabilities are not the trainer's: KL {kl:.2g}, difference "
+            f"{row['sampler_difference_mean']:.2g} in the mean and {row['sampler_difference_max']:.2g} at most, "
+            f"effective sample size {row['sampler_ess']:.0%}; {self._cause()}"
+        )
+
+    def _cause(self) -> str:
+        """What it likely is, and what to do."""
+        rollout, algorithm = self._config.rollout, self._config.algorithm
+        remedy = ""
+        if algorithm.importance_cap == 0:
+            remedy += "; algorithm.importance_cap=2 corrects small ones"
+        if algorithm.mismatch_mask == "none":
+            remedy += "; algorithm.mismatch_mask=geometric leaves the worst trajectories out"
+        if rollout.engine == "vllm":
+            return (
+                "likely vLLM's kernels, as its weights have been compared with the trainer's: try "
+                f"rollout.engine=native, or model.dtype=float32, to see{remedy}"
+            )
+        if self._config.model.dtype == "bfloat16":
+            return (
+                "more than bf16 explains in most models, so likely very sure predictions, or a fault in the cached "
+                f"attention: try model.dtype=float32, or rollout.engine=plain, to see{remedy}"
+            )
+        return (
+            "fp32 does not explain it, so likely a fault in the cached attention or in a kernel: try "
+            "rollout.engine=plain and rollout.cuda_graphs=false to see which, and do not trust the run"
+        )
