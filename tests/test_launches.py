@@ -18,8 +18,11 @@ from searchr1_kernels.policy_objective import PolicyRows
 from torch.overrides import TorchFunctionMode
 
 from searchr1_fast.models import Decoder, KVCache, rope
+from searchr1_fast.models.attention_backends import choose_attention
 from searchr1_fast.models.lora import add_adapter
 from searchr1_fast.models.published import published_config
+from searchr1_fast.packing import pack
+from searchr1_fast.policy import to_device
 from searchr1_fast.rollout.decode_graph import _decode_step
 from searchr1_fast.rollout.sampling import SamplingParams, head_logits, sample
 
@@ -58,6 +61,8 @@ class SayGpu(TorchFunctionMode):
             kwargs["device"] = META
         if function in (torch.repeat_interleave, torch.Tensor.repeat_interleave):
             assert isinstance(args[1], int) or "output_size" in kwargs, "the device would be asked for a length"
+        if function is torch.Tensor.pin_memory:
+            return args[0]
         if function is torch.Tensor.to and GPU in args:
             assert args[0].is_meta or kwargs.get("non_blocking"), "a copy to the device waits"
             args = tuple(META if isinstance(x, torch.device) and x == GPU else x for x in args)
@@ -108,7 +113,7 @@ def launches(monkeypatch):
 
 def forget() -> None:
     """What is remembered of a device, which is not this one's."""
-    for remembered in (rope._frequencies, _topk_passes._device):
+    for remembered in (rope._frequencies, choose_attention, _topk_passes._device):
         remembered.cache_clear()
 
 
@@ -158,6 +163,33 @@ def test_a_step_in_which_sequences_join(launches):
     layer = [*LAYER[:4], "attend", *LAYER[4:]]
     assert launches == [*layer, *layer, "normalise"]
     sample(head_logits(hidden, model.head_weight), tensor(5, dtype=torch.float64), SamplingParams())
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+@pytest.mark.parametrize("lora_rank", [0, 16])
+def test_an_update_up_to_the_head(launches, make_trajectory, lora_rank, checkpointing):
+    """Forward and backward, of sequences that begin alike: no launch of ours, and no wait."""
+    trajectories = [make_trajectory(seed, [(False, 30), (True, 9 + seed), (False, 70)]) for seed in range(4)]
+    for trajectory in trajectories[1:]:
+        trajectory.token_ids[:35] = trajectories[0].token_ids[:35]
+    (batch,) = pack(trajectories, [1.0] * 4, 1000)
+    batch = to_device(batch, GPU)
+    assert batch.prefixes.key_index.is_cuda and batch.token_ids.is_cuda
+    config = replace(published_config("qwen2.5-3b"), num_hidden_layers=2)
+    with META:
+        model = Decoder(config).to(torch.bfloat16)
+    if lora_rank:
+        add_adapter(model, lora_rank, 32.0, ADAPTED, torch.bfloat16)
+    model.checkpoint_blocks(checkpointing)
+    with torch.enable_grad():
+        hidden = model.hidden(
+            batch.token_ids, batch.cu_seqlens, batch.scored_rows, batch.prefixes, batch.max_seqlen
+        )  # fmt: skip
+        hidden.float().sum().backward()
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert hidden.shape[0] == len(batch.scored_rows) and not launches
+    assert len(learned) == (2 * 2 * len(ADAPTED) if lora_rank else len(list(model.parameters())))
+    assert all((p.grad is None) == (p is model.lm_head.weight and not config.tie_word_embeddings) for p in learned)
 
 
 @pytest.mark.parametrize(
