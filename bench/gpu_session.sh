@@ -75,14 +75,14 @@ has pytest_timeout || TESTS+=(-o "addopts=--import-mode=importlib --strict-marke
 
 # Checks. The kernels' own cases are given as files, which test_compiled would run one after the other.
 if has xdist; then
-    step test_cases 200 "${TESTS[@]}" -n $(($(nproc) / 2 + 1)) tests/kernels/*_interpreted.py &
-    step test_gpu 200 "${TESTS[@]}" -n $(($(nproc) / 4 + 1)) -m gpu -k "not test_compiled" tests &
+    step test_cases 220 "${TESTS[@]}" -n $(($(nproc) / 2)) tests/kernels/*_interpreted.py &
+    step test_gpu 220 "${TESTS[@]}" -n $(($(nproc) / 2)) -m gpu -k "not test_compiled" tests &
 else
     for file in tests/kernels/*_interpreted.py; do
-        step "test_cases_$(basename "$file" _interpreted.py)" 200 "${TESTS[@]}" "$file" &
+        step "test_cases_$(basename "$file" _interpreted.py)" 220 "${TESTS[@]}" "$file" &
     done
     for file in $(grep -rl --include="test_*.py" "mark.gpu" tests | sort); do
-        step "test_gpu_$(basename "$file" .py | tail -c +6)" 200 "${TESTS[@]}" -m gpu -k "not test_compiled" "$file" &
+        step "test_gpu_$(basename "$file" .py | tail -c +6)" 220 "${TESTS[@]}" -m gpu -k "not test_compiled" "$file" &
     done
 fi
 # Not measured: that kernels are compiled. The fewest rows that are worth finding the fastest way for are 174,763.
