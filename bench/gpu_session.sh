@@ -82,7 +82,7 @@ else
         step "test_cases_$(basename "$file" _interpreted.py)" 220 "${TESTS[@]}" "$file" &
     done
     for file in $(grep -rl --include="test_*.py" "mark.gpu" tests | sort); do
-        step "test_gpu_$(basename "$file" .py | tail -c +6)" 220 "${TESTS[@]}" -m gpu -k "not test_compiled" "$file" &
+        step "test_gpu_$(tr / _ <<< "${file#tests/}")" 220 "${TESTS[@]}" -m gpu -k "not test_compiled" "$file" &
     done
 fi
 # Not measured: that kernels are compiled. The fewest rows that are worth finding the fastest way for are 174,763.
