@@ -137,11 +137,11 @@ def test_one_rank_under_torchrun(tmp_path):
     assert [row["step"] for row in rows(config)] == [0, 1, 2]
 
 
-def prepared(make_config, make_decoder, make_trajectory, ranks, lora):
+def prepared(make_config, make_decoder, make_trajectory, ranks, lora=None):
     """A policy with a reference and a critic in bf16, several micro-batches with shared beginnings, and their number
     of policy tokens."""
     algorithm = ALGORITHMS["grpo"] | {"entropy_coefficient": 0.01}
-    config = make_config(model={"dtype": "bfloat16", "lora": lora}, algorithm=algorithm)
+    config = make_config(model={"dtype": "bfloat16", "lora": lora or {}}, algorithm=algorithm)
     decoders = [make_decoder(seed).to(ranks.device) for seed in (0, 1, 2)]
     policy = Policy(decoders[0], config, ranks, decoders[1])
     critic = Critic(policy.replica.on_same_base() if lora else decoders[2], config, ranks)

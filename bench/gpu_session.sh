@@ -1,0 +1,114 @@
+#!/usr/bin/env bash
+# Every check and every row that wants a GPU, in one command, the most wanted first: made for 12 minutes on one H200.
+#
+#   bench/gpu_session.sh                        logs and rows into bench/results
+#   OUT=folder bench/gpu_session.sh             into a folder
+#   bench/gpu_session.sh --seconds 540          in less time: what does not fit at the end is left out, and said
+#   bench/gpu_session.sh --dry-run              the commands, on any machine
+#
+# Steps have a limit each, and one that fails or takes too long stops no other. While tests run, of which none keeps
+# time, what is measured later runs once: its kernels are compiled then, and lie in Triton's cache when time counts. PYTHON picks the interpreter. At the end: each step's exit status and seconds, and the tests
+# that failed. The exit status is 1 where any did, 2 where there is no GPU.
+set -uo pipefail
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+PYTHON=${PYTHON:-python3}
+SECONDS_IN_ALL=720
+DRY=
+while [ $# -gt 0 ]; do
+    case $1 in
+        --dry-run) DRY=1 ;;
+        --seconds) SECONDS_IN_ALL=${2:?--seconds: give a number}; shift ;;
+        *) echo "gpu_session.sh: $1 is neither --dry-run nor --seconds N" >&2; exit 2 ;;
+    esac
+    shift
+done
+
+cd "$ROOT" || exit 2
+RESULTS=${OUT:-bench/results}
+LOGS=$RESULTS/gpu_session
+SUMMARY=$LOGS/summary.txt
+export PYTHONPATH=$ROOT:$ROOT/kernels${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
+
+# step NAME LIMIT COMMAND...: at most LIMIT seconds, and no more than are left; output in a log of its name
+step() {
+    local name=$1 limit=$2 began=$SECONDS status left=$((SECONDS_IN_ALL - SECONDS))
+    shift 2
+    if [ -n "$DRY" ]; then
+        echo "$name ($limit s): $*"
+        return 0
+    fi
+    if [ "$left" -lt 15 ]; then
+        echo "left out  $name: no time" >> "$SUMMARY"
+        return 1
+    fi
+    [ "$limit" -le "$left" ] || limit=$left
+    timeout -s INT -k 10 "$limit" "$@" > "$LOGS/$name.log" 2>&1  # interrupted, tests still say what failed
+    status=$?
+    case $status in
+        0) set -- "ok" ;;
+        124 | 137) set -- "too slow" ;;
+        *) set -- "failed" ;;
+    esac
+    printf '%-9s %s: exit status %d after %d s\n' "$1" "$name" "$status" $((SECONDS - began)) | tee -a "$SUMMARY"
+    return "$status"
+}
+
+has() { "$PYTHON" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$1') is None)" 2> /dev/null; }
+
+if [ -z "$DRY" ]; then
+    if ! "$PYTHON" -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
+        echo "gpu_session.sh: torch finds no CUDA device here; --dry-run lists the commands" >&2
+        exit 2
+    fi
+    mkdir -p "$LOGS"
+    "$PYTHON" -c "import sys, torch, triton
+print(torch.cuda.get_device_name(), 'Python', sys.version.split()[0], 'torch', torch.__version__, 'triton', triton.__version__)" \
+        | tee "$SUMMARY"
+    git -C "$ROOT" rev-parse --short=12 HEAD 2> /dev/null | tee -a "$SUMMARY"
+    has searchr1_fast._C || step build 120 "$PYTHON" setup.py -q build_ext --inplace
+fi
+
+TESTS=(env OMP_NUM_THREADS=1 "$PYTHON" -m pytest -q -rfE --tb=short -p no:cacheprovider --continue-on-collection-errors)
+# The project's own options name a plugin, which a GPU's machine may not have.
+has pytest_timeout || TESTS+=(-o "addopts=--import-mode=importlib --strict-markers")
+
+# Checks. The kernels' own cases are given as files, which test_compiled would run one after the other.
+if has xdist; then
+    step test_cases 220 "${TESTS[@]}" -n $(($(nproc) / 2)) tests/kernels/*_interpreted.py &
+    step test_gpu 220 "${TESTS[@]}" -n $(($(nproc) / 2)) -m gpu -k "not test_compiled" tests &
+else
+    for file in tests/kernels/*_interpreted.py; do
+        step "test_cases_$(basename "$file" _interpreted.py)" 220 "${TESTS[@]}" "$file" &
+    done
+    for file in $(grep -rl --include="test_*.py" "mark.gpu" tests | sort); do
+        step "test_gpu_$(tr / _ <<< "${file#tests/}")" 220 "${TESTS[@]}" -m gpu -k "not test_compiled" "$file" &
+    done
+fi
+# Not measured: that kernels are compiled. The fewest rows that are worth finding the fastest way for are 174,763.
+step warm_search 150 "$PYTHON" bench/search_parts.py --rows 180000 --batches 1,512 --repetitions 1 &
+step warm_decode 100 "$PYTHON" bench/decode.py --rows 256 --steps 10 --engines graphs,modules &
+wait
+
+row() { # NAME LIMIT FILE SCRIPT ARGUMENTS...: a step that leaves rows
+    local name=$1 limit=$2 file=$3 script=$4
+    shift 4
+    step "$name" "$limit" "$PYTHON" "bench/$script.py" "$@" --output "$RESULTS/$file.jsonl"
+}
+
+row search_parts 90 search_parts search_parts --batches 1,32,128,256 --repetitions 10
+row ways 80 kernels kernels head_ways gae_ways --repetitions 5
+row topk 80 kernels kernels topk --repetitions 3
+row decode 60 decode decode --rows 256,64,1 --steps 20 --engines graphs,waiting,modules
+row replayed_step 120 replayed_step replayed_step --model qwen2.5-3b --workload A --scale 0.125
+row retrieval 100 retrieval_gpu retrieval_gpu --batches 1,32,128,256 --repetitions 5
+row generation 60 kernels kernels cached generation sample --repetitions 3
+row adapter 45 decode decode --rows 256,1 --steps 20 --engines graphs,base --lora-rank 32
+row offload 60 workload workload --model qwen2.5-3b --checkpointing selective --phases update --offload optimizer replica --repetitions 1
+row saving 60 saving saving --model qwen2.5-0.5b --repetitions 2
+
+[ -n "$DRY" ] && exit 0
+echo "== after $SECONDS s, logs in $LOGS"
+grep -ahE "^(FAILED|ERROR) " "$LOGS"/test_*.log | cut -c1-200 | tee -a "$SUMMARY"
+cat "$SUMMARY"
+! grep -qE "^(failed|too slow|left out)" "$SUMMARY"
