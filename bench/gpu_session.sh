@@ -7,8 +7,9 @@
 #   bench/gpu_session.sh --dry-run              the commands, on any machine
 #
 # Steps have a limit each, and one that fails or takes too long stops no other. While tests run, of which none keeps
-# time, what is measured later runs once: its kernels are compiled then, and lie in Triton's cache when time counts. PYTHON picks the interpreter. At the end: each step's exit status and seconds, and the tests
-# that failed. The exit status is 1 where any did, 2 where there is no GPU.
+# time, what is measured later runs once: its kernels are compiled then, and lie in Triton's cache when time counts.
+# PYTHON picks the interpreter. At the end: each step's exit status and seconds, and the tests that failed. The exit
+# status is 1 where any did, 2 where there is no GPU.
 set -uo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
