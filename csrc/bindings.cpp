@@ -2,7 +2,9 @@
 #include <pybind11/native_enum.h>
 
 #include "batcher.h"
+#include "awaited.h"
 #include "check.h"
+#include "listener.h"
 #include "python_glue.h"
 
 PYBIND11_MODULE(_C, m) {
@@ -49,12 +51,14 @@ PYBIND11_MODULE(_C, m) {
       .def("save_cache", &Batcher::save_cache, "path"_a, py::call_guard<py::gil_scoped_release>())
       .def("load_cache", &Batcher::load_cache, "path"_a, py::call_guard<py::gil_scoped_release>());
 
-  py::class_<Listener>(m, "Listener")
+  py::class_<Listener>(m, "Listener", py::custom_type_setup(set_up_listener_type))
       .def(py::init<std::shared_ptr<Batcher>>(), "batcher"_a)
       .def("fileno", &Listener::descriptor)
-      .def("submit", &Listener::submit, "queries"_a, "k"_a, "timeout"_a = py::none())
-      .def("cancel", &Listener::cancel, "number"_a)
+      .def("search", &Listener::search, "loop"_a, "queries"_a, "k"_a, "timeout"_a = py::none())
       .def("drain", &Listener::drain);
+
+  m.add_object("AwaitedSearch", reinterpret_cast<PyObject*>(awaited_search_type()));
+  m.add_object("deliver", PyCFunction_New(&deliver_method, nullptr));
 
   py::class_<PassageStore>(m, "PassageStore")
       .def(py::init(&open_passages), "contents"_a, "contents_offsets"_a, "ids"_a = py::none(),

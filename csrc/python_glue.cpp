@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
-#include <map>
 #include <string_view>
 #include <utility>
 
@@ -46,47 +45,6 @@ py::str decoded(std::string_view text) {
   return py::reinterpret_steal<py::str>(object);
 }
 
-// From now on, not a time of Python's: its clock and this one differ where a machine slept (macOS).
-Clock::time_point deadline_of(std::optional<double> timeout, Clock::time_point now) {
-  if (!timeout) return Clock::time_point::max();
-  CHECK_INPUT(!std::isnan(*timeout), "the timeout is NaN");
-  if (*timeout <= 0.0) return Clock::time_point::min();
-  const double largest = std::chrono::duration<double>(Clock::time_point::max() - now).count();
-  if (*timeout >= largest) return Clock::time_point::max();
-  return now + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(*timeout));
-}
-
-std::vector<std::string> texts_of(const py::sequence& queries) {
-  if (PyUnicode_Check(queries.ptr())) throw py::type_error("queries must be a list of texts, not one text");
-  const auto items = py::reinterpret_steal<py::object>(PySequence_Fast(queries.ptr(), "queries must be a list"));
-  if (!items) throw py::error_already_set();
-  const Py_ssize_t num_queries = PySequence_Fast_GET_SIZE(items.ptr());
-  std::vector<std::string> texts;
-  texts.reserve(static_cast<size_t>(num_queries));
-  for (Py_ssize_t row = 0; row < num_queries; ++row) texts.push_back(utf8(PySequence_Fast_GET_ITEM(items.ptr(), row)));
-  return texts;
-}
-
-// Results of one k, one under the other: (numbers, ends, scores [R, k], ids [R, k]).
-py::tuple stacked(const std::vector<std::shared_ptr<Ticket>>& tickets, int32_t k) {
-  py::list numbers(tickets.size()), ends(tickets.size());
-  int64_t end = 0;
-  for (size_t index = 0; index < tickets.size(); ++index) {
-    end += tickets[index]->num_queries();
-    numbers[index] = tickets[index]->id();
-    ends[index] = end;
-  }
-  py::array_t<float> scores({end, static_cast<int64_t>(k)});
-  py::array_t<int64_t> ids({end, static_cast<int64_t>(k)});
-  float* score = scores.mutable_data();
-  int64_t* id = ids.mutable_data();
-  for (const auto& ticket : tickets) {
-    score = std::copy(ticket->scores().begin(), ticket->scores().end(), score);
-    id = std::copy(ticket->ids().begin(), ticket->ids().end(), id);
-  }
-  return py::make_tuple(numbers, ends, scores, ids);
-}
-
 template <typename Number>
 py::array_t<Number> matrix(const std::vector<Number>& numbers, int64_t rows, int64_t columns) {
   return py::array_t<Number>({rows, columns}, numbers.data());
@@ -109,6 +67,28 @@ py::dict summary(const Histogram& histogram, double unit) {
 }
 
 }  // namespace
+
+// ---- arguments --------------------------------------------------------------------------------------------------
+
+Clock::time_point deadline_of(std::optional<double> timeout, Clock::time_point now) {
+  if (!timeout) return Clock::time_point::max();
+  CHECK_INPUT(!std::isnan(*timeout), "the timeout is NaN");
+  if (*timeout <= 0.0) return Clock::time_point::min();
+  const double largest = std::chrono::duration<double>(Clock::time_point::max() - now).count();
+  if (*timeout >= largest) return Clock::time_point::max();
+  return now + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(*timeout));
+}
+
+std::vector<std::string> texts_of(const py::sequence& queries) {
+  if (PyUnicode_Check(queries.ptr())) throw py::type_error("queries must be a list of texts, not one text");
+  const auto items = py::reinterpret_steal<py::object>(PySequence_Fast(queries.ptr(), "queries must be a list"));
+  if (!items) throw py::error_already_set();
+  const Py_ssize_t num_queries = PySequence_Fast_GET_SIZE(items.ptr());
+  std::vector<std::string> texts;
+  texts.reserve(static_cast<size_t>(num_queries));
+  for (Py_ssize_t row = 0; row < num_queries; ++row) texts.push_back(utf8(PySequence_Fast_GET_ITEM(items.ptr(), row)));
+  return texts;
+}
 
 // ---- batcher ----------------------------------------------------------------------------------------------------
 
@@ -142,37 +122,6 @@ Outcome wait_for_ticket(const Ticket& ticket) {
 py::tuple ticket_result(const Ticket& ticket) {
   return py::make_tuple(matrix(ticket.scores(), ticket.num_queries(), ticket.k()),
                         matrix(ticket.ids(), ticket.num_queries(), ticket.k()));
-}
-
-// ---- an event loop ----------------------------------------------------------------------------------------------
-
-py::object Listener::submit(const py::sequence& queries, int64_t k, std::optional<double> timeout) {
-  // The GIL is kept: the batcher's mutex is held for microseconds.
-  const Clock::time_point now = Clock::now();
-  auto ticket = batcher_->submit(texts_of(queries), k, now, deadline_of(timeout, now), channel_);
-  if (ticket->outcome() != Outcome::pending) return py::cast(std::move(ticket));
-  const uint64_t number = ticket->id();
-  tickets_.emplace(number, std::move(ticket));
-  return py::int_(number);
-}
-
-void Listener::cancel(uint64_t number) { tickets_.erase(number); }  // to drop a ticket is to cancel it
-
-py::tuple Listener::drain() {
-  std::map<int32_t, std::vector<std::shared_ptr<Ticket>>> done;
-  py::list found, others;
-  for (uint64_t number : channel_->drain()) {
-    auto node = tickets_.extract(number);
-    if (node.empty()) continue;  // cancelled here
-    auto& ticket = node.mapped();
-    if (ticket->outcome() == Outcome::done) {
-      done[ticket->k()].push_back(std::move(ticket));
-    } else {
-      others.append(py::make_tuple(number, std::move(ticket)));
-    }
-  }
-  for (const auto& [k, tickets] : done) found.append(stacked(tickets, k));
-  return py::make_tuple(found, others);
 }
 
 // ---- batches ----------------------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@
 #include <memory>
 #include <optional>
 #include <string>
-#include <unordered_map>
 #include <vector>
 
 #include "batcher.h"
@@ -28,33 +27,16 @@ std::shared_ptr<Batcher> make_batcher(int64_t max_batch_rows, int64_t max_batch_
                                       int64_t max_cache_bytes, int32_t min_depth, int32_t max_batches_in_flight,
                                       std::string identity);
 
+std::vector<std::string> texts_of(const py::sequence& queries);
+
+// From now on, not a time of Python's: its clock and this one differ where a machine slept (macOS).
+Clock::time_point deadline_of(std::optional<double> timeout, Clock::time_point now);
+
 // Blocks until there is room. `timeout`: seconds from now.
 std::shared_ptr<Ticket> submit_queries(Batcher& batcher, const py::sequence& queries, int64_t k,
                                        std::optional<double> timeout);
 Outcome wait_for_ticket(const Ticket& ticket);
 py::tuple ticket_result(const Ticket& ticket);  // scores [Q, k] fp32, ids [Q, k] int64
-
-// The searches of one event loop. Nothing here blocks, and what a search costs Python is one call and its share of a
-// drain: tickets stay in C++, and the results of all that settled come as two arrays.
-class Listener {
- public:
-  explicit Listener(std::shared_ptr<Batcher> batcher) : batcher_(std::move(batcher)) {}
-
-  int descriptor() const { return channel_->descriptor(); }
-
-  // The ticket if it is settled already, else the number that `drain` will know it by.
-  py::object submit(const py::sequence& queries, int64_t k, std::optional<double> timeout);
-  void cancel(uint64_t number);
-
-  // (found, others): found is a list of (numbers, ends, scores [R, k], ids [R, k]), one for each k, where the rows of
-  // search numbers[i] end at ends[i]; others is a list of (number, ticket) of those that have no result.
-  py::tuple drain();
-
- private:
-  const std::shared_ptr<Batcher> batcher_;
-  const std::shared_ptr<Channel> channel_ = std::make_shared<Channel>();
-  std::unordered_map<uint64_t, std::shared_ptr<Ticket>> tickets_;  // pending; guarded by the GIL
-};
 
 std::shared_ptr<Batch> take_batch(Batcher& batcher);  // None: there will be no more
 py::list batch_queries(const Batch& batch);

@@ -111,7 +111,7 @@ class BatchedRetriever:
             forget, gather = partial(self._passage_searches.pop, id(loop), None), partial(_gather, self._passages)
             searches = PassageSearches(loop, self._batcher, self._failure, forget, gather, self._reading)
             self._passage_searches[id(loop)] = searches
-        return await searches.search(queries, k, self._timeout if timeout is None else timeout)
+        return await searches.search(loop, queries, k, self._timeout if timeout is None else timeout)
 
     def search_ids(self, queries: Sequence[str], k: int, timeout: float | None = None) -> tuple[np.ndarray, np.ndarray]:
         """scores [Q,k] fp32, rows [Q,k] int64; where there are fewer hits, the rest is -inf and -1."""
@@ -138,7 +138,7 @@ class BatchedRetriever:
         if searches is None:
             forget = partial(self._row_searches.pop, id(loop), None)
             searches = self._row_searches[id(loop)] = RowSearches(loop, self._batcher, self._failure, forget)
-        return await searches.search(queries, k, self._timeout if timeout is None else timeout)
+        return await searches.search(loop, queries, k, self._timeout if timeout is None else timeout)
 
     # ---- what it knows --------------------------------------------------------------------------------------------
 

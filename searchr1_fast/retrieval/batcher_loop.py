@@ -1,7 +1,8 @@
 """An event loop's side of the batcher: many coroutines that wait, one descriptor that wakes them.
 
 What settled since the loop last looked comes as two arrays for all of them, and each coroutine gets its rows of these.
-Passages are read in a thread, for all of them in one call: reading may wait for the disk.
+A coroutine awaits an object of the extension's, not a future of asyncio's (csrc/awaited.h says why), and goes on where
+its search is delivered. Passages are read in a thread, for all of them in one call: reading may wait for the disk.
 
 Shape legend
     Q  queries of a search    k  hits of a query    R  queries of all searches that settled
@@ -10,10 +11,10 @@ Shape legend
 from __future__ import annotations
 
 import asyncio
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Executor
 from typing import Any
+import weakref
 
 import numpy as np
 
@@ -41,51 +42,37 @@ class RowSearches:
     ) -> None:
         self._listener = _C.Listener(batcher)
         self._failure = failure
-        self._waiting: dict[int, asyncio.Future[Any]] = {}
         loop.add_reader(self._listener.fileno(), self._wake)
         self._loop = weakref.ref(loop, lambda _: on_loop_gone())
 
-    async def search(self, queries: Sequence[str], k: int, timeout: float | None) -> Any:
-        """What was found."""
+    def search(
+        self, loop: asyncio.AbstractEventLoop, queries: Sequence[str], k: int, timeout: float | None
+    ) -> Awaitable[Any]:
+        """What is found, to be awaited at once, by one task. `loop`: the one that runs, which is this one's."""
         try:
-            settled = self._listener.submit(queries, k, timeout)
+            search = self._listener.search(loop, queries, k, timeout)
         except _C.UsedAfterFork as error:
             raise forked(error) from error
-        if type(settled) is not int:
-            if not settled.is_done:
-                raise error_of(settled, self._failure)
-            return await self._at_once(settled.result())
-        # It settles in the batcher, which this loop hears of later: the future is never too late.
-        self._waiting[settled] = future = asyncio.get_running_loop().create_future()
-        try:
-            return await future
-        except asyncio.CancelledError:
-            self._waiting.pop(settled, None)
-            self._listener.cancel(settled)
-            raise
+        if type(search) is _C.AwaitedSearch:
+            return search
+        if not search.is_done:
+            raise error_of(search, self._failure)
+        return self._at_once(search.result())
 
     async def _at_once(self, found: Rows) -> Any:
         """What a search gives whose rows were known when it was asked."""
         return found
 
-    def _deliver(self, futures: list[asyncio.Future[Any] | None], ends: list[int], found: Rows) -> None:
-        """found [R,k] of as many searches as there are futures; those of futures[i] end at ends[i]."""
-        scores, rows = found
-        begin = 0
-        for future, end in zip(futures, ends, strict=True):
-            if future is not None and not future.done():
-                future.set_result((scores[begin:end], rows[begin:end]))
-            begin = end
+    def _deliver(self, searches: list[_C.AwaitedSearch], ends: list[int], found: Rows) -> None:
+        """found [R,k] of as many searches as there are; the rows of searches[i] end at ends[i]."""
+        _C.deliver(searches, ends, found)
 
     def _wake(self) -> None:
         found, others = self._listener.drain()
-        pop = self._waiting.pop
-        for numbers, ends, scores, rows in found:
-            self._deliver([pop(number, None) for number in numbers], ends, (scores, rows))
-        for number, ticket in others:
-            future = pop(number, None)
-            if future is not None and not future.done():
-                future.set_exception(error_of(ticket, self._failure))
+        for search, ticket in others:
+            search.set_exception(error_of(ticket, self._failure))
+        for searches, ends, scores, rows in found:
+            self._deliver(searches, ends, (scores, rows))
 
 
 class PassageSearches(RowSearches):
@@ -113,31 +100,26 @@ class PassageSearches(RowSearches):
         except RuntimeError as error:  # it was shut down
             raise RetrievalError("the retriever was closed before the passages were read") from error
 
-    def _deliver(self, futures: list[asyncio.Future[Any] | None], ends: list[int], found: Rows) -> None:
+    def _deliver(self, searches: list[_C.AwaitedSearch], ends: list[int], found: Rows) -> None:
         try:
             reading = self._read(found)
         except RetrievalError as error:
-            _tell(futures, error)
+            _tell(searches, error)
             return
 
         def hand_out(reading: asyncio.Future[list[list[Passage]]]) -> None:
             error = asyncio.CancelledError() if reading.cancelled() else reading.exception()
             if error is not None:
-                _tell(futures, error)
-                return
-            passages, begin = reading.result(), 0
-            for future, end in zip(futures, ends, strict=True):
-                if future is not None and not future.done():
-                    future.set_result(passages[begin:end])
-                begin = end
+                _tell(searches, error)
+            else:
+                _C.deliver(searches, ends, reading.result())
 
         reading.add_done_callback(hand_out)
 
 
-def _tell(futures: list[asyncio.Future[Any] | None], error: BaseException) -> None:
+def _tell(searches: list[_C.AwaitedSearch], error: BaseException) -> None:
     """Everybody an exception of their own: tracebacks are hung on it."""
-    for future in futures:
-        if future is not None and not future.done():
-            own = RetrievalError(str(error))
-            own.__cause__ = error
-            future.set_exception(own)
+    for search in searches:
+        own = RetrievalError(str(error))
+        own.__cause__ = error
+        search.set_exception(own)
