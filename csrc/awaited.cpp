@@ -158,17 +158,12 @@ PyObject* is_done(PyObject* self, PyObject*) { return PyBool_FromLong(as_search(
 
 PyObject* is_cancelled(PyObject* self, PyObject*) { return PyBool_FromLong(as_search(self)->state == State::cancelled); }
 
-PyObject* set_result(PyObject* self, PyObject* found) {
-  if (settle(as_search(self), State::done, Py_NewRef(found)) && !wake_now(as_search(self))) return nullptr;
-  return none();
-}
-
 PyObject* set_exception(PyObject* self, PyObject* error) {
   if (!PyExceptionInstance_Check(error)) {
     PyErr_SetString(PyExc_TypeError, "set_exception wants an exception");
     return nullptr;
   }
-  if (settle(as_search(self), State::failed, Py_NewRef(error)) && !wake_now(as_search(self))) return nullptr;
+  if (settle(as_search(self), State::failed, Py_NewRef(error)) && !wake_soon(as_search(self))) return nullptr;
   return none();
 }
 
@@ -221,7 +216,6 @@ PyMethodDef methods[] = {
     {"cancel", as_function(cancel), METH_VARARGS | METH_KEYWORDS, nullptr},
     {"done", is_done, METH_NOARGS, nullptr},
     {"cancelled", is_cancelled, METH_NOARGS, nullptr},
-    {"set_result", set_result, METH_O, nullptr},
     {"set_exception", set_exception, METH_O, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };

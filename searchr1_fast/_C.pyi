@@ -1,6 +1,7 @@
 """The C++ extension (csrc/), as Python sees it. Q queries, k hits of each, R rows, S shards."""
 
-from collections.abc import Sequence
+from asyncio import AbstractEventLoop
+from collections.abc import Generator, Sequence
 from enum import Enum
 from typing import Any
 
@@ -76,17 +77,33 @@ class Listener:
 
     def __init__(self, batcher: Batcher) -> None: ...
     def fileno(self) -> int: ...
-    def submit(self, queries: Sequence[str], k: int, timeout: float | None = None) -> Ticket | int:
-        """Never blocks. The ticket if it is settled already, else the number that `drain` will know it by."""
-    def cancel(self, number: int) -> None: ...
+    def search(
+        self, loop: AbstractEventLoop, queries: Sequence[str], k: int, timeout: float | None = None
+    ) -> Ticket | AwaitedSearch:
+        """Never blocks. The ticket if it is settled already, else what a coroutine of the loop awaits."""
     def drain(
         self,
-    ) -> tuple[list[tuple[list[int], list[int], np.ndarray, np.ndarray]], list[tuple[int, Ticket]]]:
+    ) -> tuple[list[tuple[list[AwaitedSearch], list[int], np.ndarray, np.ndarray]], list[tuple[AwaitedSearch, Ticket]]]:
         """What settled since the last call: (found, others).
 
-        found: (numbers, ends, scores [R,k] fp32, ids [R,k] int64) for each k; the rows of numbers[i] end at ends[i].
-        others: (number, ticket) of those that have no result.
+        found: (searches, ends, scores [R,k] fp32, ids [R,k] int64) for each k; the rows of searches[i] end at ends[i].
+        others: (search, ticket) of those that have no result.
         """
+
+class AwaitedSearch:
+    """A search that one task awaits. What a task wants of a future it has; a future's other methods it has not."""
+
+    def __await__(self) -> Generator[Any, None, Any]: ...
+    def cancel(self, msg: object = None) -> bool: ...
+    def cancelled(self) -> bool: ...
+    def done(self) -> bool: ...
+    def result(self) -> Any: ...
+    def set_exception(self, error: BaseException) -> None:
+        """The task goes on with it in the loop's next turn. Nothing where it is settled already."""
+
+def deliver(searches: list[AwaitedSearch], ends: list[int], found: Sequence[Any] | tuple[Sequence[Any], ...]) -> None:
+    """Rows ends[i-1] to ends[i] of `found`, or of each in a tuple, are what searches[i] found, and its task goes on at
+    once: to be called by the loop, not by a task. Those that are settled already, cancelled ones, are passed over."""
 
 class PassageStore:
     def __init__(

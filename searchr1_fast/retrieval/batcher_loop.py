@@ -11,10 +11,11 @@ Shape legend
 from __future__ import annotations
 
 import asyncio
+import weakref
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Executor
+from contextlib import ExitStack
 from typing import Any
-import weakref
 
 import numpy as np
 
@@ -71,8 +72,9 @@ class RowSearches:
         found, others = self._listener.drain()
         for search, ticket in others:
             search.set_exception(error_of(ticket, self._failure))
-        for searches, ends, scores, rows in found:
-            self._deliver(searches, ends, (scores, rows))
+        with ExitStack() as deliveries:  # all of them, whatever the tasks of another raise
+            for searches, ends, scores, rows in found:
+                deliveries.callback(self._deliver, searches, ends, (scores, rows))
 
 
 class PassageSearches(RowSearches):

@@ -231,13 +231,13 @@ def test_results_that_no_memory_holds_fail_their_search_alone():
     del ticket
     small = batcher.submit(["1"], 1, 0.2)
     listener = _C.Listener(batcher)
-    blocked = listener.submit(*huge)
-    assert type(blocked) is int and small.is_pending
+    blocked = listener.search(None, *huge)
+    assert type(blocked) is _C.AwaitedSearch and small.is_pending
     print(small.wait().name)
     while not (drained := listener.drain())[1]:
         time.sleep(0.001)
-    (number, ticket), = drained[1]
-    print(ticket.outcome.name, number == blocked, drained[0])
+    (search, ticket), = drained[1]
+    print(ticket.outcome.name, search is blocked, drained[0])
     assert batcher.statistics()["pending_bytes"] == 0
     """
     assert run(code) == "EXPIRED\nFAILED True []\n"

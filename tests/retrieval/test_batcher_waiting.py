@@ -168,10 +168,10 @@ def test_in_line_a_search_expires_fails_and_is_cancelled_as_anywhere(make, backe
     with pytest.raises(RetrievalTimeout):
         retriever.search(["1"], 1, timeout=0.02)
     listener = _C.Listener(retriever._batcher)
-    dropped = listener.submit(["2"], 1)
+    dropped = listener.search(None, ["2"], 1)
     waiting = pool.submit(retriever.search, ["3"], 1)
     eventually(lambda: retriever.statistics()["blocked"] == 2)
-    listener.cancel(dropped)
+    dropped.cancel()
     assert retriever.statistics()["blocked"] == 1
     assert listener.drain() == ([], [])
     backend.error = OSError("gone")
