@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from searchr1_fast.config import Config, DataSet, RetrievalConfig
 from searchr1_fast.data import read_questions
 from searchr1_fast.retrieval import Retriever, open_retriever
-from searchr1_fast.retrieval.protocol import Closes, Counts, Remembers, RetrievalTimeout, innermost
+from searchr1_fast.retrieval.protocol import Closes, Counts, Parks, Remembers, RetrievalTimeout, innermost
 from searchr1_fast.retrieval.statistics import SearchStatistics
 from searchr1_fast.types import Passage, Question
 from searchr1_fast.world import build_world
@@ -104,6 +104,18 @@ class Environment:
             return f"{inner.load_cache(path)} searches remembered from the checkpoint"
         except ValueError as error:
             return f"the searches that the checkpoint remembers are left out: {error}"
+
+    def park(self) -> None:
+        """Give the GPU memory of what is searched to others, until `unpark`. Nothing where it has none."""
+        inner = innermost(self.retriever)
+        if isinstance(inner, Parks):
+            inner.park()
+
+    def unpark(self) -> None:
+        """Take it back, before the next search."""
+        inner = innermost(self.retriever)
+        if isinstance(inner, Parks):
+            inner.unpark()
 
     def close(self) -> None:
         """End the retriever's threads; a search that is still waited for fails. Again, if you like."""

@@ -25,7 +25,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
-from searchr1_fast.offload import host_memory, local
+from searchr1_fast.host_memory import host_memory
+from searchr1_fast.offload import local
 
 PIECE = 1 << 24  # elements: 128 MiB of moments
 NUM_BUFFERS = 3  # one arrives, one is worked on, one leaves

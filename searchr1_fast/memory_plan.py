@@ -16,8 +16,9 @@ What each part of policy.py, critic.py and the engine holds, and when:
               norm whole, and two blocks, or all unless `train.reshard_after=forward` (or the whole adapter, whose
               gradient is whole too until the pass ends); what the blocks keep for the backward pass; what one block
               needs while it is in it, or if that is more, logits of a chunk and the head's gradient
-    host      what `model.offload` keeps in page-locked host memory; the copy that a checkpoint is written from, unless
-              `checkpoint.background` is off, on the rank that also has that of the exported weights
+    host      what `model.offload` and a parked index keep in page-locked host memory; the copy that a checkpoint is
+              written from, unless `checkpoint.background` is off, on the rank that also has that of the exported
+              weights
 
 Rollout and update never meet, so the peak is the larger of them; but cache and recorded steps are there always where
 `rollout.keep_cache` has them, as `auto` does where the sum fits with `KEEPING_SHARE` to spare. Activations are those of
@@ -278,7 +279,9 @@ def _index(config: Config, shape: tuple[int, int] | None, num_parts: int) -> Ite
         return
     num_parts = num_parts if retrieval.sharded else 1
     index = IndexPlan(-(-shape[0] // num_parts), shape[1], retrieval.scan)
-    yield Row("index", index.total, "always", str(index))
+    yield Row("index", index.total, "rollout" if retrieval.park_during_update else "always", str(index))
+    if retrieval.park_during_update:
+        yield Row("index, parked", index.rows + index.codes + index.bounds, "host", "while weights are updated")
 
 
 def _rollout(config: Config, decoder: DecoderConfig, num_ranks: int) -> Iterator[Row]:

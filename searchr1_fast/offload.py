@@ -17,11 +17,11 @@ On a CPU there is nowhere to go, and `leaves` says so: nothing is moved.
 
 from __future__ import annotations
 
-import weakref
-
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+
+from searchr1_fast.host_memory import host_memory
 
 
 def leaves(device: torch.device) -> bool:
@@ -32,25 +32,6 @@ def leaves(device: torch.device) -> bool:
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's part of a sharded tensor; a plain one is itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def host_memory(num_bytes: int, device: torch.device) -> torch.Tensor:  # [num_bytes] uint8, zeros
-    """Host memory, page-locked where the device is a GPU, so that copies overlap and need no other buffer.
-
-    Registered, not `pin_memory`: torch's allocator of page-locked memory takes the next power of two. ValueError where
-    the machine will not lock so much.
-    """
-    memory = torch.zeros(num_bytes, dtype=torch.uint8)
-    if device.type == "cuda" and num_bytes:
-        runtime = torch.cuda.cudart()
-        status = int(runtime.cudaHostRegister(memory.data_ptr(), num_bytes, 0))
-        if status:
-            raise ValueError(
-                f"model.offload: {num_bytes / 2**30:.1f} GiB of host memory could not be page-locked (CUDA error "
-                f"{status}); switch a part of model.offload off, or give this process more memory"
-            )
-        weakref.finalize(memory.untyped_storage(), runtime.cudaHostUnregister, memory.data_ptr())
-    return memory
 
 
 class DeviceMemory:

@@ -6,7 +6,8 @@ The loop in train.py moves it from step to step; nothing here knows what a step 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -182,6 +183,23 @@ class Run:
         plan = plan_rank(self.config, decoder, self.ranks.world_size, per_machine, device_bytes)
         self.engine.keep_cache = plan.keeps_cache
         self.ui.note(plan.describe_cache())
+
+    def park_searches(self) -> None:
+        """Let the update have the memory of the index, where `retrieval.park_during_update` says so. When all ranks
+        have searched: they search each other's parts."""
+        self._move_searches("park", Environment.park)
+
+    def unpark_searches(self) -> None:
+        """Take it back. Copies run on, beside what comes until the first search, which waits for them."""
+        self._move_searches("unpark", Environment.unpark)
+
+    def _move_searches(self, name: str, move: Callable[[Environment], None]) -> None:
+        if not self.config.retrieval.park_during_update:
+            return
+        started = time.perf_counter()  # not a phase of the timers, which would wait for the copies
+        for environment in (self.environment, *self.evaluations.values()):
+            move(environment)
+        self.timers.add(name, time.perf_counter() - started)
 
     def take_search_statistics(self) -> SearchStatistics:
         """Of training, all ranks together, since they were last taken. A collective."""

@@ -6,6 +6,7 @@ are means over policy tokens of all minibatches, `grad_norm` a mean over optimiz
 `update_imbalance` is the time that an update takes by the cost of its micro-batches, over what it would take if no rank
 waited for another (packing.py); a mean over optimizer steps.
 `search/…` are the step's searches on all ranks (retrieval/statistics.py), `time_search_wait` what the engine waited;
+`time_park` and `time_unpark` what the host took to give the index's memory to the update and to take it back;
 `time_checkpoint…` what a save took (checkpoint_writer.py), in rows of steps that save, and no part of `time_step`.
 With vLLM, `time_handover` is the part of `time_sync` in which it got the weights and they were compared.
 `sampler_…` are of the first minibatch, before the weights move (agreement.py).

@@ -59,6 +59,7 @@ def train(config: Config, ui: UserInterface | None = None) -> dict[str, Any]:
                 questions = run.stream.next(config.train.questions_per_step)
                 trajectories = sample(run, questions, step)
                 run.policy.release_replica()
+            run.park_searches()
             rewards = np.array([score(trajectory).em for trajectory in trajectories])  # [N]
             advantages, kept = baselines(config, trajectories, rewards)  # [N], [N]
             minibatches = make_minibatches(run, trajectories, advantages, kept)
@@ -68,6 +69,7 @@ def train(config: Config, ui: UserInterface | None = None) -> dict[str, Any]:
                 updates = update(run, minibatches, step)
             with run.timers("sync"):
                 handover = run.sync()
+            run.unpark_searches()
             run.step = step
             metrics = {"step": step} | rollout_metrics(run, trajectories, rewards, kept)
             metrics |= update_metrics(run, updates)

@@ -379,6 +379,28 @@ def test_what_is_offloaded_is_elsewhere(part):
     assert ("host   " in str(moved), "host   " in str(in_place)) == (True, False)
 
 
+def test_a_parked_index_is_the_update_s_memory_and_the_host_s():
+    """21,015,324 rows of 768 on 8 ranks; advised where the update is short of memory, and not where it is done."""
+    setting, shape = "retrieval.park_during_update=true", published_config("qwen2.5-7b")
+    dense = ["retrieval={backend: dense, index: x, device: cuda, scan: int8}"]
+    plan, parked = (
+        plan_training(
+            load_config("configs/search_r1_7b_ppo.yaml", [*dense, *more]), shape, num_ranks=8, device_bytes=50 * GB,
+            index_shape=(21_015_324, 768),
+        )
+        for more in ([], [setting])
+    )  # fmt: skip
+    index = rows_of(plan)["index"]
+    assert rows_of(parked)["index"] == index
+    assert parked.update == plan.update - index and parked.rollout == plan.rollout
+    part = -(-21_015_324 // 8)
+    kept = part * (2 * 768 + 768 + 8) + 4 * 768 + 8 * -(-part // 128)
+    assert parked.total("host") - plan.total("host") == kept == rows_of(parked)["index, parked"]
+    (line,) = (line for line in plan.advice if line.startswith(setting))
+    assert size_text(index) in line
+    assert not any(line.startswith(setting) for line in parked.advice)
+
+
 @pytest.mark.parametrize("changes", [{}, {"offload": {"optimizer": True, "replica": True}}, {"lora": {"rank": 3}}])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_checkpoint_s_copy_is_as_large_as_planned(make_config, make_console, monkeypatch, dtype, changes):

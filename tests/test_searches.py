@@ -15,11 +15,13 @@ import pytest
 
 from searchr1_fast import environment, report
 from searchr1_fast.advantage import grpo_advantages
+from searchr1_fast import train as trainer
 from searchr1_fast.config import Config, load_config
 from searchr1_fast.console import step_line
 from searchr1_fast.environment import Environment
 from searchr1_fast.errors import sentence
-from searchr1_fast.retrieval import MissingRetriever, NullRetriever, RetrievalError
+from searchr1_fast.retrieval import MissingRetriever, NullRetriever, RetrievalError, dense
+from searchr1_fast.retrieval.device_rows import DeviceRows
 from searchr1_fast.retrieval.protocol import RetrievalTimeout
 from searchr1_fast.retrieval.statistics import SearchStatistics, percentile
 from searchr1_fast.run import open_run
@@ -324,3 +326,43 @@ def test_the_demo_on_vectors_needs_nothing_but_what_is_here(tmp_path, monkeypatc
 
 def no_network(*_):
     raise AssertionError("the demo needs no network")
+
+
+def test_an_index_that_is_parked_during_updates_trains_the_same(make_config, make_console, monkeypatch):
+    """Rows on a device, for which a CPU stands in: they are gone while weights are updated, and back before anything is
+    searched for, evaluations included."""
+    monkeypatch.setattr(dense, "open_rows", lambda parts, device, scan, show: DeviceRows(list(parts), device, scan))
+    opened, seen = [], []
+    plain_update, plain_open = trainer.update, environment.open_retriever
+
+    def open_retriever(*arguments):
+        opened.append(plain_open(*arguments))
+        return opened[-1]
+
+    def update(run, *arguments):
+        seen.append([retriever.is_parked for retriever in opened])
+        return plain_update(run, *arguments)
+
+    monkeypatch.setattr(environment, "open_retriever", open_retriever)
+    monkeypatch.setattr(trainer, "update", update)
+    histories = []
+    for parked in (False, True):
+        opened.clear()
+        config = make_config(
+            retrieval=DENSE | {"park_during_update": parked},
+            train={"num_steps": 3, "eval_every": 1},
+            run={"name": f"parked-{parked}"},
+        )
+        train(config, make_console())
+        histories.append(rows(config))
+        assert seen == [[parked] * len(opened)] * 3
+        seen.clear()
+    timed = ("time_park", "time_unpark")
+    for one, other in zip(*histories, strict=True):
+        assert not any(name in one for name in timed)
+        assert all(other[name] > 0 for name in timed if other["step"])
+        names = {
+            name for name in one if not name.startswith(("time_", "search/wait", "trajectories_per", "tokens_per"))
+        }
+        names -= {"update_imbalance"}
+        assert {name: one[name] for name in names} == {name: other[name] for name in names}

@@ -110,6 +110,12 @@ class Passes:
         self._keys = new(max_queries * max_places * BLOCK_ROWS, dtype=torch.int64)
         self._part_maxima = new(max_queries * max_places * PARTS, dtype=torch.int64)
 
+    @property
+    def scratch(self) -> list[torch.Tensor]:
+        """What every search fills before it reads it: all but `_residuals`."""
+        names = ("_operand", "_norms", "_offsets", "_bounds", "_maxima", "_blocks", "_keys", "_part_maxima")
+        return [getattr(self, name) for name in names]  # `_norms` lies with scales, residual norms and the rest
+
     def num_places(self, k: int) -> int:
         """Blocks that can be scored for one query."""
         return min(self.corpus.num_blocks, MAX_PLACES, k + SLACK[self.corpus.coarse])

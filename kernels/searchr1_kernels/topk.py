@@ -66,8 +66,12 @@ class TopKIndex:
     @property
     def nbytes(self) -> int:
         """Bytes of the corpus and of what was made for it."""
-        tensors = {tensor.data_ptr(): tensor for tensor in (self.corpus, *self.parts)}
-        return sum(tensor.nbytes for tensor in tensors.values())
+        return sum(tensor.nbytes for tensor in {tensor.data_ptr(): tensor for tensor in self.tensors}.values())
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """The corpus and what was made for it, none of which changes; some may be the same memory."""
+        return [self.corpus, *([] if self.scales is None else [self.scales]), *self.parts]
 
 
 def topk_inner_product(

@@ -81,6 +81,11 @@ class TopKSearch:
         self.queries = torch.zeros(max_queries, corpus.shape[1], dtype=torch.float32, device=corpus.device)  # [Q, D]
         self._hits = torch.zeros(Hits.nbytes(max_queries, max_k), dtype=torch.uint8, device=corpus.device)
 
+    @property
+    def scratch(self) -> list[torch.Tensor]:
+        """Memory that holds nothing between a search's hits being fetched and the next one's queries being written."""
+        return [self.queries, self._hits]
+
     def can_launch(self, num_queries: int, k: int) -> bool:
         """Whether `launch` takes so many: up to the limits given, and on a GPU to some 200 hits."""
         return 0 <= num_queries <= self.max_queries and 1 <= k <= self.max_k
@@ -123,6 +128,10 @@ class _DeviceSearch(TopKSearch):
 
         super().__init__(index, max_queries, max_k)
         self._passes = Passes(Corpus(index.corpus, index.scales, index.parts), max_queries, max_k)
+
+    @property
+    def scratch(self) -> list[torch.Tensor]:
+        return [*super().scratch, *self._passes.scratch]
 
     def can_launch(self, num_queries: int, k: int) -> bool:
         return super().can_launch(num_queries, k) and self._passes.can_launch(k)

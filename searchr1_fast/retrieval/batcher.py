@@ -20,6 +20,7 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
+import time
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -39,7 +40,7 @@ from searchr1_fast.retrieval.batcher_workers import (
     forked,
     start_workers,
 )
-from searchr1_fast.retrieval.protocol import RetrievalError
+from searchr1_fast.retrieval.protocol import Parks, RetrievalError, RetrievalParked, RetrievalTimeout
 from searchr1_fast.retrieval.statistics import SearchStatistics
 from searchr1_fast.types import Passage
 
@@ -76,8 +77,10 @@ class BatchedRetriever:
         identity: str = "",
     ) -> None:
         """`timeout`: seconds that a search may take where the call says nothing else; None: as long as it takes."""
+        self._backend = backend
         self._passages = passages
         self._timeout = timeout
+        self.is_parked = False
         self.identity = identity
         self._batcher = _C.Batcher(
             max_batch_rows=max_batch_rows,
@@ -105,6 +108,8 @@ class BatchedRetriever:
 
     async def search_async(self, queries: Sequence[str], k: int, timeout: float | None = None) -> list[list[Passage]]:
         """The same, for a coroutine. Cancelling it cancels the search."""
+        if self.is_parked:
+            raise RetrievalParked
         loop = asyncio.get_running_loop()
         searches = self._passage_searches.get(id(loop))
         if searches is None:
@@ -115,6 +120,8 @@ class BatchedRetriever:
 
     def search_ids(self, queries: Sequence[str], k: int, timeout: float | None = None) -> tuple[np.ndarray, np.ndarray]:
         """scores [Q,k] fp32, rows [Q,k] int64; where there are fewer hits, the rest is -inf and -1."""
+        if self.is_parked:
+            raise RetrievalParked
         try:
             ticket = self._batcher.submit(queries, k, self._timeout if timeout is None else timeout)
         except _C.UsedAfterFork as error:
@@ -133,12 +140,48 @@ class BatchedRetriever:
         self, queries: Sequence[str], k: int, timeout: float | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """The same, for a coroutine."""
+        if self.is_parked:
+            raise RetrievalParked
         loop = asyncio.get_running_loop()
         searches = self._row_searches.get(id(loop))
         if searches is None:
             forget = partial(self._row_searches.pop, id(loop), None)
             searches = self._row_searches[id(loop)] = RowSearches(loop, self._batcher, self._failure, forget)
         return await searches.search(loop, queries, k, self._timeout if timeout is None else timeout)
+
+    # ---- memory that others may have for a time ---------------------------------------------------------------------
+
+    def park(self) -> None:
+        """Give the GPU memory of what is searched to others, once the searches under way have ended: RetrievalTimeout
+        where that takes longer than a search may. Later searches raise RetrievalParked, those too whose result is
+        remembered. Nothing where the backend has no such memory, or again."""
+        if self.is_parked or not isinstance(self._backend, Parks):
+            return
+        self.is_parked = True
+        try:
+            self._wait_for_quiet()
+            self._backend.park()
+        except BaseException:
+            self.is_parked = False
+            raise
+
+    def unpark(self) -> None:
+        """Take it back. Returns before the copies have been made, for which a first search waits. Where others have the
+        memory still (torch.OutOfMemoryError) all stays parked. Again: nothing."""
+        if self.is_parked:
+            self._backend.unpark()
+            self.is_parked = False
+
+    def _wait_for_quiet(self) -> None:
+        """Polled: where a trainer parks there is nothing under way."""
+        until = None if self._timeout is None else time.monotonic() + self._timeout
+        while True:
+            now = self._batcher.statistics()
+            if not (now["pending_bytes"] or now["blocked"] or now["batches_in_flight"]):
+                return
+            if until is not None and time.monotonic() > until:
+                raise RetrievalTimeout(f"searches were under way for {self._timeout:g} s, so the index was not parked")
+            time.sleep(0.001)
 
     # ---- what it knows --------------------------------------------------------------------------------------------
 

@@ -29,7 +29,7 @@ from searchr1_fast.retrieval.encoders import Encoder, check_device, open_encoder
 from searchr1_fast.retrieval.hit_merge import Merge, choose_merge
 from searchr1_fast.retrieval.index_format import Index, Progress, combine, digest_bytes, open_index
 from searchr1_fast.retrieval.memory_plan import MemoryPlan, Scan
-from searchr1_fast.retrieval.protocol import check_k
+from searchr1_fast.retrieval.protocol import Parks, RetrievalParked, check_k
 from searchr1_fast.retrieval.rows import HostRows, Part, RowSearch, cut
 from searchr1_fast.retrieval.shard_link import Peers
 from searchr1_fast.retrieval.sharded_rows import open_sharded
@@ -71,9 +71,12 @@ class DenseSearch:
     def search_ids(self, queries: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
         """(scores [Q,K] fp32, rows [Q,K] int64), best first, equal scores by row; K is `k`, or all rows if fewer.
 
-        A query's result is a function of its text alone: bit for bit the same in every batch.
+        A query's result is a function of its text alone: bit for bit the same in every batch. RetrievalParked where the
+        rows are parked.
         """
         check_k(k)
+        if self.is_parked:
+            raise RetrievalParked
         k = min(k, self.num_rows)
         scores, rows = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
         for begin in range(0, len(queries), _QUERIES_AT_ONCE):
@@ -81,13 +84,28 @@ class DenseSearch:
             scores[part], rows[part] = self.search_prepared(self.prepare(queries[part]), k)
         return scores, rows
 
+    @property
+    def is_parked(self) -> bool:
+        """Whether the rows' memory is others' for the time being."""
+        return isinstance(self._rows, Parks) and self._rows.is_parked
+
+    def park(self) -> None:
+        """Give the GPU memory of the rows to others; the encoder stays. Nothing where they lie on no GPU, or again."""
+        if isinstance(self._rows, Parks):
+            self._rows.park()
+
+    def unpark(self) -> None:
+        """Take it back: searches may begin at once."""
+        if isinstance(self._rows, Parks):
+            self._rows.unpark()
+
     def prepare(self, queries: Sequence[str]) -> np.ndarray:
         """The first stage: vectors [Q,D] fp32."""
         with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
             return self.encoder.encode_queries(queries)
 
     def search_prepared(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The second: vectors [Q,D] fp32 -> what `search_ids` gives."""
+        """The second: vectors [Q,D] fp32 -> what `search_ids` gives. Where the rows are parked, when they are back."""
         return self._rows.search(vectors, k)
 
 

@@ -9,6 +9,9 @@ pass through pinned memory; and one search at a time is under way, so memory is 
 What keeps the host out of the search's way: its kernels are one launch (`recorded_search.py`), and one copy brings the
 hits together with whether they are proven. Where one is not, the host looks again, and `settled` counts it.
 
+What lets others have the memory for a time: `park` and `unpark` (parking.py). A search that meets parked rows waits
+until they are back; who may not wait is told so above (batcher.py).
+
 The whole class runs on a CPU too, where it is the twin that tests compare: ring, row numbers, cutting of batches.
 
 Shape legend
@@ -27,6 +30,7 @@ from searchr1_kernels import Hits, Settled, TopKIndex, open_search, topk_inner_p
 
 from searchr1_fast.retrieval.index_format import Progress
 from searchr1_fast.retrieval.memory_plan import MAX_QUERIES, MemoryPlan, Scan, free_bytes
+from searchr1_fast.retrieval.parking import ParkedMemory, ParkingTimes
 from searchr1_fast.retrieval.recorded_search import SIZES, CudaRecordedSearches, RecordedSearches, bucket_size
 from searchr1_fast.retrieval.rows import Part
 from searchr1_fast.retrieval.staging import HostBuffer, StagingRing, copies_of
@@ -63,7 +67,7 @@ class DeviceRows:
             self._stream = torch.cuda.Stream(self._device)
         self._copies = copies_of(self._device, self._stream)
         self._queries, self._results = HostBuffer(self._copies), HostBuffer(self._copies)
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()  # one search at a time; news: the rows are back
         with self._on_stream():
             corpus = torch.empty(shape, dtype=torch.float16, device=self._device)
             self._load(parts, corpus, progress)
@@ -78,16 +82,44 @@ class DeviceRows:
         self.recorded = kind(self._search, self._stream)
         self.settled = Settled()  # of all searches
         self.ways: dict[int, dict[str, float]] = {}  # seconds of each way to read the rows, by number of queries
+        self._memory = ParkedMemory(self._index.tensors, self._search.scratch, self._device, self._stream)
         self._warm_up()
 
     def __len__(self) -> int:
         return len(self._index)
+
+    @property
+    def parking(self) -> ParkingTimes:
+        """How often the rows were parked, and what it took."""
+        return self._memory.times
+
+    @property
+    def is_parked(self) -> bool:
+        """Whether searches wait for the rows."""
+        return self._memory.is_parked
+
+    def park(self) -> None:
+        """Give the memory of rows, codes and work to others, once the search under way has ended. Again: nothing."""
+        with self._lock:
+            if not self.is_parked:
+                self.recorded.forget()
+                self._memory.park()
+
+    def unpark(self) -> None:
+        """Take the memory back and queue the copies; nothing is waited for. Again: nothing. Where there is not enough
+        (torch.OutOfMemoryError) the rows stay parked."""
+        with self._lock, self._on_stream():
+            if self.is_parked:
+                self._memory.unpark()
+                self._lock.notify_all()
+                self.recorded.record_again()
 
     def search(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """vectors [Q,D] fp32 -> (scores [Q,K] fp32, rows [Q,K] int64). The caller waits without the GIL."""
         k = min(k, len(self))
         scores, rows = np.empty((len(vectors), k), np.float32), np.empty((len(vectors), k), np.int64)
         with self._lock, self._on_stream():
+            self._lock.wait_for(lambda: not self.is_parked)
             for begin in range(0, len(vectors), MAX_QUERIES):
                 part = slice(begin, begin + MAX_QUERIES)
                 scores[part], rows[part] = self._search_part(vectors[part], k)

@@ -18,6 +18,14 @@ class RetrievalTimeout(RetrievalError):
     """A search whose deadline passed. What was found by then is not returned: it would change the reward."""
 
 
+class RetrievalParked(RetrievalError):
+    """A search of an index whose GPU memory was given to others. It is refused: to wait would be to hang, where nobody
+    else is there to take the memory back."""
+
+    def __init__(self) -> None:
+        super().__init__("the index is parked: its GPU memory is others' for now; call unpark() before you search")
+
+
 class Retriever(Protocol):
     """Safe to call from several threads at once."""
 
@@ -48,6 +56,17 @@ class Remembers(Protocol):
     def save_cache(self, path: str | Path) -> None: ...
 
     def load_cache(self, path: str | Path) -> int: ...
+
+
+@runtime_checkable
+class Parks(Protocol):
+    """A retriever, or what is below one, whose GPU memory others can have for a time. Both do nothing where it was
+    done, and are called by one thread."""
+
+    @property
+    def is_parked(self) -> bool: ...
+    def park(self) -> None: ...
+    def unpark(self) -> None: ...
 
 
 @runtime_checkable

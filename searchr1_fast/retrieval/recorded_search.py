@@ -7,7 +7,9 @@ stays (`searchr1_kernels.open_search`). A graph has a fixed number of queries, s
 the host to read after the replay; what is not, is settled by kernels that are launched one by one.
 
 Recording waits for the whole device, so it is done when an index is opened (`record`), for the number of hits that the
-batcher asks for. A search for another number runs kernel by kernel; the bits are the same.
+batcher asks for. A search for another number runs kernel by kernel; the bits are the same. A graph holds addresses:
+where the memory goes (parking.py) the graphs are forgotten, and when it is there again they are recorded once more,
+without a wait, as kernels have been compiled and loaded by then.
 
 `RecordedSearches` replays by calling the function that would be recorded: the plain twin, for tests on a CPU.
 `CudaRecordedSearches` records it.
@@ -19,6 +21,7 @@ Shape legend
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from searchr1_kernels import TopKSearch
@@ -43,6 +46,7 @@ class RecordedSearches:
         self.num_replays = 0
         self._stream = stream
         self._replays: dict[tuple[int, int], Callable[[], object]] = {}
+        self._forgotten: list[tuple[int, int]] = []
 
     def __len__(self) -> int:
         """How many were recorded."""
@@ -53,6 +57,18 @@ class RecordedSearches:
         launched."""
         if self.search.can_launch(num_queries, k):
             self._replays[num_queries, k] = self._record(lambda: self.search.launch(num_queries, k))
+
+    def forget(self) -> None:
+        """The memory of the search is about to go, and addresses with it."""
+        self._forgotten += self._replays
+        self._replays.clear()
+
+    def record_again(self) -> None:
+        """What was forgotten, with the memory as it lies now; on the current stream, as `record`."""
+        while self._forgotten:
+            num_queries, k = self._forgotten[0]
+            self._replays[num_queries, k] = self._record_again(partial(self.search.launch, num_queries, k))
+            del self._forgotten[0]
 
     def launch(self, num_queries: int, k: int) -> None:
         """As `TopKSearch.launch`, on the current stream."""
@@ -67,6 +83,10 @@ class RecordedSearches:
         """A function that does what `launch` does, from and to the same memory."""
         return launch
 
+    def _record_again(self, launch: Callable[[], object]) -> Callable[[], object]:
+        """The same, where `launch` has run before."""
+        return launch
+
 
 class CudaRecordedSearches(RecordedSearches):
     """Records searches as CUDA graphs. Each runs once before: kernels are compiled and loaded then, neither of which
@@ -78,4 +98,15 @@ class CudaRecordedSearches(RecordedSearches):
         # thread_local: a trainer in another thread may use the device while this one records
         with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
             launch()
+        return graph.replay
+
+    def _record_again(self, launch: Callable[[], object]) -> Callable[[], object]:
+        """As `torch.cuda.graph`, which waits for the device and empties torch's cache, and for neither is there a
+        reason: copies that are queued on this stream come before every replay."""
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin(capture_error_mode="thread_local")
+        try:
+            launch()
+        finally:
+            graph.capture_end()
         return graph.replay

@@ -4,6 +4,9 @@
     DeviceRows    copied to a GPU once, one `TopKIndex` for all                          device_rows.py
     ShardedRows   cut over the ranks of a machine, which search for one another          sharded_rows.py
 
+The last two can be parked (`protocol.Parks`): `park()` gives the memory of a GPU to others, `unpark()` takes it back.
+Meanwhile a search waits. `HostRows` lie on no GPU, and have neither.
+
 They stack: what a rank of `ShardedRows` holds is one of the other two. The order is total (score descending, then row
 ascending), so files, shards and batches are cut and merged without changing a bit of a result.
 

@@ -36,7 +36,7 @@ import numpy as np
 
 from searchr1_fast.retrieval.hit_merge import HostMerge, Merge
 from searchr1_fast.retrieval.memory_plan import MAX_QUERIES
-from searchr1_fast.retrieval.protocol import RetrievalError
+from searchr1_fast.retrieval.protocol import Parks, RetrievalError
 from searchr1_fast.retrieval.rows import RowSearch, share
 from searchr1_fast.retrieval.shard_link import Incoming, Link, Peers, meet
 
@@ -89,6 +89,7 @@ class ShardedRows:
         self._timeout = timeout
         self._lock = threading.Lock()
         self._failure: RetrievalError | None = None
+        self._own = own
         # It holds the link and this rank's rows, never this object.
         thread = threading.Thread(target=_answer_all, args=(link, own, timeout), name="shard", daemon=True)
         self.close = weakref.finalize(self, _close, link, thread)
@@ -96,6 +97,22 @@ class ShardedRows:
 
     def __len__(self) -> int:
         return self._num_rows
+
+    @property
+    def is_parked(self) -> bool:
+        """Of this rank's part."""
+        return isinstance(self._own, Parks) and self._own.is_parked
+
+    def park(self) -> None:
+        """This rank's part, which the others need for their searches too: to be called when all ranks have searched.
+        One that searches nevertheless waits, as long as it would wait for a rank that hangs."""
+        if isinstance(self._own, Parks):
+            self._own.park()
+
+    def unpark(self) -> None:
+        """This rank's part. The ranks need not do it together: who searches waits for those that are not there yet."""
+        if isinstance(self._own, Parks):
+            self._own.unpark()
 
     def search(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """vectors [Q,D] fp32 -> (scores [Q,K] fp32, rows [Q,K] int64). RetrievalError where a rank is gone, hangs, or
@@ -141,7 +158,9 @@ class ShardedRows:
                 ready = selector.select(max(0.0, deadline - time.monotonic()))
                 if not ready:
                     ranks = ", ".join(str(link.ranks[place]) for place in sorted(waiting))
-                    raise RetrievalError(f"no answer from rank {ranks} within {self._timeout:g} s: it hangs")
+                    raise RetrievalError(
+                        f"no answer from rank {ranks} within {self._timeout:g} s: it hangs, or its part is parked"
+                    )
                 for key, _ in ready:
                     try:
                         if waiting[key.data].read(link.asks[key.data]):

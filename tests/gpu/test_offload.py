@@ -7,7 +7,8 @@ import torch
 
 from searchr1_fast.distributed import process
 from searchr1_fast.host_adamw import HostAdamW
-from searchr1_fast.offload import FrozenWeights, host_memory
+from searchr1_fast.host_memory import host_memory
+from searchr1_fast.offload import FrozenWeights
 from searchr1_fast.packing import pack
 from searchr1_fast.policy import Policy, to_device
 

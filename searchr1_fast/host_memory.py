@@ -1,0 +1,26 @@
+"""Page-locked host memory, in which waits what leaves a GPU for a time."""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+
+
+def host_memory(num_bytes: int, device: torch.device, setting: str = "model.offload") -> torch.Tensor:
+    """[num_bytes] uint8, zeros; page-locked where the device is a GPU, so that copies overlap and need no other buffer.
+
+    Registered, not `pin_memory`: torch's allocator of page-locked memory takes the next power of two. ValueError, which
+    names the `setting` that asks for it, where the machine will not lock so much.
+    """
+    memory = torch.zeros(num_bytes, dtype=torch.uint8)
+    if device.type == "cuda" and num_bytes:
+        runtime = torch.cuda.cudart()
+        status = int(runtime.cudaHostRegister(memory.data_ptr(), num_bytes, 0))
+        if status:
+            raise ValueError(
+                f"{setting}: {num_bytes / 2**30:.1f} GiB of host memory could not be page-locked (CUDA error "
+                f"{status}); switch it off, or a part of it, or give this process more memory"
+            )
+        weakref.finalize(memory.untyped_storage(), runtime.cudaHostUnregister, memory.data_ptr())
+    return memory
