@@ -11,6 +11,7 @@ batched  2,560 queries at once through the batcher, texts in, hits out; without 
 upload   a file to the device: through the pinned ring, and as torch copies a memory map
 merge    the hits of 8 parts, which lie in host memory, as the sockets left them: C++, our kernel, torch
 link     what asking several ranks costs beside their searches, with parts that answer at once
+parking  giving the memory to an update and taking it back (parked_rows.py)
 
 Rows and queries are shaped like E5's: unit vectors around a common direction, cosines about 0.7. The last line is the
 row, as always; the exit status is 1 where a result differs from the CPU's.
@@ -32,6 +33,7 @@ from typing import Any
 import harness
 import numpy as np
 import torch
+from parked_rows import measure_parking
 from rich import box
 from rich.table import Table
 
@@ -364,17 +366,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     row["upload_bytes_per_second"] = measure_upload(rows[: 2**30 // rows[:1].nbytes], device, 3)
     row["merge_seconds"] = measure_merges(device, arguments.repetitions)
     row["link_seconds"] = measure_link((2, 4, 8), arguments.dimension, arguments.repetitions)
+    queries = make_rows(64, arguments.dimension, device, seed=1).astype(np.float32)
+    row["parking_seconds"], others = measure_parking(rows, queries, device, min(arguments.repetitions, 3))
+    row["wrong_hits"] = wrong = wrong + others
     if SCALABLE_ROWS <= arguments.rows < PUBLISHED_ROWS:
         factor = PUBLISHED_ROWS / arguments.rows  # arithmetic, not a measurement
         row["ms_by_arithmetic_for_21015324_rows"] = {
             f"{scan['way']} {scan['queries']}": scan["ms"] * factor for scan in scans
         }
+    rate = row["parking_seconds"].pop("bytes_per_second")
+    row["unpark_bytes_per_second"] = {"rows": rate}
     for name, factor, unit in (("upload_bytes_per_second", 1e-9, "GB/s"), ("merge_seconds", 1e6, "us"),
-                               ("link_seconds", 1e6, "us")):  # fmt: skip
+                               ("link_seconds", 1e6, "us"), ("parking_seconds", 1e3, "ms"),
+                               ("unpark_bytes_per_second", 1e-9, "GB/s")):  # fmt: skip
         shown = ", ".join(f"{key} {value * factor:.1f}" for key, value in row[name].items())
         console.print(f"{name.partition('_')[0]}, {unit}: {shown}")
     if wrong:
-        console.print(f"{wrong} hits differ from the CPU's")
+        console.print(f"{wrong} hits differ from the CPU's, or from those before parking")
     harness.emit(row, arguments.output)
     return int(wrong > 0)
 
