@@ -12,9 +12,10 @@ upload   a file to the device: through the pinned ring, and as torch copies a me
 merge    the hits of 8 parts, which lie in host memory, as the sockets left them: C++, our kernel, torch
 link     what asking several ranks costs beside their searches, with parts that answer at once
 parking  giving the memory to an update and taking it back (parked_rows.py)
+encoder  queries to vectors, by batch size: recorded, launched, and attention by torch (encoded_queries.py)
 
 Rows and queries are shaped like E5's: unit vectors around a common direction, cosines about 0.7. The last line is the
-row, as always; the exit status is 1 where a result differs from the CPU's.
+row, as always; the exit status is 1 where a result differs from the CPU's, or a vector from what it was alone.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from typing import Any
 import harness
 import numpy as np
 import torch
+from encoded_queries import measure_encoder
 from parked_rows import measure_parking
 from rich import box
 from rich.table import Table
@@ -369,6 +371,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     queries = make_rows(64, arguments.dimension, device, seed=1).astype(np.float32)
     row["parking_seconds"], others = measure_parking(rows, queries, device, min(arguments.repetitions, 3))
     row["wrong_hits"] = wrong = wrong + others
+    row["encoder"], row["wrong_vectors"] = measure_encoder(device, arguments.batches, arguments.repetitions)
+    for one in row["encoder"]:
+        console.print(f"encoder, {one['queries']} queries of {one['tokens']} tokens, {one['way']}: {one['ms']:.3f} ms")
     if SCALABLE_ROWS <= arguments.rows < PUBLISHED_ROWS:
         factor = PUBLISHED_ROWS / arguments.rows  # arithmetic, not a measurement
         row["ms_by_arithmetic_for_21015324_rows"] = {
@@ -381,10 +386,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                                ("unpark_bytes_per_second", 1e-9, "GB/s")):  # fmt: skip
         shown = ", ".join(f"{key} {value * factor:.1f}" for key, value in row[name].items())
         console.print(f"{name.partition('_')[0]}, {unit}: {shown}")
+    if row["wrong_vectors"]:
+        console.print(f"{row['wrong_vectors']} vectors depend on how or with what they were encoded")
     if wrong:
         console.print(f"{wrong} hits differ from the CPU's, or from those before parking")
     harness.emit(row, arguments.output)
-    return int(wrong > 0)
+    return int(wrong > 0 or row["wrong_vectors"] > 0)
 
 
 if __name__ == "__main__":

@@ -11,13 +11,16 @@ Texts are sorted by length and laid end to end, so no token is padding. Why a ve
 - Products of tokens with weights are done in tiles of a fixed number of tokens (the last filled up with zeros), always
   the same library call on the same shape. A library chooses its order of summation by shape, and fp32 MKL on this
   project's machines gives other last bits for 1 and 2 rows than for 4 and more.
-- Attention runs over all texts of one length at once, [texts, heads, length, size], each matrix for itself.
+- Attention runs over all texts of one length at once, [texts, heads, length, size], each matrix for itself; on a GPU by
+  `searchr1_kernels.cached_attention`, in which a token's arithmetic is a function of its text.
 - All else (normalisation, activation, pooling) is done for each token or text by itself.
 
 Larger tiles are faster (weights are read less often), so a second tile size is used where a probe, when the model is
 loaded, finds its rows bit for bit equal to the small tile's. Equal bits hold on one machine with one number of threads.
 
-Left out: CUDA graphs (on a GPU the packed forward pass runs as it is), relative positions, other architectures.
+On a GPU a pass is one launch, recorded once per number of tokens (recorded_encoder.py).
+
+Left out: relative positions, other architectures.
 
 Shape legend
     N  texts    T  tokens of a batch, end to end    H  hidden size    D = H  components
@@ -25,14 +28,17 @@ Shape legend
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from searchr1_kernels import cached_attention
 
 from searchr1_fast.retrieval.encoder_folder import (
     FAMILY,
@@ -47,6 +53,7 @@ from searchr1_fast.retrieval.encoder_folder import (
 )
 from searchr1_fast.retrieval.encoders import check_device
 from searchr1_fast.retrieval.index_format import Progress, TextColumn
+from searchr1_fast.retrieval.recorded_encoder import CudaRecordedForward, PackedTexts, RecordedForward
 
 DType = Literal["float32", "bfloat16", "float16"]
 
@@ -89,6 +96,11 @@ class BertEncoder:
             self._config, read_weights(weights), torch.device(device), getattr(torch, dtype), self.folder
         )
         self.dimension = self._model.hidden_size
+        self._recorded: RecordedForward | None = None
+        if torch.device(device).type == "cuda" and find_spec("triton"):
+            forward = partial(self._model.pooled_packed, pooling=self.settings.pooling)
+            self._recorded = CudaRecordedForward(forward, torch.device(device), _SMALL_TILE["cuda"], _TOKENS_AT_ONCE)
+            self._recorded.record()
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -151,11 +163,17 @@ class BertEncoder:
             order = order[np.count_nonzero(lengths == 0) :]
             vectors[begin : begin + len(part)][lengths == 0] = 0.0
             for rows in _batches(order, token_ids):
-                pooled = self._model.pooled([token_ids[row] for row in rows], self.settings.pooling)
+                pooled = self._pooled([token_ids[row] for row in rows])
                 if self.settings.normalize:
                     pooled = F.normalize(pooled, dim=1)
-                vectors[begin + rows] = pooled.cpu().numpy()
+                vectors[begin + rows] = pooled.numpy()
         return vectors
+
+    def _pooled(self, token_ids: Sequence[Sequence[int]]) -> torch.Tensor:
+        """[N,H] fp32 on the host, for texts in order of their length."""
+        if self._recorded is not None:
+            return self._recorded.pooled(token_ids)
+        return self._model.pooled(token_ids, self.settings.pooling).cpu()
 
 
 def _batches(order: np.ndarray, token_ids: Sequence[Sequence[int]]) -> Iterator[np.ndarray]:
@@ -206,28 +224,62 @@ class _Bert:
     def pooled(self, token_ids: Sequence[Sequence[int]], pooling: Pooling | None) -> torch.Tensor:
         """[N,H] fp32 for texts in order of their length."""
         lengths = [len(ids) for ids in token_ids]
-        num_tokens = sum(lengths)
-        flat = torch.tensor([token for ids in token_ids for token in ids], device=self._device)
-        positions = torch.cat([torch.arange(length, device=self._device) for length in lengths])
-        padded = -(-num_tokens // self._small) * self._small
-        hidden = self._words.new_zeros(padded, self.hidden_size)
-        hidden[:num_tokens] = self._words[flat] + self._positions[positions + self._first_position]
-        hidden = self._norm(hidden, self._embedding_norm)
+        padding = [0] * (-sum(lengths) % self._small)
+        flat = torch.tensor([token for ids in token_ids for token in ids] + padding, device=self._device)
+        places = [place for length in lengths for place in range(length)]
+        positions = torch.tensor(places + padding, device=self._device)
         groups = _groups(lengths)
-        for layer in self._layers:
-            hidden = self._norm(hidden + self._linear(self._attend(hidden, layer, groups), *layer.output), layer.norm)
-            inner = self._activation(self._linear(hidden, *layer.up))
-            hidden = self._norm(hidden + self._linear(inner, *layer.down), layer.last_norm)
+        hidden = self._hidden(flat, positions, partial(self._attend, groups=groups))
         pooled = []
         for begin, count, length in groups:
             states = hidden[begin : begin + count * length].view(count, length, -1).float()
             pooled.append(states[:, 0] if pooling == "cls" else states.sum(1) / length)
         return torch.cat(pooled)
 
-    def _attend(self, hidden: torch.Tensor, layer: _Layer, groups: list[tuple[int, int, int]]) -> torch.Tensor:
-        """[T,H] -> [T,H]."""
-        mixed = torch.zeros_like(hidden)
-        packed = self._linear(hidden, *layer.qkv)  # [T, 3H]
+    @torch.inference_mode()
+    def pooled_packed(self, texts: PackedTexts, pooling: Pooling | None) -> torch.Tensor:
+        """[S,H] fp32 for texts in any order: a fixed list of launches for each number of rows and of places."""
+        # Keys of a text are rows from its first on: as many slots of a cache as rows, each one row behind the other.
+        longest, heads, width = self._positions.shape[0], self._heads, self.hidden_size
+        num_rows, size, tiles = len(texts.token_ids), width // heads, texts.tiles.int()
+
+        def from_each_row(rows: torch.Tensor, component: int) -> torch.Tensor:  # [·,·] -> [T, heads, longest, size]
+            stride = rows.shape[1]
+            return rows.as_strided((num_rows, heads, longest, size), (stride, size, stride, 1), component)
+
+        def attend(packed: torch.Tensor) -> torch.Tensor:  # [T + longest - 1, 3H] -> [T, H]
+            query = packed[:num_rows, :width].view(num_rows, heads, size)
+            keys, values = from_each_row(packed, width), from_each_row(packed, 2 * width)
+            return cached_attention(query, keys, values, texts.firsts, texts.lasts, tiles=tiles).flatten(1)
+
+        hidden = self._hidden(texts.token_ids, texts.positions, attend, longest - 1)
+        if pooling == "cls":
+            return hidden[texts.text_firsts].float()
+        # A mean is attention that finds all alike: its sum has an order that depends on the text alone.
+        states = hidden.new_empty(num_rows + longest - 1, width, dtype=torch.float32)
+        states[:num_rows] = hidden
+        alike, values = states.new_zeros(len(texts.text_firsts), heads, size), from_each_row(states, 0)
+        return cached_attention(alike, values, values, texts.text_firsts, texts.text_lasts).flatten(1)
+
+    def _hidden(
+        self,
+        token_ids: torch.Tensor,  # [T] int64, T a multiple of the small tile
+        positions: torch.Tensor,  # [T] int64
+        attend: Callable[[torch.Tensor], torch.Tensor],  # [T + spare_rows, 3H] -> [T, H]
+        spare_rows: int = 0,
+    ) -> torch.Tensor:  # [T, H]
+        hidden = self._words[token_ids] + self._positions[positions + self._first_position]
+        hidden = self._norm(hidden, self._embedding_norm)
+        for layer in self._layers:
+            mixed = attend(self._linear(hidden, *layer.qkv, spare_rows))
+            hidden = self._norm(hidden + self._linear(mixed, *layer.output), layer.norm)
+            inner = self._activation(self._linear(hidden, *layer.up))
+            hidden = self._norm(hidden + self._linear(inner, *layer.down), layer.last_norm)
+        return hidden
+
+    def _attend(self, packed: torch.Tensor, groups: list[tuple[int, int, int]]) -> torch.Tensor:
+        """[T,3H] -> [T,H]."""
+        mixed = packed.new_zeros(packed.shape[0], self.hidden_size)
         for begin, count, length in groups:
             part = slice(begin, begin + count * length)
             shaped = packed[part].view(count, length, 3, self._heads, -1)
@@ -236,9 +288,12 @@ class _Bert:
             mixed[part] = found.transpose(1, 2).reshape(count * length, -1)
         return mixed
 
-    def _linear(self, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        """inputs [T,·], T a multiple of the small tile; weight [in, out], bias [out]."""
-        outputs = inputs.new_empty(inputs.shape[0], weight.shape[1])
+    def _linear(
+        self, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, spare_rows: int = 0
+    ) -> torch.Tensor:
+        """inputs [T,·], T a multiple of the small tile; weight [in, out], bias [out] -> [T + spare_rows, out], of which
+        the last are not written."""
+        outputs = inputs.new_empty(inputs.shape[0] + spare_rows, weight.shape[1])
         begin = 0
         while begin < inputs.shape[0]:
             tile = self._large if inputs.shape[0] - begin >= self._large else self._small

@@ -128,3 +128,37 @@ def test_any_strides():
     views[1] = views[1].transpose(1, 2).contiguous().transpose(1, 2)
     have = attend(*views, slots, positions, lengths)
     assert torch.equal(have, attend(query, keys, values, slots, positions, lengths))
+
+
+@pytest.mark.parametrize("lone", [True, False])
+def test_texts_end_to_end_are_slots_that_overlap(lone):
+    """As an encoder lays them: slot r begins at row r, and tokens see all of their text. Rows behind are NaN. With one
+    query for a text that finds all alike, the result is a mean."""
+    lengths, heads, d, longest = [5, 1, 70, 3], 2, 16, 80
+    num_rows, width = sum(lengths), heads * d
+    rows = torch.randn(num_rows + longest - 1, 3 * width, generator=torch.Generator().manual_seed(0))
+    rows[num_rows:] = torch.nan
+    rows = rows.to(DEVICE)
+    keys, values = (
+        rows.as_strided((num_rows, heads, longest, d), (3 * width, d, 3 * width, 1), part * width) for part in (1, 2)
+    )
+    begins = [sum(lengths[:text]) for text in range(len(lengths))]
+    texts = [rows[begin : begin + length].double().view(length, 3, heads, d).unbind(1)
+             for begin, length in zip(begins, lengths, strict=True)]  # fmt: skip
+    if lone:
+        query = torch.zeros(len(lengths), heads, d, device=DEVICE)
+        firsts, lasts = torch.tensor(begins), torch.tensor(lengths) - 1
+        want, tiles = torch.stack([value.mean(0) for _, _, value in texts]), None
+    else:
+        query = rows[:num_rows, :width].view(num_rows, heads, d)
+        firsts, lasts = (torch.cat([torch.full((length,), number) for length, number in pairs]) for pairs in (
+            zip(lengths, begins, strict=True), [(length, length - 1) for length in lengths]))  # fmt: skip
+        tiles = [(begin + skip, min(length - skip, 64))
+                 for begin, length in zip(begins, lengths, strict=True) for skip in range(0, length, 64)]  # fmt: skip
+        scores = [torch.einsum("qhd,khd->hqk", query, key) * d**-0.5 for query, key, _ in texts]
+        want = torch.cat([torch.einsum("hqk,khd->qhd", score.softmax(-1), value)
+                          for score, (_, _, value) in zip(scores, texts, strict=True)])  # fmt: skip
+        tiles = torch.tensor(tiles, dtype=torch.int32, device=DEVICE)
+    output = torch.full(query.shape, torch.nan, device=DEVICE)
+    _attend_triton(query, keys, values, firsts.to(DEVICE), lasts.to(DEVICE), None, tiles, 0, output)
+    torch.testing.assert_close(output.double(), want, rtol=0, atol=2e-6)

@@ -1,0 +1,149 @@
+"""An encoder's recorded passes: vectors are those of the pass that nobody records, and depend on their text alone.
+
+All of it runs on a CPU, where a pass is replayed by running it; with `cuda` it is a graph, where there is a GPU.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_encoders import GIVEN, make_model, texts
+
+from searchr1_fast.retrieval.encoder_bert import BertEncoder, BertSettings
+from searchr1_fast.retrieval.recorded_encoder import PackedTexts, RecordedForward, fill, num_numbers, num_places
+
+GPU = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")])
+BERT = {"hidden_size": 96, "intermediate_size": 192, "num_attention_heads": 6}
+
+
+def recorded_encoder(folder, device="cpu", given=GIVEN) -> BertEncoder:
+    """On a CPU with the class that a GPU's recordings are a kind of."""
+    encoder = BertEncoder(folder, given, device)
+    if device == "cpu":
+        forward = partial(encoder._model.pooled_packed, pooling=given.pooling)
+        encoder._recorded = RecordedForward(forward, torch.device("cpu"), 32, 1024)
+        encoder._recorded.record()
+    return encoder
+
+
+@settings(deadline=None, max_examples=60)
+@given(lengths=st.lists(st.integers(1, 150), min_size=1, max_size=8), spare_rows=st.integers(1, 20))
+def test_every_row_knows_its_text_and_the_rest_is_one_text_that_nobody_asked_for(lengths, spare_rows):
+    num_rows = sum(lengths) + 4 * len(lengths) + 4 * spare_rows
+    ids = [[1000 * text + place for place in range(length)] for text, length in enumerate(lengths)]
+    memory = torch.full((num_numbers(num_rows) + 3,), -7, dtype=torch.int64)
+    packed = PackedTexts.views(memory, num_rows)
+    fill(packed, ids)
+    begin = 0
+    for text, length in enumerate(lengths):
+        rows = slice(begin, begin + length)
+        assert packed.token_ids[rows].tolist() == ids[text]
+        assert packed.positions[rows].tolist() == list(range(length))
+        assert set(packed.firsts[rows].tolist()) == {begin} and set(packed.lasts[rows].tolist()) == {length - 1}
+        assert (packed.text_firsts[text], packed.text_lasts[text]) == (begin, length - 1)
+        begin += length
+    spare = num_rows - 1
+    assert set(packed.text_firsts[len(lengths) :].tolist()) <= {spare}
+    assert set(packed.text_lasts[len(lengths) :].tolist()) <= {0}
+    assert (packed.firsts[spare], packed.lasts[spare]) == (spare, 0)
+    tiled = [list(range(first, first + count)) for first, count in packed.tiles.tolist() if first != spare]
+    assert [row for tile in tiled for row in tile] == list(range(begin))
+    assert all(len({int(packed.firsts[row]) for row in tile}) == 1 and len(tile) <= 64 for tile in tiled)
+    assert (memory[-3:] == -7).all() and len(packed.tiles) == num_places(num_rows)
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+@pytest.mark.parametrize(
+    ("family", "pooling", "changes"),
+    [("bert", "mean", BERT), ("bert", "cls", {}), ("roberta", "mean", {"type_vocab_size": 1})],
+)
+def test_recorded_vectors_are_those_of_the_other_pass(tmp_path, family, pooling, changes, device):
+    """Whatever the size: one text, and more than the largest size takes."""
+    make_model(tmp_path, family, **changes)
+    given = BertSettings(pooling, True, 32, "query: ", "passage: ")
+    encoder, plain = recorded_encoder(tmp_path, device, given), BertEncoder(tmp_path, given)
+    assert plain._recorded is None and len(encoder._recorded) == len(encoder._recorded.sizes)
+    contents = texts(200)
+    for part in (contents, contents[:1], [""], contents[5:9]):
+        np.testing.assert_allclose(encoder.encode_passages(part), plain.encode_passages(part), atol=2e-5)
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_a_recorded_vector_depends_on_its_text_alone(tmp_path, pooling, device):
+    """Bit for bit: alone, among 256, in another order, recorded or launched, and after anything else."""
+    make_model(tmp_path, **BERT)
+    encoder = recorded_encoder(tmp_path, device, BertSettings(pooling, True, 32, "", ""))
+    contents = texts(256, longest=40)
+    together = encoder.encode_passages(contents)
+    alone = np.concatenate([encoder.encode_passages([text]) for text in contents])
+    assert (alone == together).all()
+    for size in (2, 7, 100):
+        assert (encoder.encode_passages(contents[:size]) == together[:size]).all()
+    order = np.random.default_rng(1).permutation(256)
+    assert (encoder.encode_passages([contents[place] for place in order]) == together[order]).all()
+    encoder._recorded.enabled = False
+    assert (encoder.encode_passages(contents[:100]) == together[:100]).all()
+    assert (encoder.encode_passages(contents[:1]) == together[:1]).all()
+
+
+def test_a_batch_takes_the_next_size_that_has_room():
+    """For its tokens and one row more, and for its texts."""
+    sizes = []
+
+    def forward(packed):
+        sizes.append(len(packed.token_ids))
+        return packed.token_ids[packed.text_firsts].float()[:, None]
+
+    recorded = RecordedForward(forward, torch.device("cpu"), 32, 1024)
+    assert recorded.sizes == (*(32 * many for many in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)), 1056)
+    for lengths, size in (([31], 32), ([32], 64), ([1] * 8, 32), ([1] * 9, 64), ([65], 96), ([1024], 1056)):
+        found = recorded.pooled([[number] * length for number, length in enumerate(lengths)])
+        assert (found[:, 0].tolist(), sizes.pop()) == (list(range(len(lengths))), size)
+    found = recorded.pooled([[number] * 100 for number in range(25)])  # more than the largest takes
+    assert (found[:, 0].tolist(), sizes) == (list(range(25)), [1024, 1024, 512])
+    sizes.clear()
+    found = recorded.pooled([[number] for number in range(600)])
+    assert (found[:, 0].tolist(), sizes) == (list(range(600)), [1056, 1056, 384])
+
+
+def test_what_a_pass_launches_does_not_depend_on_its_texts(tmp_path):
+    """A recording is a fixed list of launches; by groups of one length there are more, and others in every batch."""
+    make_model(tmp_path, **BERT)
+    encoder = recorded_encoder(tmp_path)
+    sizes = encoder._recorded.sizes
+
+    def packed_operations(lengths):
+        with Operations() as counted:
+            encoder._recorded._encode([[5] * length for length in lengths])
+        return counted.names
+
+    def grouped_operations(lengths):
+        with Operations() as counted:
+            encoder._model.pooled([[5] * length for length in sorted(lengths)], "mean")
+        return counted.names
+
+    one, other = [9] * 10, [3, 4, 5, 6, 8, 9, 10, 12, 14, 15]
+    assert len({next(size for size in sizes if sum(lengths) < size) for lengths in (one, other)}) == 1
+    assert packed_operations(one) == packed_operations(other)
+    assert len(grouped_operations(other)) > len(grouped_operations(one)) > 0
+    assert sum(name == "cached_attention" for name in packed_operations(other)) == 2 + 1  # layers, and the mean
+    assert sum("scaled_dot_product" in name for name in grouped_operations(other)) == 2 * len(set(other))
+
+
+class Operations(torch.utils._python_dispatch.TorchDispatchMode):
+    """Names of what torch is asked to compute, views left out."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, kinds, arguments=(), keywords=None):
+        if not function.is_view:
+            self.names.append(function._schema.name.partition("::")[2])
+        return function(*arguments, **(keywords or {}))
