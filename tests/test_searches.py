@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from searchr1_fast import environment, report
-from searchr1_fast.advantage import grpo_advantages
 from searchr1_fast import train as trainer
+from searchr1_fast.advantage import grpo_advantages
 from searchr1_fast.config import Config, load_config
 from searchr1_fast.console import step_line
 from searchr1_fast.environment import Environment
