@@ -28,13 +28,14 @@ BATCHES = (32, 64, 128, 256)
 def end_to_end(
     search: DenseSearch, folder: Path, queries: Sequence[str], callers: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """A row per number of callers and way of calling; no query comes twice in one of them."""
+    """A row per number of callers, as far as there are queries for them, and way of calling; no query comes twice in
+    one of them."""
     rows = []
     store = PassageStore(folder)
-    for count in callers:
+    for count in sorted({min(count, len(queries)) for count in callers}):
         for way in ("one list", "coroutines"):
             with BatchedRetriever(search, store, cache_bytes=0) as retriever:
-                asked = queries[: max(count, len(queries) // count * count)]
+                asked = queries[: len(queries) // count * count]
                 rows.append({"callers": count, "way": way} | _measure(retriever, way, count, asked))
     return rows
 

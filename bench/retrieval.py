@@ -37,6 +37,7 @@ from searchr1_fast.data import read_questions
 from searchr1_fast.errors import entry_point
 
 PARTS = ("bursts", "million", "faiss", "server")
+TWINS = ("plain", "faiss", "behind a lock")  # ends of labels
 
 
 def burst_table(rows: Sequence[dict[str, Any]]) -> Table:
@@ -129,7 +130,7 @@ def different_questions(arguments: argparse.Namespace, count: int) -> list[str]:
 
 
 def plot(row: dict[str, Any], folder: Path) -> Path:
-    """Queries a second of every part that was measured, a panel each."""
+    """Queries a second of every part that was measured, a panel each; what ours is compared with in grey."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -143,20 +144,23 @@ def plot(row: dict[str, Any], folder: Path) -> Path:
     ):
         if key in row:
             panels.append((title, [label(one) for one in row[key]], [one["queries_per_second"] for one in row[key]]))
-    for one in row.get("faiss", ()):
-        rates = [one["faiss_queries_per_second"], one["ours_queries_per_second"]]
-        panels.append((f"exact search, batch {one['batch']}", ["faiss", "ours"], rates))
+    if "faiss" in row:
+        pairs = [(name, one) for one in row["faiss"] for name in ("faiss", "ours")]
+        labels = [f"{one['batch']} {name}" for name, one in pairs]
+        panels.append(("exact search, by batch", labels, [one[f"{name}_queries_per_second"] for name, one in pairs]))
+    widths = [1.2 + 0.42 * len(labels) for _, labels, _ in panels]
     figure, axes = pyplot.subplots(
-        1, len(panels), figsize=(3.2 * len(panels), 4.5), layout="constrained", squeeze=False
+        1, len(panels), figsize=(sum(widths), 4.5), layout="constrained", squeeze=False, width_ratios=widths
     )
     for panel, (title, labels, rates) in zip(axes[0], panels, strict=True):
-        bars = panel.bar(labels, rates, color=["#999999", *["#0072B2"] * len(rates)][: len(rates)])
-        panel.bar_label(bars, [f"{rate:,.0f}" for rate in rates], fontsize=8)
+        bars = panel.bar(labels, rates, color=["#999999" if label.endswith(TWINS) else "#0072B2" for label in labels])
+        panel.bar_label(bars, [f"{rate:,.0f}" for rate in rates], fontsize=7)
+        panel.set_yscale("log" if max(rates) > 100 * min(rates) else "linear")
         panel.set_title(title, loc="left", fontsize=10)
-        panel.tick_params(axis="x", rotation=60, labelsize=8)
+        panel.tick_params(axis="x", rotation=90, labelsize=8)
         panel.spines[["top", "right"]].set_visible(False)
     axes[0][0].set_ylabel("queries a second")
-    figure.suptitle(f"{row['device']}, {row['threads']} threads, {row['date'][:10]}", fontsize=10)
+    figure.suptitle(f"{row['device']}, threads: {row['threads']}, {row['date'][:10]}", fontsize=10)
     path = folder / f"retrieval_{'_'.join(key for key in ('servers', 'million', 'faiss', 'bursts') if key in row)}.png"
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
