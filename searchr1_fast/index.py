@@ -71,8 +71,13 @@ def _add_making(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--corpus", metavar="FILE", type=Path, required=True, help="JSONL of passages, .gz allowed")
     parser.add_argument("--output", metavar="INDEX", type=Path, required=True, help="folder to make")
     parser.add_argument("--restart", action="store_true", help="throw away what an earlier run had begun")
+    add_encoder(parser, HASHING, "Hugging Face folder (default: %(default)s)")
+
+
+def add_encoder(parser: argparse.ArgumentParser, default: str | None, help_text: str) -> None:
+    """The options that name an encoder and its settings; `encoder_settings` reads the latter."""
     model = parser.add_argument_group("encoder", "What the model's folder says need not be given.")
-    model.add_argument("--encoder", metavar="DIR", default=HASHING, help="Hugging Face folder (default: %(default)s)")
+    model.add_argument("--encoder", metavar="DIR", default=default, help=help_text)
     model.add_argument("--query-prefix", metavar="TEXT", help="before every query, such as 'query: '")
     model.add_argument("--passage-prefix", metavar="TEXT", help="before every passage")
     model.add_argument("--pooling", choices=("mean", "cls"), help="how tokens become one vector")
@@ -80,7 +85,8 @@ def _add_making(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--max-length", metavar="TOKENS", type=int, help="longer texts are cut")
 
 
-def _settings(arguments: argparse.Namespace) -> BertSettings:
+def encoder_settings(arguments: argparse.Namespace) -> BertSettings:
+    """What was given of an encoder's settings."""
     from searchr1_fast.retrieval.encoder_bert import BertSettings
 
     names = ("pooling", "normalize", "max_length", "query_prefix", "passage_prefix")
@@ -95,14 +101,14 @@ def _build(arguments: argparse.Namespace) -> int:
     if arguments.encoder == HASHING:
         from searchr1_fast.retrieval.encoder_hashing import HashingEncoder
 
-        given = [name for name, value in vars(_settings(arguments)).items() if value is not None]
+        given = [name for name, value in vars(encoder_settings(arguments)).items() if value is not None]
         if given:
             raise ValueError(f"--{given[0].replace('_', '-')} is for a model; the hashing encoder has no such thing")
         encoder = HashingEncoder(arguments.dimension)
     else:
         from searchr1_fast.retrieval.encoder_bert import BertEncoder
 
-        encoder = BertEncoder(arguments.encoder, _settings(arguments), arguments.device, arguments.dtype)
+        encoder = BertEncoder(arguments.encoder, encoder_settings(arguments), arguments.device, arguments.dtype)
     ui = Console()
     index = build_index(arguments.output, arguments.corpus, EncodingSource(encoder), ui, arguments.restart)
     ui.note(f"{arguments.output}: {len(index)} passages, {index.dimension} components")
@@ -117,7 +123,7 @@ def _import(arguments: argparse.Namespace) -> int:
     if arguments.encoder == HASHING:
         raise ValueError("--encoder is missing: the model that the vectors were made with, to encode queries with")
     flat = FlatFile(arguments.files)
-    encoder = BertEncoder(arguments.encoder, _settings(arguments))
+    encoder = BertEncoder(arguments.encoder, encoder_settings(arguments))
     ui = Console()
     index = build_index(arguments.output, arguments.corpus, FlatSource(flat, encoder), ui, arguments.restart)
     how = "nothing was lost to fp16" if index.manifest.lossless else "rounded to fp16"

@@ -100,6 +100,11 @@ class BatchedRetriever:
         # Also at the interpreter's exit, while threads still run. They hold the batcher, never this object.
         self.close = weakref.finalize(self, _close, self._batcher, self.threads, self._reading)
 
+    @property
+    def mode(self) -> str:
+        """Of the search: `protocol.Mode`; empty where the backend does not say."""
+        return getattr(self._backend, "mode", "")
+
     # ---- searching ------------------------------------------------------------------------------------------------
 
     def search(self, queries: Sequence[str], k: int, timeout: float | None = None) -> list[list[Passage]]:

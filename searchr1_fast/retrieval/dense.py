@@ -14,7 +14,7 @@ Shape legend
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Protocol
@@ -29,7 +29,7 @@ from searchr1_fast.retrieval.encoders import Encoder, check_device, open_encoder
 from searchr1_fast.retrieval.hit_merge import Merge, choose_merge
 from searchr1_fast.retrieval.index_format import Index, Progress, combine, digest_bytes, open_index
 from searchr1_fast.retrieval.memory_plan import MemoryPlan, Scan
-from searchr1_fast.retrieval.protocol import Parks, RetrievalParked, check_k
+from searchr1_fast.retrieval.protocol import Mode, Parks, RetrievalParked, check_k
 from searchr1_fast.retrieval.rows import HostRows, Part, RowSearch, cut
 from searchr1_fast.retrieval.shard_link import Peers
 from searchr1_fast.retrieval.sharded_rows import open_sharded
@@ -83,6 +83,11 @@ class DenseSearch:
             part = slice(begin, begin + _QUERIES_AT_ONCE)
             scores[part], rows[part] = self.search_prepared(self.prepare(queries[part]), k)
         return scores, rows
+
+    @property
+    def mode(self) -> Mode:
+        """How its rows are searched."""
+        return self._rows.mode
 
     @property
     def is_parked(self) -> bool:
@@ -232,7 +237,7 @@ def hash_corpus(
     return DenseSearch(encoder, open_rows([(0, vectors)], device, scan, Silence()), device), store
 
 
-def check_sizes(search: DenseSearch, store: PassageSource) -> None:
+def check_sizes(search: Sized, store: PassageSource) -> None:
     """Row i of one is row i of the other, so they have equally many."""
     if len(search) != len(store):
         raise ValueError(f"there are {len(search)} vectors for {len(store)} passages")

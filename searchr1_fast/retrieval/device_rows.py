@@ -31,6 +31,7 @@ from searchr1_kernels import Hits, Settled, TopKIndex, open_search, topk_inner_p
 from searchr1_fast.retrieval.index_format import Progress
 from searchr1_fast.retrieval.memory_plan import MAX_QUERIES, MemoryPlan, Scan, free_bytes
 from searchr1_fast.retrieval.parking import ParkedMemory, ParkingTimes
+from searchr1_fast.retrieval.protocol import Mode
 from searchr1_fast.retrieval.recorded_search import SIZES, CudaRecordedSearches, RecordedSearches, bucket_size
 from searchr1_fast.retrieval.rows import Part
 from searchr1_fast.retrieval.staging import HostBuffer, StagingRing, copies_of
@@ -87,6 +88,11 @@ class DeviceRows:
 
     def __len__(self) -> int:
         return len(self._index)
+
+    @property
+    def mode(self) -> Mode:
+        """Whether codes propose."""
+        return "exact" if self._index.coarse == "float" else "exact_certified"
 
     @property
     def parking(self) -> ParkingTimes:

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 from searchr1_fast.retrieval.statistics import SearchStatistics
 from searchr1_fast.types import Passage, SearchError
+
+# Of a search over vectors. `exact`: every row is compared. `exact_certified`: 8-bit codes propose, a bound on their
+# error proves that no other row is better, and what is not proven is compared: results are the same.
+# `approximate`: neither.
+Mode = Literal["exact", "exact_certified", "approximate"]
 
 
 class RetrievalError(SearchError):

@@ -25,12 +25,16 @@ import torch
 from searchr1_kernels import TopKIndex, topk_inner_product
 
 from searchr1_fast.retrieval.index_format import OpenFile
+from searchr1_fast.retrieval.protocol import Mode
 
 Part = tuple[int, np.ndarray]  # (first row, vectors [rows, D] fp16)
 
 
 class RowSearch(Protocol):
     """Safe to call from several threads."""
+
+    @property
+    def mode(self) -> Mode: ...
 
     def __len__(self) -> int: ...
 
@@ -42,6 +46,8 @@ class RowSearch(Protocol):
 class HostRows:
     """Consecutive parts, of which the first may begin at any row. They stay where they are; beside them memory holds
     the 8-bit codes that propose candidates, one byte per component."""
+
+    mode: Mode = "exact_certified"
 
     def __init__(self, parts: Iterable[Part]) -> None:
         self._parts: list[tuple[int, TopKIndex]] = []

@@ -129,8 +129,9 @@ class _Endpoints:
         return _json(content, status)
 
     async def health(self, _: Request) -> Response:
-        """GET /health."""
-        return _json({"status": "ok"})
+        """GET /health, with how vectors are searched."""
+        mode = getattr(self._server.retriever, "mode", "")
+        return _json({"status": "ok"} | ({"mode": mode} if mode else {}))
 
     async def metrics(self, request: Request) -> Response:
         """GET /metrics."""

@@ -36,7 +36,7 @@ import numpy as np
 
 from searchr1_fast.retrieval.hit_merge import HostMerge, Merge
 from searchr1_fast.retrieval.memory_plan import MAX_QUERIES
-from searchr1_fast.retrieval.protocol import Parks, RetrievalError
+from searchr1_fast.retrieval.protocol import Mode, Parks, RetrievalError
 from searchr1_fast.retrieval.rows import RowSearch, share
 from searchr1_fast.retrieval.shard_link import Incoming, Link, Peers, meet
 
@@ -97,6 +97,11 @@ class ShardedRows:
 
     def __len__(self) -> int:
         return self._num_rows
+
+    @property
+    def mode(self) -> Mode:
+        """Of this rank's part; the others are of its kind."""
+        return self._own.mode
 
     @property
     def is_parked(self) -> bool:

@@ -1,0 +1,98 @@
+"""Search of a faiss file that others built (flat, IVF, HNSW, CAGRA, …), by faiss itself.
+
+For `searchr1 serve` alone, whose process has no trainer in it: faiss brings an OpenMP and a BLAS of its own beside
+torch's, and its GPU indexes are not safe to search from two threads. Here one thread calls it, the batcher's.
+
+Only a flat file is searched exactly; everything else says so (`mode`), and what a query finds may differ from what the
+vectors hold. Whoever has the vectors has more of `searchr1 index import`.
+
+Shape legend
+    Q  queries    K  hits of a query: k, or all rows if fewer    D  components
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from searchr1_fast.retrieval.encoders import Encoder
+from searchr1_fast.retrieval.protocol import Mode, check_k
+
+
+class FaissSearch:
+    """A backend of two stages for the batcher: queries to vectors, vectors to rows."""
+
+    def __init__(self, path: str | Path, encoder: Encoder, parameters: str = "") -> None:
+        """`parameters`: what faiss' ParameterSpace takes, such as `nprobe=64` or `efSearch=128`. ValueError where the
+        file is no index, faiss is not there, or the encoder's vectors are of another size."""
+        self.encoder = encoder
+        self._faiss = _import_faiss()
+        self._index = self._read(Path(path), parameters)
+        self._is_distance = self._index.metric_type == self._faiss.METRIC_L2
+        if not self._is_distance and self._index.metric_type != self._faiss.METRIC_INNER_PRODUCT:
+            raise ValueError(f"{path}: only inner products and squared distances can be searched for")
+        if self._index.d != encoder.dimension:
+            raise ValueError(f"{path} has vectors of {self._index.d} components, the encoder makes {encoder.dimension}")
+        if not len(self):
+            raise ValueError(f"{path} holds no vectors")
+
+    def __len__(self) -> int:
+        return int(self._index.ntotal)
+
+    @property
+    def mode(self) -> Mode:
+        """Flat files are searched exactly."""
+        is_flat = isinstance(self._faiss.downcast_index(self._index), self._faiss.IndexFlat)
+        return "exact" if is_flat else "approximate"
+
+    @property
+    def kind(self) -> str:
+        """faiss' name of it."""
+        return type(self._faiss.downcast_index(self._index)).__name__
+
+    def search_ids(self, queries: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
+        """(scores [Q,K] fp32, rows [Q,K] int64), best first, equal scores by row; scores of squared distances are
+        negative. Where fewer were found the rest is -inf and -1."""
+        return self.search_prepared(self.prepare(queries), k)
+
+    def prepare(self, queries: Sequence[str]) -> np.ndarray:
+        """The first stage: vectors [Q,D] fp32."""
+        return self.encoder.encode_queries(queries)
+
+    def search_prepared(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The second: vectors [Q,D] fp32 -> what `search_ids` gives."""
+        check_k(k)
+        found, rows = self._index.search(np.ascontiguousarray(vectors, np.float32), min(k, len(self)))
+        scores = np.where(rows < 0, -np.inf, -found if self._is_distance else found).astype(np.float32)
+        order = np.lexsort((rows, -scores), axis=1)
+        return np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows.astype(np.int64), order, axis=1)
+
+    def _read(self, path: Path, parameters: str) -> Any:
+        if not path.is_file():
+            raise ValueError(f"there is no file {path}")
+        try:
+            index = self._faiss.read_index(str(path))
+        except RuntimeError as error:
+            raise ValueError(f"{path} cannot be read as a faiss index: {_first_line(error)}") from error
+        if parameters:
+            try:
+                self._faiss.ParameterSpace().set_index_parameters(index, parameters)
+            except RuntimeError as error:
+                raise ValueError(f"{parameters!r} cannot be set on {path}: {_first_line(error)}") from error
+        return index
+
+
+def _import_faiss() -> Any:
+    try:
+        import faiss
+    except ModuleNotFoundError as error:
+        raise ValueError("a faiss file is searched by faiss, which is not installed: pip install faiss-cpu") from error
+    return faiss
+
+
+def _first_line(error: BaseException) -> str:
+    """faiss names its source file and condition; the last part says what."""
+    return str(error).strip().splitlines()[0].rpartition("failed: ")[2]
