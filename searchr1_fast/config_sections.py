@@ -134,8 +134,9 @@ class DataSet(Section):
 
 
 class RetrievalConfig(Section):
-    backend: Literal["bm25", "dense", "remote", "none"] = "bm25"
-    """`dense`: exact search over vectors. `none`: a model that searches finds nothing (the R1 ablation)."""
+    backend: Literal["bm25", "dense", "remote", "web", "none"] = "bm25"
+    """`dense`: exact search over vectors. `web`: a live web search. `none`: a model that searches finds nothing (the R1
+    ablation)."""
     topk: Positive = 3
     index: str | None = None
     """`dense`: an index (`searchr1 index`), which brings its passages. Without one the corpus is hashed in memory."""
@@ -156,6 +157,14 @@ class RetrievalConfig(Section):
     """`remote`: a server that speaks Search-R1's protocol."""
     token_variable: str = "SEARCHR1_TOKEN"
     """`remote` and `serve`: the environment variable that holds the server's bearer token, where it wants one."""
+    web_engine: Literal["serper", "serpapi"] = "serper"
+    """`web`: whose requests and answers; the key is read from SERPER_API_KEY or SERPAPI_API_KEY."""
+    web_url: str | None = None
+    """`web`: where the service answers, if not at its own address."""
+    web_pages: bool = False
+    """`web`: read the pages that are found, and give what they say around the service's snippet."""
+    web_per_host: Positive = 4
+    """`web`: requests to one host at a time, the service's included."""
     timeout_seconds: Annotated[float, Field(gt=0)] = 30.0
     max_retries: NonNegative = 4
     bm25_k1: Annotated[float, Field(ge=0)] = 0.9

@@ -137,10 +137,10 @@ def build_environment(
     that are tried again. With `ranks` all of them must call this."""
     say = to_stderr if ui is None else ui.note
     if data.world is not None:
-        if retrieval.backend == "remote":
+        if retrieval.backend in ("remote", "web"):
             raise ValueError(
-                "retrieval.backend=remote: the server cannot know a world that is generated here; write it with "
-                "`searchr1 world`, serve its corpus, and give its questions as data.questions"
+                f"retrieval.backend={retrieval.backend}: the server cannot know a world that is generated here; write "
+                "it with `searchr1 world`, serve its corpus, and give its questions as data.questions"
             )
         world = build_world(data.world)
         questions: list[Question] = world.questions

@@ -31,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "serve",
         "searchr1 serve --corpus corpus.jsonl --port 8000\n"
         "searchr1 serve --index wiki.index\n"
+        "SERPER_API_KEY=… searchr1 serve --web retrieval.web_pages=true\n"
         "searchr1 serve --index wiki.index --faiss e5_HNSW64.index --faiss-parameters efSearch=128\n"
         "searchr1 train configs/demo.yaml retrieval.backend=remote 'data={questions: questions.jsonl}' eval.sets={}",
         'A corpus is JSONL, {"id", "contents": "\\"Title\\"\\ntext"} in each row, searched with BM25 unless '
@@ -42,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--corpus", metavar="FILE", type=Path, help="JSONL of passages, .gz allowed")
     what.add_argument("--index", metavar="DIR", type=Path, help="an index, which brings its passages")
+    what.add_argument("--web", action="store_true", help="a live web search (retrieval.web_engine), with its key")
     parser.add_argument(
         "--faiss", metavar="FILE", type=Path,
         help="search this faiss file of any kind (flat, IVF, HNSW, CAGRA) in place of the index's vectors, or for the "
@@ -59,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     first = ["retrieval.backend=bm25"]
     if arguments.index is not None:
         first = ["retrieval.backend=dense", f"retrieval.index={json.dumps(str(arguments.index), ensure_ascii=False)}"]
+    elif arguments.web:
+        first = ["retrieval.backend=web"]
     config = load_config(None, [*first, *arguments.overrides]).retrieval
     _check_faiss(arguments)
 
@@ -74,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         where = f"{arguments.host} port {arguments.port}"
         raise ValueError(f"cannot listen on {where}: {error.strerror}; choose another --port") from error
     with server:
-        ui.note(f"opening {arguments.index or arguments.corpus}")
+        ui.note(f"opening {arguments.index or arguments.corpus or config.web_engine}")
         if arguments.faiss is not None:
             server.retriever = _open_faiss(arguments, config, ui)
         else:
@@ -99,6 +103,8 @@ def _check_faiss(arguments: argparse.Namespace) -> None:
         given += [name for name in ("encoder", "faiss_parameters") if getattr(arguments, name)]
         if given:
             raise ValueError(f"--{given[0].replace('_', '-')} goes with --faiss")
+    elif arguments.web:
+        raise ValueError("--faiss goes with --index or --corpus")
     elif arguments.index is not None and given:
         raise ValueError(f"--{given[0].replace('_', '-')} is recorded in the index; it is for --faiss with --corpus")
 

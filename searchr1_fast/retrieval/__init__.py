@@ -4,6 +4,7 @@
     remote.py    Search-R1's HTTP, client       dense.py     exact search over vectors
     server.py    Search-R1's HTTP, server       batcher.py   many searches to few, in C++
     *_rows.py    vectors: host, GPU, ranks      shard_link.py  how ranks reach one another
+    web.py       live web search            faiss_search.py  files of faiss, in a server
     index_*.py   indexes on disk                passages.py  their passages, in C++
     encode*.py   text to vectors                missing.py   a retriever that misses now and then
     statistics.py  what searches cost a step
@@ -80,6 +81,8 @@ def open_retriever(
 
         token = os.environ.get(config.token_variable, "")
         retriever = RemoteRetriever(config.url, config.timeout_seconds, config.max_retries, token)
+    elif config.backend == "web":
+        retriever = _open_web(config)
     elif config.backend == "dense":
         retriever = _open_dense(config, corpus, peers, show)
     else:
@@ -99,6 +102,19 @@ def _open_bm25(config: RetrievalConfig, corpus: str | Path | Sequence[Passage] |
         raise ValueError("retrieval.backend bm25 searches a corpus; give one (data.corpus), or choose remote or none")
     passages = read_corpus(corpus) if isinstance(corpus, str | Path) else corpus
     return BM25Retriever(passages, k1=config.bm25_k1, b=config.bm25_b, phrases=config.bm25_phrases)
+
+
+def _open_web(config: RetrievalConfig) -> Retriever:
+    from searchr1_fast.retrieval.web import KEY_VARIABLES, WebRetriever
+
+    variable = KEY_VARIABLES[config.web_engine]
+    key = os.environ.get(variable, "")
+    if not key:
+        raise ValueError(f"retrieval.web_engine={config.web_engine} wants the service's key in {variable}")
+    return WebRetriever(
+        config.web_engine, key, url=config.web_url, pages=config.web_pages, per_host=config.web_per_host,
+        timeout=config.timeout_seconds, max_retries=config.max_retries,
+    )  # fmt: skip
 
 
 def _open_dense(
