@@ -197,6 +197,23 @@ def test_only_rows_that_descriptors_can_name_are_walked():
     assert not walking(half.char())  # its operand is floats
 
 
+@pytest.mark.parametrize("coarse", ["float", "int8"])
+def test_scratch_holds_nothing_between_searches(coarse):
+    """It may be others' meanwhile: every byte of it is written before it is read."""
+    asked, corpus, _ = problem("ties", 900, 32, 3, torch.float16)
+    passes = Passes(Corpus(corpus, None, _topk_cuda.prepare(corpus, None, coarse)), 4, 4)
+    want = reference.topk_inner_product(asked, corpus, 4)
+    for byte in (0xFF, 0x7F):
+        for tensor in passes.scratch:
+            whole = torch.empty(0, dtype=torch.uint8, device=DEVICE).set_(tensor.untyped_storage())
+            whole.fill_(byte)
+        ids, scores = torch.empty(3, 4, dtype=torch.int64), torch.empty(3, 4)
+        hits = Hits(*(tensor.to(DEVICE) for tensor in (ids, scores, torch.empty(3, dtype=torch.int32))))
+        passes.launch(asked, 4, hits)
+        _topk_cuda.settle(passes, asked, hits, hits.unproven.nonzero().squeeze(1))
+        assert all(torch.equal(one, other) for one, other in zip((hits.scores, hits.ids), want, strict=True))
+
+
 def test_what_is_left_is_settled(monkeypatch):
     """Copies in more blocks than there are places: the first answer cannot be the last."""
     scored, function = [], _topk_cuda._best_of_blocks
