@@ -61,6 +61,18 @@ class LoraConfig(Section):
     alpha: Annotated[float, Field(gt=0)] = 32.0
     targets: tuple[LoraTarget, ...] = get_args(LoraTarget)
     """The layers that get one, in every block."""
+    path: str | None = None
+    """A directory of peft's, or a checkpoint's `adapter`: begin with that adapter, of the same rank, alpha and layers.
+    None: begin at the model itself."""
+
+    @model_validator(mode="after")
+    def _ranked(self) -> LoraConfig:
+        if self.path is not None and not self.rank:
+            raise ValueError(
+                "model.lora.path: rank 0 means that there is no adapter; set model.lora.rank, alpha and targets to "
+                "those in its adapter_config.json, or drop the path"
+            )
+        return self
 
     @model_validator(mode="after")
     def _distinct(self) -> LoraConfig:

@@ -7,7 +7,7 @@ What each part of policy.py, critic.py and the engine holds, and when:
               reference's part, in the compute type; the part of the index. With `model.offload` the replica is there
               in rollouts alone; moments and reference are on the host, and pass the GPU when activations are not there.
               With an adapter (`model.lora`) all this is the adapter's, and beside it there is one frozen base, whole,
-              in the compute type, which is also the reference
+              in the compute type, which is also the reference; where training began with an adapter, with a copy of it
     rollout   the KV cache and what recorded decode steps work in, the activations of a prefill, logits, partial sums of
               attention over the cache; vLLM's copy of the weights, where it generates (what else vLLM works in is taken
               to be what the native engine does, and logits three times)
@@ -262,6 +262,8 @@ def _resident(config: Config, decoder: DecoderConfig, num_ranks: int) -> Iterato
     if config.algorithm.kl_coefficient > 0 and not has_adapter:
         when = "host" if offload.reference else "always"
         yield Row("reference", size * local, when, f"{text} x {config.model.dtype}")
+    elif config.algorithm.kl_coefficient > 0 and config.model.lora.path is not None:
+        yield Row("reference's adapter", size * count(policy), "always", f"whole, {config.model.dtype}")
     critic = 0
     if is_ppo(config):
         critic = sharded(critic_parameters(config, decoder), num_ranks)

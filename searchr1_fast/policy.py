@@ -35,6 +35,7 @@ from searchr1_fast.distributed import Ranks, before_backward, copy_parameters, f
 from searchr1_fast.host_adamw import HostAdamW
 from searchr1_fast.losses import accumulate_metrics, mismatch_weights, policy_objective
 from searchr1_fast.models import Decoder, load_weights
+from searchr1_fast.models.adapter_files import fill_adapter, load_adapter
 from searchr1_fast.models.lora import add_adapter, base_parameters, reset_adapter, without_adapter
 from searchr1_fast.offload import DeviceMemory, FrozenWeights, leaves
 from searchr1_fast.schedule import LearningRate, policy_learning_rate
@@ -189,7 +190,8 @@ class Policy(Learner):
         weights: Path | None = None,
     ) -> None:
         """`decoder`: fp32 master weights, or what an adapter is put on. `reference`: the same start, frozen; needed
-        where a KL is, except beside an adapter, without which the policy is its own reference.
+        where a KL is, except beside an adapter: the reference then shares the base, and is that alone, or with the
+        adapter that training began with.
 
         `weights`: the directory that both were made from, where they are `meta_model`s: each rank reads its own rows.
         """
@@ -209,7 +211,7 @@ class Policy(Learner):
         self.reference: TokenScorer | None = None
         self.reference_at_hand: AbstractContextManager[None] = nullcontext()  # the inside of which has its weights
         if config.algorithm.kl_coefficient > 0 and config.model.lora.rank:
-            self.reference = TokenScorer(self.replica, temperature)
+            self.reference = TokenScorer(beginning(self.replica, config), temperature)
         elif config.algorithm.kl_coefficient > 0:
             assert reference is not None, "a KL needs a reference"
             prepare_blocks(reference, config)
@@ -234,7 +236,8 @@ class Policy(Learner):
     def reference_logprobs(self, batches: list[PackedBatch]) -> list[torch.Tensor]:  # [P] fp32 each
         """Of every batch under the reference."""
         assert self.reference is not None
-        with self.reference_at_hand, without_adapter(self.reference):
+        is_base = self.reference.decoder is self.replica
+        with self.reference_at_hand, without_adapter(self.reference) if is_base else nullcontext():
             logprobs = [batch.spread(self.reference(batch, linear_logprob)) for batch in batches]
             reshard(self.reference)
         return logprobs
@@ -348,7 +351,21 @@ def prepare_learner(module: nn.Module, decoder: Decoder, config: Config, ranks: 
     add_adapter(decoder.to(dtype), lora.rank, lora.alpha, lora.targets)
     shard(module, (), ranks, dtype, whole=base_parameters(decoder).values())
     fill(module, decoder, weights, ranks.device)
-    reset_adapter(decoder, config.run.seed)
+    if lora.path is None:
+        reset_adapter(decoder, config.run.seed)
+    else:
+        fill_adapter(decoder, lora.path)
+
+
+def beginning(decoder: Decoder, config: Config) -> Decoder:
+    """What training with an adapter began with, frozen: the decoder itself, whose adapter is to be switched off, or
+    another on its base that keeps the adapter of `model.lora.path`."""
+    if config.model.lora.path is None:
+        return decoder
+    start = decoder.on_same_base()
+    load_adapter(start, config.model.lora.path)
+    prepare_blocks(start.requires_grad_(False), config)
+    return start
 
 
 def fill(module: nn.Module, decoder: Decoder, weights: Path | None, device: torch.device) -> None:

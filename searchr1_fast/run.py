@@ -29,7 +29,7 @@ from searchr1_fast.evaluate import EvalResult, Progress, build_engine, evaluate
 from searchr1_fast.memory_plan import plan_rank
 from searchr1_fast.metrics import MetricsLog, PhaseTimers, read_metrics
 from searchr1_fast.models import TextTokenizer, describe_attention, load_tokenizer, meta_model, resolve, save_weights
-from searchr1_fast.models.adapter_files import write_adapter
+from searchr1_fast.models.adapter_files import check_start, write_adapter
 from searchr1_fast.models.lora import adapter_scale, describe_adapter, fingerprint
 from searchr1_fast.policy import Learner, Policy
 from searchr1_fast.prompt import PromptBuilder
@@ -256,7 +256,8 @@ def open_run(config: Config, ui: UserInterface | None = None) -> Iterator[Run]:
             dtype, head_dim = getattr(torch, config.model.dtype), run.policy.replica.config.head_dim
             ui.note(describe_attention(ranks.device, dtype, head_dim))
             if config.model.lora.rank:
-                ui.note(describe_adapter(run.policy.replica))
+                start = config.model.lora.path
+                ui.note(describe_adapter(run.policy.replica) + (f"; it began as {start}" if start else ""))
             if ranks.device.type == "cuda":
                 run.settle_cache(torch.cuda.get_device_properties(ranks.device).total_memory)
             # Last: whatever is wrong with the configuration has been said by now, and nothing was written.
@@ -286,10 +287,12 @@ def open_log(config: Config, resume_step: int) -> MetricsLog:
 
 def build_run(config: Config, ranks: Ranks, ui: UserInterface) -> Run:
     """A run at step 0, that has written nothing yet."""
-    directory = resolve(config.model.path)
+    directory, lora = resolve(config.model.path), config.model.lora
+    if lora.path is not None:
+        check_start(lora.path, directory, lora.rank, lora.alpha, lora.targets)
     training, evaluations = build_environments(config, ranks, ui)
     tokenizer = load_tokenizer(directory)
-    reference, has_adapter = None, config.model.lora.rank > 0
+    reference, has_adapter = None, lora.rank > 0
     if config.algorithm.kl_coefficient > 0 and not has_adapter:
         reference = meta_model(directory, getattr(torch, config.model.dtype))
     policy = Policy(meta_model(directory), config, ranks, reference, weights=directory)

@@ -6,31 +6,32 @@ What such a file may say and lora.py does not compute is refused, with a sentenc
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 
 from searchr1_fast.models.decoder import Decoder
 from searchr1_fast.models.lora import PARTS, adapted_layers, adapter_parameters, add_adapter, is_adapters
+from searchr1_fast.models.own_rows import own_rows
 from searchr1_fast.models.tensor_files import save_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX, SUFFIX = "base_model.model.", ".weight"  # around our names, in peft's
-# What changes the arithmetic, and what it is where nothing is changed; a file may leave them out.
+# Keys that say nothing of the arithmetic, or whose word is checked against the tensors; of any other, whichever peft
+# will have, what is not nothing is refused.
+_KNOWN = {
+    *("base_model_name_or_path", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules"),
+    *("task_type", "inference_mode", "auto_mapping", "revision", "peft_version"),
+    *("layers_pattern", "megatron_core", "qalora_group_size", "eva_config"),
+}
+_NOTHING = (None, False, [], {})
 _PLAIN = {
     "peft_type": ("LORA",),
     "bias": ("none",),
-    "fan_in_fan_out": (False,),
-    "use_rslora": (False,),
-    "use_dora": (False,),
-    "modules_to_save": (None, []),
-    "rank_pattern": (None, {}),
-    "alpha_pattern": (None, {}),
-    "layers_to_transform": (None, []),
+    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),  # the others take a part of the base away
 }
 
 
@@ -72,41 +73,88 @@ def adapter_base(directory: str | Path) -> str | None:
     return _read_config(Path(directory))["base_model_name_or_path"] if (Path(directory) / CONFIG).is_file() else None
 
 
-@torch.no_grad()
 def load_adapter(model: Decoder, directory: str | Path) -> None:
     """Put the adapter of a directory on a model without one, in the model's type and where it is. ValueError: a file
     that is not an adapter of such a model, or one that computes otherwise."""
+    config = _read_config(Path(directory))
+    add_adapter(model, config["r"], float(config["lora_alpha"]), config["target_modules"], model.head_weight.dtype)
+    fill_adapter(model, directory)
+
+
+@torch.no_grad()
+def fill_adapter(model: torch.nn.Module, directory: str | Path) -> None:
+    """Give the adapter that a model has the numbers of a directory's; where FSDP2 has sharded it, its own rows.
+    ValueError, before anything is copied: what does not fit."""
     directory = Path(directory)
-    config, tensors = _read_config(directory), _read_tensors(directory / WEIGHTS)
-    weight = model.head_weight
-    add_adapter(model, config["r"], float(config["lora_alpha"]), config["target_modules"], weight.dtype)
     own = {f"{PREFIX}{name}{SUFFIX}": parameter for name, parameter in adapter_parameters(model).items()}
-    for name in sorted(own.keys() ^ tensors.keys()):
-        raise ValueError(f"{directory} does not fit its model: it {'lacks' if name in own else 'also holds'} {name}")
-    for name, parameter in own.items():
-        if tensors[name].shape != parameter.shape:
-            shapes = f"{tuple(tensors[name].shape)}, the model's is {tuple(parameter.shape)}"
-            raise ValueError(f"{directory} does not fit its model: {name} is {shapes}")
-        parameter.copy_(tensors[name])
+    with _open_tensors(directory / WEIGHTS) as file:
+        for name in sorted(own.keys() ^ set(file.keys())):
+            raise ValueError(
+                f"{directory} does not fit its model: it {'lacks' if name in own else 'also holds'} {name}"
+            )
+        tensors = {name: file.get_slice(name) for name in own}
+        for name, parameter in own.items():
+            if (shape := tuple(tensors[name].get_shape())) != tuple(parameter.shape):
+                shapes = f"{shape}, the model's is {tuple(parameter.shape)}"
+                raise ValueError(f"{directory} does not fit its model: {name} is {shapes}")
+        for name, parameter in own.items():
+            local, rows = own_rows(parameter)
+            local.copy_(tensors[name][rows])
+
+
+def check_start(
+    directory: str | Path,
+    model: str | Path,  # a Hugging Face directory
+    rank: int,
+    alpha: float,
+    targets: Collection[str],
+) -> None:
+    """ValueError: training that is set up so cannot begin with the adapter of a directory. Nothing large is read."""
+    directory = Path(directory)
+    config = _read_config(directory)
+    has = {"rank": config["r"], "alpha": config["lora_alpha"], "targets": config["target_modules"]}
+    asked = {"rank": rank, "alpha": alpha, "targets": sorted(targets)}
+    if differing := [key for key in has if has[key] != asked[key]]:
+        values = " ".join(f"model.lora.{key}={_as_yaml(has[key])}" for key in differing)
+        raise ValueError(f"model.lora.path: the adapter of {directory} has other settings than this run; set {values}")
+    base = config["base_model_name_or_path"]
+    # A name of the Hub says nothing of where its copy lies here, but what the copy's folder is called.
+    is_here = base is not None and (Path(base) / "config.json").is_file()
+    if not (Path(base).samefile(model) if is_here else Path(str(base)).name == Path(model).resolve().name):
+        raise ValueError(
+            f"model.lora.path: the adapter of {directory} stands on {base}, model.path is {model}; give its own model, "
+            f"or, if that is the same, say so in {directory / CONFIG}, base_model_name_or_path"
+        )
+
+
+def _as_yaml(value: Any) -> str:
+    """As an override on the command line has it."""
+    return f"[{','.join(value)}]" if isinstance(value, list) else str(value)
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
     path = directory / CONFIG
+    if not path.is_file():
+        raise ValueError(f"{directory} is not an adapter's directory, as peft writes it: it has no {CONFIG}")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         wanted = {key: config[key] for key in ("base_model_name_or_path", "r", "lora_alpha", "target_modules")}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not an adapter's configuration: {error!r}") from error
-    for key, plain in _PLAIN.items():
-        if config.get(key, plain[0]) not in plain:
+    for key in config.keys() - _KNOWN:
+        if config[key] not in _PLAIN.get(key, _NOTHING):
             raise ValueError(f"{path}: {key}={config[key]!r} is not supported; merge the adapter into its model")
     if not isinstance(wanted["target_modules"], list):
         raise ValueError(f"{path}: target_modules must list names, not {wanted['target_modules']!r}")
+    # Of "all-linear" peft writes every layer's whole name; that none of them is missing is for the tensors to say.
+    wanted["target_modules"] = sorted({name.rpartition(".")[2] for name in wanted["target_modules"]})
     return wanted
 
 
-def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+def _open_tensors(path: Path) -> Any:
+    if not path.is_file():
+        raise ValueError(f"{path.parent} has no {path.name}; weights are read from safetensors files")
     try:
-        return load_file(path)
+        return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error}); copy it again") from error

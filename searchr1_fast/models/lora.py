@@ -13,7 +13,7 @@ A base is shared, as nobody writes it: by the module that is trained, by the one
 base without adapter) and by PPO's critic, which has an adapter of its own.
 
 Left out: dropout on the adapter's input (the sampler could not have it), rsLoRA and DoRA, adapters on embedding and
-head, base weights in fewer bits, training from an adapter that there is already (merge it first).
+head, base weights in fewer bits.
 
 Shape legend
     T  packed tokens    I, O  what a layer takes and gives    r  rank

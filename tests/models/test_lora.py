@@ -298,6 +298,9 @@ def test_an_adapter_alone_is_loaded_with_its_base(shape, adapted, make_pack, tmp
     [
         ({"use_rslora": True}, "use_rslora=True is not supported"),
         ({"alpha_pattern": {"q_proj": 3}}, "alpha_pattern=.* is not supported"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' is not supported"),
+        ({"alora_invocation_tokens": [7]}, "alora_invocation_tokens=.* is not supported"),
+        ({"of_a_later_peft": {"is_on": True}}, "of_a_later_peft=.* is not supported"),
         ({"target_modules": "all-linear"}, "target_modules must list names, not 'all-linear'"),
         ({"target_modules": ["q_proj"]}, "also holds base_model.model.*v_proj"),
         ({"target_modules": ["q_proj", "v_proj", "o_proj"]}, "lacks base_model.model.*o_proj"),
@@ -316,6 +319,21 @@ def test_an_adapter_that_does_not_fit_is_one_sentence(adapted, tmp_path, change,
         load_model(tmp_path / "adapter")
     (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"not")
     with pytest.raises(ValueError, match=f"{sentence}|not a whole safetensors file"):
+        load_model(tmp_path / "adapter")
+
+
+def test_layers_may_have_their_whole_names(adapted, make_pack, tmp_path):
+    """As peft writes them where it was asked for all linear layers; what nobody names is missed all the same."""
+    model = adapted()
+    save_adapter(model, tmp_path / "adapter", str(tmp_path / "base"))
+    path = tmp_path / "adapter" / "adapter_config.json"
+    values, names = json.loads(path.read_text()), sorted(adapted_layers(model))
+    path.write_text(json.dumps(values | {"target_modules": names}))
+    token_ids, cu_seqlens = make_pack([13], model.config.vocab_size)
+    again = load_model(tmp_path / "adapter")
+    assert torch.equal(again.logits(token_ids, cu_seqlens), model.logits(token_ids, cu_seqlens))
+    path.write_text(json.dumps(values | {"target_modules": [name for name in names if "q_proj" not in name]}))
+    with pytest.raises(ValueError, match="also holds base_model.model.*q_proj"):
         load_model(tmp_path / "adapter")
 
 
