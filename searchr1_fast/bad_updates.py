@@ -4,7 +4,8 @@
                     policy_000123.safetensors      the weights they met, after so many updates; of the newest two
 
 A skipped update changes nothing, so those that follow one another meet the same weights and share a file. Weights are
-as large as the model, and the older ones are deleted; a checkpoint near them may stand in.
+as large as the model, and the older ones are deleted; a checkpoint near them may stand in. Files are whole or not
+there: what a full disk has no room for is said, and training goes on, which needs none of it.
 
 Shape legend: P policy tokens of a micro-batch.
 """
@@ -13,21 +14,28 @@ from __future__ import annotations
 
 import os
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from searchr1_fast.distributed import full
+from searchr1_fast.files import said, whole_file
 from searchr1_fast.models.tensor_files import save_tensors
 from searchr1_fast.policy import Learner
 from searchr1_fast.types import PackedBatch, SharedPrefixes
 
 FOLDER = "bad_steps"
 KEPT_WEIGHTS = 2
+
+
+class NotKept(Exception):
+    """An update could not be written, or its weights could not: the message goes on behind a semicolon."""
 
 
 @dataclass(slots=True)
@@ -76,21 +84,22 @@ class BadUpdate:
 def write_bad_update(folder: Path, update: BadUpdate, learner: Learner, dtype: torch.dtype) -> Path:
     """Write it and the weights, these in the type `dtype` of the computation. -> its file.
 
-    Every rank calls this, with its own micro-batches; rank 0 writes those of all.
+    Every rank calls this, with its own micro-batches; rank 0 writes those of all. NotKept, on all ranks.
     """
     ranks = learner.ranks
     shares = ranks.gather([_on_host(asdict(micro_batch)) for micro_batch in update.micro_batches])
     path, weights = folder / update.file_name, folder / update.weights_name
-    if ranks.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-        values = {field.name: getattr(update, field.name) for field in fields(update)}
-        values["micro_batches"] = [micro_batch for share in shares for micro_batch in share]
-        temporary = path.with_name(f".{path.name}.partial")
-        torch.save(values, temporary)
-        temporary.replace(path)
+    values = {field.name: getattr(update, field.name) for field in fields(update)}
+    values["micro_batches"] = [micro_batch for share in shares for micro_batch in share]
+    failure = ranks.broadcast(_failure(partial(_write_values, path, values)) if ranks.is_main else None)
+    if failure is not None:
+        raise NotKept(f"what it met could not be kept in {folder}: {failure}")
     # The second of a row meets what the first met; but a file of that name may be of a run that was rolled back.
     if learner.skipped_in_a_row == 1 or not ranks.broadcast(weights.is_file()):
-        _write_weights(weights, learner, dtype)
+        tensors = _gather_weights(learner, dtype)
+        failure = ranks.broadcast(_failure(partial(_write_weights, weights, tensors)) if ranks.is_main else None)
+        if failure is not None:
+            raise NotKept(f"searchr1 replay {path} --model CHECKPOINT, as its weights could not be kept: {failure}")
     return path
 
 
@@ -108,18 +117,34 @@ def read_bad_update(path: Path) -> BadUpdate:
         raise ValueError(f"{path} is not an update that a run has kept ({type(error).__name__}: {error})") from error
 
 
-def _write_weights(path: Path, learner: Learner, dtype: torch.dtype) -> None:
-    """One parameter after the other is gathered. A collective."""
+def _failure(write: Callable[[], None]) -> str | None:
+    """What the system says where it does not write."""
+    try:
+        write()
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch's of a full disk is a RuntimeError
+        return said(error)
+    return None
+
+
+def _write_values(path: Path, values: dict[str, Any]) -> None:
+    with whole_file(path) as temporary, temporary.open("wb") as file:
+        torch.save(values, file)
+
+
+def _gather_weights(learner: Learner, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """One parameter after the other, on rank 0; nothing on the others. A collective."""
     tensors = {}
     for name, parameter in learner.parameters.items():
         whole = full(parameter.detach().to(dtype))
         if learner.ranks.is_main:
             tensors[name] = whole.cpu().clone()
-    if not learner.ranks.is_main:
-        return
-    temporary = path.with_name(f".{path.name}.partial")
-    save_tensors(tensors, temporary)
-    temporary.replace(path)
+    return tensors
+
+
+def _write_weights(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    path.unlink(missing_ok=True)  # a run's that was rolled back: if the new ones find no room, they are not to be had
+    with whole_file(path) as temporary:
+        save_tensors(tensors, temporary)
     newest = sorted(path.parent.glob("*.safetensors"), key=os.path.getmtime)
     for old in newest[:-KEPT_WEIGHTS]:
         old.unlink()

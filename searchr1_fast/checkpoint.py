@@ -33,6 +33,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from searchr1_fast.distributed import Ranks
+from searchr1_fast.files import of_the_system, said
 
 LATEST = "latest"
 BEST = "best"
@@ -223,11 +224,11 @@ def _everywhere(action: Callable[[], T], root: Path, step: int, ranks: Ranks) ->
         result = action()
     except (Exception, dcp.CheckpointException) as error:  # the latter is no Exception
         failure = error
-    said = next((said for said in ranks.gather(_said(failure, ranks.rank)) if said), None)
-    if said is not None:
+    first = next((one for one in ranks.gather(_said(failure, ranks.rank)) if one), None)
+    if first is not None:
         if ranks.is_main:  # nobody writes there any more, and what is there may be what filled the disk
             shutil.rmtree(_temporary(root, step), ignore_errors=True)
-        rank, text = said
+        rank, text = first
         where = f" on rank {rank}" if ranks.world_size > 1 else ""
         raise CheckpointFailed(
             f"the checkpoint of step {step} could not be written to {root}{where}: {text}; {_newest(root)}. "
@@ -249,16 +250,7 @@ def _said(failure: BaseException | None, rank: int) -> tuple[int, str] | None:
     """Whose failure, in one line; of what torch gathered from several ranks, the first."""
     if isinstance(failure, dcp.CheckpointException):
         rank, (failure, _) = next(iter(failure.failures.items()))
-    failure = _of_the_system(failure)
-    return None if failure is None else (rank, " ".join(f"{type(failure).__name__}: {failure}".split()))
-
-
-def _of_the_system(failure: BaseException | None) -> BaseException | None:
-    """The system's error behind another, where there is one: of a full disk torch says `unexpected pos 704 vs 598`."""
-    behind = failure
-    while behind is not None and not isinstance(behind, OSError):
-        behind = behind.__cause__ or behind.__context__
-    return behind or failure
+    return None if failure is None else (rank, said(failure))
 
 
 class _Writer(dcp.FileSystemWriter):
@@ -268,7 +260,7 @@ class _Writer(dcp.FileSystemWriter):
         try:
             return super().write_data(plan, planner)
         except RuntimeError as error:
-            raise _of_the_system(error) from error
+            raise of_the_system(error) from error
 
 
 def _write_files(temporary: Path, contents: Contents, ranks: Ranks) -> None:

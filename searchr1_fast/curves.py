@@ -6,12 +6,12 @@ Left out: anything interactive; TensorBoard has the same numbers.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from searchr1_fast.files import whole_file
 from searchr1_fast.metrics import read_metrics
 
 if TYPE_CHECKING:
@@ -34,14 +34,9 @@ def save_curves(run_dirs: str | Path | Sequence[str | Path], path: str | Path | 
     if not any(runs.values()):
         return None
     path = Path(path) if path is not None else folders[0] / CURVES_FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure = draw_curves({Path(name).resolve().name if len(runs) == 1 else name: rows for name, rows in runs.items()})
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
+    with whole_file(path) as temporary:
         figure.savefig(temporary, dpi=150, format=path.suffix.lstrip(".") or "png")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 

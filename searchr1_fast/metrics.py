@@ -16,6 +16,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from searchr1_fast.files import naming, whole_file
+
 if TYPE_CHECKING:  # types.py imports torch, which readers of a finished run have no use for
     from searchr1_fast.types import Trajectory
 
@@ -44,7 +46,7 @@ class MetricsLog:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         path = self.run_dir / METRICS_FILE
         self._last_step = _truncate(path, resume_step)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)
         self._tensorboard = None
         if writer_class is not None:
             purge = None if resume_step is None else resume_step + 1
@@ -62,16 +64,34 @@ class MetricsLog:
         step = int(row["step"])
         assert step > self._last_step, f"step {step} after step {self._last_step}"
         plain = {key: plain_number(value) for key, value in row.items()}
-        self._file.write(json.dumps({"step": step} | plain, ensure_ascii=False, allow_nan=False) + "\n")
-        self._file.flush()
+        self._append(json.dumps({"step": step} | plain, ensure_ascii=False, allow_nan=False) + "\n")
         self._last_step = step
         scalars = {key: value for key, value in plain.items() if key != "step" and _is_number(value)}
         if self._tensorboard is not None:
-            for key, value in scalars.items():
-                self._tensorboard.add_scalar(_tensorboard_tag(key), value, step)
-            self._tensorboard.flush()
+            self._write_tensorboard(scalars, step)
         if self._wandb is not None:
             self._wandb.log(scalars, step=step)
+
+    def _write_tensorboard(self, scalars: Mapping[str, float], step: int) -> None:
+        try:
+            with naming(self.run_dir / "tensorboard"):
+                for key, value in scalars.items():
+                    self._tensorboard.add_scalar(_tensorboard_tag(key), value, step)
+                self._tensorboard.flush()
+        except OSError:
+            self._tensorboard = None  # its thread has ended; to close it would fail once more
+            raise
+
+    def _append(self, line: str) -> None:
+        """The whole line or nothing of it."""
+        rest, end = line.encode(), self._file.seek(0, os.SEEK_END)
+        try:
+            with naming(self.run_dir / METRICS_FILE):
+                while rest:
+                    rest = rest[self._file.write(rest) :]
+        except OSError:
+            self._file.truncate(end)
+            raise
 
     def write_trajectories(self, step: int, trajectories: Sequence[Trajectory]) -> Path:
         """Write trajectories/step_000010.jsonl, whole or not at all."""
@@ -147,16 +167,9 @@ def write_trajectories(path: str | Path, trajectories: Sequence[Trajectory]) -> 
 
 def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """One JSON object per line, moved into place when complete."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(Path(path)) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 class PhaseTimers:

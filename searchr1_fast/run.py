@@ -25,7 +25,9 @@ from searchr1_fast.curves import save_curves
 from searchr1_fast.data import QuestionStream
 from searchr1_fast.distributed import Ranks, process
 from searchr1_fast.environment import Environment, build_environments
+from searchr1_fast.errors import sentence
 from searchr1_fast.evaluate import EvalResult, Progress, build_engine, evaluate
+from searchr1_fast.files import whole_file
 from searchr1_fast.memory_plan import plan_rank
 from searchr1_fast.metrics import MetricsLog, PhaseTimers, read_metrics
 from searchr1_fast.models import TextTokenizer, describe_attention, load_tokenizer, meta_model, resolve, save_weights
@@ -100,10 +102,16 @@ class Run:
         """The step's row, and its trajectories where they are due, or an update of theirs was skipped."""
         if self.log is None or len(row) == 1:
             return
-        self.log.write(row)
         due = is_due(row["step"], self.config.run.trajectories_every) or bool(row.get("skipped_updates"))
-        if trajectories is not None and due:
-            self.log.write_trajectories(row["step"], trajectories)
+        try:
+            self.log.write(row)
+            if trajectories is not None and due:
+                self.log.write_trajectories(row["step"], trajectories)
+        except OSError as error:
+            raise ValueError(
+                f"what step {row['step']} came to could not be written: {sentence(error)}; mend that and go on with "
+                "run.resume=true"
+            ) from error
 
     def sync(self) -> dict[str, float]:
         """Let the engine generate with the trained weights; what that took and found, of the worst rank. Collective."""
@@ -281,7 +289,8 @@ def open_log(config: Config, resume_step: int) -> MetricsLog:
         resume_step=resume_step if config.run.resume else None,
         config=config.model_dump(mode="json"),
     )
-    (config.run_directory / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    with whole_file(config.run_directory / "config.yaml") as file:
+        file.write_text(config.to_yaml(), encoding="utf-8")
     return log
 
 

@@ -27,7 +27,7 @@ import torch
 
 from searchr1_fast.advantage import grpo_advantages, ppo_advantages, token_rewards
 from searchr1_fast.agreement import AgreementWatch
-from searchr1_fast.bad_updates import FOLDER, BadUpdate, MicroBatch, write_bad_update
+from searchr1_fast.bad_updates import FOLDER, BadUpdate, MicroBatch, NotKept, write_bad_update
 from searchr1_fast.cli import train_parser
 from searchr1_fast.config import Config, load_config
 from searchr1_fast.dry_run import dry_run
@@ -236,8 +236,8 @@ def update(run: Run, minibatches: list[Minibatch], step: int) -> Updates:
 
 
 def keep_bad_update(run: Run, learner: Learner, norm: float, minibatch: Minibatch, step: int, index: int) -> None:
-    """Nothing for an update that was applied. One that was skipped is written down, for `searchr1 replay`; after three
-    in a row the run ends."""
+    """Nothing for an update that was applied. One that was skipped is written down, for `searchr1 replay`, where there
+    is room for it; after three in a row the run ends."""
     if math.isfinite(norm):
         return
     of_policy, count = learner is run.policy, len(minibatch.batches)
@@ -256,9 +256,12 @@ def keep_bad_update(run: Run, learner: Learner, norm: float, minibatch: Minibatc
         micro_batches=[MicroBatch(run.ranks.rank, *row) for row in zip(minibatch.batches, *columns, strict=True)],
     )
     folder = run.config.run_directory / FOLDER
-    path = write_bad_update(folder, bad, learner, getattr(torch, run.config.model.dtype))
-    run.ui.note(f"step {step}: skipped an update of the {learner.name}: {bad.diagnosis}; searchr1 replay {path}")
-    learner.raise_if_diverged(f"; what it met is kept: searchr1 replay {path}")
+    try:
+        kept = f"searchr1 replay {write_bad_update(folder, bad, learner, getattr(torch, run.config.model.dtype))}"
+    except NotKept as failure:
+        kept = str(failure)
+    run.ui.note(f"step {step}: skipped an update of the {learner.name}: {bad.diagnosis}; {kept}")
+    learner.raise_if_diverged(f"; {kept}")
 
 
 class StopSignal:

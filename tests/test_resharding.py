@@ -120,8 +120,10 @@ def test_writers_on_two_ranks(make_config, tmp_path, capsys, on_two_ranks):
     check_replay(*reports[0]["bad"], capsys)
 
 
-def check_replay(path: str, are_finite: list[bool], num_skipped: int, diagnosis: str, capsys) -> None:
-    """An update that two ranks skipped, replayed on one: whose micro-batch it was."""
+def check_replay(path: str, are_finite: list[bool], num_skipped: int, diagnosis: str, not_kept: str, capsys) -> None:
+    """An update that two ranks skipped, replayed on one: whose micro-batch it was. Where rank 0 found no room for it,
+    both ranks know."""
+    assert not_kept.startswith("what it met could not be kept in ") and "No space left on device" in not_kept
     assert (are_finite, num_skipped) == ([False, False, True], 2)
     assert diagnosis.startswith("the gradient of ")
     assert replay.main([path]) == 0

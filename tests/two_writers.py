@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 from torch.distributed.checkpoint import FileSystemWriter
 
+from searchr1_fast import bad_updates as bad_updates_module
 from searchr1_fast import checkpoint
-from searchr1_fast.bad_updates import BadUpdate, MicroBatch, write_bad_update
+from searchr1_fast.bad_updates import BadUpdate, MicroBatch, NotKept, write_bad_update
 from searchr1_fast.checkpoint import Checkpoint, CheckpointFailed, latest_checkpoint
 from searchr1_fast.checkpoint_writer import CheckpointWriter
 from searchr1_fast.config import Config, load_config
@@ -126,6 +127,12 @@ def bad_updates(output: Path, config: Config, ranks: Ranks) -> list:
     norms = [policy.update(micro_batches, 16)[1]]
     diagnosis, kept = policy.diagnosis, [MicroBatch(ranks.rank, micro_batch) for micro_batch in micro_batches]
     bad = BadUpdate(1, 0, policy.name, policy.num_updates, 16, True, diagnosis, config.to_yaml(), kept)
+    write, bad_updates_module._write_values = bad_updates_module._write_values, full  # rank 0 alone calls it
+    try:
+        write_bad_update(output, bad, policy, torch.float32)
+    except NotKept as failure:
+        not_kept = str(failure)
+    bad_updates_module._write_values = write
     path = write_bad_update(output, bad, policy, torch.float32)
     loss = policy.loss
     if ranks.rank == 1:
@@ -136,7 +143,7 @@ def bad_updates(output: Path, config: Config, ranks: Ranks) -> list:
     assert norms[2] == fresh.update(good, 16)[1]
     pairs = zip(policy.parameters.values(), fresh.parameters.values(), strict=True)
     assert all(torch.equal(full_tensor(one), full_tensor(other)) for one, other in pairs)
-    return [str(path), [math.isfinite(norm) for norm in norms], policy.num_skipped, diagnosis]
+    return [str(path), [math.isfinite(norm) for norm in norms], policy.num_skipped, diagnosis, not_kept]
 
 
 def main() -> None:

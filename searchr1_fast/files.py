@@ -1,0 +1,48 @@
+"""Files that are whole or not there; and whose fault it is, said by name, where the disk is full."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A place beside `path` to write to. On leaving it takes the name `path`, from one moment to the next; after a
+    failure nothing is left of it, and what had the name before has it still. An OSError names `path`."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with naming(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            temporary.replace(path)
+    finally:
+        with suppress(OSError):  # the folder itself may be what is wrong
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError that names no file, as that of a write to a full disk, names `path` on the way out."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
+
+
+def of_the_system(failure: BaseException | None) -> BaseException | None:
+    """The system's error behind another, where there is one: of a full disk torch says `unexpected pos 704 vs 598`."""
+    behind = failure
+    while behind is not None and not isinstance(behind, OSError):
+        behind = behind.__cause__ or behind.__context__
+    return behind or failure
+
+
+def said(failure: BaseException) -> str:
+    """What the system, or whoever else failed, says, on one line."""
+    failure = of_the_system(failure)
+    return " ".join(f"{type(failure).__name__}: {failure}".split())
