@@ -117,10 +117,16 @@ def write_checkpoint(root: Path, contents: Contents, ranks: Ranks, keep: int) ->
 
 
 def latest_checkpoint(root: Path) -> Path | None:
-    """The newest complete checkpoint, or None where there is none. ValueError where `latest` leads nowhere."""
+    """The newest complete checkpoint, or None where there is none. ValueError where `latest` leads nowhere.
+
+    Without `latest`, as copies to where there are no links have it, or a run that was killed just before its first:
+    the one of the last step. To begin anew would cut back the metrics of a run that has checkpoints.
+    """
     link = root / LATEST
     if not link.is_symlink():
-        return None
+        if link.is_dir():
+            raise ValueError(f"{link} is a folder, where a link to one of the step_* beside it should be; delete it")
+        return max(_complete(root), key=_number, default=None)
     path = root / os.readlink(link)
     if not path.is_dir():
         raise ValueError(f"{link} names {path.name}, which is gone; point it at one of the step_* folders beside it")
@@ -356,12 +362,16 @@ def _prune(root: Path, step: int, keep: int) -> None:
     """Delete older checkpoints but the best, and the leftovers of writes that never finished."""
     best = root / BEST
     kept = root / os.readlink(best) if best.is_symlink() else None
-    complete = [path for path in root.iterdir() if re.fullmatch(r"step_\d{6,}", path.name)]  # not what a person copied
-    older = [path for path in complete if _number(path) <= step]
+    older = [path for path in _complete(root) if _number(path) <= step]
     for path in sorted(older, key=_number)[:-keep]:
         if path != kept:
             _put_aside(path)
     _clear(root)
+
+
+def _complete(root: Path) -> list[Path]:
+    """The checkpoints that are there; not what a person copied."""
+    return [path for path in root.glob("step_*") if re.fullmatch(r"step_\d{6,}", path.name) and path.is_dir()]
 
 
 def _clear(root: Path) -> None:

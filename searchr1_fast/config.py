@@ -135,8 +135,9 @@ def _read_file(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
         chain = " -> ".join(file.name for file in (*below[below.index(here) :], here))
         raise ValueError(f"{path} extends itself: {chain}")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
+        with path.open(encoding="utf-8") as file:
+            values = yaml.load(file, _UniqueKeys) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold sections (`train:`, `rollout:`, …), not a {type(values).__name__}")
@@ -149,6 +150,18 @@ def _read_file(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
         _merge(merged, _read_file(path.parent / parent, (*below, here)))
     _merge(merged, values)
     return merged
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Of a key that stands twice in one place YAML takes the last, and the settings below the first are lost."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"`{key.value}` stands twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def _merge(values: dict[str, Any], over: dict[str, Any]) -> None:
@@ -200,6 +213,8 @@ def _describe(error: ValidationError) -> str:
             nearest = difflib.get_close_matches(str(item["loc"][-1]), known, n=1, cutoff=0.4)
             hint = f"did you mean `{nearest[0]}`?" if nearest else f"known here: {', '.join(known)}"
             sentences.append(f"unknown key `{location}`: {hint}")
+        elif item["type"] in ("model_type", "dict_type"):
+            sentences.append(f"`{location}`: must be a section of keys, not {item['input']!r}")
         else:
             message = item["msg"].removeprefix("Value error, ")
             sentences.append(f"`{location}`: {message}" if location else message)

@@ -41,14 +41,14 @@ def _one_thread():
 
 @pytest.fixture(scope="session")
 def on_two_ranks():
-    """script, arguments -> None: torchrun ran it on two ranks of the CPU, and it came to its end."""
+    """script, arguments -> None: torchrun ran it on two ranks of the CPU (or `num_ranks`), and it came to its end."""
 
-    def run(script: Path, *arguments: str | Path) -> None:
+    def run(script: Path, *arguments: str | Path, num_ranks: int = 2) -> None:
         root = Path(__file__).parents[1]
         path = os.pathsep.join([str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")])
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
         child = subprocess.Popen(
-            [*launcher, str(script), *map(str, arguments)],
+            [*launcher, str(num_ranks), str(script), *map(str, arguments)],
             env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
             stderr=subprocess.PIPE,
             text=True,

@@ -34,6 +34,12 @@ _MUST_BE_OFF = {
     "quantization_config": "quantised weights (quantization_config); save it in bfloat16",
 }
 
+_SIZES = {
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "max_position_embeddings", "head_dim"),
+}
+_NUMBERS = {"rms_norm_eps", "initializer_range", "rope_theta"}
+
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -111,6 +117,7 @@ class DecoderConfig:
         missing = [name for name in cls.__match_args__[:6] if given.get(name) is None]
         if missing:
             raise ValueError(f"config.json lacks {', '.join(missing)}")
+        _refuse_what_is_no_size(given)
         return cls(**given)
 
     def to_hf(self) -> dict[str, Any]:
@@ -158,9 +165,20 @@ def _refuse_what_is_not_built(values: Mapping[str, Any]) -> None:
         raise ValueError(f"config.json asks for the activation {values['hidden_act']!r}; this decoder has 'silu'")
 
 
+def _refuse_what_is_no_size(given: Mapping[str, Any]) -> None:
+    for name in _SIZES & given.keys():
+        if type(given[name]) is not int or given[name] < 1:
+            raise ValueError(f"config.json: {name} must be a whole number above 0, not {given[name]!r}")
+    for name in _NUMBERS & given.keys():
+        if type(given[name]) not in (int, float) or not given[name] > 0:
+            raise ValueError(f"config.json: {name} must be a number above 0, not {given[name]!r}")
+
+
 def _read_rope(values: Mapping[str, Any]) -> tuple[float, Llama3Scaling | None]:
     """Base and scaling. transformers 5 writes `rope_parameters`, earlier releases `rope_theta` and `rope_scaling`."""
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    if not isinstance(rope, Mapping):
+        raise ValueError(f"config.json: rope_parameters (or rope_scaling) must be an object, not {rope!r}")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "llama3"):
         raise ValueError(f"config.json asks for the rope type {kind!r}; this decoder has 'default' and 'llama3'")

@@ -16,6 +16,8 @@ from tokenizers import Tokenizer
 
 from searchr1_fast.models.weights import resolve
 
+SETTINGS, GENERATION = "tokenizer_config.json", "generation_config.json"
+
 
 @functools.cache
 def _byte_alphabet() -> dict[str, int]:
@@ -55,10 +57,10 @@ class TextTokenizer:
         whole = self.backend.encode("a", add_special_tokens=True).ids
         return self.decode(whole[: whole.index(plain[0])])
 
-    @property
+    @functools.cached_property
     def vocab_size(self) -> int:
         """Ids are below this; a model's embedding may be larger."""
-        return self.backend.get_vocab_size(with_added_tokens=True)
+        return 1 + max(self.backend.get_vocab(with_added_tokens=True).values())  # there may be gaps
 
     def encode(self, text: str, special_tokens: bool = False) -> list[int]:
         """Ids of the text alone, no special tokens added.
@@ -141,9 +143,9 @@ class TextTokenizer:
             settings["bos_token"] = self.start_text
         if self.chat_template is not None:
             settings["chat_template"] = self.chat_template
-        _write_json(directory / "tokenizer_config.json", settings)
+        _write_json(directory / SETTINGS, settings)
         if self.eos_ids:
-            _write_json(directory / "generation_config.json", {"eos_token_id": list(self.eos_ids)})
+            _write_json(directory / GENERATION, {"eos_token_id": list(self.eos_ids)})
 
 
 def _raise_template_error(message: str) -> None:
@@ -151,25 +153,40 @@ def _raise_template_error(message: str) -> None:
 
 
 def load_tokenizer(directory: Path | str) -> TextTokenizer:
-    """Read a Hugging Face directory's tokenizer, or a built-in one's. ValueError where tokenizer.json is missing."""
+    """Read a Hugging Face directory's tokenizer, or a built-in one's. ValueError for a file that is missing or broken,
+    and for an end of turns that is no token."""
     directory = resolve(directory) if str(directory).startswith("builtin:") else Path(directory)
     path = directory / "tokenizer.json"
     if not path.is_file():
         raise ValueError(f"{directory} has no tokenizer.json; save the tokenizer with transformers' save_pretrained")
-    settings = _read_json(directory / "tokenizer_config.json")
-    eos, listed = settings.get("eos_token"), _read_json(directory / "generation_config.json").get("eos_token_id", [])
+    settings = _read_json(directory / SETTINGS)
+    eos, listed = settings.get("eos_token"), _read_json(directory / GENERATION).get("eos_token_id") or []
+    eos = eos["content"] if isinstance(eos, dict) else eos
+    listed = listed if isinstance(listed, list) else [listed]
+    try:
+        backend = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise ValueError(f"{path} is not a tokenizer ({error}); copy it again") from error
+    if eos is not None and backend.token_to_id(eos) is None:
+        raise ValueError(f"{directory / SETTINGS} ends turns with {eos!r}, and tokenizer.json has no such token")
+    if unknown := [one for one in listed if not isinstance(one, int) or backend.id_to_token(one) is None]:
+        raise ValueError(f"{directory / GENERATION} ends turns with {unknown[0]}, and tokenizer.json has no such id")
     template_path = directory / "chat_template.jinja"  # where transformers 5 puts it
     template = template_path.read_text(encoding="utf-8") if template_path.is_file() else settings.get("chat_template")
-    return TextTokenizer(
-        Tokenizer.from_file(str(path)),
-        eos_token=eos["content"] if isinstance(eos, dict) else eos,
-        chat_template=template,
-        more_eos_ids=listed if isinstance(listed, list) else [listed],
-    )
+    return TextTokenizer(backend, eos_token=eos, chat_template=template, more_eos_ids=listed)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    """An object; an empty one where there is no file."""
+    if not path.is_file():
+        return {}
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold an object, not a {type(values).__name__}")
+    return values
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

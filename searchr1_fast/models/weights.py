@@ -103,7 +103,12 @@ def _read_config(path: Path) -> DecoderConfig:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
-    return DecoderConfig.from_hf(values)
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold an object, not a {type(values).__name__}")
+    try:
+        return DecoderConfig.from_hf(values)
+    except ValueError as error:
+        raise ValueError(f"{path.parent}: {error}") from error
 
 
 def _check(directory: Path, tensors: dict[str, Any], parameters: dict[str, torch.nn.Parameter]) -> None:
@@ -149,9 +154,13 @@ def _weight_files(directory: Path) -> Iterable[Path]:
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            if not names or not all(isinstance(name, str) for name in names):
+                raise ValueError("it names no files")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{index} is not an index of weights: it has no weight_map") from error
     for name in names:
         if not (directory / name).is_file():
-            raise ValueError(f"{directory} has no {name}; weights are read from safetensors files")
+            if index.is_file():
+                raise ValueError(f"{directory} has no {name}, which its {INDEX} names; copy the missing shard")
+            raise ValueError(f"{directory} has no {name} and no {INDEX}; weights are read from safetensors files")
     return [directory / name for name in names]
