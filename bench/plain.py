@@ -174,17 +174,23 @@ def pad(
     device: torch.device,
     *,
     padding: bool = True,
+    to_longest: bool = False,
 ) -> list[PlainBatch]:
-    """Micro-batches of equally many rows, in order: as many as fit the token budget if all were the longest."""
+    """Micro-batches of equally many rows, in order: as many as fit the token budget if all were the longest.
+
+    `to_longest`: rows are padded to the longest of all, and not only of their micro-batch.
+    """
     longest = max(len(trajectories[i].token_ids) for i in indices)
     rows = max(1, config.train.tokens_per_microbatch // longest)
     chosen = [(trajectories[i], float(advantages[i])) for i in indices]
     parts = [chosen[start : start + rows] for start in range(0, len(chosen), rows)]
-    return [_pad_one(part, config, padding, device) for part in parts]
+    return [_pad_one(part, config, padding, device, longest if to_longest else 0) for part in parts]
 
 
-def _pad_one(rows: list[tuple[Trajectory, float]], config: Config, padding: bool, device: torch.device) -> PlainBatch:
-    longest = max(len(trajectory.token_ids) for trajectory, _ in rows)
+def _pad_one(
+    rows: list[tuple[Trajectory, float]], config: Config, padding: bool, device: torch.device, at_least: int
+) -> PlainBatch:
+    longest = max(at_least, *(len(trajectory.token_ids) for trajectory, _ in rows))
     lengths = [longest if padding else len(trajectory.token_ids) for trajectory, _ in rows]
     starts = np.concatenate([[0], np.cumsum(lengths)])  # [B+1]
     token_ids, targets = (np.zeros(starts[-1], dtype=np.int64) for _ in range(2))  # any id pads: causal, masked
