@@ -1,11 +1,11 @@
 """`searchr1 train CONFIG --dry-run`: what a rank's GPU will hold, whether that fits, and what to change.
 
-Read are the configuration, the model's config.json and the index's manifest; no weights, no questions.
+Read are the configuration, the model's config.json and the index's manifest; no weights, no questions. An index that is
+not there yet is not counted, which is said.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
@@ -13,8 +13,9 @@ import torch
 
 from searchr1_fast.config import Config
 from searchr1_fast.memory_plan import memory_size, plan_rank
-from searchr1_fast.models import DecoderConfig, resolve
+from searchr1_fast.models import read_config, resolve
 from searchr1_fast.models.published import published_config
+from searchr1_fast.retrieval.index_format import MANIFEST
 
 DOES_NOT_FIT = 1  # exit code
 
@@ -26,12 +27,20 @@ def dry_run(config: Config, shape: str | None, device_memory: str | None, ranks:
     here, if there is one. `ranks` None: as many as torchrun says, else one.
     """
     num_ranks = ranks or int(os.environ.get("WORLD_SIZE", "1"))
-    decoder = published_config(shape) if shape else _read_decoder(Path(resolve(config.model.path)))
+    decoder = published_config(shape) if shape else read_config(resolve(config.model.path))
     ranks_per_machine = int(os.environ.get("LOCAL_WORLD_SIZE", "0")) or None
+    missing = _missing_index(config)
+    if missing is not None:
+        config = config.model_copy(update={"retrieval": config.retrieval.model_copy(update={"index": None})})
     plan = plan_rank(config, decoder, num_ranks, ranks_per_machine, _device_bytes(config, device_memory))
     if os.environ.get("RANK", "0") == "0":
         print(_title(config, shape, num_ranks))
         print(plan)
+        if missing is not None:
+            print(
+                f"not counted: the index {missing}, which is not there yet; on a GPU 2 bytes a component, a part on "
+                "each of a machine's ranks"
+            )
     return DOES_NOT_FIT if plan.fits is False else 0
 
 
@@ -41,8 +50,12 @@ def _title(config: Config, shape: str | None, num_ranks: int) -> str:
     return f"{shape or config.model.path}{adapter}, {config.algorithm.name}, {config.model.dtype}: memory of {ranks}"
 
 
-def _read_decoder(directory: Path) -> DecoderConfig:
-    return DecoderConfig.from_hf(json.loads((directory / "config.json").read_text(encoding="utf-8")))
+def _missing_index(config: Config) -> str | None:
+    """The index that the configuration names, where there is none; one that is damaged is an error all the same."""
+    retrieval = config.retrieval
+    if retrieval.backend != "dense" or retrieval.index is None or (Path(retrieval.index) / MANIFEST).is_file():
+        return None
+    return retrieval.index
 
 
 def _device_bytes(config: Config, device_memory: str | None) -> int | None:

@@ -51,7 +51,7 @@ def advice(config: Config, decoder: DecoderConfig, plan: TrainingPlan, num_ranks
     if "index" in sizes:
         yield "retrieval.device=cpu: the index leaves the GPU"
     if plan.total("always") > room // 2 and not config.model.lora.rank:
-        yield f"more than {num_ranks} ranks: weights, gradients and moments are split among them"
+        yield f"more ranks than {num_ranks}: weights, gradients and moments are split among them"
         yield "model.lora.rank=64: an adapter is learned; the model has neither gradient, moments nor master weights"
     if plan.resident("reference"):
         yield "algorithm.kl_coefficient=0: no reference model"

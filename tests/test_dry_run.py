@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from searchr1_fast.cli import main as command
@@ -40,6 +42,32 @@ def test_dry_run_says_whether_it_fits(capsys, tmp_path):
 def test_dry_run_of_a_directory(capsys):
     assert command(["train", "configs/demo.yaml", "--dry-run", "--device-memory", "8GB"]) == 0
     assert "policy: master weights" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("shape", ["qwen2.5-3b", "llama-3.2-3b", "qwen3-4b"])
+@pytest.mark.parametrize("recipe", sorted(Path("configs").glob("search_r1*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_is_planned_before_anything_is_downloaded(capsys, recipe, shape):
+    """Without the model, which `--shape` stands for, and without the index of the fast ones, which is said."""
+    arguments = ["train", str(recipe), "--dry-run", "--shape", shape, "--ranks", "8", "--device-memory", "141GB"]
+    assert command(arguments) == 0
+    out = capsys.readouterr().out
+    assert "fits: " in out
+    assert ("not counted: the index data/wiki-18.index" in out) == recipe.stem.endswith(("_fast", "_lora"))
+
+
+def test_the_advice_grows_with_what_is_missing(capsys):
+    arguments = ["train", "configs/search_r1_7b_ppo.yaml", "--dry-run", "--shape", "qwen2.5-7b"]
+    assert command([*arguments, "--device-memory", "80GB"]) == 1
+    out = capsys.readouterr().out
+    for setting in ("train.activation_checkpointing=selective", "model.offload.optimizer=true", "model.lora.rank=64",
+                    "more ranks than 1", "algorithm.kl_coefficient=0"):  # fmt: skip
+        assert setting in out, setting
+
+
+def test_a_broken_config_json_is_one_sentence(capsys, tmp_path):
+    (tmp_path / "config.json").write_text("[]")
+    assert command(["train", "configs/demo.yaml", "--dry-run", f"model.path={tmp_path}"]) == 2
+    assert "config.json must hold an object, not a list" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from searchr1_fast.models.decoder_config import DecoderConfig, Llama3Scaling
 from searchr1_fast.models.export import save_model, save_weights
 from searchr1_fast.models.kv_cache import KVCache
 from searchr1_fast.models.tokenizer import TextTokenizer, load_tokenizer
-from searchr1_fast.models.weights import load_model, load_weights, meta_model, resolve
+from searchr1_fast.models.weights import load_model, load_weights, meta_model, read_config, resolve
 
 __all__ = [
     "Decoder",
@@ -20,6 +20,7 @@ __all__ = [
     "load_tokenizer",
     "load_weights",
     "meta_model",
+    "read_config",
     "resolve",
     "save_adapter",
     "save_model",

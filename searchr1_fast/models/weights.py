@@ -69,7 +69,7 @@ def load_model(
 
 def meta_model(directory: str | Path, dtype: torch.dtype = torch.float32) -> Decoder:
     """The decoder of a directory on the meta device: shapes and types, no memory. For sharding before loading."""
-    config = _read_config(resolve(directory) / "config.json")
+    config = read_config(resolve(directory))
     with torch.device("meta"):
         return Decoder(config).to(dtype)
 
@@ -98,7 +98,9 @@ def load_weights(model: Decoder, directory: str | Path) -> None:
                 local.copy_(tensors[name][rows].to(local.device))
 
 
-def _read_config(path: Path) -> DecoderConfig:
+def read_config(directory: Path) -> DecoderConfig:
+    """What a directory's config.json describes. ValueError: it is broken, or of a model that this decoder is not."""
+    path = directory / "config.json"
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -108,7 +110,7 @@ def _read_config(path: Path) -> DecoderConfig:
     try:
         return DecoderConfig.from_hf(values)
     except ValueError as error:
-        raise ValueError(f"{path.parent}: {error}") from error
+        raise ValueError(f"{directory}: {error}") from error
 
 
 def _check(directory: Path, tensors: dict[str, Any], parameters: dict[str, torch.nn.Parameter]) -> None:
