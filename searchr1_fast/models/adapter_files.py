@@ -144,10 +144,14 @@ def _read_config(directory: Path) -> dict[str, Any]:
     for key in config.keys() - _KNOWN:
         if config[key] not in _PLAIN.get(key, _NOTHING):
             raise ValueError(f"{path}: {key}={config[key]!r} is not supported; merge the adapter into its model")
-    if not isinstance(wanted["target_modules"], list):
-        raise ValueError(f"{path}: target_modules must list names, not {wanted['target_modules']!r}")
+    names = wanted["target_modules"]
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{path}: target_modules must list names, not {names!r}")
     # Of "all-linear" peft writes every layer's whole name; that none of them is missing is for the tensors to say.
-    wanted["target_modules"] = sorted({name.rpartition(".")[2] for name in wanted["target_modules"]})
+    wanted["target_modules"] = sorted({name.rpartition(".")[2] for name in names})
+    for key, kind in (("r", int), ("lora_alpha", int | float)):
+        if not isinstance(wanted[key], kind) or not wanted[key] > 0:
+            raise ValueError(f"{path}: {key} must be a number above 0, not {wanted[key]!r}")
     return wanted
 
 
