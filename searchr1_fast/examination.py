@@ -24,11 +24,11 @@ from searchr1_fast.bad_updates import BadUpdate, MicroBatch
 from searchr1_fast.cli import model_directory
 from searchr1_fast.config import Config
 from searchr1_fast.critic import ValueModel
-from searchr1_fast.losses import value_loss
+from searchr1_fast.losses import policy_loss, value_loss
 from searchr1_fast.models import load_tokenizer, load_weights, meta_model, resolve
 from searchr1_fast.models.adapter_files import adapter_base, load_adapter
 from searchr1_fast.models.lora import add_adapter
-from searchr1_fast.policy import TokenScorer, policy_loss, to_device
+from searchr1_fast.policy import TokenScorer, to_device
 from searchr1_fast.types import PackedBatch
 
 SHOWN_TOKENS = 60  # of what the policy wrote before the first bad token

@@ -4,22 +4,26 @@ Every loss is a sum divided by `denominator`, the number of policy tokens of the
 micro-batches and ranks. So adding the losses of the parts gives the loss of the whole, however it was cut. (Search-R1
 averages the means of micro-batches, in which a token weighs more the emptier its micro-batch.)
 
-The policy's loss is `searchr1_kernels.linear_policy_loss`; here is its objective. Nothing waits for the device. Metrics
-are sums over tokens, except those in `MAX_METRICS` and `MIN_METRICS`.
+The policy's loss is `searchr1_kernels.linear_policy_loss`; here is what it is given. Nothing waits for the device.
+Metrics are sums over tokens, except those in `MAX_METRICS` and `MIN_METRICS`.
 
-Shape legend: P policy tokens, S sequences.
+Shape legend: P policy tokens, R of them that are scored, S sequences, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
-from searchr1_kernels import PolicyLoss
+from searchr1_kernels import PolicyLoss, linear_logprob, linear_policy_loss
 from searchr1_kernels._segments import segment_sums
 from searchr1_kernels.policy_objective import MAX_METRICS, MIN_METRICS
 
 from searchr1_fast.config import AlgorithmConfig
+from searchr1_fast.types import PackedBatch
 
 
 def policy_objective(algorithm: AlgorithmConfig) -> PolicyLoss:
@@ -34,6 +38,51 @@ def policy_objective(algorithm: AlgorithmConfig) -> PolicyLoss:
         kl_coefficient=0.0 if algorithm.kl_in_reward else algorithm.kl_coefficient,
         entropy_coefficient=algorithm.entropy_coefficient,
     )
+
+
+def policy_loss(
+    scorer: Callable[..., Any],  # `policy.TokenScorer`
+    algorithm: AlgorithmConfig,
+    batch: PackedBatch,
+    denominator: float,
+    ref_logprobs: torch.Tensor | None = None,  # [P] fp32
+    on_policy: bool = True,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """-> `linear_policy_loss`'s loss and metrics, all 0-d; `denominator`: policy tokens of the optimizer step, those
+    that `algorithm.mismatch_mask` leaves out included."""
+    head = linear_policy_loss if algorithm.mismatch_mask == "none" else partial(_masked_loss, batch, algorithm)
+    return scorer(
+        batch,
+        head,
+        rollout_logprobs=batch.rollout_logprobs,
+        advantages=batch.advantages,
+        ref_logprobs=ref_logprobs,
+        loss=policy_objective(algorithm),
+        denominator=denominator,
+        on_policy=on_policy,
+        token_rows=batch.token_rows,
+        cu_seqlens=batch.policy_cu_seqlens if algorithm.loss == "gspo" else None,
+    )
+
+
+def _masked_loss(
+    batch: PackedBatch,
+    algorithm: AlgorithmConfig,
+    hidden: torch.Tensor,  # [R, D]
+    weight: torch.Tensor,  # [V, D]
+    targets: torch.Tensor,  # [R] int64
+    *,
+    temperature: float,
+    **arguments: Any,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """`linear_policy_loss` with whole trajectories left out. Which, only their last token's log-probability decides, so
+    that all are known before: another pass of the head, without gradients."""
+    with torch.no_grad():
+        logprobs = batch.spread(linear_logprob(hidden, weight, targets, temperature=temperature))  # [P]
+    weights = mismatch_weights(logprobs, batch.rollout_logprobs, batch.policy_cu_seqlens, algorithm)
+    options = {"temperature": temperature, "token_weights": weights, **arguments}
+    loss, metrics = linear_policy_loss(hidden, weight, targets, **options)
+    return loss, metrics | {"mismatch_fraction": (1.0 - weights).sum()}
 
 
 @torch.no_grad()

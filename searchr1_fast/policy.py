@@ -20,20 +20,19 @@ import math
 from collections.abc import Callable, Collection, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from searchr1_kernels import linear_logprob, linear_policy_loss
+from searchr1_kernels import linear_logprob
 from torch import nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from searchr1_fast.checkpoint import optimizer_tensors
-from searchr1_fast.config import AlgorithmConfig, Config, LoraConfig, OffloadConfig
+from searchr1_fast.config import Config, LoraConfig, OffloadConfig
 from searchr1_fast.distributed import Ranks, before_backward, copy_parameters, full, reshard, shard
 from searchr1_fast.host_adamw import HostAdamW
-from searchr1_fast.losses import accumulate_metrics, mismatch_weights, policy_objective
+from searchr1_fast.losses import accumulate_metrics, policy_loss
 from searchr1_fast.models import Decoder, load_weights
 from searchr1_fast.models.adapter_files import fill_adapter, load_adapter
 from searchr1_fast.models.lora import add_adapter, base_parameters, reset_adapter, without_adapter
@@ -282,51 +281,6 @@ def make_optimizer(
     if config.model.offload.optimizer and leaves(device):
         return HostAdamW(parameters, learning_rate, betas, weight_decay)
     return torch.optim.AdamW(parameters, learning_rate, betas, weight_decay=weight_decay, fused=True)
-
-
-def policy_loss(
-    scorer: TokenScorer,
-    algorithm: AlgorithmConfig,
-    batch: PackedBatch,
-    denominator: float,
-    ref_logprobs: torch.Tensor | None = None,  # [P] fp32
-    on_policy: bool = True,
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """-> `linear_policy_loss`'s loss and metrics, all 0-d; `denominator`: policy tokens of the optimizer step, those
-    that `algorithm.mismatch_mask` leaves out included."""
-    head = linear_policy_loss if algorithm.mismatch_mask == "none" else partial(_masked_loss, batch, algorithm)
-    return scorer(
-        batch,
-        head,
-        rollout_logprobs=batch.rollout_logprobs,
-        advantages=batch.advantages,
-        ref_logprobs=ref_logprobs,
-        loss=policy_objective(algorithm),
-        denominator=denominator,
-        on_policy=on_policy,
-        token_rows=batch.token_rows,
-        cu_seqlens=batch.policy_cu_seqlens if algorithm.loss == "gspo" else None,
-    )
-
-
-def _masked_loss(
-    batch: PackedBatch,
-    algorithm: AlgorithmConfig,
-    hidden: torch.Tensor,  # [R, D]
-    weight: torch.Tensor,  # [V, D]
-    targets: torch.Tensor,  # [R] int64
-    *,
-    temperature: float,
-    **arguments: Any,
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """`linear_policy_loss` with whole trajectories left out. Which, only their last token's log-probability decides, so
-    that all are known before: another pass of the head, without gradients."""
-    with torch.no_grad():
-        logprobs = batch.spread(linear_logprob(hidden, weight, targets, temperature=temperature))  # [P]
-    weights = mismatch_weights(logprobs, batch.rollout_logprobs, batch.policy_cu_seqlens, algorithm)
-    options = {"temperature": temperature, "token_weights": weights, **arguments}
-    loss, metrics = linear_policy_loss(hidden, weight, targets, **options)
-    return loss, metrics | {"mismatch_fraction": (1.0 - weights).sum()}
 
 
 def prepare_blocks(decoder: Decoder, config: Config) -> None:

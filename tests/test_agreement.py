@@ -14,10 +14,10 @@ from searchr1_kernels import linear_logprob
 
 from searchr1_fast.agreement import AGREEMENT, LIMITS, AgreementWatch, agreement
 from searchr1_fast.config import AlgorithmConfig, Config
-from searchr1_fast.losses import mismatch_weights
+from searchr1_fast.losses import mismatch_weights, policy_loss
 from searchr1_fast.models import load_model
 from searchr1_fast.packing import pack
-from searchr1_fast.policy import TokenScorer, policy_loss
+from searchr1_fast.policy import TokenScorer
 from searchr1_fast.rollout import Engine
 from searchr1_fast.train import train
 
