@@ -17,11 +17,14 @@ Shape legend
 
 from __future__ import annotations
 
+import functools
+
 import numba
 import numpy as np
 import torch
 
-from searchr1_kernels._numba_numbers import FAST_MATH, LOG2_E, as_array, exp2, prefetch, widen
+from searchr1_kernels._attention_block_llvm import add_block, heads_together, load_queries, store_sums, takes
+from searchr1_kernels._numba_numbers import FAST_MATH, LOG2_E, as_array, exp2, narrow, prefetch, widen
 
 # Tokens that go through their blocks abreast: what a block of each takes has to stay in the first-level cache.
 _ABREAST = 8
@@ -37,15 +40,18 @@ def attend_blocks(
     slots: torch.Tensor,  # [T] int64
     positions: torch.Tensor,  # [T] int64
     tokens: torch.Tensor,  # [U] int64, from `order_by_blocks`
-    output: torch.Tensor,  # [T, H, d] fp32: rows `tokens` are written
+    output: torch.Tensor,  # [T, H, d] of the type of `query`: rows `tokens` are written
 ) -> None:
-    """Tokens attend to places 0 … positions[t] of their slots."""
-    assert query.dtype in (torch.float32, torch.bfloat16)
+    """Tokens attend to places 0 … positions[t] of their slots; the result is rounded once."""
+    assert query.dtype in (torch.float32, torch.bfloat16) and output.dtype == query.dtype
+    num_heads, head_dim = query.shape[1:]
     abreast = min(_ABREAST, -(-len(tokens) // numba.get_num_threads()))
-    memory = (as_array(x) for x in (keys, values))
+    attend = _attend
+    if takes(head_dim, keys.shape[2], query.dtype == torch.bfloat16):
+        attend = _attend_by_vectors(head_dim, heads_together(num_heads // keys.shape[1], head_dim))
+    arrays = (as_array(query), as_array(keys), as_array(values))
     numbers = (x.numpy() for x in (table, slots, positions, tokens))
-    scale = np.float32(query.shape[2] ** -0.5 * LOG2_E)
-    _attend(query.float().numpy(), *memory, *numbers, output.numpy(), max(1, abreast), scale)
+    attend(*arrays, *numbers, as_array(output), max(1, abreast), np.float32(head_dim**-0.5 * LOG2_E))
 
 
 def order_by_blocks(table: torch.Tensor, slots: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -56,6 +62,70 @@ def order_by_blocks(table: torch.Tensor, slots: torch.Tensor, tokens: torch.Tens
 
 
 # ---------------------------------------------------------------------------------------------------------- the kernel
+
+
+@functools.cache
+def _attend_by_vectors(head_dim: int, heads: int):
+    """The loop where rows and blocks are whole vectors; `heads` of those that share keys go through a block at once."""
+
+    @numba.njit(parallel=True, fastmath=FAST_MATH, cache=True)
+    def attend(query, keys, values, table, slots, positions, tokens, output, abreast, scale):
+        num_kv_heads, size = keys.shape[1], keys.shape[2]
+        group = query.shape[1] // num_kv_heads
+        for run in numba.prange(-(-len(tokens) // abreast)):
+            own = tokens[run * abreast : (run + 1) * abreast]
+            visits = _visits(own, positions, size)
+            weights = np.empty(heads * size, dtype=np.float32)
+            queries = np.empty((len(own), group * head_dim), dtype=np.float32)
+            sums = np.empty((len(own), group * head_dim), dtype=np.float32)
+            peaks = np.empty((len(own), group), dtype=np.float32)
+            totals = np.empty((len(own), group), dtype=np.float32)
+            for g in range(num_kv_heads):
+                sums[:] = np.float32(0.0)
+                peaks[:] = np.float32(-np.inf)
+                totals[:] = np.float32(0.0)
+                for j in range(len(own)):
+                    for a in range(0, group, heads):
+                        load_queries(
+                            query[own[j], g * group + a : g * group + a + heads].reshape(-1), scale,
+                            queries[j, a * head_dim :], heads, head_dim,
+                        )  # fmt: skip
+                for v in range(len(visits)):
+                    j, number, filled = visits[v]
+                    block = table[slots[own[j]], number]
+                    following, next_number, next_filled = visits[(v + 1) % len(visits)]
+                    next_block = table[slots[own[following]], next_number]
+                    next_g = g if v + 1 < len(visits) else (g + 1) % num_kv_heads
+                    for a in range(0, group, heads):
+                        add_block(
+                            queries[j, a * head_dim :], keys[block, g].reshape(-1), values[block, g].reshape(-1),
+                            filled, keys[next_block, next_g].reshape(-1), values[next_block, next_g].reshape(-1),
+                            next_filled, weights, peaks[j, a:], totals[j, a:], sums[j, a * head_dim :], heads, head_dim,
+                        )  # fmt: skip
+                for j in range(len(own)):
+                    for a in range(group):
+                        share = np.float32(1.0) / totals[j, a]
+                        store_sums(sums[j, a * head_dim :], share, output[own[j], g * group + a], head_dim)
+
+    return attend
+
+
+@numba.njit(cache=True)
+def _visits(own, positions, size):
+    """Token of `own`, number of its block and how many places of that count, [n, 3], block by block."""
+    count, longest = 0, 0
+    for t in own:
+        blocks = -(-(positions[t] + 1) // size)
+        count, longest = count + blocks, max(longest, blocks)
+    visits = np.empty((count, 3), dtype=np.int64)
+    place = 0
+    for number in range(longest):
+        for j in range(len(own)):
+            filled = min(size, positions[own[j]] + 1 - number * size)
+            if filled > 0:
+                visits[place, 0], visits[place, 1], visits[place, 2] = j, number, filled
+                place += 1
+    return visits
 
 
 @numba.njit(parallel=True, fastmath=FAST_MATH, cache=True)
@@ -95,7 +165,7 @@ def _attend(query, keys, values, table, slots, positions, tokens, output, abreas
             for i in range(len(own) * group):
                 share = np.float32(1.0) / totals[i]
                 for c in range(head_dim):
-                    output[own[i // group], g * group + i % group, c] = sums[i, c] * share
+                    output[own[i // group], g * group + i % group, c] = narrow(sums[i, c] * share, output[0, 0, 0])
 
 
 @numba.njit(inline="always")
@@ -118,7 +188,7 @@ def _add_block(query, keys, values, filled, scale, peak, total, weights, sums):
     for m in range(filled):
         score = np.float32(0.0)
         for c in range(head_dim):
-            score += query[c] * widen(keys[m, c])
+            score += widen(query[c]) * widen(keys[m, c])
         weights[m] = score * scale
     for m in range(filled):
         highest = max(highest, weights[m])
