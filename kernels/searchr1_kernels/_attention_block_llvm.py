@@ -380,9 +380,7 @@ def _exp2(builder, x):
     """2^x as `_numba_numbers.exp2`, of a vector of numbers up to 0; below -126 it is 2^-126."""
     least = ir.Constant(_FLOATS, [-126.0] * LANES)
     x = builder.select(builder.fcmp_ordered("<", x, least), least, x)
-    function = builder.module.declare_intrinsic(
-        f"llvm.floor.v{LANES}f32", fnty=ir.FunctionType(_FLOATS, [_FLOATS])
-    )
+    function = builder.module.declare_intrinsic(f"llvm.floor.v{LANES}f32", fnty=ir.FunctionType(_FLOATS, [_FLOATS]))
     whole = builder.call(function, [x])
     f = builder.fsub(x, whole)
     *lower, power = (ir.Constant(_FLOATS, [float(c)] * LANES) for c in POLYNOMIAL_OF_EXP2)
@@ -410,7 +408,8 @@ def _halves(width: int) -> tuple[list[int], list[int]]:
     """Of two vectors, runs of 2 * width lanes are halved, to be added: the lanes of the first halves, and the second.
     Processors shuffle most cheaply where runs of 4 lanes stay inside of theirs, so narrow ones do."""
     inside = 4 if width < 4 else LANES
-    lanes = [begin + vector * LANES + i for begin in range(0, LANES, inside) for vector in (0, 1) for i in range(inside)]
+    runs = [begin + vector * LANES for begin in range(0, LANES, inside) for vector in (0, 1)]
+    lanes = [begin + i for begin in runs for i in range(inside)]
     low = [lane for lane in lanes if lane % (2 * width) < width]
     return low, [lane + width for lane in low]
 

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from searchr1_kernels import rms_norm, rotary_write, silu_mul
 from torch import nn
 
+from searchr1_fast.models.generation_loops import CompiledLoops
 from searchr1_fast.models.lora import LoraLinear, adapted_product, join_adapters, joined_adapters
 
 if TYPE_CHECKING:
@@ -35,6 +36,9 @@ def run_blocks(
     rows: torch.Tensor | None,  # [R] int64
 ) -> torch.Tensor:  # [T, D], or [R, D]
     """All blocks and the final norm. Each norm adds what the part before it gave to the residual stream `x`."""
+    loops = CompiledLoops.of(model, x, context)
+    if loops is not None:
+        return _run_on_cpu(model, x, context, rows, loops)
     added = None  # [T, D]
     for block in model.layers:
         normed, x = rms_norm(x, *_norm(block.input_layernorm), residual=added)
@@ -46,6 +50,27 @@ def run_blocks(
         gate, up = _project(normed, (block.mlp.gate_proj, block.mlp.up_proj))
         added = block.mlp.down_proj(silu_mul(gate, up))
     return rms_norm(x, *_norm(model.norm), residual=added)[0]
+
+
+def _run_on_cpu(
+    model: Model,
+    x: torch.Tensor,  # [T, D]
+    context: CachedContext,
+    rows: torch.Tensor | None,  # [R] int64
+    loops: CompiledLoops,
+) -> torch.Tensor:  # [T, D], or [R, D]
+    """`run_blocks` by the loops of its operators."""
+    added = None
+    for block in model.layers:
+        attention, mlp = block.self_attn, block.mlp
+        normed, x = loops.norm(x, added, block.input_layernorm)
+        heads = _project(normed, (attention.q_proj, attention.k_proj, attention.v_proj))
+        attended = context.read(block.layer, loops.rotary_write(block, heads))
+        if rows is not None and block is model.layers[-1]:
+            x, attended = x.index_select(0, rows), attended.index_select(0, rows)
+        normed, x = loops.norm(x, attention.o_proj(attended.flatten(1)), block.post_attention_layernorm)
+        added = mlp.down_proj(loops.silu_mul(*_project(normed, (mlp.gate_proj, mlp.up_proj))))
+    return loops.norm(x, added, model.norm)[0]
 
 
 def _attend(block: Block, normed: torch.Tensor, context: CachedContext) -> torch.Tensor:
