@@ -145,6 +145,7 @@ class _Block:
         of them. Leaves that share a key are side by side, and what comes out is put in order.
         """
         builder, heads, count = self.builder, self.heads, LANES // self.heads
+        last = builder.sub(self.filled, _INDEX(1))
         tiles = []  # a vector of `count` places and all heads each
         for tile in range(heads):
             rows: dict[int, list[ir.Value]] = {}
@@ -152,8 +153,9 @@ class _Block:
             def leaf(number, begin=tile * count, rows=rows):
                 place, head = divmod(number, heads)
                 if place not in rows:
-                    self._prefetch(builder.add(first, _INDEX(begin + place)), is_second=False)
-                    rows[place] = self._row("keys", builder.add(first, _INDEX(begin + place)))
+                    number = builder.add(first, _INDEX(begin + place))
+                    self._prefetch(number, is_second=False)
+                    rows[place] = self._row("keys", _smaller(builder, number, last))  # others may never be written
                 return _dot(builder, queries[head], rows[place])
 
             tiles.append(_tree(builder, leaf, 0, LANES))
@@ -182,8 +184,7 @@ class _Block:
                 return
             place = builder.add(place, self.filled)
         last = builder.sub(builder.mul(self.next_filled, _INDEX(lines)), _INDEX(count))
-        line = builder.mul(place, _INDEX(count))
-        line = builder.select(builder.icmp_signed("<", line, last), line, last)
+        line = _smaller(builder, builder.mul(place, _INDEX(count)), last)
         for name in ("next_keys", "next_values"):
             begin = builder.bitcast(self.memory[name], _BYTE.as_pointer())
             for i in range(count):
@@ -345,6 +346,10 @@ def _splat(builder, value):
 
 def _iota():
     return ir.Constant(_NUMBERS, list(range(LANES)))
+
+
+def _smaller(builder, a, b):
+    return builder.select(builder.icmp_signed("<", a, b), a, b)
 
 
 def _larger(builder, a, b):
