@@ -70,42 +70,42 @@ def _attend_by_vectors(head_dim: int, heads: int):
 
     @numba.njit(parallel=True, fastmath=FAST_MATH, cache=True)
     def attend(query, keys, values, table, slots, positions, tokens, output, abreast, scale):
-        num_kv_heads, size = keys.shape[1], keys.shape[2]
-        group = query.shape[1] // num_kv_heads
+        num_heads, num_kv_heads, size = query.shape[1], keys.shape[1], keys.shape[2]
+        group, area = num_heads // num_kv_heads, size * head_dim
+        flat = query.reshape(-1), keys.reshape(-1), values.reshape(-1), output.reshape(-1)
         for run in numba.prange(-(-len(tokens) // abreast)):
+            all_queries, all_keys, all_values, all_outputs = flat
             own = tokens[run * abreast : (run + 1) * abreast]
             visits = _visits(own, positions, size)
             weights = np.empty(heads * size, dtype=np.float32)
-            queries = np.empty((len(own), group * head_dim), dtype=np.float32)
-            sums = np.empty((len(own), group * head_dim), dtype=np.float32)
-            peaks = np.empty((len(own), group), dtype=np.float32)
-            totals = np.empty((len(own), group), dtype=np.float32)
+            queries = np.empty(len(own) * group * head_dim, dtype=np.float32)
+            sums = np.empty(len(own) * group * head_dim, dtype=np.float32)
+            peaks = np.empty(len(own) * group, dtype=np.float32)
+            totals = np.empty(len(own) * group, dtype=np.float32)
             for g in range(num_kv_heads):
                 sums[:] = np.float32(0.0)
                 peaks[:] = np.float32(-np.inf)
                 totals[:] = np.float32(0.0)
                 for j in range(len(own)):
-                    for a in range(0, group, heads):
-                        load_queries(
-                            query[own[j], g * group + a : g * group + a + heads].reshape(-1), scale,
-                            queries[j, a * head_dim :], heads, head_dim,
-                        )  # fmt: skip
+                    begin = (own[j] * num_heads + g * group) * head_dim
+                    for i in range(0, group * head_dim, heads * head_dim):
+                        row = j * group * head_dim + i
+                        load_queries(all_queries[begin + i :], scale, queries[row:], heads, head_dim)
                 for v in range(len(visits)):
                     j, number, filled = visits[v]
-                    block = table[slots[own[j]], number]
+                    begin = (table[slots[own[j]], number] * num_kv_heads + g) * area
                     following, next_number, next_filled = visits[(v + 1) % len(visits)]
-                    next_block = table[slots[own[following]], next_number]
                     next_g = g if v + 1 < len(visits) else (g + 1) % num_kv_heads
-                    for a in range(0, group, heads):
+                    next_begin = (table[slots[own[following]], next_number] * num_kv_heads + next_g) * area
+                    for i in range(j * group, (j + 1) * group, heads):
                         add_block(
-                            queries[j, a * head_dim :], keys[block, g].reshape(-1), values[block, g].reshape(-1),
-                            filled, keys[next_block, next_g].reshape(-1), values[next_block, next_g].reshape(-1),
-                            next_filled, weights, peaks[j, a:], totals[j, a:], sums[j, a * head_dim :], heads, head_dim,
+                            queries[i * head_dim :], all_keys[begin:], all_values[begin:], filled,
+                            all_keys[next_begin:], all_values[next_begin:], next_filled, weights,
+                            peaks[i:], totals[i:], sums[i * head_dim :], heads, head_dim,
                         )  # fmt: skip
-                for j in range(len(own)):
-                    for a in range(group):
-                        share = np.float32(1.0) / totals[j, a]
-                        store_sums(sums[j, a * head_dim :], share, output[own[j], g * group + a], head_dim)
+                for i in range(len(own) * group):
+                    begin = (own[i // group] * num_heads + g * group + i % group) * head_dim
+                    store_sums(sums[i * head_dim :], np.float32(1.0) / totals[i], all_outputs[begin:], head_dim)
 
     return attend
 
