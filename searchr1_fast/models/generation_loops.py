@@ -234,7 +234,7 @@ class _Step:
         no_numbers = memory[0][:0, 0, 0, 0]
         (query_norm, eps), (key_norm, _) = layer.norms[2:] or [(no_numbers, np.float32(0))] * 2
         places, query = (*self._angles, *memory, *self._places), self._room.query
-        flat = (number for part in heads for number in part)
+        flat = (one for part in heads for one in part)
         loops.rotary_write_loop(*flat, *places, query_norm, key_norm, eps, as_array(query))
         return self._context.read(number, query)
 
