@@ -84,7 +84,8 @@ def prefetch(typing_context, array, index):
 
 # 2^f on [0, 1): the polynomial through the nodes of Chebyshev, of the degree that leaves fp32's own rounding.
 _NODES = 0.5 + 0.5 * np.cos(math.pi * (2 * np.arange(7) + 1) / 14)
-_C0, _C1, _C2, _C3, _C4, _C5, _C6 = np.polyfit(_NODES, 2.0**_NODES, 6)[::-1].astype(np.float32)
+POLYNOMIAL_OF_EXP2 = np.polyfit(_NODES, 2.0**_NODES, 6)[::-1].astype(np.float32)
+_C0, _C1, _C2, _C3, _C4, _C5, _C6 = POLYNOMIAL_OF_EXP2
 
 
 @numba.njit(fastmath=FAST_MATH, inline="always")

@@ -1,4 +1,5 @@
-"""Sampling of tokens on a CPU, from probabilities: a few compiled passes over a row, and no sort.
+"""Sampling of tokens on a CPU: a few compiled passes over a row, and no sort. Probabilities are relative to the
+likeliest token's and of one row at a time, which stay in the caches; nothing of all rows is written.
 
 Probabilities are not negative, so they are ordered as their bits are as integers. What top-k and top-p leave is all of
 at least some value, which is searched by halving an interval of integers: by counts (top-k) or sums (top-p) of what is
@@ -18,28 +19,34 @@ from __future__ import annotations
 import numba
 import numpy as np
 
+from searchr1_kernels._numba_numbers import FAST_MATH, LOG2_E, exp2
+
 BLOCK = 64  # tokens
 # The order of sums is free, so that they use vector registers; but NaN keeps its meaning.
 _SUMS = {"reassoc", "nsz", "contract"}
 _ONE = np.int32(0x3F800000)  # bits of the probability 1
+_INFINITE, _MINUS_INFINITE = np.int32(0x7F800000), np.int32(-0x7F800001)  # their bits, as `_highest` orders them
 _LEAST_REST = 1e-4  # 1 - top_p from which on what is left out is surely more than rounding
 
 
 @numba.njit(cache=True, nogil=True)
-def choose(begin, end, probabilities, uniforms, top_k, top_p, ids, logprobs):
-    """probabilities [S,V] fp32, uniforms [S] fp64 -> ids, logprobs [S] of rows `begin` to `end`; top_k 0, top_p 1: no
-    limit. Probabilities may have any total, as those of a softmax have: torch's adds up to 1 within 5e-6 for 151,936
-    tokens."""
-    vocabulary = probabilities.shape[1]
+def choose(begin, end, logits, uniforms, temperature, top_k, top_p, ids, logprobs):
+    """logits [S,V] fp32, uniforms [S] fp64 -> ids, logprobs [S] of rows `begin` to `end`; 0 and 1: no limit."""
+    vocabulary = logits.shape[1]
     num_blocks = (vocabulary + BLOCK - 1) // BLOCK
     sums, peaks = np.empty(num_blocks, np.float32), np.empty(num_blocks, np.int32)
+    weights = np.empty(vocabulary, np.float32)
+    bits = weights.view(np.int32)
     top_k = top_k if top_k < vocabulary else 0
     limited = top_k > 0 or top_p < 1
     packed = np.empty(vocabulary if limited else 0, np.int32)
     for row in range(begin, end):
-        weights = probabilities[row]
-        bits, least = weights.view(np.int32), np.int32(0)
-        _block_sums(weights, sums)
+        values, least = logits[row], np.int32(0)
+        highest = _highest(values.view(np.int32))
+        if np.isnan(highest):
+            ids[row], logprobs[row] = 0, highest
+            continue
+        _weigh(values, highest, temperature, weights, sums)
         total = _total(sums)
         if limited:
             _block_peaks(bits, peaks)
@@ -47,28 +54,79 @@ def choose(begin, end, probabilities, uniforms, top_k, top_p, ids, logprobs):
             _kept_sums(weights, bits, peaks, least, sums)
         token = _draw(weights, bits, sums, least, uniforms[row])
         ids[row] = token
-        logprobs[row] = np.log(weights[token] / total)
+        logprobs[row] = (np.float64(values[token]) - np.float64(highest)) / temperature - np.log(total)
 
 
 @numba.njit(cache=True, nogil=True)
-def take_likeliest(begin, end, logits, probabilities, ids, logprobs):
-    """logits, probabilities [S,V] fp32 -> ids, logprobs [S] of rows `begin` to `end`: the first of the largest logits,
-    which is one of the largest probabilities; these may be equal where logits are not."""
-    num_blocks = (logits.shape[1] + BLOCK - 1) // BLOCK
-    sums, peaks = np.empty(num_blocks, np.float32), np.empty(num_blocks, np.int32)
+def take_likeliest(begin, end, logits, ids, logprobs):
+    """logits [S,V] fp32 -> ids, logprobs [S] of rows `begin` to `end`: the first of the largest."""
+    sums = np.empty((logits.shape[1] + BLOCK - 1) // BLOCK, np.float32)
+    weights = np.empty(logits.shape[1], np.float32)
     for row in range(begin, end):
-        weights, values = probabilities[row], logits[row]
-        bits, token, highest = weights.view(np.int32), 0, np.float32(-np.inf)
-        _block_sums(weights, sums)
-        _block_peaks(bits, peaks)
-        peak = peaks.max()
-        for b in range(num_blocks):
-            if peaks[b] == peak:
-                for i in range(b * BLOCK, min((b + 1) * BLOCK, bits.shape[0])):
-                    if bits[i] == peak and values[i] > highest:
-                        token, highest = i, values[i]
-        ids[row] = token
-        logprobs[row] = np.log(weights[token] / _total(sums))
+        values = logits[row]
+        highest = _highest(values.view(np.int32))
+        token = 0
+        if not np.isnan(highest):
+            token = _first(values, highest)
+            _weigh(values, highest, 1.0, weights, sums)
+            highest = -np.float32(np.log(_total(sums)))
+        ids[row], logprobs[row] = token, highest
+
+
+@numba.njit(cache=True, nogil=True)
+def _highest(bits):
+    """Of the numbers that have these bits; NaN where one is NaN or infinite, or all are -inf. As integers that are
+    ordered as the numbers are: a maximum of numbers that may be NaN is no SIMD."""
+    above, below = np.int32(-(2**31)), np.int32(2**31 - 1)
+    for i in range(bits.shape[0]):
+        key = bits[i] ^ ((bits[i] >> np.int32(31)) & np.int32(0x7FFFFFFF))
+        above, below = max(above, key), min(below, key)
+    if above >= _INFINITE or below < _MINUS_INFINITE or above == _MINUS_INFINITE:
+        return np.float32(np.nan)
+    value = np.full(1, above ^ ((above >> np.int32(31)) & np.int32(0x7FFFFFFF)), np.int32)
+    return value.view(np.float32)[0]
+
+
+@numba.njit(cache=True, nogil=True, fastmath=FAST_MATH)
+def _weigh(values, highest, temperature, weights, sums):
+    """weights: relative to the largest; 0 below 2^-126. sums: of each block."""
+    scale = np.float32(min(LOG2_E / temperature, 3e38))
+    for b in range(sums.shape[0]):
+        first = b * BLOCK
+        total = np.float32(0)
+        if first + BLOCK <= values.shape[0]:  # of a number that is known there are no ends to see to
+            for i in range(BLOCK):
+                weight = _weight(values[first + i], highest, scale)
+                weights[first + i] = weight
+                total += weight
+        else:
+            for i in range(first, values.shape[0]):
+                weight = _weight(values[i], highest, scale)
+                weights[i] = weight
+                total += weight
+        sums[b] = total
+
+
+@numba.njit(fastmath=FAST_MATH, inline="always")
+def _weight(value, highest, scale):
+    power = max((value - highest) * scale, np.float32(-1000.0))
+    return exp2(power) if power >= np.float32(-126.0) else np.float32(0.0)
+
+
+@numba.njit(cache=True, nogil=True)
+def _first(values, value):
+    """The place of a value that is there."""
+    first = 0
+    while first + BLOCK <= values.shape[0]:
+        found = np.int32(0)
+        for i in range(BLOCK):
+            found |= np.int32(values[first + i] == value)
+        if found:
+            break
+        first += BLOCK
+    while values[first] != value:
+        first += 1
+    return first
 
 
 @numba.njit(cache=True, nogil=True)
@@ -157,14 +215,6 @@ def _total(sums):
 
 
 @numba.njit(cache=True, nogil=True, fastmath=_SUMS)
-def _sum(weights):
-    total = np.float32(0)
-    for i in range(weights.shape[0]):
-        total += weights[i]
-    return total
-
-
-@numba.njit(cache=True, nogil=True, fastmath=_SUMS)
 def _sum_above(weights, bits, least):
     total = np.float32(0)
     for i in range(bits.shape[0]):
@@ -179,18 +229,6 @@ def _count_above(bits, least):
     for i in range(bits.shape[0]):
         count += np.int32(bits[i] > least)
     return count
-
-
-@numba.njit(cache=True, nogil=True, fastmath=_SUMS)
-def _block_sums(weights, sums):
-    num_whole = weights.shape[0] // BLOCK
-    for b in range(num_whole):
-        total = np.float32(0)
-        for i in range(BLOCK):
-            total += weights[b * BLOCK + i]
-        sums[b] = total
-    if num_whole < sums.shape[0]:
-        sums[num_whole] = _sum(weights[num_whole * BLOCK :])
 
 
 @numba.njit(cache=True, nogil=True)

@@ -147,9 +147,9 @@ def _attend_numba(query, keys, values, slots, positions, table):
 
     query, keys, values, table = (x.contiguous() for x in (query, keys, values, table))
     tokens = _cached_attention_numba.order_by_blocks(table, slots, torch.arange(len(query)))
-    output = torch.empty(query.shape, dtype=torch.float32)
+    output = torch.empty_like(query)
     _cached_attention_numba.attend_blocks(query, keys, values, table, slots, positions, tokens, output)
-    return output.to(query.dtype)
+    return output
 
 
 def _attend_torch(query, keys, values, slots, positions, table, output):

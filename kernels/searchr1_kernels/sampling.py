@@ -4,7 +4,7 @@ A token is the inverse of the distribution's cumulative function at a uniform nu
 a row depends on nothing but that row and its number. The host learns nothing on the way and no shape depends on values:
 a decoding step can be recorded with it as a CUDA graph.
 
-CUDA: `_sampling_triton`, two launches, or four with top-k or top-p. CPU: torch's softmax, then one compiled pass a row
+CUDA: `_sampling_triton`, two launches, or four with top-k or top-p. CPU: a few compiled passes a row
 (`_sampling_numba`). Elsewhere, and on CUDA without Triton: torch's operators, the plain twin of both.
 
 Shape legend
@@ -85,15 +85,14 @@ def _sample_cpu(logits, randoms, temperature, top_k, top_p):
     """As `sample_torch`."""
     from searchr1_kernels import _sampling_numba
 
-    logits = logits.contiguous()
-    probabilities = _softmax(logits, temperature or 1.0).numpy()
+    values = logits.contiguous().numpy()
     ids, logprobs = np.empty(len(randoms), np.int64), np.empty(len(randoms), np.float32)
     if temperature == 0:
-        run, arrays = _sampling_numba.take_likeliest, (logits.numpy(), probabilities, ids, logprobs)
+        run, arrays = _sampling_numba.take_likeliest, (values, ids, logprobs)
     else:
         uniforms = randoms.double().contiguous().numpy()
-        run, arrays = _sampling_numba.choose, (probabilities, uniforms, top_k, float(top_p), ids, logprobs)
-    cuts = np.linspace(0, len(ids), num_parts(probabilities.size, _TOKENS_PER_THREAD) + 1).astype(np.int64)
+        run, arrays = _sampling_numba.choose, (values, uniforms, temperature, top_k, float(top_p), ids, logprobs)
+    cuts = np.linspace(0, len(ids), num_parts(values.size, _TOKENS_PER_THREAD) + 1).astype(np.int64)
     run_parts(lambda begin, end: run(begin, end, *arrays), cuts)
     return torch.from_numpy(ids), torch.from_numpy(logprobs)
 

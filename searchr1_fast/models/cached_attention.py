@@ -99,12 +99,13 @@ def cached_attention(
     if query.device.type != "cpu" or query.dtype not in (torch.float32, torch.bfloat16):
         return cached_attention_reference(query, keys, values, table, slots, positions)
     chunks = find_chunks(slots, positions, table) if chunks is None else chunks
-    output = torch.empty(query.shape, dtype=torch.float32)
+    query = query.contiguous()
+    output = torch.empty_like(query)
     if len(chunks.alone):
         attend_blocks(query, keys, values, table, slots, positions, chunks.alone, output)
     for chunk in chunks.together:
         output[chunk.begin : chunk.end] = _attend_together(query, keys, values, table, chunk)
-    return output.to(query.dtype)
+    return output
 
 
 def _attend_together(query, keys, values, table, chunk: Chunk) -> torch.Tensor:

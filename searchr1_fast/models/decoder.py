@@ -22,8 +22,9 @@ from searchr1_fast.models.attention import gather_rows
 from searchr1_fast.models.attention_backends import PackedLayout, choose_attention
 from searchr1_fast.models.cached_attention import cached_attention, find_chunks, make_tiles
 from searchr1_fast.models.decoder_config import DecoderConfig
-from searchr1_fast.models.generation import join_projections, run_blocks
+from searchr1_fast.models.generation import run_blocks
 from searchr1_fast.models.lora import base_parameters
+from searchr1_fast.models.projections import join_projections
 from searchr1_fast.models.recompute import Recompute, recomputed
 from searchr1_fast.models.rope import apply_rotary, rotary_embedding
 from searchr1_fast.types import SharedPrefixes

@@ -14,15 +14,14 @@ Shape legend
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from searchr1_kernels import rms_norm, rotary_write, silu_mul
 from torch import nn
 
-from searchr1_fast.models.lora import LoraLinear, adapted_product, join_adapters, joined_adapters
+from searchr1_fast.models.generation_loops import run_loops
+from searchr1_fast.models.projections import project
 
 if TYPE_CHECKING:
     from searchr1_fast.models.decoder import Attention, Block, CachedContext, Model
@@ -35,6 +34,9 @@ def run_blocks(
     rows: torch.Tensor | None,  # [R] int64
 ) -> torch.Tensor:  # [T, D], or [R, D]
     """All blocks and the final norm. Each norm adds what the part before it gave to the residual stream `x`."""
+    output = run_loops(model, x, context, rows)
+    if output is not None:
+        return output
     added = None  # [T, D]
     for block in model.layers:
         normed, x = rms_norm(x, *_norm(block.input_layernorm), residual=added)
@@ -43,7 +45,7 @@ def run_blocks(
             x, attended = x.index_select(0, rows), attended.index_select(0, rows)
         projected = block.self_attn.o_proj(attended.flatten(1))
         normed, x = rms_norm(x, *_norm(block.post_attention_layernorm), residual=projected)
-        gate, up = _project(normed, (block.mlp.gate_proj, block.mlp.up_proj))
+        gate, up = project(normed, (block.mlp.gate_proj, block.mlp.up_proj))
         added = block.mlp.down_proj(silu_mul(gate, up))
     return rms_norm(x, *_norm(model.norm), residual=added)[0]
 
@@ -51,7 +53,7 @@ def run_blocks(
 def _attend(block: Block, normed: torch.Tensor, context: CachedContext) -> torch.Tensor:
     """[T, D] -> [T, H, d]; keys and values of the tokens are cached."""
     attention, cache = block.self_attn, context.cache
-    heads = (_heads(x, attention) for x in _project(normed, (attention.q_proj, attention.k_proj, attention.v_proj)))
+    heads = (_heads(x, attention) for x in project(normed, (attention.q_proj, attention.k_proj, attention.v_proj)))
     norms = {}
     if attention.has_norms:
         norms = {
@@ -70,53 +72,3 @@ def _norm(module: nn.Module) -> tuple[torch.Tensor, float]:
 
 def _heads(x: torch.Tensor, attention: Attention) -> torch.Tensor:  # [T, n * d] -> [T, n, d]
     return x.unflatten(-1, (-1, attention.head_dim))
-
-
-def _project(x: torch.Tensor, layers: Sequence[nn.Linear]) -> Sequence[torch.Tensor]:
-    """[T, D] -> what each layer gives, by one product where their weights are side by side, and their biases too; two
-    more where they are adapted."""
-    weight = side_by_side([layer.weight for layer in layers])
-    has_bias = layers[0].bias is not None
-    bias = side_by_side([layer.bias for layer in layers]) if has_bias else None
-    adapted = [layer for layer in layers if isinstance(layer, LoraLinear) and layer.is_active]
-    adapters = joined_adapters(adapted) if adapted else None
-    if weight is None or (has_bias and bias is None) or (adapted and adapters is None):
-        return [layer(x) for layer in layers]
-    if adapters is None:
-        y = F.linear(x, weight, bias)
-    else:
-        y = adapted_product(x, weight, bias, adapters.below, adapters.diagonal, adapted[0].scale)
-    return y.split([layer.out_features for layer in layers], dim=-1)
-
-
-# ------------------------------------------------------------------------------------------------- weights side by side
-
-
-def join_projections(model: Model) -> None:
-    """Lay the weights of q, k and v side by side in memory, and those of gate and up, and their adapters as well. The
-    parameters stay themselves, their names and values too; what gives them other memory (`Module.to`) undoes it, and
-    costs the speed alone."""
-    for block in model.layers:
-        _join((block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj))
-        _join((block.mlp.gate_proj, block.mlp.up_proj))
-
-
-def _join(layers: Sequence[nn.Linear]) -> None:
-    join_adapters(layers)
-    for name in ("weight", "bias"):
-        parameters = [getattr(layer, name) for layer in layers]
-        if parameters[0] is not None:
-            memory = torch.cat([parameter.detach() for parameter in parameters])
-            for parameter, piece in zip(parameters, memory.split([len(p) for p in parameters]), strict=True):
-                parameter.data = piece
-
-
-def side_by_side(parts: Sequence[torch.Tensor]) -> torch.Tensor | None:  # [n, …] each -> [sum of n, …]
-    """A view of all of them where they lie one behind the other in one memory; else None."""
-    first = parts[0]
-    expected, memory = first.data_ptr(), first.untyped_storage().data_ptr()
-    for part in parts:
-        if part.data_ptr() != expected or part.untyped_storage().data_ptr() != memory or not part.is_contiguous():
-            return None
-        expected += part.numel() * part.element_size()
-    return first.detach().as_strided((sum(len(part) for part in parts), *first.shape[1:]), first.stride())

@@ -14,9 +14,14 @@ Shape legend
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from searchr1_fast.models.decoder_config import DecoderConfig
+
+if TYPE_CHECKING:
+    from searchr1_fast.models.generation_loops import Kept
 
 # Places of a block. CUDA: as many keys as one step of the attention kernel loads. CPU: blocks are what sequences that
 # begin alike can share, so small ones; but of 16 the attention takes 1.1 to 1.25 times as long as of 32, and of 64 as
@@ -58,6 +63,7 @@ class KVCache:
         shape = (num_blocks, config.num_key_value_heads, self.block_size, config.head_dim)
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+        self.kept: Kept | None = None  # what steps leave behind for the next; goes with the memory
 
     @property
     def num_blocks(self) -> int:

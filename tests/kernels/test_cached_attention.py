@@ -7,7 +7,7 @@ import importlib
 import numpy as np
 import pytest
 import torch
-from searchr1_kernels import attention_tiles, cached_attention, reference
+from searchr1_kernels import _cached_attention_numba, attention_tiles, cached_attention, reference
 
 
 def problem(lengths, heads=4, kv_heads=2, d=16, places=40, dtype=torch.float32, device="cpu", starts=None):
@@ -56,6 +56,31 @@ def test_paged_tokens_are_read_by_the_compiled_loop_with_the_same_bits_alone(dty
         own = slice(t, t + 1)
         alone = cached_attention(query[own], *blocks, slots[own], positions[own], table=table)
         assert torch.equal(alone, have[own])
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 2**-7)])
+@pytest.mark.parametrize(("heads", "kv_heads", "d"), [(4, 2, 64), (3, 1, 32)])
+def test_written_out_blocks_give_what_the_plain_loop_gives(heads, kv_heads, d, dtype, tolerance, monkeypatch):
+    """Ragged lengths, a group at once and head by head; what lies behind a token's position is never read."""
+    query, keys, values, slots, positions = problem([1] * 11, heads, kv_heads, d, 96, dtype, starts=range(0, 88, 8))
+    table = torch.arange(11 * 3).view(11, 3).int()
+    for memory in (keys, values):
+        memory.transpose(1, 2)[torch.arange(96) > positions[:, None]] = torch.nan
+    blocks = [x.unflatten(2, (3, 32)).transpose(1, 2).flatten(0, 1).contiguous() for x in (keys, values)]
+    have = cached_attention(query, *blocks, slots, positions, table=table)
+    monkeypatch.setattr(_cached_attention_numba, "takes", lambda *_: False)
+    want = cached_attention(query, *blocks, slots, positions, table=table)
+    assert want.isfinite().all()
+    torch.testing.assert_close(have, want, rtol=tolerance, atol=tolerance)
+
+
+def test_written_out_blocks_keep_what_is_not_finite():
+    query, keys, values, slots, positions = problem([1] * 3, 4, 2, 64, 32, starts=[20, 20, 20])
+    keys[0, 1, 7, 3], values[2, 0, 20, 5] = torch.nan, torch.inf
+    table = torch.arange(3).view(3, 1).int()
+    finite = cached_attention(query, keys, values, slots, positions, table=table).isfinite()
+    assert finite[1].all() and finite[0, :2].all() and not finite[0, 2:].any()
+    assert (~finite[2]).nonzero().tolist() == [[0, 5], [1, 5]]
 
 
 @pytest.mark.parametrize("group", [1, 7, 8, 100])

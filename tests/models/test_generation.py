@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from searchr1_fast.models import Decoder, DecoderConfig, KVCache, load_model, save_model
-from searchr1_fast.models.generation import side_by_side
+from searchr1_fast.models.projections import side_by_side
 from searchr1_fast.rollout.sampling import head_logits
 
 
@@ -64,6 +64,58 @@ def test_equals_the_modules_in_bf16(model_type):
     have, want = appended(model, fused=True), appended(model, fused=False)
     assert torch.equal(have[0], want[0])
     assert torch.equal(have[1], want[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("joined", [False, True])
+def test_loops_on_memory_that_stays_give_the_bits_of_the_operators(dtype, joined, monkeypatch):
+    model = build().to(dtype)
+    if joined:
+        model.join_projections()
+    have = appended(model, fused=True)
+    monkeypatch.setattr("searchr1_fast.models.generation.run_loops", lambda *_: None)
+    want = appended(model, fused=True)
+    assert torch.equal(have[0], want[0]) and torch.equal(have[1], want[1])
+
+
+def test_what_steps_keep_is_never_stale():
+    """One cache, while the model learns, is given other memory, other biases and another model's place."""
+    model = build("qwen2")
+    model.join_projections()
+    cache, slot, ids = KVCache(model.config, 1, 64), torch.zeros(1, dtype=torch.int64), torch.arange(5)
+    ends = torch.tensor([0, 5])
+
+    def check() -> torch.Tensor:
+        have, want = (
+            model.forward_cached(ids, ends, slot, slot, memory) for memory in (cache, KVCache(model.config, 1, 64))
+        )
+        assert torch.equal(have, want)
+        return have
+
+    def learn() -> None:
+        model.requires_grad_(True)
+        model.hidden(ids, ends).square().sum().backward()
+        torch.optim.AdamW(model.parameters(), lr=0.1).step()
+        model.requires_grad_(False)
+
+    def replace(name: str) -> None:
+        parameter = model.get_parameter(name)
+        parameter.data = 2 * parameter + 1
+
+    before = check()
+    for change in (
+        learn,
+        lambda: replace("model.layers.1.self_attn.k_proj.bias"),
+        lambda: replace("model.layers.0.mlp.down_proj.weight"),
+        lambda: replace("model.layers.2.input_layernorm.weight"),
+        lambda: setattr(
+            model.layers[0].self_attn, "o_proj", build("qwen2").double().float().layers[1].self_attn.o_proj
+        ),
+    ):
+        change()
+        after = check()
+        assert not torch.allclose(after, before, atol=1e-3)
+        before = after
 
 
 def test_biases_apart_are_not_lost():

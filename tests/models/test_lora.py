@@ -169,7 +169,7 @@ def test_fused_generation_has_the_adapter(adapted, targets, joined, monkeypatch)
             used.append(joined_adapters(layers))
             return used[-1]
 
-        monkeypatch.setattr("searchr1_fast.models.generation.joined_adapters", note)
+        monkeypatch.setattr("searchr1_fast.models.projections.joined_adapters", note)
     found = generated(model, fused=True)
     assert bool(used) == joined and all(one is not None for one in used)
     torch.testing.assert_close(found[0], expected[0], rtol=1e-4, atol=1e-5)

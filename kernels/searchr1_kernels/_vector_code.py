@@ -1,0 +1,196 @@
+"""LLVM code of vectors of fp32, for compiled loops on a CPU that no compiler finds by itself: what is written is what
+runs.
+
+Vectors have `LANES` numbers, what the processor has; elsewhere they are cut, and nothing else changes. In bf16 two
+numbers lie in 32 bits, so that a shift gives the even ones of a vector and a mask the odd ones, and rows are kept in
+that order.
+"""
+
+from __future__ import annotations
+
+import llvmlite.binding
+from llvmlite import ir
+from numba.core import types
+
+from searchr1_kernels._numba_numbers import POLYNOMIAL_OF_EXP2
+
+LANES = 16 if llvmlite.binding.get_host_cpu_features().get("avx512f") else 8
+
+CONTRACT = ("contract",)
+BYTE, NUMBER, INDEX, FLOAT = (*(ir.IntType(n) for n in (8, 32, 64)), ir.FloatType())
+FLOATS, NUMBERS = ir.VectorType(FLOAT, LANES), ir.VectorType(NUMBER, LANES)
+
+
+def data(context, builder, signature, arguments, place: int):
+    """Where an argument that is an array begins."""
+    return context.make_array(signature.args[place])(context, builder, arguments[place]).data
+
+
+def at(builder, pointer, offset):
+    """The pointer, so many numbers further."""
+    return builder.gep(pointer, [offset])
+
+
+def row_step(array) -> int:
+    """Numbers that one load gives: of fp32 one vector, of bf16 two."""
+    return LANES if array.dtype == types.float32 else 2 * LANES
+
+
+def ask(builder, pointer) -> None:
+    """Prefetch the line of a byte, to read it, into every cache."""
+    function = builder.module.declare_intrinsic(
+        "llvm.prefetch", (pointer.type,), ir.FunctionType(ir.VoidType(), [pointer.type, NUMBER, NUMBER, NUMBER])
+    )
+    builder.call(function, [pointer, NUMBER(0), NUMBER(3), NUMBER(1)])
+
+
+def load(builder, pointer, kind=FLOATS):
+    """A vector, from wherever it lies."""
+    loaded = builder.load(builder.bitcast(pointer, kind.as_pointer()))
+    loaded.align = 2
+    return loaded
+
+
+def store(builder, vector, pointer) -> None:
+    """A vector, to wherever it is to lie."""
+    builder.store(vector, builder.bitcast(pointer, vector.type.as_pointer()), align=2)
+
+
+def widened(builder, pointer) -> list[ir.Value]:
+    """fp32 or bf16 in memory -> one vector, or the even and the odd ones of two."""
+    if pointer.type.pointee == FLOAT:
+        return [load(builder, pointer)]
+    pairs = load(builder, pointer, NUMBERS)
+    even = builder.shl(pairs, ir.Constant(NUMBERS, [16] * LANES))
+    odd = builder.and_(pairs, ir.Constant(NUMBERS, [0xFFFF0000] * LANES))
+    return [builder.bitcast(x, FLOATS) for x in (even, odd)]
+
+
+def narrowed(builder, parts: list[ir.Value]):
+    """The inverse of `widened`, rounded to the nearest, ties to even."""
+    if len(parts) == 1:
+        return parts[0]
+    high = ir.Constant(NUMBERS, [16] * LANES)
+    even, odd = (rounded(builder, part) for part in parts)
+    return builder.or_(builder.lshr(even, high), builder.and_(odd, ir.Constant(NUMBERS, [0xFFFF0000] * LANES)))
+
+
+def rounded(builder, part):
+    """fp32 -> its bits with those of bf16 in the upper half."""
+    bits = builder.bitcast(part, NUMBERS)
+    odd = builder.and_(builder.lshr(bits, ir.Constant(NUMBERS, [16] * LANES)), ir.Constant(NUMBERS, [1] * LANES))
+    rounded = builder.add(bits, builder.add(odd, ir.Constant(NUMBERS, [0x7FFF] * LANES)))
+    is_nan = builder.fcmp_unordered("uno", part, part)
+    return builder.select(is_nan, ir.Constant(NUMBERS, [0x7FC00000] * LANES), rounded)
+
+
+def splat(builder, value):
+    """A vector of one value."""
+    kind = ir.VectorType(value.type, LANES)
+    first = builder.insert_element(ir.Constant(kind, ir.Undefined), value, NUMBER(0))
+    return builder.shuffle_vector(first, ir.Constant(kind, ir.Undefined), ir.Constant(NUMBERS, [0] * LANES))
+
+
+def iota():
+    """0, 1, …"""
+    return ir.Constant(NUMBERS, list(range(LANES)))
+
+
+def smaller(builder, a, b):
+    """Of two integers."""
+    return builder.select(builder.icmp_signed("<", a, b), a, b)
+
+
+def larger(builder, a, b):
+    """Of a NaN and a number some; the weights of a NaN are NaN whatever the peak is."""
+    return builder.select(builder.fcmp_ordered(">", a, b), a, b)
+
+
+def add_product(builder, a, b, c):
+    """a * b + c, rounded once where the processor can."""
+    return builder.fadd(builder.fmul(a, b, flags=CONTRACT), c, flags=CONTRACT)
+
+
+def dot(builder, query: list[ir.Value], row: list[ir.Value]):
+    """LANES sums that add up to the product of both."""
+    total = builder.fmul(query[0], row[0], flags=CONTRACT)
+    for a, b in zip(query[1:], row[1:], strict=True):
+        total = add_product(builder, a, b, total)
+    return total
+
+
+def across(builder, name: str, vector):
+    """The largest, or the sum, of a vector's lanes."""
+    if name == "fmax":
+        function = builder.module.declare_intrinsic(
+            f"llvm.vector.reduce.fmax.v{LANES}f32", fnty=ir.FunctionType(FLOAT, [FLOATS])
+        )
+        return builder.call(function, [vector])
+    function = builder.module.declare_intrinsic(
+        f"llvm.vector.reduce.fadd.v{LANES}f32", fnty=ir.FunctionType(FLOAT, [FLOAT, FLOATS])
+    )
+    return builder.call(function, [FLOAT(0.0), vector], fastmath=("reassoc",))
+
+
+def exp2(builder, x):
+    """2^x as `_numba_numbers.exp2`, of a vector of numbers up to 0; below -126 it is 2^-126."""
+    least = ir.Constant(FLOATS, [-126.0] * LANES)
+    x = builder.select(builder.fcmp_ordered("<", x, least), least, x)
+    function = builder.module.declare_intrinsic(f"llvm.floor.v{LANES}f32", fnty=ir.FunctionType(FLOATS, [FLOATS]))
+    whole = builder.call(function, [x])
+    f = builder.fsub(x, whole)
+    *lower, power = (ir.Constant(FLOATS, [float(c)] * LANES) for c in POLYNOMIAL_OF_EXP2)
+    for coefficient in reversed(lower):
+        power = add_product(builder, f, power, coefficient)
+    exponent = builder.add(builder.fptosi(whole, NUMBERS), ir.Constant(NUMBERS, [127] * LANES))
+    return builder.fmul(power, builder.bitcast(builder.shl(exponent, ir.Constant(NUMBERS, [23] * LANES)), FLOATS))
+
+
+# ------------------------------------------------------------------------------------------------- sums across lanes
+
+
+def tree(builder, leaf, begin: int, end: int):
+    """Leaves `begin` to `end`, vectors each -> a vector in which each has LANES / (end - begin) lanes that add up to
+    its own."""
+    if end - begin == 1:
+        return leaf(begin)
+    middle = (begin + end) // 2
+    first, second = tree(builder, leaf, begin, middle), tree(builder, leaf, middle, end)
+    low, high = (shuffled(builder, first, second, lanes) for lanes in halves(LANES // (end - begin)))
+    return builder.fadd(low, high)
+
+
+def halves(width: int) -> tuple[list[int], list[int]]:
+    """Of two vectors, runs of 2 * width lanes are halved, to be added: the lanes of the first halves, and the second.
+    Processors shuffle most cheaply where runs of 4 lanes stay inside of theirs, so narrow ones do."""
+    inside = 4 if width < 4 else LANES
+    runs = [begin + vector * LANES for begin in range(0, LANES, inside) for vector in (0, 1)]
+    lanes = [begin + i for begin in runs for i in range(inside)]
+    low = [lane for lane in lanes if lane % (2 * width) < width]
+    return low, [lane + width for lane in low]
+
+
+def leaf_of_lanes(begin: int, end: int) -> list[int]:
+    """Whose sums the lanes of `tree` hold."""
+    if end - begin == 1:
+        return [begin] * LANES
+    middle = (begin + end) // 2
+    both = leaf_of_lanes(begin, middle) + leaf_of_lanes(middle, end)
+    return [both[lane] for lane in halves(LANES // (end - begin))[0]]
+
+
+def chosen(builder, vectors: list[ir.Value], lanes: list[int]):
+    """The same lanes of each of 2^n vectors, end to end."""
+    if len(vectors) == 1:
+        return shuffled(builder, vectors[0], vectors[0], lanes)
+    while len(vectors) > 1:
+        size = vectors[0].type.count
+        mask = [*lanes, *(lane + size for lane in lanes)]
+        vectors = [shuffled(builder, *vectors[i : i + 2], mask) for i in range(0, len(vectors), 2)]
+        lanes = list(range(len(mask)))
+    return vectors[0]
+
+
+def shuffled(builder, first, second, lanes: list[int]):
+    """Some lanes of two vectors, end to end."""
+    return builder.shuffle_vector(first, second, ir.Constant(ir.VectorType(NUMBER, len(lanes)), lanes))
