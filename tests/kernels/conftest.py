@@ -8,6 +8,7 @@ import os
 
 import pytest
 import torch
+from searchr1_kernels import _linear_chunks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -86,6 +87,13 @@ def check_sample():
             check_row(*row, temperature, top_k, top_p)
 
     return check
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Several chunks of the head at test sizes."""
+    monkeypatch.setattr(_linear_chunks, "_MIN_CHUNK_ROWS", 7)
+    monkeypatch.setitem(_linear_chunks._CHUNK_BYTES, "cpu", 1)
 
 
 @pytest.fixture(autouse=True, scope="session")
