@@ -39,6 +39,11 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+def pytest_unconfigure():
+    """At the end it does walk over it, or extensions would report leaks below the summary."""
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
 def _one_thread():
     before = torch.get_num_threads()
