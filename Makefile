@@ -16,9 +16,11 @@ demo: install
 hard: install
 	$(BIN)/torchrun --nproc-per-node 2 -m searchr1_fast.train configs/hard.yaml run.num_threads=1
 
+# A process per core, at most 6, as each may grow to 1.5 GB; what one has left over, another takes. WORKERS=0: all in one.
+WORKERS ?= logical
 test: $(TESTABLE) $(OLDEST_TRITON)
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses $(WORKERS) --maxprocesses 6 --dist worksteal
 
 # vLLM pins a torch of its own, so it has an environment of its own. This is its build for CPUs; for a GPU: vllm.
 # torchvision, torchaudio and torchcodec come with it in releases that do not fit its torch, and break its import.

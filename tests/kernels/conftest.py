@@ -1,9 +1,14 @@
-"""Counting the memory that is alive, and what a sampler may draw."""
+"""Counting the memory that is alive, what a sampler may draw, and Triton's interpreter without needless work."""
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
+import os
+
 import pytest
 import torch
+from searchr1_kernels import _linear_chunks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -82,3 +87,42 @@ def check_sample():
             check_row(*row, temperature, top_k, top_p)
 
     return check
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Several chunks of the head at test sizes."""
+    monkeypatch.setattr(_linear_chunks, "_MIN_CHUNK_ROWS", 7)
+    monkeypatch.setitem(_linear_chunks._CHUNK_BYTES, "cpu", 1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _quick_interpreter():
+    """What Triton's interpreter does in vain is a third of its time (2 cores of a CPU, Triton 3.9, November 2026).
+
+    Whenever a function calls another it lists the members of `triton.language`, to replace the builtins among them:
+    here they are listed once, and replaced where they are not yet. And it computes whether integers overflow, only to
+    drop the answer: it asserts nothing unless its option `debug` is set.
+    """
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        yield
+        return
+    from triton.language.core import is_builtin
+    from triton.runtime import interpreter
+
+    names: dict[object, list[str]] = {}  # by module or class
+
+    def replace(package, builder, scope):
+        if package not in names:
+            names[package] = [name for name, member in inspect.getmembers(package) if is_builtin(member)]
+        # All of a package's are replaced, or none.
+        if names[package] and is_builtin(getattr(package, names[package][0])):
+            for name in names[package]:
+                interpreter._patch_attr(package, name, getattr(package, name), builder, scope)
+
+    builder = interpreter.interpreter_builder
+    options = dataclasses.replace(builder.options, sanitize_overflow=builder.options.debug)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_builtin", replace)
+        patch.setattr(builder, "options", options)
+        yield

@@ -6,62 +6,12 @@ import math
 
 import pytest
 import torch
-import torch.utils.checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from searchr1_kernels import PolicyLoss, _linear_chunks, linear_policy_loss, reference
+from policy_loss_problems import KINDS, assert_close, problem, run, shared
+from searchr1_kernels import PolicyLoss, linear_policy_loss, reference
 
-KINDS = ("ppo", "cispo", "reinforce", "gspo")
-
-
-@pytest.fixture(autouse=True)
-def small_chunks(monkeypatch):
-    """Several chunks at test sizes."""
-    monkeypatch.setattr(_linear_chunks, "_MIN_CHUNK_ROWS", 7)
-    monkeypatch.setitem(_linear_chunks._CHUNK_BYTES, "cpu", 1)
-
-
-def problem(rows, seed=0, size=4, vocabulary=11, dtype=torch.float64, spread=0.5):
-    """hidden, weight, targets, rollout_logprobs, advantages; and ref_logprobs, old_logprobs, token_weights.
-
-    All log-probabilities are `spread` around the true ones, so that ratios lie on both sides of every bound.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(rows, size, generator=generator, dtype=torch.float64).to(dtype)
-    weight = torch.randn(vocabulary, size, generator=generator, dtype=torch.float64).to(dtype)
-    targets = torch.randint(vocabulary, (rows,), generator=generator)
-    true = reference.linear_logprob(hidden.double(), weight.double(), targets)
-    noise = torch.randn(5, rows, generator=generator, dtype=torch.float64)
-    known = torch.float64 if dtype == torch.float64 else torch.float32
-    rollout, ref, old = ((true + spread * n).to(known) for n in noise[:3])
-    extras = {"ref_logprobs": ref, "old_logprobs": old, "token_weights": noise[3].abs().to(known)}
-    return (hidden, weight, targets, rollout, noise[4].to(known)), extras
-
-
-def shared(inputs, extras, generator):
-    """The same with half as many tokens again, each predicted by any of the rows; and their rows [N] int32."""
-    hidden, weight, targets, *of_tokens = inputs
-    token_rows = torch.randint(max(len(targets), 1), (3 * len(targets) // 2,), generator=generator)
-    noise = 0.1 * torch.randn(len(token_rows), generator=generator, dtype=torch.float64)
-    of_tokens = [values[token_rows] + noise for values in of_tokens]
-    extras = {name: values[token_rows] for name, values in extras.items()}
-    return (hidden, weight, targets, *of_tokens), extras, token_rows.int()
-
-
-def run(function, inputs, **options):
-    """loss, d hidden, d weight, metrics as numbers."""
-    hidden, weight = (tensor.clone().requires_grad_() for tensor in inputs[:2])
-    loss, metrics = function(hidden, weight, *inputs[2:], **options)
-    loss.backward()
-    return loss.detach(), hidden.grad, weight.grad, {name: float(value) for name, value in metrics.items()}
-
-
-def assert_close(ours, oracle, tolerance):
-    for name, have, want in zip(("loss", "d hidden", "d weight"), ours[:3], oracle[:3], strict=True):
-        scale = max(1.0, float(want.abs().max())) if want.numel() else 1.0
-        error = float((have.double() - want).abs().max()) if want.numel() else 0.0
-        assert error <= tolerance * scale, f"{name}: {error} of {scale}"
-    assert ours[3] == pytest.approx(oracle[3], rel=tolerance, abs=tolerance)
+pytestmark = pytest.mark.usefixtures("small_chunks")
 
 
 objectives = st.builds(
@@ -149,18 +99,6 @@ def test_lower_precision_is_near_fp64(kind, dtype):
         assert error <= 2 * torch.finfo(dtype).eps if dtype != torch.float32 else error <= 1e-5
 
 
-def test_fp16_gradients_below_its_range_survive_until_they_are_scaled():
-    """As a loss scaler does: the loss is multiplied, and so must be the gradients that were formed before."""
-    inputs, _ = problem(20, dtype=torch.float16)
-    small = (*inputs[:4], inputs[4] * 2.0**-30)
-    hidden, weight = (tensor.clone().requires_grad_() for tensor in inputs[:2])
-    loss, _ = linear_policy_loss(hidden, weight, *small[2:], denominator=1)
-    (loss * 2.0**30).backward()
-    _, hidden_gradient, weight_gradient, _ = run(linear_policy_loss, inputs, denominator=1)
-    torch.testing.assert_close(hidden.grad, hidden_gradient, rtol=1e-3, atol=1e-6)
-    torch.testing.assert_close(weight.grad, weight_gradient, rtol=1e-3, atol=1e-6)
-
-
 def test_gspo_is_the_papers_formula():
     """arXiv 2507.18071, eq. 5 and 7: per sequence, one advantage, mean over sequences; differentiated by autograd."""
     inputs, _ = problem(30, spread=0.1)
@@ -222,29 +160,6 @@ def test_parts_add_up_to_the_whole():
         assert joined == pytest.approx(value, rel=1e-5), name
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
-def test_rows_without_gradient_are_not_multiplied(monkeypatch, kind, recompute):
-    """Zero advantages and no KL: their rows take no part in the products of the backward pass."""
-    multiplied = []
-    add = _linear_chunks.Gradients.add
-
-    def record(self, gradient, *rest):
-        multiplied.append(len(gradient))
-        add(self, gradient, *rest)
-
-    monkeypatch.setattr(_linear_chunks.Gradients, "add", record)
-    inputs, _ = problem(40, spread=0.0)
-    inputs[4][::2] = 0.0
-    inputs[4][20:] = 0.0
-    options = {"loss": PolicyLoss(kind=kind), "denominator": 1.0}
-    if kind == "gspo":
-        options["cu_seqlens"] = torch.tensor([0, 40])
-    ours = run(linear_policy_loss, inputs, recompute=recompute, **options)
-    assert sum(multiplied) == 10
-    assert_close(ours, run(reference.linear_policy_loss, inputs, **options), 1e-12)
-
-
 @pytest.mark.parametrize("distance", [1e4, -1e4, float("inf"), -float("inf")])
 @pytest.mark.parametrize("kind", KINDS)
 def test_absurd_ratios_stay_finite(kind, distance):
@@ -289,183 +204,3 @@ def test_repeats_bit_for_bit():
     for again in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(runs[0][:3], again[:3], strict=True))
         assert runs[0][3] == again[3]
-
-
-@pytest.mark.parametrize("recompute", [False, True])
-def test_a_second_backward_pass_gives_the_same_gradient(recompute):
-    inputs, _ = problem(20)
-    weight = inputs[1].requires_grad_()
-    loss, _ = linear_policy_loss(*inputs, denominator=1, recompute=recompute)
-    (first,) = torch.autograd.grad(loss, weight, retain_graph=True)
-    (second,) = torch.autograd.grad(loss, weight)
-    assert torch.equal(first, second)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_backward_passes_of_any_factor(dtype):
-    """The gradients are scaled where they lie, and given away, by the last backward pass alone; factors in fp32."""
-    inputs, _ = problem(20, dtype=dtype)
-    _, *want, _ = run(linear_policy_loss, inputs, denominator=7)
-    sides = [tensor.clone().requires_grad_() for tensor in inputs[:2]]
-    loss, _ = linear_policy_loss(*sides, *inputs[2:], denominator=7)
-    for factor, keep in ((3.0, True), (1.0, True), (1.003, True), (0.1, False)):
-        grads = torch.autograd.grad(loss * factor, sides, retain_graph=keep)
-        for have, plain in zip(grads, want, strict=True):
-            error = float((have.double() - factor * plain.double()).norm() / plain.double().norm() / factor)
-            assert error <= (0 if factor == 1.0 else 1e-6 if dtype == torch.float32 else 3e-3)
-            have.zero_()  # is nobody else's
-    with pytest.raises(RuntimeError, match="second time"):
-        torch.autograd.grad(loss, sides)
-
-
-def test_the_backward_pass_copies_no_gradient(monkeypatch):
-    """The parameter has the memory that the forward pass filled; a second micro-batch adds to it."""
-    formed, results = [], _linear_chunks.Gradients.results
-
-    def record(self):
-        gradients = results(self)
-        formed[:] = [gradient.data_ptr() for gradient in gradients]
-        return gradients
-
-    monkeypatch.setattr(_linear_chunks.Gradients, "results", record)
-    inputs, _ = problem(20, dtype=torch.float32)
-    weight = inputs[1].clone().requires_grad_()
-    single = []
-    for rows, factor in ((slice(0, 8), 1.0), (slice(8, 20), 2.0)):
-        hidden = inputs[0][rows].clone().requires_grad_()
-        part = (hidden, weight, *(x[rows] for x in inputs[2:]))
-        single.append(factor * run(linear_policy_loss, (inputs[0][rows], *inputs[1:2], *part[2:]), denominator=20)[2])
-        loss, _ = linear_policy_loss(*part, denominator=20)
-        (loss * factor).backward()
-        assert hidden.grad.data_ptr() == formed[0]
-        assert (weight.grad.data_ptr() == formed[1]) == (rows.start == 0)
-        torch.testing.assert_close(weight.grad, sum(single))
-
-
-@pytest.mark.parametrize("reentrant", [True, False, None])
-def test_what_saves_tensors_elsewhere_gets_the_same_gradients(reentrant):
-    """Checkpoints form them a second time; hooks give back what they were given, as tensors moved to a CPU are."""
-    inputs, _ = problem(20, dtype=torch.float32)
-    want = run(linear_policy_loss, inputs, denominator=7)
-    sides = [tensor.clone().requires_grad_() for tensor in inputs[:2]]
-
-    def loss(hidden, weight):
-        return linear_policy_loss(hidden, weight, *inputs[2:], denominator=7)[0]
-
-    if reentrant is None:
-        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.clone(), lambda tensor: tensor):
-            value = loss(*sides)
-    else:
-        value = torch.utils.checkpoint.checkpoint(loss, *sides, use_reentrant=reentrant)
-    (2.0 * value).backward()
-    for side, gradient in zip(sides, want[1:3], strict=True):
-        torch.testing.assert_close(side.grad, 2.0 * gradient)
-
-
-@pytest.mark.parametrize("denominator", [torch.tensor(7), torch.tensor(7.0, dtype=torch.float64)])
-@pytest.mark.parametrize("recompute", [False, True])
-def test_the_denominator_may_be_a_tensor(denominator, recompute):
-    inputs, _ = problem(20, dtype=torch.float32)
-    ours = run(linear_policy_loss, inputs, denominator=denominator, recompute=recompute)
-    assert ours[0].dtype == torch.float32
-    assert_close(ours, run(linear_policy_loss, inputs, denominator=7), 1e-6)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("frozen", ["hidden", "weight", "both"])
-def test_one_side_may_be_frozen(kind, frozen):
-    inputs, _ = problem(20)
-    options = {"loss": PolicyLoss(kind=kind), "denominator": 4}
-    if kind == "gspo":
-        options["cu_seqlens"] = torch.tensor([0, 9, 20])
-    want = run(linear_policy_loss, inputs, **options)
-    sides = dict(zip(("hidden", "weight"), (tensor.clone() for tensor in inputs[:2]), strict=True))
-    for name, tensor in sides.items():
-        tensor.requires_grad_(frozen not in (name, "both"))
-    loss, metrics = linear_policy_loss(*sides.values(), *inputs[2:], **options)
-    assert {name: float(value) for name, value in metrics.items()} == pytest.approx(want[3])
-    torch.testing.assert_close(loss.detach(), want[0])
-    if frozen == "both":
-        assert not loss.requires_grad
-        return
-    loss.backward()
-    for (name, tensor), gradient in zip(sides.items(), want[1:3], strict=True):
-        if name == frozen:
-            assert tensor.grad is None
-        else:
-            torch.testing.assert_close(tensor.grad, gradient)
-
-
-def test_metrics_are_constants_of_no_dimension():
-    inputs, _ = problem(8)
-    _, metrics = linear_policy_loss(inputs[0].requires_grad_(), *inputs[1:], denominator=8)
-    assert all(value.shape == () and not value.requires_grad for value in metrics.values())
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"kind": "trpo"}, "kind: expected 'ppo', 'cispo'"),
-        ({"kl_kind": "k4"}, "kl_kind: expected 'k1'"),
-        ({"clip_low": 0.0}, "clip_low: expected a number above 0, at most 1, got 0.0"),
-        ({"clip_low": 1.5}, "clip_low: expected"),
-        ({"clip_high": -0.2}, "clip_high: expected a finite number above 0, got -0.2"),
-        ({"clip_high": float("nan")}, "clip_high: expected"),
-        ({"dual_clip": 0.5}, "dual_clip: expected 0 or a number above 1, got 0.5"),
-        ({"dual_clip": 3.0, "kind": "cispo"}, "dual_clip: expected 0 for cispo"),
-        ({"importance_cap": 0.5}, "importance_cap: expected 0 or a number not below 1, got 0.5"),
-        ({"kl_coefficient": -1.0}, "kl_coefficient: expected a finite number not below 0, got -1.0"),
-        ({"entropy_coefficient": float("inf")}, "entropy_coefficient: expected"),
-    ],
-)
-def test_wrong_settings_are_named(fields, message):
-    with pytest.raises(ValueError, match=message):
-        PolicyLoss(**fields)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"hidden": torch.zeros(4)}, "hidden: expected shape"),
-        ({"weight": torch.zeros(11, 4, dtype=torch.float64)}, "weight: expected torch.float32"),
-        ({"targets": torch.full((6,), 11)}, "targets: expected ids from 0 to 10, got 11"),
-        ({"rollout_logprobs": torch.zeros(5)}, r"rollout_logprobs: expected shape \[6\], got \[5\]"),
-        ({"advantages": torch.zeros(6, dtype=torch.int64)}, "advantages: expected a floating-point"),
-        ({"ref_logprobs": torch.zeros(6, 1)}, "ref_logprobs: expected shape"),
-        ({"old_logprobs": torch.zeros(6), "on_policy": True}, "old_logprobs: expected None on policy"),
-        (
-            {"rollout_logprobs": torch.zeros(6).bfloat16()},
-            "rollout_logprobs: expected .*bfloat16, .*cast_forward_inputs",
-        ),
-        ({"ref_logprobs": torch.zeros(6).half()}, "ref_logprobs: expected torch.float32 or torch.float64, got"),
-        ({"old_logprobs": torch.zeros(6).half()}, "old_logprobs: expected torch.float32 or torch.float64, got"),
-        ({"token_weights": torch.zeros(7)}, "token_weights: expected shape"),
-        ({"token_weights": torch.zeros(6, device="meta")}, "token_weights: expected the device of hidden"),
-        ({"denominator": 0}, "denominator: expected a finite number above 0, got 0"),
-        ({"denominator": torch.ones(2)}, "denominator: expected a number or a 0-d tensor"),
-        ({"denominator": torch.tensor(6.0, device="meta")}, r"denominator: expected the device of hidden \(cpu\)"),
-        ({"loss": PolicyLoss(kl_coefficient=0.1)}, "ref_logprobs: expected .* kl_coefficient of 0.1, got None"),
-        ({"loss": PolicyLoss(kind="gspo")}, "cu_seqlens: expected .* for gspo and None .*, got None for gspo"),
-        ({"cu_seqlens": torch.tensor([0, 6])}, "cu_seqlens: expected .*, got a tensor for ppo"),
-        ({"loss": PolicyLoss(kind="gspo"), "cu_seqlens": torch.tensor([0, 5])}, "cu_seqlens: expected offsets"),
-        (
-            {
-                "loss": PolicyLoss(kind="gspo"),
-                "cu_seqlens": torch.tensor([0, 9]),
-                "mask": torch.ones(6, dtype=torch.bool),
-            },
-            "cu_seqlens: expected offsets that rise from 0 to 6, got 0 to 9",
-        ),
-        ({"mask": torch.ones(6)}, "mask: expected torch.bool"),
-        ({"token_rows": torch.zeros(6)}, "token_rows: expected torch.int64"),
-        ({"token_rows": torch.zeros(4, dtype=torch.int64)}, r"rollout_logprobs: expected shape \[4\], got \[6\]"),
-        ({"token_rows": torch.full((6,), 6)}, "token_rows: expected ids from 0 to 5, got 6"),
-        ({"token_rows": torch.arange(6), "mask": torch.ones(6, dtype=torch.bool)}, "mask: expected None with token_r"),
-        ({"temperature": 0.0}, "temperature: expected"),
-    ],
-)
-def test_wrong_arguments_are_named(change, message):
-    inputs, _ = problem(6, dtype=torch.float32)
-    names = ("hidden", "weight", "targets", "rollout_logprobs", "advantages")
-    with pytest.raises(ValueError, match=message):
-        linear_policy_loss(**(dict(zip(names, inputs, strict=True)) | {"denominator": 1.0} | change))

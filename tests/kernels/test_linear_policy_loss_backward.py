@@ -1,0 +1,143 @@
+"""The backward pass of linear_policy_loss, whose gradients the forward pass has formed: what it scales, gives away and
+leaves out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.utils.checkpoint
+from policy_loss_problems import KINDS, assert_close, problem, run
+from searchr1_kernels import PolicyLoss, _linear_chunks, linear_policy_loss, reference
+
+pytestmark = pytest.mark.usefixtures("small_chunks")
+
+
+def test_fp16_gradients_below_its_range_survive_until_they_are_scaled():
+    """As a loss scaler does: the loss is multiplied, and so must be the gradients that were formed before."""
+    inputs, _ = problem(20, dtype=torch.float16)
+    small = (*inputs[:4], inputs[4] * 2.0**-30)
+    hidden, weight = (tensor.clone().requires_grad_() for tensor in inputs[:2])
+    loss, _ = linear_policy_loss(hidden, weight, *small[2:], denominator=1)
+    (loss * 2.0**30).backward()
+    _, hidden_gradient, weight_gradient, _ = run(linear_policy_loss, inputs, denominator=1)
+    torch.testing.assert_close(hidden.grad, hidden_gradient, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(weight.grad, weight_gradient, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_without_gradient_are_not_multiplied(monkeypatch, kind, recompute):
+    """Zero advantages and no KL: their rows take no part in the products of the backward pass."""
+    multiplied = []
+    add = _linear_chunks.Gradients.add
+
+    def record(self, gradient, *rest):
+        multiplied.append(len(gradient))
+        add(self, gradient, *rest)
+
+    monkeypatch.setattr(_linear_chunks.Gradients, "add", record)
+    inputs, _ = problem(40, spread=0.0)
+    inputs[4][::2] = 0.0
+    inputs[4][20:] = 0.0
+    options = {"loss": PolicyLoss(kind=kind), "denominator": 1.0}
+    if kind == "gspo":
+        options["cu_seqlens"] = torch.tensor([0, 40])
+    ours = run(linear_policy_loss, inputs, recompute=recompute, **options)
+    assert sum(multiplied) == 10
+    assert_close(ours, run(reference.linear_policy_loss, inputs, **options), 1e-12)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_second_backward_pass_gives_the_same_gradient(recompute):
+    inputs, _ = problem(20)
+    weight = inputs[1].requires_grad_()
+    loss, _ = linear_policy_loss(*inputs, denominator=1, recompute=recompute)
+    (first,) = torch.autograd.grad(loss, weight, retain_graph=True)
+    (second,) = torch.autograd.grad(loss, weight)
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_backward_passes_of_any_factor(dtype):
+    """The gradients are scaled where they lie, and given away, by the last backward pass alone; factors in fp32."""
+    inputs, _ = problem(20, dtype=dtype)
+    _, *want, _ = run(linear_policy_loss, inputs, denominator=7)
+    sides = [tensor.clone().requires_grad_() for tensor in inputs[:2]]
+    loss, _ = linear_policy_loss(*sides, *inputs[2:], denominator=7)
+    for factor, keep in ((3.0, True), (1.0, True), (1.003, True), (0.1, False)):
+        grads = torch.autograd.grad(loss * factor, sides, retain_graph=keep)
+        for have, plain in zip(grads, want, strict=True):
+            error = float((have.double() - factor * plain.double()).norm() / plain.double().norm() / factor)
+            assert error <= (0 if factor == 1.0 else 1e-6 if dtype == torch.float32 else 3e-3)
+            have.zero_()  # is nobody else's
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, sides)
+
+
+def test_the_backward_pass_copies_no_gradient(monkeypatch):
+    """The parameter has the memory that the forward pass filled; a second micro-batch adds to it."""
+    formed, results = [], _linear_chunks.Gradients.results
+
+    def record(self):
+        gradients = results(self)
+        formed[:] = [gradient.data_ptr() for gradient in gradients]
+        return gradients
+
+    monkeypatch.setattr(_linear_chunks.Gradients, "results", record)
+    inputs, _ = problem(20, dtype=torch.float32)
+    weight = inputs[1].clone().requires_grad_()
+    single = []
+    for rows, factor in ((slice(0, 8), 1.0), (slice(8, 20), 2.0)):
+        hidden = inputs[0][rows].clone().requires_grad_()
+        part = (hidden, weight, *(x[rows] for x in inputs[2:]))
+        single.append(factor * run(linear_policy_loss, (inputs[0][rows], *inputs[1:2], *part[2:]), denominator=20)[2])
+        loss, _ = linear_policy_loss(*part, denominator=20)
+        (loss * factor).backward()
+        assert hidden.grad.data_ptr() == formed[0]
+        assert (weight.grad.data_ptr() == formed[1]) == (rows.start == 0)
+        torch.testing.assert_close(weight.grad, sum(single))
+
+
+@pytest.mark.parametrize("reentrant", [True, False, None])
+def test_what_saves_tensors_elsewhere_gets_the_same_gradients(reentrant):
+    """Checkpoints form them a second time; hooks give back what they were given, as tensors moved to a CPU are."""
+    inputs, _ = problem(20, dtype=torch.float32)
+    want = run(linear_policy_loss, inputs, denominator=7)
+    sides = [tensor.clone().requires_grad_() for tensor in inputs[:2]]
+
+    def loss(hidden, weight):
+        return linear_policy_loss(hidden, weight, *inputs[2:], denominator=7)[0]
+
+    if reentrant is None:
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.clone(), lambda tensor: tensor):
+            value = loss(*sides)
+    else:
+        value = torch.utils.checkpoint.checkpoint(loss, *sides, use_reentrant=reentrant)
+    (2.0 * value).backward()
+    for side, gradient in zip(sides, want[1:3], strict=True):
+        torch.testing.assert_close(side.grad, 2.0 * gradient)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("frozen", ["hidden", "weight", "both"])
+def test_one_side_may_be_frozen(kind, frozen):
+    inputs, _ = problem(20)
+    options = {"loss": PolicyLoss(kind=kind), "denominator": 4}
+    if kind == "gspo":
+        options["cu_seqlens"] = torch.tensor([0, 9, 20])
+    want = run(linear_policy_loss, inputs, **options)
+    sides = dict(zip(("hidden", "weight"), (tensor.clone() for tensor in inputs[:2]), strict=True))
+    for name, tensor in sides.items():
+        tensor.requires_grad_(frozen not in (name, "both"))
+    loss, metrics = linear_policy_loss(*sides.values(), *inputs[2:], **options)
+    assert {name: float(value) for name, value in metrics.items()} == pytest.approx(want[3])
+    torch.testing.assert_close(loss.detach(), want[0])
+    if frozen == "both":
+        assert not loss.requires_grad
+        return
+    loss.backward()
+    for (name, tensor), gradient in zip(sides.items(), want[1:3], strict=True):
+        if name == frozen:
+            assert tensor.grad is None
+        else:
+            torch.testing.assert_close(tensor.grad, gradient)
