@@ -206,6 +206,14 @@ def test_the_mean_is_over_the_tokens_that_somebody_sampled():
     assert not mismatch_weights(logprobs, rollout, torch.tensor([0, 20], dtype=torch.int32), algorithm).any()
 
 
+@pytest.mark.parametrize("kind", ["sequence", "geometric"])
+def test_a_mask_does_not_wait_for_the_device(kind):
+    """On the meta device, where there are no values to wait for."""
+    logprobs, offsets = torch.zeros(7, device="meta"), torch.zeros(4, dtype=torch.int32, device="meta")
+    weights = mismatch_weights(logprobs, logprobs, offsets, AlgorithmConfig(mismatch_mask=kind))
+    assert (weights.shape, weights.dtype, weights.is_meta) == ((7,), torch.float32, True)
+
+
 def test_no_mask_hides_a_trainer_that_is_broken():
     """Its trajectory stays in the loss, so that the update is skipped and named."""
     algorithm = AlgorithmConfig(mismatch_mask="geometric")
