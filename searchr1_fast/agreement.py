@@ -7,6 +7,7 @@ before the weights move; importance weights correct it in the loss, and hide it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from searchr1_fast.config import Config
@@ -42,9 +43,9 @@ class AgreementWatch:
         self._worst = LIMITS[config.model.dtype] / 2
 
     def warning(self, row: Mapping[str, float | None]) -> str | None:
-        """A sentence about a step's row, or None."""
+        """A sentence about a step's row, or None. Of an update that was not finite nothing: it is said elsewhere."""
         kl = row["sampler_kl"]
-        if kl is None or kl <= 2 * self._worst:
+        if kl is None or not math.isfinite(kl) or kl <= 2 * self._worst:
             return None
         self._worst = kl
         return (

@@ -217,8 +217,8 @@ class RolloutConfig(Section):
     memory, and the steps are recorded in every rollout. `auto`: kept where the memory planner has room for both."""
     on_search_error: Literal["stop", "drop"] = "stop"
     """What a search that failed for good (`retrieval.max_retries`) does in training. `stop`: end the run. `drop`: end
-    its trajectories, which then count in no mean and in no update; a step of which every search failed still ends the
-    run. Evaluations always stop."""
+    its trajectories, which then count in no mean and in no update; a step of which every search failed (on all
+    ranks) still ends the run. Evaluations always stop."""
     final_turn_message: str = ""
     """Environment text before the forced final turn; masked from the loss. A tag opened in it is not the policy's."""
 
@@ -261,12 +261,14 @@ class AlgorithmConfig(Section):
     clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
     clip_high: Annotated[float, Field(gt=0)] = 0.2
     dual_clip: Annotated[float, Field(ge=0)] = 0.0
-    """`ppo`, `gspo`: a token of negative advantage loses at most so many times it; above 1, 0: no bound."""
+    """`ppo`, `gspo`: a token of negative advantage loses at most so many times it; above 1 and below `importance_cap`,
+    which bounds it too; 0: no bound."""
     importance_cap: Annotated[float, Field(ge=0)] = 2.0
     """Truncated importance sampling: cap on the ratio of the trainer's to the sampler's probability; 0: none."""
     mismatch_mask: Literal["none", "sequence", "geometric"] = "none"
     """Leave trajectories out whose probability under the trainer is not within `mismatch_low` to `mismatch_high` times
-    that under the sampler: of all its policy tokens together, or their geometric mean."""
+    that under the sampler: of all its policy tokens together, or their geometric mean. From a step's second minibatch
+    on these differ by what the updates before it moved, too."""
     mismatch_low: Annotated[float, Field(ge=0, lt=1)] = 0.99
     mismatch_high: Annotated[float, Field(gt=1)] = 1.01
     kl_coefficient: Annotated[float, Field(ge=0)] = 0.0
@@ -296,6 +298,11 @@ class AlgorithmConfig(Section):
             raise ValueError("algorithm.kl_kind: the gradient of k1 in the loss is zero on average; take k2 or k3")
         if self.dual_clip and (self.dual_clip <= 1 or self.loss not in ("ppo", "gspo")):
             raise ValueError("algorithm.dual_clip: give 0, or with loss ppo or gspo a number above 1")
+        if self.dual_clip and 0 < self.importance_cap <= self.dual_clip:
+            raise ValueError(
+                f"algorithm.dual_clip: the ratio is at most algorithm.importance_cap, {self.importance_cap:g}, so that "
+                f"{self.dual_clip:g} bounds nothing; give less, or importance_cap=0"
+            )
         if self.name == "grpo" and self.kl_in_reward:
             raise ValueError("algorithm.kl_in_reward: GRPO has one reward per trajectory; put the KL in the loss")
         return self

@@ -62,9 +62,9 @@ def sentence(error: BaseException) -> str:
 
 
 def _user_errors() -> tuple[type[Exception], ...]:
-    """What the user can mend. Who never searched has not imported retrieval, and need not for its error's sake."""
-    retrieval = sys.modules.get("searchr1_fast.retrieval")
-    return (ValueError, OSError) if retrieval is None else (ValueError, OSError, retrieval.RetrievalError)
+    """What the user can mend. Who never searched has not imported the error of a search, and need not for its sake."""
+    types = sys.modules.get("searchr1_fast.types")
+    return (ValueError, OSError) if types is None else (ValueError, OSError, types.SearchError)
 
 
 def _say(text: str) -> None:

@@ -94,17 +94,17 @@ def mismatch_weights(
 ) -> torch.Tensor:  # [P] fp32
     """1 for tokens of trajectories that sampler and trainer give about the same probability, 0 for those of others.
 
-    The ratio of a trajectory is the product of its tokens' p / p_sampler, or that product's root of their number. It
-    says of long trajectories what no token's own ratio does (arXiv 2512.23075; verl and SkyRL mask so too).
+    The ratio of a trajectory is the product of its sampled tokens' p / p_sampler, or that product's root of their
+    number. It says of long trajectories what no token's own ratio does (arXiv 2512.23075; verl and SkyRL mask so too).
     """
     offsets = policy_cu_seqlens.long()
-    lengths = offsets.diff()  # [S]
-    ratios = segment_sums((logprobs - rollout_logprobs).nan_to_num(nan=0.0), offsets)  # [S] fp64, logarithms
+    is_sampled = ~rollout_logprobs.isnan()  # [P]
+    ratios = segment_sums((logprobs - rollout_logprobs).where(is_sampled, 0.0), offsets)  # [S] fp64, logarithms
     if algorithm.mismatch_mask == "geometric":
-        ratios = ratios / lengths.clamp(min=1)
+        ratios = ratios / segment_sums(is_sampled, offsets).clamp(min=1)
     low, high = (math.log(bound) if bound else -math.inf for bound in (algorithm.mismatch_low, algorithm.mismatch_high))
-    is_kept = (ratios >= low) & (ratios <= high)
-    return is_kept.to(logprobs.dtype).repeat_interleave(lengths, output_size=len(logprobs))
+    is_kept = ~((ratios < low) | (ratios > high))  # NaN is kept: the update that it ends in is skipped, and named
+    return is_kept.to(logprobs.dtype).repeat_interleave(offsets.diff(), output_size=len(logprobs))
 
 
 def value_loss(

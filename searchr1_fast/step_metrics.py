@@ -1,8 +1,9 @@
 """What a step of the run came to: the numbers of its row in metrics.jsonl.
 
-`policy_tokens` are those trained on; `kept_fraction` is the share of the sampled trajectories
-they come from; `tokens_per_second` counts sampled tokens; `entropy`, `kl_ref`, `rollout_policy_kl` and `clip_fraction`
-are means over policy tokens of all minibatches, `grad_norm` a mean over optimizer steps; a mean of nothing is null.
+`reward_mean` to `response_tokens_mean` leave out trajectories whose search failed; `policy_tokens` are those trained
+on; `kept_fraction` is the share of the sampled trajectories they come from; `tokens_per_second` counts sampled tokens;
+`entropy`, `kl_ref`, `rollout_policy_kl` and `clip_fraction` are means over policy tokens of all minibatches,
+`grad_norm` a mean over optimizer steps; a mean of nothing is null.
 `update_imbalance` is the time that an update takes by the cost of its micro-batches, over what it would take if no rank
 waited for another (packing.py); a mean over optimizer steps.
 `search/…` are the step's searches on all ranks (retrieval/statistics.py), `time_search_wait` what the engine waited;
@@ -55,6 +56,7 @@ def rollout_metrics(
     count = len(trajectories)
     is_judged = np.array([t.is_judged for t in trajectories])  # some are: a rollout in which none is has raised
     reward_mean = float(rewards[is_judged].mean())
+    judged = [t for t in trajectories if t.is_judged]
     times = run.timers.collect()
     sampled = sum(int(t.loss_mask.sum()) for t in trajectories)
     reasons = Counter(t.finish_reason for t in trajectories)
@@ -62,8 +64,8 @@ def rollout_metrics(
     return {
         "reward_mean": reward_mean,
         "em": reward_mean,
-        "searches_mean": sum(t.num_searches for t in trajectories) / count,
-        "response_tokens_mean": sum(t.response_length for t in trajectories) / count,
+        "searches_mean": sum(t.num_searches for t in judged) / len(judged),
+        "response_tokens_mean": sum(t.response_length for t in judged) / len(judged),
         "kept_fraction": float(kept.mean()),
         **{f"finish_{reason.value}": reasons[reason] / count for reason in FinishReason},
         "trajectories_per_second": count / times["time_step"],

@@ -39,7 +39,7 @@ from searchr1_fast.policy import Learner, padding_batch, to_device
 from searchr1_fast.rollout import RolloutRequest
 from searchr1_fast.run import Run, UserInterface, is_due, open_run
 from searchr1_fast.step_metrics import Updates, rollout_metrics, update_metrics
-from searchr1_fast.types import PackedBatch, Question, Trajectory
+from searchr1_fast.types import PackedBatch, Question, SearchError, Trajectory
 
 
 def train(config: Config, ui: UserInterface | None = None) -> dict[str, Any]:
@@ -120,12 +120,28 @@ def sample(run: Run, questions: Sequence[Question], step: int) -> list[Trajector
     run.timers.add("recording", run.loop.statistics.time_recording)
     if run.ranks.device.type == "cuda":
         run.engine.free_cache()  # for the update, unless there is room for both
-    failed = int(run.ranks.sum(run.loop.statistics.num_failed_searches))
-    if failed:
-        cause = f": {sentence(run.loop.last_error)}" if run.loop.last_error else ""
-        run.ui.note(f"step {step}: {failed} searches failed, and their trajectories do not count{cause}")
     shared = run.ranks.unshare([trajectories[i : i + size] for i in range(0, len(trajectories), size)])
-    return [trajectory for group in shared for trajectory in group]
+    trajectories = [trajectory for group in shared for trajectory in group]
+    count_failed_searches(run, trajectories, step)
+    return trajectories
+
+
+def count_failed_searches(run: Run, trajectories: list[Trajectory], step: int) -> None:
+    """Say how many searches of all ranks ended their trajectories alone, and why.
+
+    SearchError, on every rank, where none worked, as the policy would learn from those alone who do not search; and
+    where nobody is left.
+    """
+    statistics, error = run.loop.statistics, run.loop.last_error
+    own = statistics.num_failed_searches, statistics.num_searches, error and sentence(error)
+    failed, worked, causes = zip(*run.ranks.gather(own), strict=True)
+    if not any(failed):
+        return
+    cause = next(filter(None, causes))
+    if not any(worked) or not any(trajectory.is_judged for trajectory in trajectories):
+        what = "no trajectory is left" if any(worked) else "none worked"
+        raise SearchError(f"step {step}: {sum(failed)} searches failed, and {what}: {cause}") from error
+    run.ui.note(f"step {step}: {sum(failed)} searches failed, and their trajectories do not count: {cause}")
 
 
 def baselines(

@@ -127,11 +127,19 @@ def row(kl: float | None, step: int = 1) -> dict[str, float | None]:
 
 def test_it_is_said_once_and_again_when_it_has_become_worse():
     watch = AgreementWatch(Config())
-    limit = LIMITS["bfloat16"] if Config().model.dtype == "bfloat16" else LIMITS["float32"]
+    limit = LIMITS[Config().model.dtype]
     said = [watch.warning(row(factor * limit, step)) for step, factor in enumerate((0.9, 1.1, 2.0, 1.5, 2.3, 2.3, 9.0))]
     assert [text is not None for text in said] == [False, True, False, False, True, False, True]
     assert said[4].startswith("step 4: ")
     assert watch.warning(row(None)) is None  # nothing was updated
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_an_update_that_was_not_finite_says_nothing_of_the_steps_behind_it(broken):
+    watch = AgreementWatch(Config())
+    limit = LIMITS[Config().model.dtype]
+    said = [watch.warning(row(kl, step)) for step, kl in enumerate((broken, 0.1 * limit, 0.9 * limit, 1.1 * limit))]
+    assert [text is not None for text in said] == [False, False, False, True]
 
 
 @pytest.mark.parametrize(
@@ -185,7 +193,33 @@ def test_tokens_that_nobody_sampled_and_empty_trajectories_do_not_count():
     logprobs, rollout = torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([-1.0, math.nan, -2.5])
     weights = mismatch_weights(logprobs, rollout, torch.tensor([0, 2, 2, 3], dtype=torch.int32), algorithm)
     assert weights.tolist() == [1.0, 1.0, 0.0]
-    assert mismatch_weights(logprobs[:0], rollout[:0], torch.tensor([0], dtype=torch.int32), algorithm).shape == (0,)
+    for offsets in ([0], [0, 0]):  # the latter is a micro-batch that fills up
+        nothing = mismatch_weights(logprobs[:0], rollout[:0], torch.tensor(offsets, dtype=torch.int32), algorithm)
+        assert nothing.shape == (0,)
+
+
+def test_the_mean_is_over_the_tokens_that_somebody_sampled():
+    """Where observations are trained on, they would hide what the others are off by."""
+    algorithm = AlgorithmConfig(mismatch_mask="geometric", mismatch_high=1.05)
+    logprobs, rollout = torch.full((20,), -1.0), torch.full((20,), math.nan)
+    rollout[4:6] = -1.1
+    assert not mismatch_weights(logprobs, rollout, torch.tensor([0, 20], dtype=torch.int32), algorithm).any()
+
+
+@pytest.mark.parametrize("kind", ["sequence", "geometric"])
+def test_a_mask_does_not_wait_for_the_device(kind):
+    """On the meta device, where there are no values to wait for."""
+    logprobs, offsets = torch.zeros(7, device="meta"), torch.zeros(4, dtype=torch.int32, device="meta")
+    weights = mismatch_weights(logprobs, logprobs, offsets, AlgorithmConfig(mismatch_mask=kind))
+    assert (weights.shape, weights.dtype, weights.is_meta) == ((7,), torch.float32, True)
+
+
+def test_no_mask_hides_a_trainer_that_is_broken():
+    """Its trajectory stays in the loss, so that the update is skipped and named."""
+    algorithm = AlgorithmConfig(mismatch_mask="geometric")
+    logprobs, rollout = torch.tensor([-1.0, math.nan, -3.0]), torch.tensor([-1.0, -2.0, -2.5])
+    weights = mismatch_weights(logprobs, rollout, torch.tensor([0, 2, 3], dtype=torch.int32), algorithm)
+    assert weights.tolist() == [1.0, 1.0, 0.0]
 
 
 @pytest.mark.parametrize("share", [False, True])
@@ -242,6 +276,7 @@ def test_losses_differ_off_policy_alone(make_config, make_console, loss):
     [
         ({"dual_clip": 0.5}, "dual_clip: give 0, or"),
         ({"dual_clip": 3.0, "loss": "cispo"}, "dual_clip: give 0, or"),
+        ({"dual_clip": 3.0}, "importance_cap, 2, so that 3 bounds nothing"),
         ({"mismatch_high": 0.9}, "mismatch_high"),
         ({"loss": "grpo"}, "loss"),
     ],

@@ -17,8 +17,8 @@ def test_the_objective_is_the_configured_one():
     )
     wanted = PolicyLoss("ppo", 0.1, 0.28, 0.0, 1.5, "k2", 0.3, 0.02)
     assert policy_objective(algorithm) == wanted
-    assert policy_objective(AlgorithmConfig(loss="gspo", dual_clip=3.0)) == PolicyLoss(
-        "gspo", 0.2, 0.2, 3.0, importance_cap=2.0
+    assert policy_objective(AlgorithmConfig(loss="gspo", dual_clip=1.5)) == PolicyLoss(
+        "gspo", 0.2, 0.2, 1.5, importance_cap=2.0
     )
     in_reward = AlgorithmConfig(name="ppo", kl_coefficient=0.5, kl_in_reward=True)
     assert policy_objective(in_reward).kl_coefficient == 0.0

@@ -9,6 +9,7 @@ import signal
 import socket
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,9 +25,10 @@ from searchr1_fast.retrieval import MissingRetriever, NullRetriever, RetrievalEr
 from searchr1_fast.retrieval.device_rows import DeviceRows
 from searchr1_fast.retrieval.protocol import RetrievalTimeout
 from searchr1_fast.retrieval.statistics import SearchStatistics, percentile
+from searchr1_fast.rollout.statistics import RolloutStatistics
 from searchr1_fast.run import open_run
-from searchr1_fast.train import baselines, main, train
-from searchr1_fast.types import FinishReason, Passage
+from searchr1_fast.train import baselines, count_failed_searches, main, train
+from searchr1_fast.types import FinishReason, Passage, SearchError
 
 DENSE = {"backend": "dense", "topk": 1, "hashing_dimension": 64, "timeout_seconds": 60.0}
 
@@ -188,9 +190,66 @@ def test_trajectories_whose_search_failed_count_nowhere(make_config, make_consol
     (row,) = rows(make_config(**settings, rollout={"on_search_error": "drop"}, retrieval=DENSE))
     assert row["finish_search_failed"] == is_dropped.mean()
     assert row["reward_mean"] == row["em"] == pytest.approx(rewards[~is_dropped].mean())
+    judged = [trajectories[i] for i in np.flatnonzero(~is_dropped)]
+    assert row["searches_mean"] == np.mean([t.num_searches for t in judged])
+    assert row["response_tokens_mean"] == np.mean([t.response_length for t in judged])
     assert row["policy_tokens"] == sum(int(trajectories[i].loss_mask.sum()) for i in np.flatnonzero(~is_dropped))
     (note,) = [note for note in console.notes if "do not count" in note]
     assert note.startswith(f"step 1: {is_dropped.sum()} searches failed") and note.endswith("the server is gone")
+
+
+class Elsewhere:
+    """Two ranks, the other of which has these numbers."""
+
+    def __init__(self, *other):
+        self.other = other
+
+    def gather(self, own):
+        return [own, self.other]
+
+
+@pytest.mark.parametrize(
+    ("own", "other", "said"),
+    [
+        ((0, 5, None), (0, 7, None), None),
+        ((3, 0, "gone"), (0, 7, None), "step 4: 3 searches failed, and their trajectories do not count: gone"),
+        ((0, 5, None), (3, 0, "late"), "step 4: 3 searches failed, and their trajectories do not count: late"),
+        ((3, 0, "gone"), (1, 0, "late"), SearchError("step 4: 4 searches failed, and none worked: gone")),
+        ((0, 0, None), (1, 0, "late"), SearchError("step 4: 1 searches failed, and none worked: late")),
+    ],
+)
+def test_whether_searches_work_all_ranks_decide_together(make_console, make_trajectory, own, other, said):
+    """One whose own all failed goes on where others' worked; and none goes on alone."""
+    failed, worked, cause = own
+    statistics = RolloutStatistics(num_failed_searches=failed, num_searches=worked)
+    loop = SimpleNamespace(statistics=statistics, last_error=cause and RetrievalError(cause))
+    run = SimpleNamespace(loop=loop, ranks=Elsewhere(*other), ui=make_console())
+    judged = make_trajectory(0, [(False, 3), (True, 4)])
+    if isinstance(said, SearchError):
+        with pytest.raises(SearchError, match=f"^{said}$"):
+            count_failed_searches(run, [judged], 4)
+        return
+    count_failed_searches(run, [judged], 4)
+    assert run.ui.notes == ([said] if said else [])
+    if said:
+        judged.finish_reason = FinishReason.SEARCH_FAILED
+        with pytest.raises(SearchError, match="no trajectory is left"):
+            count_failed_searches(run, [judged], 4)
+
+
+def test_a_step_of_which_every_search_failed_ends_the_run(make_config, monkeypatch, capsys, tmp_path):
+    class Gone(Broken):
+        def search(self, queries, k):
+            raise RetrievalError("the server is gone")
+
+    patched(monkeypatch, Gone)
+    config = make_config(eval={"sets": {}}, rollout={"on_search_error": "drop"}, retrieval=DENSE)
+    path = tmp_path / "run.yaml"
+    path.write_text(config.to_yaml())
+    assert main([str(path)]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("searchr1: error: step 1: ") and error.endswith("and none worked: the server is gone")
+    assert rows(config) == []
 
 
 def test_an_evaluation_is_never_of_some_questions_alone(make_config, make_console, monkeypatch):

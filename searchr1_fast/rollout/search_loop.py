@@ -49,7 +49,7 @@ class SearchLoop:
         self.tokenizer = tokenizer or engine.tokenizer
         self.config = config or engine.config
         self.statistics = RolloutStatistics()
-        self.last_error: SearchError | None = None  # of the searches that were dropped
+        self.last_error: SearchError | None = None  # of the searches that the last run dropped
         self._invalid = encode(INVALID_ACTION_MESSAGE, self.tokenizer)
         self._empty = encode(format_observation([]), self.tokenizer)
         self._final = encode(self.config.final_turn_message, self.tokenizer)
@@ -68,11 +68,12 @@ class SearchLoop:
     def run(self, requests: list[RolloutRequest], progress: Progress | None = None) -> list[Trajectory]:
         """One trajectory per request, in their order. `progress` is called whenever sequences finish.
 
-        A search that failed is raised: the first; or, where each ends its sequences alone, the last, if they all failed
-        or nobody is left.
+        The first search that fails is raised; or, where each ends its sequences alone, none: how many did `statistics`
+        says, and `last_error` why.
         """
         started = time.perf_counter()
         self.statistics = self.engine.statistics = RolloutStatistics()
+        self.last_error = None
         self._progress, self._num_finished, self._num_sequences = progress, 0, len(requests)
         keys = stream_keys([request.seed for request in requests])
         sequences = [self._start(request, key) for request, key in zip(requests, keys, strict=True)]
@@ -85,9 +86,6 @@ class SearchLoop:
         finally:
             self.engine.reset()
         self.statistics.time_total = time.perf_counter() - started
-        is_dropped = [sequence.finish_reason is FinishReason.SEARCH_FAILED for sequence in sequences]
-        if any(is_dropped) and (all(is_dropped) or self.statistics.num_searches == 0):
-            raise self.last_error
         return [sequence.to_trajectory() for sequence in sequences]
 
     def normal_loop(self) -> None:
@@ -190,9 +188,9 @@ class SearchLoop:
         try:
             results = self.search(queries)
         except Exception as error:
-            error.add_note(f"this ended the rollout: a search for {len(queries)} queries, first {queries[0]!r}")
             if isinstance(error, SearchError) and self.config.on_search_error == "drop":
                 return error
+            error.add_note(f"this ended the rollout: a search for {len(queries)} queries, first {queries[0]!r}")
             raise
         if len(results) != len(queries):
             raise ValueError(f"the search function returned {len(results)} results for {len(queries)} queries")

@@ -192,7 +192,8 @@ class StandIns:
         cuda_graph.step = self.last_step
 
 
-def test_what_is_asked_of_cuda(make_model, tokenizer, config, make_requests, fake_search, monkeypatch):
+@pytest.mark.parametrize("run_ahead", [False, True])  # then a step is under way while another is recorded
+def test_what_is_asked_of_cuda(make_model, tokenizer, config, make_requests, fake_search, monkeypatch, run_ahead):
     """The calls, through stand-ins: one pool for all graphs, a warm-up before each, a new pool for moved weights; and
     one stream for all caches, as torch keeps memory for each stream for good."""
     stand_ins = StandIns(monkeypatch)
@@ -210,7 +211,8 @@ def test_what_is_asked_of_cuda(make_model, tokenizer, config, make_requests, fak
     monkeypatch.setattr(decode_graph, "_decode_step", watched)
     model, requests = make_model(4), make_requests(9)
     expected = SearchLoop(Engine(model, tokenizer, config), fake_search).run(requests)
-    loop = SearchLoop(Engine(model, tokenizer, config, decode_graphs=CudaDecodeGraphs), fake_search)
+    engine = Engine(model, tokenizer, config, decode_graphs=CudaDecodeGraphs, run_ahead=run_ahead)
+    loop = SearchLoop(engine, fake_search)
     for _ in range(2):
         check_same(expected, loop.run(requests))
     graphs = loop.engine._graphs

@@ -142,6 +142,30 @@ def test_a_run_that_broke_off_leaves_nothing_behind(make_model, tokenizer, confi
     check_same(expected, SearchLoop(engine, fake_search).run(requests))
 
 
+def test_memory_goes_when_the_device_is_done_with_it(make_model, tokenizer, config, make_requests, fake_search):
+    """The last step of a run may be under way with nobody to read it: it is waited for while its cache is there."""
+    engine = Engine(make_model(4), tokenizer, config, decode_graphs=DecodeGraphs, run_ahead=True)
+    loop, waited, finish = SearchLoop(engine, fake_search), [], engine._transfers.finish
+
+    def noted():
+        waited.append(engine._cache)
+        finish()
+
+    engine._transfers.finish = noted
+    loop.run(make_requests(2))
+    small = engine._cache
+    loop.run(make_requests(5))  # needs more slots
+    assert waited == [None, small]
+    large = engine._cache
+    engine.keep_cache = True
+    engine.free_cache()
+    assert engine._cache is large
+    engine.keep_cache = False
+    engine.free_cache()
+    assert waited == [None, small, large]
+    assert engine._cache is engine._graphs is engine._last_tokens is None
+
+
 def test_broken_weights_are_named_all_the_same(make_model, tokenizer, config, make_requests, fake_search):
     model = make_model(4)
     engine = Engine(model, tokenizer, config, run_ahead=True)

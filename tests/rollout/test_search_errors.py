@@ -72,9 +72,14 @@ def test_a_fault_of_the_search_function_stops_in_any_case(loop, make_requests, f
         loop(Failing(fake_search, 3, KeyError), overlap=overlap, on_search_error="drop").run(make_requests(24))
 
 
-def test_a_search_that_never_works_stops(loop, make_requests, fake_search):
-    """Else the policy would learn from those alone who do not search."""
-    failing = loop(Failing(fake_search, 1), on_search_error="drop")
-    with pytest.raises(SearchError, match="found the index gone"):
-        failing.run(make_requests(24))
-    assert 0 < failing.statistics.num_failed_searches < 24
+def test_a_search_that_never_works_leaves_those_who_do_not_search(loop, make_requests, fake_search):
+    """Whether that is a step to learn from only who knows all ranks can tell (train.py)."""
+    search = Failing(fake_search, 1)
+    failing = loop(search, on_search_error="drop")
+    reasons = [t.finish_reason for t in failing.run(make_requests(24))]
+    assert 0 < reasons.count(FinishReason.SEARCH_FAILED) == failing.statistics.num_failed_searches < 24
+    assert failing.statistics.num_searches == 0
+    assert not hasattr(failing.last_error, "__notes__")  # it ended no rollout
+    failing.search = fake_search
+    failing.run(make_requests(24))
+    assert failing.last_error is None
