@@ -26,7 +26,7 @@ LOSSES = ("ppo", "cispo", "reinforce", "gspo")
 
 @pytest.fixture
 def scorer(tiny_model_directory):
-    return TokenScorer(load_model(tiny_model_directory), temperature=1.0)
+    return TokenScorer(load_model(tiny_model_directory), temperature=0.7)
 
 
 @pytest.fixture
