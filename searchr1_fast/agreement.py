@@ -23,15 +23,20 @@ AGREEMENT = ("sampler_difference_mean", "sampler_difference_max", "sampler_kl", 
 LIMITS = {"float32": 1e-7, "bfloat16": 1e-2}
 
 
-def agreement(sums: Mapping[str, float], maxima: Mapping[str, float], num_tokens: int) -> dict[str, float]:
-    """`AGREEMENT`, of `SUMS` and `MAXIMA` over so many tokens: mean and largest |log p - log mu|, the k3
-    estimate of KL(mu || p), and the share of tokens that importance weights p / mu leave (Kish's effective sample size,
-    (sum w)^2 / (n sum w^2))."""
+def agreement(
+    sums: Mapping[str, float], maxima: Mapping[str, float], num_tokens: int, num_sampled: int
+) -> dict[str, float]:
+    """`AGREEMENT`, of `SUMS` and `MAXIMA` over `num_tokens` tokens: mean and largest |log p - log mu|, the k3 estimate
+    of KL(mu || p), and the share of tokens that importance weights p / mu leave (Kish's effective sample size,
+    (sum w)^2 / (n sum w^2)). All of the `num_sampled` tokens among them: those that nobody sampled are in the sums with
+    a difference of 0 and a ratio of 1."""
+    num_others = num_tokens - num_sampled
+    ratio, ratio_squared = sums["ratio"] - num_others, sums["ratio_squared"] - num_others
     return {
-        "sampler_difference_mean": sums["logprob_difference"] / num_tokens,
+        "sampler_difference_mean": sums["logprob_difference"] / num_sampled,
         "sampler_difference_max": maxima["logprob_difference_max"],
-        "sampler_kl": sums["rollout_policy_kl"] / num_tokens,
-        "sampler_ess": sums["ratio"] ** 2 / (num_tokens * sums["ratio_squared"]),
+        "sampler_kl": sums["rollout_policy_kl"] / num_sampled,
+        "sampler_ess": ratio**2 / (num_sampled * ratio_squared),
     }
 
 

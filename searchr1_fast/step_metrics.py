@@ -42,6 +42,7 @@ class Updates:
     metrics: dict[str, torch.Tensor] = field(default_factory=dict)  # this rank's sums over tokens, and extremes; 0-d
     first: dict[str, torch.Tensor] = field(default_factory=dict)  # those of the first minibatch, which is on-policy
     num_first_tokens: int = 0
+    num_first_sampled: int = 0  # the part of them that the sampler gave a log-probability
     grad_norms: list[float] = field(default_factory=list)
     critic_grad_norms: list[float] = field(default_factory=list)
 
@@ -87,7 +88,7 @@ def update_metrics(run: Run, updates: Updates) -> dict[str, Any]:
     sampler: dict[str, float | None] = dict.fromkeys(AGREEMENT)
     if first:
         of_first = (reduced(run, set(keys), first, op) for keys, op in ((SUMS, ReduceOp.SUM), (MAXIMA, ReduceOp.MAX)))
-        sampler |= agreement(*of_first, updates.num_first_tokens)
+        sampler |= agreement(*of_first, updates.num_first_tokens, updates.num_first_sampled)
     norms = [norm for norm in updates.grad_norms if math.isfinite(norm)]
     critic_norms = [norm for norm in updates.critic_grad_norms if math.isfinite(norm)]
     critic = {"critic_grad_norm": _mean(critic_norms)} if run.critic is not None else {}

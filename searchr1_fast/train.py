@@ -100,6 +100,7 @@ class Minibatch:
 
     batches: list[PackedBatch]
     denominator: int  # policy tokens, all ranks together
+    num_sampled: int  # the part of them that the policy wrote; all, with `mask_observations`
     imbalance: float  # what ranks wait for the slowest, as `packing.Layout` has it
     ref_logprobs: list[torch.Tensor] | None = None  # [P] fp32 each
     returns: list[torch.Tensor] = field(default_factory=list)  # PPO: [P] fp32 each
@@ -185,7 +186,8 @@ def make_minibatches(
         denominator = int(ranks.sum(sum(batch.num_policy_tokens for batch in batches)))
         batches += [padding_batch() for _ in range(layout.num_rounds - len(batches))]
         on_device = [to_device(batch, ranks.device) for batch in batches]
-        minibatches.append(Minibatch(on_device, denominator, layout.imbalance))
+        num_sampled = sum(int(trajectories[i].loss_mask.sum()) for i in members)
+        minibatches.append(Minibatch(on_device, denominator, num_sampled, layout.imbalance))
     return minibatches
 
 
@@ -243,7 +245,8 @@ def update(run: Run, minibatches: list[Minibatch], step: int) -> Updates:
                 arguments = minibatch.batches, minibatch.denominator, minibatch.ref_logprobs
                 sums, norm = run.policy.update(*arguments, on_policy=index == 0)
                 if index == 0:
-                    updates.first, updates.num_first_tokens = sums, minibatch.denominator
+                    updates.first = sums
+                    updates.num_first_tokens, updates.num_first_sampled = minibatch.denominator, minibatch.num_sampled
                 accumulate_metrics(updates.metrics, sums)
                 updates.grad_norms.append(norm)
                 keep_bad_update(run, run.policy, norm, minibatch, step, index)

@@ -26,7 +26,7 @@ LOSSES = ("ppo", "cispo", "reinforce", "gspo")
 
 @pytest.fixture
 def scorer(tiny_model_directory):
-    return TokenScorer(load_model(tiny_model_directory), temperature=1.0)
+    return TokenScorer(load_model(tiny_model_directory), temperature=0.7)
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_the_numbers_are_those_of_their_definitions():
         "ratio": ratio.sum(),
         "ratio_squared": (ratio**2).sum(),
     }
-    row = agreement(sums, {"logprob_difference_max": np.abs(difference).max()}, 1000)
+    row = agreement(sums, {"logprob_difference_max": np.abs(difference).max()}, 1000, 1000)
     assert tuple(row) == AGREEMENT
     assert row["sampler_difference_mean"] == pytest.approx(np.abs(difference).mean())
     assert row["sampler_difference_max"] == np.abs(difference).max()
@@ -73,7 +73,10 @@ def test_the_numbers_are_those_of_their_definitions():
     weights = ratio / ratio.sum()
     assert row["sampler_ess"] == pytest.approx(1 / (1000 * (weights**2).sum()))
     equal = {"logprob_difference": 0.0, "rollout_policy_kl": 0.0, "ratio": 7.0, "ratio_squared": 7.0}
-    assert agreement(equal, {"logprob_difference_max": 0.0}, 7)["sampler_ess"] == 1.0
+    assert agreement(equal, {"logprob_difference_max": 0.0}, 7, 7)["sampler_ess"] == 1.0
+    sums["ratio"], sums["ratio_squared"] = sums["ratio"] + 500, sums["ratio_squared"] + 500  # tokens nobody sampled
+    others = agreement(sums, {"logprob_difference_max": np.abs(difference).max()}, 1500, 1000)
+    assert others == pytest.approx(row)
 
 
 @pytest.mark.parametrize("on_policy", [True, False])
@@ -102,15 +105,18 @@ def test_every_row_has_the_first_minibatchs(make_config, make_console, num_minib
     assert not [note for note in console.notes if "not the trainer's" in note]
 
 
-def test_a_sampler_that_says_something_else_is_named(make_config, make_console, monkeypatch):
-    """As a cache that holds something else, or weights of another step, would make it."""
+@pytest.mark.parametrize("mask_observations", [True, False])
+def test_a_sampler_that_says_something_else_is_named(make_config, make_console, monkeypatch, mask_observations):
+    """As a cache that holds something else, or weights of another step, would make it. Tokens that it did not sample,
+    where they are trained on, hide nothing."""
     read = Engine._postprocess
 
     def wrong(engine, step, token_ids, logprobs):
         return read(engine, step, token_ids, logprobs - 0.1)
 
     monkeypatch.setattr(Engine, "_postprocess", wrong)
-    config, console = make_config(train={"num_steps": 2}), make_console()
+    settings = {"train": {"num_steps": 2}, "algorithm": {"mask_observations": mask_observations}}
+    config, console = make_config(**settings), make_console()
     train(config, console)
     (note,) = [note for note in console.notes if "not the trainer's" in note]  # no worse at the second step
     assert note.startswith("step 1: the sampler's log-probabilities are not the trainer's: KL 0.00")

@@ -19,6 +19,7 @@ from searchr1_fast import run as run_module
 from searchr1_fast import train as train_module
 from searchr1_fast.config import Config
 from searchr1_fast.evaluate import trajectory_seed
+from searchr1_fast.models import Decoder
 from searchr1_fast.run import changed_keys, open_run
 from searchr1_fast.train import StopSignal, baselines, main, train
 
@@ -357,3 +358,21 @@ def test_the_loop_fits_on_a_screen():
     import inspect
 
     assert len(inspect.getsource(train_module.train).splitlines()) <= 60
+
+
+def test_a_row_counts_passes_that_were_made_again_in_two(make_config, make_console, monkeypatch):
+    whole = Decoder.forward_cached
+
+    def narrow(decoder, token_ids, *arguments, **options):
+        if len(token_ids) > 6:
+            raise torch.OutOfMemoryError("no memory for so many tokens")
+        return whole(decoder, token_ids, *arguments, **options)
+
+    found = {}
+    for name, forward in (("ample", whole), ("narrow", narrow)):
+        monkeypatch.setattr(Decoder, "forward_cached", forward)
+        config = make_config(run={"name": name}, train={"num_steps": 1}, eval={"sets": {}})
+        train(config, make_console())
+        (found[name],) = rows(config)
+    assert found["narrow"]["forward_splits"] > 0 == found["ample"]["forward_splits"]
+    assert found["narrow"]["policy_tokens"] == found["ample"]["policy_tokens"]

@@ -100,10 +100,12 @@ def _weigh(values, highest, temperature, weights, sums):
                 weights[first + i] = weight
                 total += weight
         else:
+            # A loop that writes and sums has a twin for arrays that may overlap, and takes it where one begins less
+            # than 32 numbers behind the other: sums of another order, decided by where memory happened to be.
             for i in range(first, values.shape[0]):
-                weight = _weight(values[i], highest, scale)
-                weights[i] = weight
-                total += weight
+                weights[i] = _weight(values[i], highest, scale)
+            for i in range(first, values.shape[0]):
+                total += weights[i]
         sums[b] = total
 
 

@@ -178,3 +178,21 @@ def test_a_share_past_the_total_takes_the_last_that_is_kept():
     randoms = torch.full((3,), np.nextafter(1.0, 0.0), dtype=torch.float64)
     for options in ({}, {"top_k": 60_000}, {"top_p": 0.99999}):
         assert sample_tokens(logits, randoms, **options)[0].tolist() == [59_999] * 3
+
+
+@pytest.mark.parametrize("vocabulary", [40, 64, 100, 200])
+def test_where_memory_lies_changes_no_bit(vocabulary):
+    """A row's scratch memory may begin right behind its logits: a run would then not be repeated to the bit."""
+    from searchr1_kernels import _sampling_numba
+
+    logits = np.random.default_rng(0).normal(size=vocabulary).astype(np.float32)
+    results = set()
+    for gap in range(160):
+        memory = np.empty(2 * vocabulary + gap, np.float32)
+        ends = memory[:vocabulary], memory[vocabulary + gap :]
+        for values, weights in (ends, ends[::-1]):
+            values[:] = logits
+            sums = np.empty(-(-vocabulary // _sampling_numba.BLOCK), np.float32)
+            _sampling_numba._weigh(values, values.max(), 1.0, weights, sums)
+            results.add((sums.tobytes(), weights.tobytes()))
+    assert len(results) == 1

@@ -173,3 +173,25 @@ def test_broken_weights_are_named_all_the_same(make_model, tokenizer, config, ma
         model.model.norm.weight[3] = torch.nan
     with pytest.raises(ValueError, match="not finite for 5 of 5 sequences"):
         SearchLoop(engine, fake_search).run(make_requests(9))
+
+
+# ---------------------------------------------------------------------------------------------------------------- GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("cache_tokens", [None, 400])  # as many as they may need, and so few that some lose theirs
+def test_on_a_gpu(make_model, tokenizer, config, make_requests, fake_search, overlap, cache_tokens):
+    """Twice: the second time over the buffers, cache and graphs that the last step of the first was under way with."""
+    changes = {"max_num_seqs": 24, "overlap": overlap, "cache_tokens": cache_tokens, "keep_cache": True}
+    config, model = config.model_copy(update=changes), make_model(4, head_dim=64).to("cuda")
+    requests = make_requests(24, group_size=8, seed=4)
+    waiting = SearchLoop(Engine(model, tokenizer, config, COOL, run_ahead=False), fake_search)
+    ahead = SearchLoop(Watched(model, tokenizer, config, COOL), fake_search)
+    for _ in range(2):
+        check_same(waiting.run(requests), ahead.run(requests))
+        assert waiting.statistics.num_discarded_tokens == 0 < ahead.statistics.num_discarded_tokens
+        assert (ahead.statistics.num_preemptions > 0) == (cache_tokens is not None)
+        ahead.engine.free_cache()
+    assert ahead.engine.num_ahead > 0
