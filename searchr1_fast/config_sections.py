@@ -303,6 +303,11 @@ class AlgorithmConfig(Section):
                 f"algorithm.dual_clip: the ratio is at most algorithm.importance_cap, {self.importance_cap:g}, so that "
                 f"{self.dual_clip:g} bounds nothing; give less, or importance_cap=0"
             )
+        if self.mismatch_mask == "sequence" and not {"mismatch_low", "mismatch_high"} <= self.model_fields_set:
+            raise ValueError(
+                "algorithm.mismatch_mask: 0.99 to 1.01 suit the geometric mean; a product over hundreds of tokens "
+                "strays further by rounding alone: give mismatch_low and mismatch_high, 0.3 and 3 for example"
+            )
         if self.name == "grpo" and self.kl_in_reward:
             raise ValueError("algorithm.kl_in_reward: GRPO has one reward per trajectory; put the KL in the loss")
         return self

@@ -155,7 +155,7 @@ def test_an_update_that_was_not_finite_says_nothing_of_the_steps_behind_it(broke
         ({"model": {"dtype": "bfloat16"}}, "more than bf16 explains", "algorithm.mismatch_mask=geometric"),
         ({"rollout": {"engine": "vllm"}}, "likely vLLM's kernels", "rollout.engine=native"),
         (
-            {"model": {"dtype": "bfloat16"}, "algorithm": {"importance_cap": 0, "mismatch_mask": "sequence"}},
+            {"model": {"dtype": "bfloat16"}, "algorithm": {"importance_cap": 0, "mismatch_mask": "geometric"}},
             "more than bf16 explains",
             "algorithm.importance_cap=2 corrects small ones",
         ),
@@ -216,7 +216,8 @@ def test_the_mean_is_over_the_tokens_that_somebody_sampled():
 def test_a_mask_does_not_wait_for_the_device(kind):
     """On the meta device, where there are no values to wait for."""
     logprobs, offsets = torch.zeros(7, device="meta"), torch.zeros(4, dtype=torch.int32, device="meta")
-    weights = mismatch_weights(logprobs, logprobs, offsets, AlgorithmConfig(mismatch_mask=kind))
+    algorithm = AlgorithmConfig(mismatch_mask=kind, mismatch_low=0.3, mismatch_high=3.0)
+    weights = mismatch_weights(logprobs, logprobs, offsets, algorithm)
     assert (weights.shape, weights.dtype, weights.is_meta) == ((7,), torch.float32, True)
 
 
@@ -284,6 +285,7 @@ def test_losses_differ_off_policy_alone(make_config, make_console, loss):
         ({"dual_clip": 3.0, "loss": "cispo"}, "dual_clip: give 0, or"),
         ({"dual_clip": 3.0}, "importance_cap, 2, so that 3 bounds nothing"),
         ({"mismatch_high": 0.9}, "mismatch_high"),
+        ({"mismatch_mask": "sequence", "mismatch_low": 0.3}, "give mismatch_low and mismatch_high"),
         ({"loss": "grpo"}, "loss"),
     ],
 )

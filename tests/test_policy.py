@@ -163,7 +163,7 @@ def test_the_loss_is_that_of_the_plain_head(monkeypatch, make_policy, make_traje
     results = []
     for fused in (True, False):
         if not fused:
-            monkeypatch.setattr("searchr1_fast.policy.linear_policy_loss", reference.linear_policy_loss)
+            monkeypatch.setattr("searchr1_fast.losses.linear_policy_loss", reference.linear_policy_loss)
         loss, metrics = policy.loss(batch, 19, references, on_policy)
         policy.backward(loss)
         gradients = {name: parameter.grad.clone() for name, parameter in policy.parameters.items()}
