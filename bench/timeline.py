@@ -116,9 +116,8 @@ def draw(timelines: dict[str, Timeline], title: str, path: Path) -> Path:
         axes.spines[["top", "right"]].set_visible(False)
     panels[-1, 0].set_xlabel("seconds")
     figure.suptitle(title, x=0.01, ha="left", fontsize=10)
-    figure.legend(
-        handles=[Patch(color=color, label=what) for what, color in COLORS.items()], loc="upper right", ncols=3
-    )
+    handles = [Patch(color=color, label=what) for what, color in COLORS.items()]
+    figure.legend(handles=handles, loc="outside lower right", ncols=3, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
