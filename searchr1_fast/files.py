@@ -1,11 +1,13 @@
-"""Files that are whole or not there; and whose fault it is, said by name, where the disk is full."""
+"""Files that are whole or not there; and whose fault it is, said by name, where a disk is full or a file broken."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -46,3 +48,14 @@ def said(failure: BaseException) -> str:
     """What the system, or whoever else failed, says, on one line."""
     failure = of_the_system(failure)
     return " ".join(f"{type(failure).__name__}: {failure}".split())
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds. ValueError where it is no JSON, or holds something else."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold an object, not a {type(values).__name__}")
+    return values

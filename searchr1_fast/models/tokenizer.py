@@ -14,6 +14,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from searchr1_fast.files import read_object
 from searchr1_fast.models.weights import resolve
 
 SETTINGS, GENERATION = "tokenizer_config.json", "generation_config.json"
@@ -159,8 +160,8 @@ def load_tokenizer(directory: Path | str) -> TextTokenizer:
     path = directory / "tokenizer.json"
     if not path.is_file():
         raise ValueError(f"{directory} has no tokenizer.json; save the tokenizer with transformers' save_pretrained")
-    settings = _read_json(directory / SETTINGS)
-    eos, listed = settings.get("eos_token"), _read_json(directory / GENERATION).get("eos_token_id") or []
+    settings = _read_if_there(directory / SETTINGS)
+    eos, listed = settings.get("eos_token"), _read_if_there(directory / GENERATION).get("eos_token_id") or []
     eos = eos["content"] if isinstance(eos, dict) else eos
     listed = listed if isinstance(listed, list) else [listed]
     try:
@@ -176,17 +177,9 @@ def load_tokenizer(directory: Path | str) -> TextTokenizer:
     return TextTokenizer(backend, eos_token=eos, chat_template=template, more_eos_ids=listed)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_if_there(path: Path) -> dict[str, Any]:
     """An object; an empty one where there is no file."""
-    if not path.is_file():
-        return {}
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold an object, not a {type(values).__name__}")
-    return values
+    return read_object(path) if path.is_file() else {}
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from searchr1_fast.files import read_object
 from searchr1_fast.models.adapter_files import adapter_base, load_adapter
 from searchr1_fast.models.decoder import Decoder
 from searchr1_fast.models.decoder_config import DecoderConfig
@@ -101,12 +102,7 @@ def load_weights(model: Decoder, directory: str | Path) -> None:
 def read_config(directory: Path) -> DecoderConfig:
     """What a directory's config.json describes. ValueError: it is broken, or of a model that this decoder is not."""
     path = directory / "config.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold an object, not a {type(values).__name__}")
+    values = read_object(path)
     try:
         return DecoderConfig.from_hf(values)
     except ValueError as error:

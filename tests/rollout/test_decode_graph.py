@@ -9,6 +9,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from trajectories import check_same
 
 from searchr1_fast.models import KVCache
 from searchr1_fast.rollout import Engine, PlainEngine, SamplingParams, SearchLoop, decode_graph
@@ -34,14 +35,6 @@ class WatchedGraphs(DecodeGraphs):
     def decode(self, token_ids, *arguments):
         self.sizes[len(token_ids), bucket_size(len(token_ids), self._max_rows)] += 1
         return super().decode(token_ids, *arguments)
-
-
-def check_same(trajectories, others, tolerance=1e-4):
-    for one, other in zip(trajectories, others, strict=True):
-        np.testing.assert_array_equal(one.token_ids, other.token_ids)
-        np.testing.assert_array_equal(one.loss_mask, other.loss_mask)
-        np.testing.assert_allclose(one.rollout_logprobs, other.rollout_logprobs, atol=tolerance)
-        assert (one.turns, one.finish_reason) == (other.turns, other.finish_reason)
 
 
 def test_rows_of_a_graph():

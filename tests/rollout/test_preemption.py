@@ -7,6 +7,7 @@ import time
 import numpy as np
 import pytest
 from pydantic import ValidationError
+from trajectories import check_same
 
 from searchr1_fast.config import RolloutConfig
 from searchr1_fast.rollout import Engine, PlainEngine, SamplingParams, SearchLoop
@@ -36,14 +37,6 @@ class WatchedEngine(Engine):
         WatchedEngine.interrupted += sum(len(batch.token_ids) > len(batch.slots) and c > 0 for c in
                                          step.counts[batch.lengths > 1])  # fmt: skip
         return super()._postprocess(step, token_ids, logprobs)
-
-
-def check_same(trajectories, others):
-    for one, other in zip(trajectories, others, strict=True):
-        np.testing.assert_array_equal(one.token_ids, other.token_ids)
-        np.testing.assert_array_equal(one.loss_mask, other.loss_mask)
-        np.testing.assert_allclose(one.rollout_logprobs, other.rollout_logprobs, atol=1e-4)
-        assert (one.turns, one.segments, one.finish_reason) == (other.turns, other.segments, other.finish_reason)
 
 
 @pytest.mark.parametrize("overlap", [False, True])

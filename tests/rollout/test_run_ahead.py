@@ -7,6 +7,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from trajectories import check_same
 
 from searchr1_fast.rollout import Engine, PlainEngine, SamplingParams, SearchLoop
 from searchr1_fast.rollout.decode_graph import DecodeGraphs
@@ -49,14 +50,6 @@ class Watched(Engine):
         ended = super()._postprocess(step, np.where(step.is_wanted, token_ids, -1), broken)
         self._void = {sequence.slot: sequence for sequence in ended}
         return ended
-
-
-def check_same(trajectories, others):
-    for one, other in zip(trajectories, others, strict=True):
-        np.testing.assert_array_equal(one.token_ids, other.token_ids)
-        np.testing.assert_array_equal(one.loss_mask, other.loss_mask)
-        np.testing.assert_allclose(one.rollout_logprobs, other.rollout_logprobs, atol=1e-4)
-        assert (one.turns, one.segments, one.finish_reason) == (other.turns, other.segments, other.finish_reason)
 
 
 @pytest.mark.parametrize("graphs", [None, DecodeGraphs])

@@ -10,6 +10,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from trajectories import check_same
 
 from searchr1_fast.rollout import Engine, PlainEngine, SamplingParams, SearchLoop
 from searchr1_fast.types import Action, FinishReason
@@ -22,16 +23,6 @@ class SharingPlainEngine(PlainEngine):
     """Loses every slot after every turn, and shares with the sequences that run."""
 
     share_prefixes = True
-
-
-def check_same(trajectories, others):
-    assert len(trajectories) == len(others)
-    for one, other in zip(trajectories, others, strict=True):
-        np.testing.assert_array_equal(one.token_ids, other.token_ids)
-        np.testing.assert_array_equal(one.loss_mask, other.loss_mask)
-        np.testing.assert_allclose(one.rollout_logprobs, other.rollout_logprobs, atol=1e-4)
-        assert (one.turns, one.segments, one.finish_reason) == (other.turns, other.segments, other.finish_reason)
-        assert (one.question, one.group, one.prompt_length) == (other.question, other.group, other.prompt_length)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0, 1.7])

@@ -6,7 +6,8 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from vllm_stand_in import GREEDY, check_logprobs, check_same
+from trajectories import check_same
+from vllm_stand_in import GREEDY, check_logprobs
 
 from searchr1_fast.rollout import Engine, SamplingParams, SearchLoop
 from searchr1_fast.rollout.sampling import stream_keys

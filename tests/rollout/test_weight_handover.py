@@ -7,7 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from vllm_stand_in import GREEDY, StandIn, check_same
+from trajectories import check_same
+from vllm_stand_in import GREEDY, StandIn
 
 from searchr1_fast.models import Decoder
 from searchr1_fast.models.lora import adapted_layers, add_adapter, reset_adapter

@@ -85,15 +85,6 @@ class StandIn:
         return [score(self.model, [token_ids]) for token_ids in sequences]
 
 
-def check_same(trajectories, others):
-    assert len(trajectories) == len(others) > 0
-    for one, other in zip(trajectories, others, strict=True):
-        np.testing.assert_array_equal(one.token_ids, other.token_ids)
-        np.testing.assert_array_equal(one.loss_mask, other.loss_mask)
-        np.testing.assert_allclose(one.rollout_logprobs, other.rollout_logprobs, atol=1e-4)
-        assert (one.turns, one.segments, one.finish_reason) == (other.turns, other.segments, other.finish_reason)
-
-
 def check_logprobs(model, trajectories, temperature, tolerance=1e-4):
     """Every policy token's are the whole vocabulary's at the temperature, as the trainer computes them."""
     for trajectory in trajectories:
