@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from searchr1_kernels import linear_logprob
+from trajectories import check_same
 
 from searchr1_fast.config import RolloutConfig
 from searchr1_fast.models import load_model
@@ -55,15 +56,6 @@ def loop(tiny_model_directory, tiny_tokenizer):
         return SearchLoop(engine(model, tiny_tokenizer, CONFIG, sampling), search)
 
     return make
-
-
-def check_same(trajectories, others, tolerance=1e-4) -> None:
-    assert len(trajectories) == len(others)
-    for one, other in zip(trajectories, others, strict=True):
-        np.testing.assert_array_equal(one.token_ids, other.token_ids)
-        np.testing.assert_array_equal(one.loss_mask, other.loss_mask)
-        np.testing.assert_allclose(one.rollout_logprobs, other.rollout_logprobs, atol=tolerance)
-        assert (one.turns, one.finish_reason) == (other.turns, other.finish_reason)
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SamplingParams(1.0), SamplingParams(0.8, top_p=0.9, top_k=20)])

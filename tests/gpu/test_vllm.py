@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from trajectories import check_same
 from vllm_cases import ROLLOUT, only_with_vllm, requests_for, search_letters, short_demo
-from vllm_stand_in import GREEDY, check_logprobs, check_same
+from vllm_stand_in import GREEDY, check_logprobs
 
 from searchr1_fast.config import Config
 from searchr1_fast.console import Console
