@@ -22,7 +22,9 @@ SMALL = ("rollout.max_turn_tokens=8", "rollout.max_searches=1", "rollout.max_seq
 
 
 def environment() -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    """Where packages are found beside the interpreter's own, they stay found."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
+    return os.environ | {"PYTHONPATH": path}
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> Path:

@@ -28,7 +28,11 @@ def library() -> ctypes.CDLL | None:
     package = importlib.util.find_spec("nvidia")
     folders = [] if package is None else [Path(folder) for folder in package.submodule_search_locations or ()]
     found = [path for folder in folders for path in sorted(folder.glob("*/lib/libnvrtc.so.*[0-9]"))]
-    return ctypes.CDLL(str(found[-1])) if found else None
+    if not found:
+        return None
+    for path in found[-1].parent.glob("libnvrtc-builtins.so.*"):
+        ctypes.CDLL(str(path))  # NVRTC 13.0 opens it by its bare name, and looks in no folder of a wheel
+    return ctypes.CDLL(str(found[-1]))
 
 
 def compile_cuda(source: str, architecture: str, options: Sequence[str]) -> tuple[bytes, str]:

@@ -125,7 +125,7 @@ def test_wrong_arguments_are_one_sentence(bench, capsys):
 def test_the_script_is_not_found_as_the_package_kernels(tmp_path):
     """transformers looks for a package `kernels`, and a script's folder comes first on the path."""
     code = "import importlib.util, harness; assert importlib.util.find_spec('kernels') is None"
-    environment = os.environ | {"PYTHONPATH": str(BENCH)}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(BENCH), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
     )

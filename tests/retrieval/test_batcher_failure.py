@@ -178,10 +178,11 @@ def test_a_program_that_forgets_to_close_ends():
 def test_a_fork_is_noticed_and_the_parent_goes_on():
     """While a batch, a waiter and a deadline are under way, so that locks and condition variables are in use."""
     code = """
-    import gc, os, sys, threading
+    import gc, os, sys, threading, warnings
     sys.path.insert(0, {tests!r})
     from batcher_fakes import Backend, Rows
     from searchr1_fast.retrieval import RetrievalError, batcher_workers
+    warnings.simplefilter("ignore", DeprecationWarning)  # from 3.12 on Python warns of forks beside threads
     from searchr1_fast.retrieval.batcher import BatchedRetriever
     backend = Backend()
     backend.hold()
