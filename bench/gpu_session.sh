@@ -4,55 +4,72 @@
 #   bench/gpu_session.sh                        logs and rows into bench/results
 #   OUT=folder bench/gpu_session.sh             into a folder
 #   bench/gpu_session.sh --seconds 540          in less time: what does not fit at the end is left out, and said
+#   bench/gpu_session.sh --resume               what the call before left out or cut short, into the same folder
+#   bench/gpu_session.sh --archive rows.tgz     and all of it in one file, made anew after every step
 #   bench/gpu_session.sh --dry-run              the commands, on any machine
 #
 # Steps have a limit each, and one that fails or takes too long stops no other. While tests run, of which none keeps
 # time, what is measured later runs once: its kernels are compiled then, and lie in Triton's cache when time counts.
 # PYTHON picks the interpreter. At the end: each step's exit status and seconds, and the tests that failed. The exit
-# status is 1 where any did, 2 where there is no GPU.
+# status is 1 where any did, 2 where there is no GPU. It ends 20 seconds after its time at the latest.
 set -uo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 PYTHON=${PYTHON:-python3}
 SECONDS_IN_ALL=720
 DRY=
+RESUME=
+ARCHIVE=
+absolute() { case $1 in /*) echo "$1" ;; *) echo "$PWD/$1" ;; esac; }
 while [ $# -gt 0 ]; do
     case $1 in
         --dry-run) DRY=1 ;;
+        --resume) RESUME=1 ;;
         --seconds) SECONDS_IN_ALL=${2:?--seconds: give a number}; shift ;;
-        *) echo "gpu_session.sh: $1 is neither --dry-run nor --seconds N" >&2; exit 2 ;;
+        --archive) ARCHIVE=$(absolute "${2:?--archive: give a file}"); shift ;;
+        *) echo "gpu_session.sh: $1 is none of --dry-run, --resume, --seconds N, --archive FILE" >&2; exit 2 ;;
     esac
     shift
 done
 
+RESULTS=$(absolute "${OUT:-$ROOT/bench/results}")
 cd "$ROOT" || exit 2
-RESULTS=${OUT:-bench/results}
 LOGS=$RESULTS/gpu_session
 SUMMARY=$LOGS/summary.txt
 export PYTHONPATH=$ROOT:$ROOT/kernels${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
 
 # step NAME LIMIT COMMAND...: at most LIMIT seconds, and no more than are left; output in a log of its name
 step() {
-    local name=$1 limit=$2 began=$SECONDS status left=$((SECONDS_IN_ALL - SECONDS))
+    local name=$1 limit=$2 began=$SECONDS status late="too slow" left=$((SECONDS_IN_ALL - SECONDS))
     shift 2
     if [ -n "$DRY" ]; then
         echo "$name ($limit s): $*"
         return 0
     fi
+    [[ -z $RESUME || $MISSING == *" $name "* || $name == build ]] || return 0
     if [ "$left" -lt 15 ]; then
         echo "left out  $name: no time" >> "$SUMMARY"
         return 1
     fi
-    [ "$limit" -le "$left" ] || limit=$left
-    timeout -s INT -k 10 "$limit" "$@" > "$LOGS/$name.log" 2>&1  # interrupted, tests still say what failed
+    [ "$limit" -le "$left" ] || { limit=$left; late="cut short"; }
+    # Interrupted, tests still say what failed: pytest's workers have 10 s to end before it does.
+    timeout -s INT -k 20 "$limit" "$@" > "$LOGS/$name.log" 2>&1
     status=$?
     case $status in
         0) set -- "ok" ;;
-        124 | 137) set -- "too slow" ;;
+        124 | 137) set -- "$late" ;;
         *) set -- "failed" ;;
     esac
     printf '%-9s %s: exit status %d after %d s\n' "$1" "$name" "$status" $((SECONDS - began)) | tee -a "$SUMMARY"
+    archive
     return "$status"
+}
+
+# Several steps may end at once: each writes a file of its own, and the last one stays.
+archive() {
+    [ -n "$ARCHIVE" ] || return 0
+    tar -czf "$ARCHIVE.$BASHPID" --exclude="./${ARCHIVE##*/}*" --warning=no-file-changed -C "$RESULTS" .
+    [ $? -gt 1 ] || mv "$ARCHIVE.$BASHPID" "$ARCHIVE"  # 1: a log grew meanwhile
 }
 
 has() { "$PYTHON" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$1') is None)" 2> /dev/null; }
@@ -62,10 +79,21 @@ if [ -z "$DRY" ]; then
         echo "gpu_session.sh: torch finds no CUDA device here; --dry-run lists the commands" >&2
         exit 2
     fi
+    if [ -n "$RESUME" ] && [ ! -f "$SUMMARY" ]; then
+        echo "gpu_session.sh: --resume goes on with $SUMMARY, which is not there" >&2
+        exit 2
+    fi
     mkdir -p "$LOGS"
+    if [ -n "$RESUME" ]; then
+        MISSING=" $(sed -nE 's/^(cut short|left out) +([^:]+):.*/\2/p' "$SUMMARY" | tr '\n' ' ')"
+        grep -vE "^(cut short|left out|FAILED|ERROR) " "$SUMMARY" > "$SUMMARY.kept"
+        mv "$SUMMARY.kept" "$SUMMARY"
+    else
+        : > "$SUMMARY"
+    fi
     "$PYTHON" -c "import sys, torch, triton
 print(torch.cuda.get_device_name(), 'Python', sys.version.split()[0], 'torch', torch.__version__, 'triton', triton.__version__)" \
-        | tee "$SUMMARY"
+        | tee -a "$SUMMARY"
     git -C "$ROOT" rev-parse --short=12 HEAD 2> /dev/null | tee -a "$SUMMARY"
     has searchr1_fast._C || step build 120 "$PYTHON" setup.py -q build_ext --inplace
 fi
@@ -112,4 +140,5 @@ row saving 60 saving saving --model qwen2.5-0.5b --repetitions 2
 echo "== after $SECONDS s, logs in $LOGS"
 grep -ahE "^(FAILED|ERROR) " "$LOGS"/test_*.log | cut -c1-200 | tee -a "$SUMMARY"
 cat "$SUMMARY"
-! grep -qE "^(failed|too slow|left out)" "$SUMMARY"
+archive
+! grep -qE "^(failed|too slow|cut short|left out)" "$SUMMARY"

@@ -8,6 +8,7 @@ import os
 import shlex
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -16,18 +17,19 @@ import torch
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "bench" / "gpu_session.sh"
 
-# In place of Python: says that there is a GPU, and runs nothing; decode.py fails.
+# In place of Python: says that there is a GPU, and runs nothing; decode.py fails, saving.py takes as long as it may.
 STAND_IN = """#!/bin/sh
 case "$*" in
     *bench/decode.py*) echo "it failed"; exit 3 ;;
+    *bench/saving.py*) echo "began"; exec sleep $SAVING_SECONDS ;;
     *"-m pytest"*) echo "FAILED tests/test_one.py::test - AssertionError"; exit 1 ;;
 esac
 """
 
 
-def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    variables = os.environ | {"PYTHON": sys.executable} | environment
-    return subprocess.run([SCRIPT, *arguments], env=variables, capture_output=True, text=True, check=False)
+def run(*arguments: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess:
+    variables = os.environ | {"PYTHON": sys.executable, "SAVING_SECONDS": "0"} | environment
+    return subprocess.run([SCRIPT, *arguments], env=variables, cwd=cwd, capture_output=True, text=True, check=False)
 
 
 def load(script: str):
@@ -84,12 +86,34 @@ def test_it_goes_on_after_what_fails_and_says_what_did(tmp_path, stand_in):
     assert done.stdout.endswith("\n".join(summary) + "\n")
 
 
-def test_what_there_is_no_time_for_is_left_out(tmp_path, stand_in):
-    done = run("--seconds", "9", PYTHON=stand_in, OUT=str(tmp_path))
+def test_what_there_is_no_time_for_is_left_out_and_resumed(tmp_path, stand_in):
+    done = run("--seconds", "9", cwd=tmp_path, PYTHON=stand_in, OUT="results")
+    logs = tmp_path / "results" / "gpu_session"  # of where it was called
     assert done.returncode == 1
-    assert "left out  search_parts: no time" in done.stdout and not (tmp_path / "gpu_session" / "decode.log").exists()
+    assert "left out  search_parts: no time" in done.stdout and not (logs / "decode.log").exists()
+    (logs / "summary.txt").write_text("ok        topk: exit status 0 after 1 s\nleft out  saving: no time\n")
+    done = run("--resume", cwd=tmp_path, PYTHON=stand_in, OUT="results")
+    assert done.returncode == 0
+    assert {path.name for path in logs.iterdir()} == {"summary.txt", "saving.log"}
+    states = [line.split()[:2] for line in (logs / "summary.txt").read_text().splitlines() if "exit status" in line]
+    assert states[0] == ["ok", "topk:"] and states[-1] == ["ok", "saving:"]
+    done = run("--resume", OUT=str(tmp_path / "elsewhere"), PYTHON=stand_in)
+    assert done.returncode == 2 and "summary.txt, which is not there" in done.stderr
+
+
+def test_a_step_that_the_end_cuts_short_is_resumed_and_all_is_in_the_archive(tmp_path, stand_in):
+    (tmp_path / "gpu_session").mkdir()
+    (tmp_path / "gpu_session" / "summary.txt").write_text("left out  saving: no time\n")
+    done = run("--resume", "--seconds", "17", "--archive", str(tmp_path / "all.tgz"),
+               PYTHON=stand_in, OUT=str(tmp_path), SAVING_SECONDS="100")  # fmt: skip
+    assert done.returncode == 1 and "cut short saving: exit status 124" in done.stdout
+    with tarfile.open(tmp_path / "all.tgz") as archive:
+        assert "./gpu_session/saving.log" in archive.getnames() and "./all.tgz" not in archive.getnames()
+        summary = archive.extractfile("./gpu_session/summary.txt").read().decode()
+    assert summary == (tmp_path / "gpu_session" / "summary.txt").read_text()
+    assert [path.name for path in tmp_path.glob("all.tgz*")] == ["all.tgz"]
 
 
 def test_arguments_that_it_does_not_know():
     done = run("--dry")
-    assert done.returncode == 2 and "--dry is neither --dry-run nor --seconds N" in done.stderr
+    assert done.returncode == 2 and "--dry is none of --dry-run, --resume, --seconds N" in done.stderr
