@@ -1,6 +1,8 @@
 """What a GPU would be asked to do at published shapes, without one: all of the host's code for it runs, on tensors that
 have shapes and say that they are on a GPU, and no kernel does. So nothing may ask for a value, which on a GPU waits,
-and every launch fits its kernel and CUDA's limits."""
+and every launch fits its kernel and CUDA's limits. What Triton would compile for it then is compiled, for Hopper: that
+spills nothing and fits. Kernels that are compiled again for another number of rows would be so in the middle of a step,
+and may round otherwise."""
 
 from __future__ import annotations
 
@@ -27,6 +29,7 @@ from searchr1_fast.rollout.decode_graph import _decode_step
 from searchr1_fast.rollout.sampling import SamplingParams, head_logits, sample
 
 jit = pytest.importorskip("triton.runtime.jit", reason="needs Triton")
+launch_forms = importlib.import_module("launch_forms")
 _topk_passes = importlib.import_module("searchr1_kernels._topk_passes")
 
 GPU, META = torch.device("cuda", 0), torch.device("meta")
@@ -72,10 +75,32 @@ class SayGpu(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
+class Launches(list):
+    """Names of the kernels that were launched, in order, and by key all that Triton would have compiled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.forms: dict[tuple, launch_forms.Form] = {}
+        self._new: set[tuple] = set()
+
+    def add(self, form: launch_forms.Form) -> None:
+        self.append(form.kernel.__name__)
+        self.forms[form.key] = form
+        self._new.add(form.key)
+
+    def take_keys(self) -> set[tuple]:
+        """Of what was launched since the last call."""
+        keys, self._new = self._new, set()
+        return keys
+
+
+_compiled: set[tuple] = set()  # without a fault
+
+
 @pytest.fixture
 def launches(monkeypatch):
-    """What was launched while the test ran: names of kernels."""
-    found: list[str] = []
+    """What was launched while the test ran; all of it is compiled at the end."""
+    found = Launches()
 
     def record(kernel, *given, grid, warmup=False, **named):
         parameters = {parameter.name: parameter for parameter in kernel.params}
@@ -93,7 +118,7 @@ def launches(monkeypatch):
                 assert value.is_meta, f"{kernel.__name__}: {name} is in the host's memory"
         for programs, most in zip(grid, MOST_PROGRAMS, strict=False):
             assert 0 < programs <= most, f"{kernel.__name__}: {grid}"
-        found.append(kernel.__name__)
+        found.add(launch_forms.form_of(kernel, given, named))
 
     monkeypatch.setattr(jit.JITFunction, "run", record)
     for module, names in OPERATORS.items():
@@ -112,6 +137,10 @@ def launches(monkeypatch):
     with SayGpu(), torch.no_grad():
         yield found
     forget()
+    new = [form for key, form in found.forms.items() if key not in _compiled]
+    faults = [fault for form in new for fault in form.faults()]
+    assert not faults, "\n".join(faults)
+    _compiled.update(found.forms)
 
 
 def forget() -> None:
@@ -247,4 +276,104 @@ def test_a_search(launches, rows, coarse):
         ways = _topk_passes._candidates(*searches._kind(count))
         assert len(ways) > 1
         for way in ways:
+            searches.bounds(queries[:count], way)
+
+
+# -------------------------------------------------------------------------------- one kernel for every number of rows
+
+
+def one_set_of_kernels(launches: Launches, run, counts: tuple[int, ...]) -> None:
+    """`run` of each of the counts."""
+    sets = []
+    for count in counts:
+        launches.take_keys()
+        run(count)
+        sets.append(launches.take_keys())
+    for count, keys in zip(counts, sets, strict=True):
+        differing = "\n".join(str(launches.forms[key]) for key in keys ^ sets[0])
+        assert not differing, f"{count} and {counts[0]} rows do not have the same kernels:\n{differing}"
+
+
+@pytest.mark.parametrize(("softcap", "counts"), [(None, (4915, 1, 16_384, 40_001)), (30.0, (40_001, 44_001))])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_head_of_any_number_of_rows(launches, dtype, softcap, counts):
+    """One chunk and several. Under a softcap of as many rows as have slabs of one width, which is a constant there."""
+    logprob, policy = (
+        importlib.import_module(f"searchr1_kernels.linear_{name}") for name in ("logprob", "policy_loss")
+    )
+    weight = tensor(151_936, 2048, dtype=dtype)
+
+    def run(rows: int) -> None:
+        sides = tensor(rows, 2048, dtype=dtype), weight, places(rows)
+        logprob._forward(*sides, 1.0, softcap, True, False)
+        *scores, saved = logprob._forward(*sides, 0.7, softcap, True, True)
+        for by_entropy in (None, tensor(rows)):
+            logprob._backward(tensor(rows), by_entropy, *sides, scores[1], saved, 0.7, softcap, True, True)
+        rows_ = PolicyRows(tensor(rows), tensor(rows), None, None, None)
+        aims = arguments(rows_, None, None, PolicyLoss(), False)
+        denominator = torch.ones((), dtype=torch.float64)
+        policy._forward(*sides, *aims, denominator, 1.0, softcap, True, True, True)
+
+    one_set_of_kernels(launches, run, counts)
+
+
+def test_the_scan_and_what_scales_of_any_number(launches, monkeypatch):
+    scan, scaling = (importlib.import_module(f"searchr1_kernels._{name}_triton") for name in ("gae", "scaling"))
+    monkeypatch.setattr(scan, "driver", SimpleNamespace(active=SimpleNamespace(get_current_device=lambda: 0)))
+    monkeypatch.setattr(scan, "LAUNCH_DIRECTLY", False)
+
+    def run(tokens: int) -> None:
+        for sequences in (1 + tokens // 244, 1):  # a tile each, and many
+            vectors, ends = (tensor(tokens), tensor(tokens)), tensor(sequences + 1, dtype=torch.int32)
+            for mask in (None, tensor(tokens, dtype=torch.bool)):
+                scan.scan(*vectors, ends, 0.99, 0.94, mask, tensor(2, tokens))
+
+    one_set_of_kernels(launches, run, (1_000_000, 20_001))
+    assert set(launches) == {"scan_sequences", "scan_tiles", "apply_carries"}
+    for shape in ((151_936, 2048), (152_064, 18_000), (5,)):  # more than 31 bits count, and few
+        for dtype in (torch.bfloat16, torch.float32):
+            scaling.scale(tensor(*shape, dtype=dtype), tensor())
+
+
+@pytest.mark.parametrize("vocabulary", [151_936, 128_256, 32_001, 500])
+def test_sampling_of_any_number_of_rows(launches, vocabulary):
+    def run(rows: int) -> None:
+        for options in ({}, {"temperature": 0.0}, {"top_p": 0.9}, {"top_k": 20}, {"top_p": 0.9, "top_k": 20}):
+            sample(tensor(rows, vocabulary), tensor(rows, dtype=torch.float64), SamplingParams(**options))
+
+    one_set_of_kernels(launches, run, (256, 3, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("heads", "size"), [(12, 64), (12, 32)])
+def test_an_encoder_of_any_number_of_texts(launches, heads, size, dtype):
+    """As `encoder_bert` reads its packed texts: keys are rows from each row on."""
+    attention = importlib.import_module("searchr1_kernels.cached_attention")
+    width, longest = heads * size, 512
+
+    def run(rows: int) -> None:
+        packed = tensor(rows + longest - 1, 3 * width, dtype=dtype)
+        stride = packed.stride(0)
+        keys, values = (
+            packed.as_strided((rows, heads, longest, size), (stride, size, stride, 1), offset)
+            for offset in (width, 2 * width)
+        )
+        query = packed[:rows, :width].view(rows, heads, size)
+        tiles = tensor(rows // 4, 2, dtype=torch.int32)
+        attention.cached_attention(query, keys, values, places(rows), places(rows), tiles=tiles)
+
+    one_set_of_kernels(launches, run, (4096, 64))
+
+
+@pytest.mark.parametrize(("size", "dtype"), [(400, torch.float16), (768, torch.float32), (768, torch.int8)])
+def test_a_search_of_other_rows(launches, size, dtype):
+    """400 numbers fill no whole number of steps; 8-bit rows have their scales."""
+    rows, num_blocks = 200_000, 1563
+    memory, queries = tensor(Hits.nbytes(512, 100), dtype=torch.uint8), tensor(512, size)
+    scales = tensor(rows) if dtype == torch.int8 else None
+    corpus = _topk_passes.Corpus(tensor(rows, size, dtype=dtype), scales, [tensor(num_blocks)])
+    searches = _topk_passes.Passes(corpus, 512, 100)
+    for count in (1, 128, 512):
+        searches.launch(queries[:count], 16, Hits.views(memory, count, 16))
+        for way in _topk_passes._candidates(*searches._kind(count)):
             searches.bounds(queries[:count], way)

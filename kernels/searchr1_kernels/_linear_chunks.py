@@ -365,20 +365,26 @@ def chunk_ranges(
     if kept:
         fitting = memory_budget(hidden.device, _KEPT_BYTES) // (weight.shape[0] * weight.dtype.itemsize)
         size = chunk_size(hidden.shape[0], max(_MIN_CHUNK_ROWS, fitting))
-        return ranges(hidden.shape[0], -(-size // _TILE_ROWS) * _TILE_ROWS)
+        return ranges(hidden.shape[0], whole_tiles(size))
     compute = compute_dtype(hidden)
     bytes_per_logit = compute.itemsize
     if for_gradient and weight.dtype != compute:
         bytes_per_logit += weight.dtype.itemsize  # the gradient has a buffer of its own
     size = chunk_size(hidden.shape[0], _chunk_rows(hidden.device, weight.shape[0] * bytes_per_logit))
     if hidden.device.type == "cuda":
-        size = -(-size // _TILE_ROWS) * _TILE_ROWS
+        size = whole_tiles(size)
     return ranges(hidden.shape[0], size)
 
 
 def chunk_size(total: int, most: int) -> int:
     """Rows of a chunk when `total` are cut into as few equal chunks as hold at most `most`; 1 for none."""
     return -(-total // -(-total // most)) if total else 1
+
+
+def whole_tiles(size: int) -> int:
+    """Rows of a chunk, up to the next whole tile of a GPU's products. A chunk's part of a vector then begins where the
+    vector does, as far as Triton looks: another alignment would be another kernel, compiled in the middle of a step."""
+    return -(-size // _TILE_ROWS) * _TILE_ROWS
 
 
 def ranges(total: int, size: int) -> list[slice]:

@@ -36,6 +36,7 @@ from searchr1_kernels._linear_chunks import (
     operand,
     ranges,
     runs_products,
+    whole_tiles,
 )
 from searchr1_kernels._linear_rows_triton import differentiate, launch_options
 
@@ -120,7 +121,7 @@ def _own_product(hidden: torch.Tensor, weight: torch.Tensor, height: int, width:
 
 def tiles(hidden: torch.Tensor, weight: torch.Tensor, products: bool) -> tuple[list[slice], int]:
     """-> chunks of rows, and columns of a slab: all, or a power of two. `products`: for those of `runs_products`."""
-    rows = chunk_size(hidden.shape[0], _MAX_ROWS)
+    rows = whole_tiles(chunk_size(hidden.shape[0], _MAX_ROWS))
     operand_dtype, compute = operand(weight[:0]).dtype, compute_dtype(hidden)
     bytes_per_logit = operand_dtype.itemsize
     if not products:

@@ -41,20 +41,30 @@ def cases(architecture: int) -> dict[str, tuple]:
 
 def compile_case(case: tuple, architecture: int) -> dict[str, int]:
     """What the case needs on this architecture."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     _, kernel, signature, constants, num_warps, num_stages, divisible = case
     arguments = kernel.arg_names
     differing = (set(signature) | set(constants)) ^ set(arguments)
     assert not differing, f"{case[0]}: the case and the kernel differ in {sorted(differing)}"
-    source = ASTSource(
-        fn=kernel,
-        signature={name: "constexpr" if name in constants else signature[name] for name in arguments},
-        constexprs=constants,
-        attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(arguments) if name in divisible},
-    )
+    types = {name: "constexpr" if name in constants else signature[name] for name in arguments}
+    attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(arguments) if name in divisible}
+    return compile_source(kernel, types, constants, attributes, num_warps, num_stages, architecture)
+
+
+def compile_source(
+    kernel: Any,
+    signature: dict[str, str],
+    constants: dict[Any, Any],
+    attributes: dict[tuple[int, ...], Any],
+    num_warps: int,
+    num_stages: int,
+    architecture: int,
+) -> dict[str, int]:
+    """What a kernel needs that is compiled for these."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     options: dict[str, Any] = {"num_warps": num_warps, "num_stages": num_stages}
     if version() >= (3, 9):
         options["enable_fp_fusion"] = True  # what a launch sets; a compilation by hand does not
