@@ -299,7 +299,7 @@ def test_buffers_are_used_again_when_the_device_is_done_with_them(monkeypatch):
 
 
 def test_what_a_failed_step_has_sent_arrives_before_its_buffers_are_filled_again(monkeypatch):
-    """A step that finds no memory sends its inputs and asks nothing back, so that no event tells when they are there."""
+    """One that finds no memory sends its inputs and asks nothing back, so that no event tells when they are there."""
     waited = []
 
     class Stream:
