@@ -105,11 +105,17 @@ class DeviceRows:
         return self._memory.is_parked
 
     def park(self) -> None:
-        """Give the memory of rows, codes and work to others, once the search under way has ended. Again: nothing."""
+        """Give the memory of rows, codes and work to others, once the search under way has ended. Again: nothing.
+        ValueError, and nothing is parked, where the machine does not lock as much host memory."""
         with self._lock:
             if not self.is_parked:
                 self.recorded.forget()
-                self._memory.park()
+                try:
+                    self._memory.park()
+                except ValueError:  # the machine does not lock so much: the rows are where they were
+                    with on_stream(self._stream):
+                        self.recorded.record_again()
+                    raise
 
     def unpark(self) -> None:
         """Take the memory back and queue the copies; nothing is waited for. Again: nothing. Where there is not enough

@@ -98,6 +98,21 @@ def test_without_host_memory_nothing_changes(monkeypatch):
     assert not memory.is_parked and kept.tolist() == list(range(10))
 
 
+def test_rows_that_could_not_be_parked_are_searched_as_before(monkeypatch):
+    rows, host = device_part(0, len(ROWS)), HostRows([(0, ROWS)])
+
+    def refuse(num_bytes, device, setting):
+        raise ValueError(f"{setting}: {num_bytes} bytes could not be page-locked")
+
+    monkeypatch.setattr(parking, "host_memory", refuse)
+    with pytest.raises(ValueError, match="could not be page-locked"):
+        rows.park()
+    assert not rows.is_parked and len(rows.recorded) == len(SIZES)
+    before = rows.recorded.num_replays
+    check_same(rows.search(QUERIES[:3], 16), host.search(QUERIES[:3], 16))
+    assert rows.recorded.num_replays == before + 1
+
+
 def test_where_there_is_no_room_to_come_back_it_stays_parked(monkeypatch):
     first, second = torch.arange(10), torch.arange(20)
     memory = ParkedMemory([first, second], [], torch.device("cpu"))
