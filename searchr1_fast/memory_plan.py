@@ -6,9 +6,9 @@ What each part of policy.py, critic.py and the engine holds, and when:
               in the compute type (none where one rank computes in fp32: then it is the trained module); the
               reference's part, in the compute type; the part of the index, and its encoder. With `model.offload` the
               replica is there in rollouts alone; moments and reference are on the host, and pass the GPU when
-              activations are not there.
-              With an adapter (`model.lora`) all this is the adapter's, and beside it there is one frozen base, whole,
-              in the compute type, which is also the reference; where training began with an adapter, with a copy of it
+              activations are not there. With an adapter (`model.lora`) all this is the adapter's, and beside it there
+              is one frozen base, whole, in the compute type, which is also the reference; where training began with an
+              adapter, with a copy of it
     rollout   the KV cache and what recorded decode steps work in, the activations of a prefill, logits, partial sums of
               attention over the cache; vLLM's copy of the weights, where it generates (what else vLLM works in is taken
               to be what the native engine does, and logits three times)
@@ -190,9 +190,9 @@ def plan_training(
     """What a rank takes.
 
     `index_shape`: rows and components, where the run has an index on a GPU. `encoder`: the config.json of the model
-    that it was built with, where there is one. `ranks_per_machine` (None: as many as there
-    are, up to 8): among whom a machine's index is split. `batch` None: as many rows as the configuration allows, all of
-    them scored, nothing shared. `repeats_keys`: the attention kernel wants as many key heads as query heads.
+    that it was built with, where there is one. `ranks_per_machine` (None: as many as there are, up to 8): among whom a
+    machine's index is split. `batch` None: as many rows as the configuration allows, all of them scored, nothing
+    shared. `repeats_keys`: the attention kernel wants as many key heads as query heads.
     """
     longest = max(config.train.tokens_per_microbatch, config.rollout.max_sequence_tokens)
     rows = [

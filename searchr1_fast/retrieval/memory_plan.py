@@ -90,7 +90,10 @@ class MemoryPlan:
 
 
 def encoder_bytes(config: Mapping[str, Any]) -> tuple[int, int]:
-    """Of an encoder of the BERT family on a GPU, which computes in fp32, from its config.json: weights; work."""
+    """Of an encoder of the BERT family on a GPU, which computes in fp32, from its config.json: weights; work. What it
+    does not say is BERT's."""
+    bert = {"intermediate_size": 3072, "max_position_embeddings": 512, "vocab_size": 30522}
+    config = bert | dict(config)
     size, inner, longest = config["hidden_size"], config["intermediate_size"], config["max_position_embeddings"]
     layer = 4 * size * (size + 1) + inner * (size + 1) + size * (inner + 1) + 4 * size
     weights = (config["vocab_size"] + longest + 2) * size + config["num_hidden_layers"] * layer
