@@ -35,14 +35,17 @@ def test_hits_are_those_of_the_cpu(scan):
 
 
 SECOND_RANK = """
+import sys
 import torch
 from searchr1_fast.config import RetrievalConfig, WorldConfig
 from searchr1_fast.retrieval import open_retriever
 from searchr1_fast.world import World
 
-torch.cuda.set_device(1)
+device = sys.argv[1]
+if device == "cuda":
+    torch.cuda.set_device(1)
 world = World(WorldConfig(num_entities=60, num_questions=9))
-retriever = open_retriever(RetrievalConfig(backend="dense", device="cuda", hashing_dimension=64), world.passages)
+retriever = open_retriever(RetrievalConfig(backend="dense", device=device, hashing_dimension=64), world.passages)
 assert retriever.search(["nothing like it"], 3)
 retriever.park(), retriever.unpark()
 assert retriever.search(["nor like this"], 3)
@@ -51,12 +54,13 @@ assert [torch._C._cuda_hasPrimaryContext(device) for device in (1, 0)] == [True,
 """
 
 
-def test_a_rank_that_searches_opens_no_other_gpu():
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])  # a rank's own, and a server's that is told which
+def test_a_rank_that_searches_opens_no_other_gpu(device):
     """Its threads begin with the first one, where every rank would take memory for a context."""
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     root = Path(__file__).parents[2]
     path = os.pathsep.join([str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run([sys.executable, "-c", SECOND_RANK], env=os.environ | {"PYTHONPATH": path}, timeout=300,
+    done = subprocess.run([sys.executable, "-c", SECOND_RANK, device], env=os.environ | {"PYTHONPATH": path}, timeout=300,
                           capture_output=True, text=True, check=False)  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
