@@ -61,6 +61,6 @@ def test_a_rank_that_searches_opens_no_other_gpu(device):
         pytest.skip("needs two GPUs")
     root = Path(__file__).parents[2]
     path = os.pathsep.join([str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run([sys.executable, "-c", SECOND_RANK, device], env=os.environ | {"PYTHONPATH": path}, timeout=300,
-                          capture_output=True, text=True, check=False)  # fmt: skip
+    command, environment = [sys.executable, "-c", SECOND_RANK, device], os.environ | {"PYTHONPATH": path}
+    done = subprocess.run(command, env=environment, timeout=300, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
