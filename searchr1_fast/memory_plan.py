@@ -4,10 +4,11 @@ What each part of policy.py, critic.py and the engine holds, and when:
 
     always    master weights and Adam's two moments, fp32, a part on each of N ranks; the whole replica that generates,
               in the compute type (none where one rank computes in fp32: then it is the trained module); the
-              reference's part, in the compute type; the part of the index. With `model.offload` the replica is there
-              in rollouts alone; moments and reference are on the host, and pass the GPU when activations are not there.
-              With an adapter (`model.lora`) all this is the adapter's, and beside it there is one frozen base, whole,
-              in the compute type, which is also the reference; where training began with an adapter, with a copy of it
+              reference's part, in the compute type; the part of the index, and its encoder. With `model.offload` the
+              replica is there in rollouts alone; moments and reference are on the host, and pass the GPU when
+              activations are not there. With an adapter (`model.lora`) all this is the adapter's, and beside it there
+              is one frozen base, whole, in the compute type, which is also the reference; where training began with an
+              adapter, with a copy of it
     rollout   the KV cache and what recorded decode steps work in, the activations of a prefill, logits, partial sums of
               attention over the cache; vLLM's copy of the weights, where it generates (what else vLLM works in is taken
               to be what the native engine does, and logits three times)
@@ -33,9 +34,10 @@ Shape legend
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -55,9 +57,10 @@ from searchr1_fast.parameter_counts import (
     policy_parameters,
     sharded,
 )
+from searchr1_fast.retrieval.encoder_folder import read_json
 from searchr1_fast.retrieval.index_format import read_manifest
 from searchr1_fast.retrieval.memory_plan import MemoryPlan as IndexPlan
-from searchr1_fast.retrieval.memory_plan import size_text
+from searchr1_fast.retrieval.memory_plan import encoder_bytes, size_text
 from searchr1_fast.rollout.sampling import SamplingParams
 from searchr1_fast.rollout.scheduler import MAX_PREFILL_TOKENS
 
@@ -179,20 +182,22 @@ def plan_training(
     num_ranks: int = 1,
     ranks_per_machine: int | None = None,
     index_shape: tuple[int, int] | None = None,
+    encoder: Mapping[str, Any] | None = None,
     device_bytes: int | None = None,
     batch: Batch | None = None,
     repeats_keys: bool = False,
 ) -> TrainingPlan:
     """What a rank takes.
 
-    `index_shape`: rows and components, where the run has an index on a GPU. `ranks_per_machine` (None: as many as there
-    are, up to 8): among whom a machine's index is split. `batch` None: as many rows as the configuration allows, all of
-    them scored, nothing shared. `repeats_keys`: the attention kernel wants as many key heads as query heads.
+    `index_shape`: rows and components, where the run has an index on a GPU. `encoder`: the config.json of the model
+    that it was built with, where there is one. `ranks_per_machine` (None: as many as there are, up to 8): among whom a
+    machine's index is split. `batch` None: as many rows as the configuration allows, all of them scored, nothing
+    shared. `repeats_keys`: the attention kernel wants as many key heads as query heads.
     """
     longest = max(config.train.tokens_per_microbatch, config.rollout.max_sequence_tokens)
     rows = [
         *_resident(config, decoder, num_ranks),
-        *_index(config, index_shape, min(num_ranks, ranks_per_machine or 8)),
+        *_index(config, index_shape, min(num_ranks, ranks_per_machine or 8), encoder),
         *_rollout(config, decoder, num_ranks),
         *_update(config, decoder, num_ranks, batch or Batch(longest, longest, longest), repeats_keys),
     ]
@@ -214,6 +219,7 @@ def plan_rank(
         num_ranks=num_ranks,
         ranks_per_machine=ranks_per_machine,
         index_shape=_index_shape(config),
+        encoder=_encoder(config),
         device_bytes=device_bytes,
         repeats_keys=repeats_key_heads(getattr(torch, config.model.dtype)),
     )
@@ -225,6 +231,17 @@ def _index_shape(config: Config) -> tuple[int, int] | None:
         return None
     manifest = read_manifest(Path(config.retrieval.index))
     return manifest.num_rows, manifest.dimension
+
+
+def _encoder(config: Config) -> dict[str, Any] | None:
+    """The config.json of the index's encoder; None where it has no model. One that is not where it should be is for the
+    run to miss."""
+    if config.retrieval.backend != "dense" or config.retrieval.index is None:
+        return None
+    record = read_manifest(Path(config.retrieval.index)).encoder
+    if record.get("kind") != "bert":
+        return None
+    return read_json(Path(config.retrieval.encoder or record["path"]) / "config.json")
 
 
 def _settle_cache(config: Config, plan: TrainingPlan) -> TrainingPlan:
@@ -275,7 +292,9 @@ def _resident(config: Config, decoder: DecoderConfig, num_ranks: int) -> Iterato
         yield Row("checkpoint's copy", copied, "host", "weights, moments, exported weights; from the first save on")
 
 
-def _index(config: Config, shape: tuple[int, int] | None, num_parts: int) -> Iterator[Row]:
+def _index(
+    config: Config, shape: tuple[int, int] | None, num_parts: int, encoder: Mapping[str, Any] | None
+) -> Iterator[Row]:
     retrieval = config.retrieval
     if shape is None or retrieval.backend != "dense" or retrieval.device == "cpu":
         return
@@ -284,6 +303,9 @@ def _index(config: Config, shape: tuple[int, int] | None, num_parts: int) -> Ite
     yield Row("index", index.total, "rollout" if retrieval.park_during_update else "always", str(index))
     if retrieval.park_during_update:
         yield Row("index, parked", index.rows + index.codes + index.bounds, "host", "while weights are updated")
+    if encoder is not None:
+        weights, work = encoder_bytes(encoder)
+        yield Row("index: encoder", weights + work, "always", f"fp32, {size_text(work)} of it for recorded passes")
 
 
 def _rollout(config: Config, decoder: DecoderConfig, num_ranks: int) -> Iterator[Row]:

@@ -56,18 +56,24 @@ class DeviceMemory:
             # Looked for anew each time: FSDP replaces a shard that it has to fill up, at the first forward pass.
             in_use = _storages(self._beside)
             storages = [one for address, one in _storages(self._module).items() if address not in in_use]
-            self._away = [(storage, storage.nbytes()) for storage in storages]
             if storages:
                 self._leave(storages)
+            self._away = [(storage, storage.nbytes()) for storage in storages]
             for storage in storages:
                 storage.resize_(0)
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Take as much again, perhaps at other addresses."""
+        """Take as much again, perhaps at other addresses. Where there is not so much (torch.OutOfMemoryError) all stays
+        away."""
+        try:
+            for storage, num_bytes in self._away:
+                storage.resize_(num_bytes)
+        except RuntimeError:
+            for storage, _ in self._away:
+                storage.resize_(0)
+            raise
         away, self._away = self._away, []
-        for storage, num_bytes in away:
-            storage.resize_(num_bytes)
         if away:
             self._return([storage for storage, _ in away])
 
@@ -89,8 +95,8 @@ class FrozenWeights(DeviceMemory):
         self.release()
 
     def __enter__(self) -> None:
-        self._depth += 1
         self.restore()
+        self._depth += 1
 
     def __exit__(self, *_: object) -> None:
         self._depth -= 1

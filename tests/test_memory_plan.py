@@ -401,6 +401,20 @@ def test_a_parked_index_is_the_update_s_memory_and_the_host_s():
     assert not any(line.startswith(setting) for line in parked.advice)
 
 
+def test_an_index_has_its_encoder_beside_it():
+    """E5's, whole on every rank, and there when the index is parked."""
+    e5 = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "vocab_size": 30522}
+    e5 |= {"max_position_embeddings": 512}
+    settings = ["retrieval={backend: dense, index: x, device: cuda, park_during_update: true}"]
+    config, shape = load_config("configs/search_r1_3b_grpo.yaml", settings), published_config("qwen2.5-3b")
+    options = {"num_ranks": 8, "index_shape": (21_015_324, 768)}
+    without, plan = (plan_training(config, shape, **options, encoder=encoder) for encoder in (None, e5))
+    size = rows_of(plan)["index: encoder"]
+    assert size == 4 * (30522 + 512 + 2) * 768 + 12 * 28_351_488 + 4 * 8448 * 9 * 768 + 12 * 768 * 511
+    assert (plan.update - without.update, plan.rollout - without.rollout) == (size, size)
+    assert "index: encoder" not in rows_of(without)
+
+
 @pytest.mark.parametrize("changes", [{}, {"offload": {"optimizer": True, "replica": True}}, {"lora": {"rank": 3}}])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_checkpoint_s_copy_is_as_large_as_planned(make_config, make_console, monkeypatch, dtype, changes):

@@ -109,6 +109,36 @@ def test_frozen_weights_are_there_inside_and_only_there(make_decoder):
     assert num_bytes(decoder) == 0
 
 
+def test_without_room_to_come_back_all_stays_away(make_decoder):
+    """Until there is: nothing is half there."""
+    decoder = make_decoder(1).requires_grad_(False)
+    expected = {name: parameter.clone() for name, parameter in decoder.named_parameters()}
+    at_hand = FrozenWeights(decoder, beside=make_decoder(0))
+    real = at_hand._away
+    at_hand._away = [*real[:2], (torch.UntypedStorage(0), 2**60), *real[2:]]  # more than there is
+    with pytest.raises(RuntimeError), at_hand:
+        pytest.fail("there are no weights")
+    assert at_hand.is_away and num_bytes(decoder) == 0
+    at_hand._away = real
+    with at_hand:
+        for name, parameter in decoder.named_parameters():
+            assert torch.equal(parameter, expected[name]), name
+    assert at_hand.is_away and num_bytes(decoder) == 0
+
+
+def test_without_host_memory_all_stays(monkeypatch):
+    def refuse(num_bytes, device):
+        raise ValueError(f"{num_bytes} bytes could not be page-locked")
+
+    module = torch.nn.Linear(4, 3).requires_grad_(False)
+    at_hand = FrozenWeights(module, beside=module)  # nothing to take away
+    at_hand._beside, expected = torch.nn.Identity(), module.weight.clone()
+    monkeypatch.setattr("searchr1_fast.offload.host_memory", refuse)
+    with pytest.raises(ValueError, match="60 bytes"):
+        at_hand.release()
+    assert not at_hand.is_away and torch.equal(module.weight, expected)
+
+
 def test_weights_that_were_replaced_are_copied_anew():
     """As FSDP does with a shard that it has to fill up: the parameter is the same, its memory is not."""
     module = torch.nn.Linear(4, 3).requires_grad_(False)

@@ -33,6 +33,7 @@ from searchr1_fast.retrieval.protocol import Mode, Parks, RetrievalParked, check
 from searchr1_fast.retrieval.rows import HostRows, Part, RowSearch, cut
 from searchr1_fast.retrieval.shard_link import Peers
 from searchr1_fast.retrieval.sharded_rows import open_sharded
+from searchr1_fast.retrieval.streams import on_stream
 from searchr1_fast.types import Passage
 
 _QUERIES_AT_ONCE = 256
@@ -106,7 +107,7 @@ class DenseSearch:
 
     def prepare(self, queries: Sequence[str]) -> np.ndarray:
         """The first stage: vectors [Q,D] fp32."""
-        with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+        with on_stream(self._stream):
             return self.encoder.encode_queries(queries)
 
     def search_prepared(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

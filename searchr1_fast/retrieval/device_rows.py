@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -35,6 +34,7 @@ from searchr1_fast.retrieval.protocol import Mode
 from searchr1_fast.retrieval.recorded_search import SIZES, CudaRecordedSearches, RecordedSearches, bucket_size
 from searchr1_fast.retrieval.rows import Part
 from searchr1_fast.retrieval.staging import HostBuffer, StagingRing, copies_of
+from searchr1_fast.retrieval.streams import on_stream
 
 _BYTES_BETWEEN_SIGNS = 2**28  # of progress
 _MAX_HITS = 192  # of a search that can be recorded; more are searched as one that cannot
@@ -69,7 +69,7 @@ class DeviceRows:
         self._copies = copies_of(self._device, self._stream)
         self._queries, self._results = HostBuffer(self._copies), HostBuffer(self._copies)
         self._lock = threading.Condition()  # one search at a time; news: the rows are back
-        with self._on_stream():
+        with on_stream(self._stream):
             corpus = torch.empty(shape, dtype=torch.float16, device=self._device)
             self._load(parts, corpus, progress)
             # A CPU multiplies 8-bit codes fastest, whatever was asked for; the bits are the same.
@@ -77,7 +77,7 @@ class DeviceRows:
             self._index = TopKIndex(corpus, coarse=coarse)
         if self._device.type == "cuda":
             torch.cuda.empty_cache()  # preparing took gigabytes, which torch would keep for this stream alone
-        with self._on_stream():
+        with on_stream(self._stream):
             self._search = open_search(self._index, MAX_QUERIES, min(_MAX_HITS, len(self._index)))
         kind = CudaRecordedSearches if self._device.type == "cuda" else RecordedSearches
         self.recorded = kind(self._search, self._stream)
@@ -105,16 +105,22 @@ class DeviceRows:
         return self._memory.is_parked
 
     def park(self) -> None:
-        """Give the memory of rows, codes and work to others, once the search under way has ended. Again: nothing."""
+        """Give the memory of rows, codes and work to others, once the search under way has ended. Again: nothing.
+        ValueError, and nothing is parked, where the machine does not lock as much host memory."""
         with self._lock:
             if not self.is_parked:
                 self.recorded.forget()
-                self._memory.park()
+                try:
+                    self._memory.park()
+                except ValueError:  # the machine does not lock so much: the rows are where they were
+                    with on_stream(self._stream):
+                        self.recorded.record_again()
+                    raise
 
     def unpark(self) -> None:
         """Take the memory back and queue the copies; nothing is waited for. Again: nothing. Where there is not enough
         (torch.OutOfMemoryError) the rows stay parked."""
-        with self._lock, self._on_stream():
+        with self._lock, on_stream(self._stream):
             if self.is_parked:
                 self._memory.unpark()
                 self._lock.notify_all()
@@ -124,7 +130,7 @@ class DeviceRows:
         """vectors [Q,D] fp32 -> (scores [Q,K] fp32, rows [Q,K] int64). The caller waits without the GIL."""
         k = min(k, len(self))
         scores, rows = np.empty((len(vectors), k), np.float32), np.empty((len(vectors), k), np.int64)
-        with self._lock, self._on_stream():
+        with self._lock, on_stream(self._stream):
             self._lock.wait_for(lambda: not self.is_parked)
             for begin in range(0, len(vectors), MAX_QUERIES):
                 part = slice(begin, begin + MAX_QUERIES)
@@ -163,7 +169,7 @@ class DeviceRows:
     def _warm_up(self) -> None:
         """Every kernel that batches of any size want is compiled, and the memory of the largest is torch's to keep. A
         deadline allows for neither, and a later `cudaMalloc` may wait for whatever else the device is doing."""
-        with self._on_stream():
+        with on_stream(self._stream):
             if self._device.type == "cuda" and self._index.corpus.nbytes >= _TUNED_BYTES:
                 self.ways = {size: self._search.tune(size) for size in _TUNED_QUERIES}
             k = min(_RECORDED_HITS, self._search.max_k)
@@ -185,6 +191,3 @@ class DeviceRows:
                 if progress is not None:
                     progress((place + begin + len(part)) * row_bytes >> 20, total)
         ring.flush()
-
-    def _on_stream(self) -> AbstractContextManager:
-        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)

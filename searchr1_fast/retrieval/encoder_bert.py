@@ -270,11 +270,14 @@ class _Bert:
     ) -> torch.Tensor:  # [T, H]
         hidden = self._words[token_ids] + self._positions[positions + self._first_position]
         hidden = self._norm(hidden, self._embedding_norm)
+        # What is between has no name: one would hold it through the next layer, which needs half as much again then.
         for layer in self._layers:
-            mixed = attend(self._linear(hidden, *layer.qkv, spare_rows))
-            hidden = self._norm(hidden + self._linear(mixed, *layer.output), layer.norm)
-            inner = self._activation(self._linear(hidden, *layer.up))
-            hidden = self._norm(hidden + self._linear(inner, *layer.down), layer.last_norm)
+            hidden = self._norm(
+                hidden + self._linear(attend(self._linear(hidden, *layer.qkv, spare_rows)), *layer.output), layer.norm
+            )
+            hidden = self._norm(
+                hidden + self._linear(self._activation(self._linear(hidden, *layer.up)), *layer.down), layer.last_norm
+            )
         return hidden
 
     def _attend(self, packed: torch.Tensor, groups: list[tuple[int, int, int]]) -> torch.Tensor:

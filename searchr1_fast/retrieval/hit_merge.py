@@ -21,6 +21,7 @@ import torch
 from searchr1_fast import _C
 from searchr1_fast.retrieval.device_code import Launch, load_kernel
 from searchr1_fast.retrieval.staging import Copies, CudaCopies, HostBuffer
+from searchr1_fast.retrieval.streams import on_stream
 
 HIT_BYTES = 12  # a row, int64, and a score, fp32
 SHARED_BYTES = 48 * 1024  # what a block may have without asking, on every GPU
@@ -121,11 +122,11 @@ def choose_merge(device: str, num_parts: int, num_queries: int = 256, k: int = 1
         launch = load_kernel("merge", "merge_hits")
         stream = torch.cuda.Stream(device)
 
-    def on_stream(*arguments) -> None:
-        with torch.cuda.stream(stream):
+    def launch_there(*arguments) -> None:
+        with on_stream(stream):
             launch(*arguments)
 
-    merges: list[Merge] = [HostMerge(), DeviceMerge(on_stream, CudaCopies(stream), stream.synchronize)]
+    merges: list[Merge] = [HostMerge(), DeviceMerge(launch_there, CudaCopies(stream), stream.synchronize)]
     seconds = compare_merges(merges, num_parts, num_queries, k)
     faster = int(seconds[1] < seconds[0])
     where = ("in C++", "on the GPU")

@@ -7,20 +7,24 @@
 
 What a search takes stays with torch's caching allocator, so later searches ask the driver for nothing.
 
+An encoder beside it takes its weights, and what its largest recorded pass works in, which the graphs keep.
+
 Shape legend
     M  rows    D  components    Q  queries of a search
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 Scan = Literal["float16", "int8"]
 
 MAX_QUERIES = 512  # searched at once; a pass over the rows costs the same for one query as for about a hundred
+RECORDED_ROWS = 8192 + 256  # of an encoder's largest pass on a GPU
 _BLOCK_ROWS = 128  # searchr1_kernels: rows under one bound
 _PREPARED_ROWS = 2**18  # prepared at a time, in fp64
 _SCORED_BYTES = 256 * (8 * _BLOCK_ROWS + 64)  # of a query: its places for blocks, a key per row and some numbers more
@@ -83,6 +87,19 @@ class MemoryPlan:
         raise ValueError(
             f"the index does not fit on {device}: {self}, and {size_text(free)} are free; {', or '.join(advice)}"
         )
+
+
+def encoder_bytes(config: Mapping[str, Any]) -> tuple[int, int]:
+    """Of an encoder of the BERT family on a GPU, which computes in fp32, from its config.json: weights; work. What it
+    does not say is BERT's."""
+    bert = {"intermediate_size": 3072, "max_position_embeddings": 512, "vocab_size": 30522}
+    config = bert | dict(config)
+    size, inner, longest = config["hidden_size"], config["intermediate_size"], config["max_position_embeddings"]
+    layer = 4 * size * (size + 1) + inner * (size + 1) + size * (inner + 1) + 4 * size
+    weights = (config["vocab_size"] + longest + 2) * size + config["num_hidden_layers"] * layer
+    # The residual stream, and beside it the MLP's input and output of its activation, or query, key, value and result.
+    work = RECORDED_ROWS * (size + max(2 * inner, 4 * size)) + 3 * size * (longest - 1)
+    return 4 * weights, 4 * work
 
 
 def free_bytes(device: torch.device) -> int:

@@ -21,12 +21,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 
 from searchr1_fast.host_memory import host_memory
+from searchr1_fast.retrieval.streams import on_stream
 
 SETTING = "retrieval.park_during_update"
 
@@ -74,7 +74,7 @@ class ParkedMemory:
         if self.is_parked:
             return
         started = time.perf_counter()
-        with self._on_stream():
+        with on_stream(self._stream):
             if self._host is None:
                 self._host = host_memory(self._kept_bytes(), self._device, SETTING)
                 for storage, part in zip(self._kept.values(), self._parts(), strict=True):
@@ -97,7 +97,7 @@ class ParkedMemory:
         if not self.is_parked:
             return
         started = time.perf_counter()
-        with self._on_stream():
+        with on_stream(self._stream):
             try:
                 for storage, num_bytes in self._away:
                     if storage.nbytes() != num_bytes:
@@ -128,9 +128,6 @@ class ParkedMemory:
         """Of the host's copy, one for each storage that is kept; to be asked for while the memory is there."""
         assert self._host is not None
         return self._host.split([storage.nbytes() for storage in self._kept.values()])
-
-    def _on_stream(self) -> AbstractContextManager:
-        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
 
 def _storages(tensors: Iterable[torch.Tensor]) -> dict[int, torch.UntypedStorage]:

@@ -30,6 +30,7 @@ import torch
 from searchr1_kernels.cached_attention import tile_tokens
 
 from searchr1_fast.retrieval.staging import HostBuffer, copies_of
+from searchr1_fast.retrieval.streams import on_stream
 
 _MULTIPLES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 _ROWS_OF_A_TEXT = 4  # a size has places for a quarter as many texts, and tiles; shorter texts take a larger one
@@ -144,12 +145,14 @@ class CudaRecordedForward(RecordedForward):
     def _record(self, run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
+        with on_stream(self._stream):
             run()
         current.wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
+        # The device: `torch.cuda.graph` waits for the current one, and what was staged must have arrived there.
         # thread_local: a trainer in another thread may use the device while this one records
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+        recording = {"pool": self._pool, "stream": self._stream, "capture_error_mode": "thread_local"}
+        with torch.cuda.device(self._device), torch.cuda.graph(graph, **recording):
             vectors = run()
 
         def replay() -> torch.Tensor:

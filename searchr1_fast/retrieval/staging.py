@@ -16,6 +16,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from searchr1_fast.retrieval.streams import on_stream
+
 RING_BYTES = 2**26  # of one buffer: some milliseconds of PCIe, so that starting a copy is nothing beside it
 NUM_BUFFERS = 2
 
@@ -63,7 +65,7 @@ class CudaCopies:
 
     def start(self, target: torch.Tensor, source: torch.Tensor) -> torch.cuda.Event:
         """Queue the copy."""
-        with torch.cuda.stream(self._stream):
+        with on_stream(self._stream):
             target.copy_(source, non_blocking=True)
             return self._stream.record_event()
 

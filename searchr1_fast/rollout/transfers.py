@@ -40,6 +40,7 @@ class Transfers:
         self._pairs.append(self._pairs.pop(0))
         pair = self._pairs[-1]
         self._finish(pair)
+        pair.is_unfetched = self._is_cuda
         sizes = [len(array) for array in arrays]
         total = sum(sizes)
         if total > len(pair.sent):
@@ -63,7 +64,7 @@ class Transfers:
             pair.received = self._buffer(2 * len(results), torch.int32)
         host = pair.received[: len(results)]
         host.copy_(results, non_blocking=True)
-        pair.done = torch.cuda.Event()
+        pair.done, pair.is_unfetched = torch.cuda.Event(), False
         pair.done.record(torch.cuda.current_stream(self.device))
         return Receipt(self, pair, host.numpy())
 
@@ -73,6 +74,9 @@ class Transfers:
             self._finish(pair)
 
     def _finish(self, pair: _Pair) -> None:
+        if pair.is_unfetched:  # the step failed, and what it sent may be on its way still
+            torch.cuda.current_stream(self.device).synchronize()
+            pair.is_unfetched = False
         if pair.done is not None:
             self._wait(pair.done)
             pair.done = None
@@ -86,11 +90,13 @@ class Transfers:
 
 
 class _Pair:
-    """The buffers of one step. `done`: when the device needs them no longer; None where it does not know of them."""
+    """The buffers of one step. `done`: when the device needs them no longer; None where it does not know of them.
+    `is_unfetched`: a GPU was sent something, and nothing was asked back."""
 
     def __init__(self, sent: torch.Tensor, received: torch.Tensor) -> None:
         self.sent, self.received = sent, received
         self.done: torch.cuda.Event | None = None
+        self.is_unfetched = False
 
 
 class Receipt:

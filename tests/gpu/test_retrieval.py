@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -27,3 +32,35 @@ def test_hits_are_those_of_the_cpu(scan):
     for one, other in zip(*(results[0] for results in found), strict=True):
         assert [(hit.id, hit.score) for hit in one] == [(hit.id, hit.score) for hit in other]
     assert found[1][0][:5] == found[1][1]  # alone as in a batch
+
+
+SECOND_RANK = """
+import sys
+import torch
+from searchr1_fast.config import RetrievalConfig, WorldConfig
+from searchr1_fast.retrieval import open_retriever
+from searchr1_fast.world import World
+
+device = sys.argv[1]
+if device == "cuda":
+    torch.cuda.set_device(1)
+world = World(WorldConfig(num_entities=60, num_questions=9))
+retriever = open_retriever(RetrievalConfig(backend="dense", device=device, hashing_dimension=64), world.passages)
+assert retriever.search(["nothing like it"], 3)
+retriever.park(), retriever.unpark()
+assert retriever.search(["nor like this"], 3)
+retriever.close()
+assert [torch._C._cuda_hasPrimaryContext(device) for device in (1, 0)] == [True, False]
+"""
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])  # a rank's own, and a server's that is told which
+def test_a_rank_that_searches_opens_no_other_gpu(device):
+    """Its threads begin with the first one, where every rank would take memory for a context."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    root = Path(__file__).parents[2]
+    path = os.pathsep.join([str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")])
+    command, environment = [sys.executable, "-c", SECOND_RANK, device], os.environ | {"PYTHONPATH": path}
+    done = subprocess.run(command, env=environment, timeout=300, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import zlib
 
 import numpy as np
@@ -11,11 +12,14 @@ from searchr1_kernels import linear_logprob
 from trajectories import check_same
 
 from searchr1_fast.config import RolloutConfig
-from searchr1_fast.models import load_model
+from searchr1_fast.models import Decoder, DecoderConfig, KVCache, load_model
 from searchr1_fast.models.lora import adapter_parameters, add_adapter
+from searchr1_fast.offload import DeviceMemory
 from searchr1_fast.packing import pack
 from searchr1_fast.policy import to_device
+from searchr1_fast.retrieval.device_rows import DeviceRows
 from searchr1_fast.rollout import Engine, PlainEngine, RolloutRequest, SamplingParams, SearchLoop
+from searchr1_fast.rollout.forward import Tokens, forward_in_parts
 from searchr1_fast.types import Passage
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -118,3 +122,91 @@ def test_the_cache_can_be_given_back(loop, requests):
     native.engine.free_cache()
     assert torch.cuda.memory_allocated() < with_cache
     check_same(first, native.run(requests))
+
+
+def test_graphs_follow_weights_that_come_back_elsewhere(loop, requests):
+    """With `model.offload.replica` and a cache that is kept: where the weights lay there is something else by now, and
+    a graph that still reads it finds NaN."""
+    native = loop("cuda")
+    native.engine.keep_cache = True
+    expected = native.run(requests)
+    native.engine.free_cache()
+    parameters = list(native.engine.model.parameters())
+    weights = [parameter.detach().cpu() for parameter in parameters]
+    addresses = [parameter.data_ptr() for parameter in parameters]
+    memory = DeviceMemory(native.engine.model, beside=torch.nn.Identity())
+    memory.release()
+    others = [torch.full(weight.shape, torch.nan, device="cuda") for weight in weights]
+    memory.restore()
+    assert addresses != [parameter.data_ptr() for parameter in parameters] and len(others) == len(weights)
+    with torch.no_grad():
+        for parameter, weight in zip(parameters, weights, strict=True):
+            parameter.copy_(weight)
+    check_same(expected, native.run(requests))
+    assert native.statistics.num_recordings > 0
+
+
+def test_steps_are_recorded_while_another_thread_uses_the_device(loop, requests):
+    """One that searches without a pause, takes memory, pins some, and waits: none of it gets into a recording, or
+    breaks one off. (What torch does not allow beside a recording is `torch.cuda.empty_cache`.)"""
+    native = loop("cuda")
+    expected = native.run(requests)
+    native.engine.free_cache()
+    generator = np.random.default_rng(0)
+    vectors = generator.standard_normal((5000, 64), np.float32).astype(np.float16)
+    rows, queries = DeviceRows([(0, vectors)], "cuda"), generator.standard_normal((30, 64), np.float32)
+    wanted, is_done, failures, num_searches = rows.search(queries, 16), threading.Event(), [], 0
+
+    def search_on():
+        nonlocal num_searches
+        stream = torch.cuda.Stream()
+        try:
+            while not is_done.is_set():
+                for one, other in zip(rows.search(queries, 16), wanted, strict=True):
+                    np.testing.assert_array_equal(one, other)
+                with torch.cuda.stream(stream):
+                    taken = torch.full((int(generator.integers(1, 1 << 22)),), 7, device="cuda")
+                    assert int(taken.sum()) == 7 * len(taken)
+                    taken[:9].cpu().pin_memory()
+                num_searches += 1
+        except BaseException as failure:  # of a thread: raised below
+            failures.append(failure)
+
+    thread = threading.Thread(target=search_on)
+    thread.start()
+    try:
+        for _ in range(3):
+            check_same(expected, native.run(requests))
+            assert native.statistics.num_recordings > 0
+            native.engine.free_cache()
+    finally:
+        is_done.set()
+        thread.join()
+    if failures:
+        raise failures[0]
+    assert num_searches > 0
+
+
+def test_a_pass_that_finds_no_memory_is_made_in_parts():
+    """By an allocator that refuses. What the failed pass held is free again when the parts are made."""
+    shape = {"vocab_size": 64, "hidden_size": 512, "intermediate_size": 4096, "num_hidden_layers": 2}
+    config = DecoderConfig(**shape, num_attention_heads=4, num_key_value_heads=2, head_dim=128)
+    model = Decoder(config).to("cuda", torch.bfloat16).requires_grad_(False)
+    lengths = np.array([1900, 1, 2000, 1500, 1])
+    ends = torch.tensor([0, *np.cumsum(lengths)]).cuda()
+    slots, starts = torch.arange(5).cuda(), torch.zeros(5, dtype=torch.int64).cuda()
+    tokens = Tokens(torch.arange(lengths.sum()).cuda() % 64, ends, slots, starts, lengths)
+    found, splits, (_, total) = [], [], torch.cuda.mem_get_info()
+    for room in (None, 64 << 20):  # of all tokens the two gates alone take 84 MiB
+        cache = KVCache(config, 5, 2048, torch.bfloat16, "cuda")
+        torch.cuda.empty_cache()
+        if room is not None:
+            torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + room) / total)
+        try:
+            hidden = forward_in_parts(model, cache, tokens, lambda room=room: splits.append(room))
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+        found.append((hidden, *cache.keys, *cache.values))
+    assert splits and set(splits) == {64 << 20}
+    for one, other in zip(*found, strict=True):
+        assert float((one.float() - other.float()).norm()) <= 0.01 * float(one.float().norm())

@@ -78,6 +78,29 @@ def test_two_steps_of_the_built_in_model(tmp_path, make_console, algorithm, dtyp
     assert (config.run_directory / "checkpoints" / "latest" / "hf" / "model.safetensors").is_file()
 
 
+@pytest.mark.parametrize(("dtype", "overlap"), [("float32", True), ("bfloat16", False)])
+def test_what_leaves_the_gpu_in_between_leaves_no_trace(tmp_path, make_console, dtype, overlap):
+    """Moments, reference, replica and index come and go beside a cache and graphs that stay, and searches run in a
+    thread of their own. (In bf16 not beside decoding, as rows that step together decide about last digits.)"""
+    found = []
+    for name, moves in (("here", False), ("away", True)):
+        values = demo(tmp_path / name, "grpo", dtype).model_dump()
+        values["retrieval"] |= {"backend": "dense", "device": "cuda", "hashing_dimension": 256}
+        values["retrieval"] |= {"park_during_update": moves}
+        values["rollout"] |= {"overlap": moves and overlap, "keep_cache": moves}
+        values["model"]["offload"] = dict.fromkeys(("optimizer", "reference", "replica"), moves)
+        config = Config.model_validate(values)
+        train(config, make_console())
+        found.append(rows(config))
+    (_, first, second), (_, other, last) = found
+    for key in ("reward_mean", "searches_mean", "response_tokens_mean", "policy_tokens"):
+        assert first[key] == other[key], key
+    assert other["searches_mean"] > 0 and other["grad_norm"] == pytest.approx(first["grad_norm"], rel=1e-2)
+    assert second["skipped_updates"] == last["skipped_updates"] == 0
+    if dtype == "float32":
+        assert last["grad_norm"] == pytest.approx(second["grad_norm"], rel=0.1)
+
+
 @pytest.mark.parametrize(
     ("algorithm", "dtype", "lora"),
     [("grpo", "float32", {}), ("ppo", "bfloat16", {}), ("ppo", "bfloat16", {"rank": 4})],

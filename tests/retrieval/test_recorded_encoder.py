@@ -5,6 +5,8 @@ All of it runs on a CPU, where a pass is replayed by running it; with `cuda` it 
 
 from __future__ import annotations
 
+import importlib
+import json
 from functools import partial
 
 import numpy as np
@@ -12,9 +14,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from live_bytes import LiveBytes
 from test_encoders import GIVEN, make_model, texts
 
-from searchr1_fast.retrieval.encoder_bert import BertEncoder, BertSettings
+from searchr1_fast.retrieval import memory_plan
+from searchr1_fast.retrieval.encoder_bert import _SMALL_TILE, _TOKENS_AT_ONCE, BertEncoder, BertSettings
 from searchr1_fast.retrieval.recorded_encoder import PackedTexts, RecordedForward, fill, num_numbers, num_places
 
 GPU = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")])
@@ -90,6 +94,28 @@ def test_a_recorded_vector_depends_on_its_text_alone(tmp_path, pooling, device):
     encoder._recorded.enabled = False
     assert (encoder.encode_passages(contents[:100]) == together[:100]).all()
     assert (encoder.encode_passages(contents[:1]) == together[:1]).all()
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+@pytest.mark.parametrize("changes", [BERT, {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 4}])
+def test_a_pass_takes_what_the_plan_says(tmp_path, monkeypatch, pooling, changes):
+    """Weights to the byte, and what is there at a time to a few per cent."""
+    sizes = RecordedForward(lambda texts: None, torch.device("cpu"), _SMALL_TILE["cuda"], _TOKENS_AT_ONCE).sizes
+    assert sizes[-1] == memory_plan.RECORDED_ROWS
+    monkeypatch.setattr(memory_plan, "RECORDED_ROWS", 1024)
+    make_model(tmp_path, **changes)
+    model = BertEncoder(tmp_path, BertSettings(pooling, True, 32, "", ""))._model
+    weights, work = memory_plan.encoder_bytes(json.loads((tmp_path / "config.json").read_text()))
+    pairs = [pair for layer in model._layers for pair in (*layer.products, layer.norm, layer.last_norm)]
+    pairs += [(model._words, model._positions), model._embedding_norm]
+    assert weights == sum(tensor.nbytes for pair in pairs for tensor in pair)
+    packed = PackedTexts.views(torch.zeros(num_numbers(1024), dtype=torch.int64), 1024)
+    fill(packed, [[5] * 9] * 3)
+    attention = importlib.import_module("searchr1_kernels.cached_attention")
+    monkeypatch.setattr(attention, "_OPERATOR", attention._cached_attention)
+    with LiveBytes() as counted:
+        model.pooled_packed(packed, pooling)
+    assert work == pytest.approx(counted.peak, rel=0.05)
 
 
 def test_a_batch_takes_the_next_size_that_has_room():

@@ -298,6 +298,37 @@ def test_buffers_are_used_again_when_the_device_is_done_with_them(monkeypatch):
     assert waited == [0, 1, 2, 3, 4, 5]
 
 
+def test_what_a_failed_step_has_sent_arrives_before_its_buffers_are_filled_again(monkeypatch):
+    """One that finds no memory sends its inputs and asks nothing back, so that no event tells when they are there."""
+    waited = []
+
+    class Stream:
+        def synchronize(self):
+            waited.append("stream")
+
+    class Event:
+        def record(self, stream):
+            assert isinstance(stream, Stream)
+
+        def synchronize(self):
+            waited.append("event")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    transfers = Transfers(CPU)
+    transfers._is_cuda = True
+    (sent,) = transfers.send([np.array([10])])  # and then it fails
+    (other,) = transfers.send([np.array([11])])
+    receipt = transfers.fetch(pack(other, torch.zeros(1)))
+    assert (sent.tolist(), waited) == ([10], [])
+    (again,) = transfers.send([np.array([12])])
+    assert (again.data_ptr(), waited) == (sent.data_ptr(), ["stream"])
+    transfers.fetch(pack(again, torch.zeros(1)))
+    assert receipt.wait()[0].tolist() == [11]
+    transfers.finish()
+    assert waited == ["stream", "event", "event"]
+
+
 # ---------------------------------------------------------------------------------------------------------------- GPU
 
 

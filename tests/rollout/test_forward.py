@@ -8,7 +8,7 @@ import torch
 from trajectories import check_same
 
 from searchr1_fast.models import KVCache
-from searchr1_fast.rollout import Engine, SamplingParams, SearchLoop
+from searchr1_fast.rollout import Engine, SamplingParams, SearchLoop, engine
 from searchr1_fast.rollout.decode_graph import DecodeGraphs
 from searchr1_fast.rollout.forward import Tokens, forward_in_parts
 
@@ -79,6 +79,27 @@ def test_a_rollout_with_little_memory_is_the_same(
     assert max(sizes) <= 11
     computed = loop.statistics.num_prefill_tokens + loop.statistics.num_decode_tokens
     assert graphs is not None or sum(sizes) == computed
+
+
+@pytest.mark.parametrize("graphs", [None, DecodeGraphs])
+def test_no_memory_for_the_cache_leaves_none_behind(
+    make_model, tokenizer, config, make_requests, fake_search, monkeypatch, graphs
+):
+    """Whoever makes room, and runs again, has an engine as it was."""
+    model, requests = make_model(4), make_requests(6)
+    expected = SearchLoop(Engine(model, tokenizer, config, COOL), fake_search).run(requests)
+    loop = SearchLoop(Engine(model, tokenizer, config, COOL, decode_graphs=graphs), fake_search)
+    loop.run(requests[:2])
+
+    def refuse(*arguments, **options):
+        raise torch.OutOfMemoryError("no memory for a cache")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "KVCache", refuse)
+        with pytest.raises(torch.OutOfMemoryError) as error:
+            loop.run(requests)
+    assert "rollout.max_num_seqs" in error.value.__notes__[-1]
+    check_same(expected, loop.run(requests))
 
 
 def test_no_memory_for_one_token_ends_the_rollout(

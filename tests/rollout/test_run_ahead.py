@@ -159,6 +159,21 @@ def test_memory_goes_when_the_device_is_done_with_it(make_model, tokenizer, conf
     assert engine._cache is engine._graphs is engine._last_tokens is None
 
 
+def test_a_cache_goes_back_to_the_driver(make_model, tokenizer, config, make_requests, fake_search, monkeypatch):
+    """Where torch would keep it for whoever takes a piece of it; and not before it is gone."""
+    engine = Engine(make_model(4), tokenizer, config, decode_graphs=DecodeGraphs)
+    SearchLoop(engine, fake_search).run(make_requests(2))
+    held = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: held.append((engine._cache, engine._graphs)))
+    engine._transfers.device = torch.device("cuda", 0)
+    engine.keep_cache = True
+    engine.free_cache()
+    assert held == []
+    engine.keep_cache = False
+    engine.free_cache()
+    assert held == [(None, None)]
+
+
 def test_broken_weights_are_named_all_the_same(make_model, tokenizer, config, make_requests, fake_search):
     model = make_model(4)
     engine = Engine(model, tokenizer, config, run_ahead=True)
