@@ -106,7 +106,7 @@ class PromptConfig(Section):
     template: str = "Question: {question}\n"
     """Text with `{question}`, or one of the named templates in prompt.py: `plain`, `search_r1`."""
     chat_template: bool = False
-    """Put the prompt through the tokenizer's chat template as one user turn."""
+    """Put the prompt through the tokenizer's chat template as one user turn; what ends a turn there ends one."""
 
 
 class WorldConfig(Section):
