@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from searchr1_fast.models import load_model, load_weights, meta_model, save_model
+from searchr1_fast.models import load_model, load_weights, meta_model, save_model, save_weights
 
 
 def same_weights(ours: torch.nn.Module, theirs: torch.nn.Module) -> bool:
@@ -42,11 +42,43 @@ def test_a_head_that_is_tied_is_one_tensor_and_a_copy_of_it_in_the_file_is_left_
     """Some published directories of tied models hold the head as well (Qwen3-0.6B's does)."""
     make_reference("qwen3-grouped-tied").save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
-    weights["lm_head.weight"] = weights["model.embed_tokens.weight"] + 1
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     model = load_model(tmp_path)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert torch.equal(model.lm_head.weight, weights["model.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize("place", ["the last number", "the shape"])
+def test_a_head_that_is_tied_and_another_matrix_in_the_file_is_refused(place, make_reference, tmp_path, monkeypatch):
+    """transformers 5 ties nothing then, and computes another model."""
+    monkeypatch.setattr("searchr1_fast.models.weights._ROWS_COMPARED", 100)
+    reference = make_reference("llama-scaled-tied")
+    reference.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    head = weights["model.embed_tokens.weight"].clone()
+    head[-1, -1] += 1
+    weights["lm_head.weight"] = head if place == "the last number" else head[:-1].clone()
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lm_head.weight in the files is another matrix; set tie_word_embeddings to"):
+        load_model(tmp_path)
+    if place == "the last number":
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert not torch.equal(theirs.lm_head.weight, theirs.model.embed_tokens.weight)
+    critic = meta_model(tmp_path)
+    critic.lm_head = None
+    load_weights(critic.to_empty(device="cpu"), tmp_path)  # has no use for either
+    assert same_weights(critic.model, reference.model)
+
+
+def test_a_tied_head_is_written_once_however_weights_are_given(make_reference, tmp_path):
+    """A state dict has it under both names."""
+    make_reference("llama-scaled-tied").save_pretrained(tmp_path / "original")
+    model = load_model(tmp_path / "original")
+    assert "lm_head.weight" in model.state_dict()
+    save_weights(model.state_dict(), model.config, tmp_path / "export")
+    assert load_file(tmp_path / "export" / "model.safetensors").keys() == dict(model.named_parameters()).keys()
+    assert same_weights(load_model(tmp_path / "export"), model)
 
 
 def test_a_model_without_a_head_reads_the_others(make_reference, tmp_path):
