@@ -4,12 +4,12 @@
     python bench/replayed_step.py --model qwen2.5-3b --workload A --scale 0.125 --output
     python bench/replayed_step.py --model tiny --device cpu --dtype float32 --scale 0.02 --plain
 
-Two published workloads (turn_script.py): A, 512 questions with 4 samples and one search each; B, 512 with 5 and three
-searches. `--scale` takes that share of the questions. The step is that of the trainer, function by function (steps.py):
-sampling with real searches between turns, packing, the loss and its optimizer step, handing over the weights. What the
-random weights would not do, a script does: each turn's text, with its query, is given (turn_script.py). The prompt is
-Search-R1's template over a question about a generated encyclopedia, which BM25 searches. One process, one GPU: what is
-given a second is a GPU's.
+Two published workloads (turn_script.py): A, 512 questions with 4 samples and one search each, which come to 760 tokens
+a trajectory; B, 512 with 5 and three searches, 1,820 tokens. `--scale` takes that share of the questions. The step is
+that of the trainer, function by function (steps.py): sampling with real searches between turns, packing, the loss and
+its optimizer step, handing over the weights. What the random weights would not do, a script does: each turn's text,
+with its query, is given (turn_script.py). The prompt is Search-R1's template over a question about a generated
+encyclopedia, which BM25 searches. One process, one GPU: what is given a second is a GPU's.
 
 The limit is what the same step would take if matrix products ran at the rate of one large product, and memory at that
 of a large copy, both measured here: products of the prefill and of the update as they are done, and for every decode
