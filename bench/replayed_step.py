@@ -40,7 +40,7 @@ from rich import box
 from rich.table import Table
 from steps import PHASES, STEP, Step, our_step, plain_step, share_of_equal
 from turn_script import WORKLOADS, ScriptedEngine, ScriptedPlainEngine, Workload, write_scripts
-from workload import add_model_arguments, peak_flops, random_decoder, release, tiny_config
+from workload import add_model_arguments, make_plan, peak_flops, random_decoder, release, tiny_config
 
 from searchr1_fast.config import Config
 from searchr1_fast.console import Console, make_console
@@ -57,7 +57,7 @@ from searchr1_fast.prompt import PromptBuilder
 from searchr1_fast.retrieval.memory_plan import size_text
 from searchr1_fast.rollout import Engine, SearchLoop
 from searchr1_fast.run import Run
-from searchr1_fast.types import Question
+from searchr1_fast.types import PackedBatch, Question
 
 OURS, PLAIN = "ours", "plain"
 PLAIN_POSITIONS = 8192  # of a micro-batch of the twin's, at most
@@ -170,9 +170,13 @@ def attended(step: Step) -> int:
 
 def update_flops(run: Run, step: Step, options: argparse.Namespace) -> dict[str, float]:
     """`model` and `done` of random_work.py; half of the trajectories win, so all groups are trained on."""
-    advantages = np.ones(len(step.trajectories), dtype=np.float32)
-    work = Work.of(step.trajectories, pack(step.trajectories, advantages, options.tokens_per_microbatch))
+    work = Work.of(step.trajectories, packed(step, options))
     return count_flops(run.policy.replica.config, work, options.checkpointing)
+
+
+def packed(step: Step, options: argparse.Namespace) -> list[PackedBatch]:
+    """The micro-batches of ours."""
+    return pack(step.trajectories, np.ones(len(step.trajectories)), options.tokens_per_microbatch)
 
 
 def measure(options: argparse.Namespace, ranks: Ranks, say: Callable[[str], None]) -> dict[str, Any]:
@@ -239,6 +243,7 @@ def system(
     name: str, run: Run, steps: list[Step], peak: int | None, options: argparse.Namespace, limit: dict[str, float]
 ) -> dict[str, Any]:
     """One column; the first step warms up."""
+    device = run.ranks.device
     seconds = harness.medians([step.seconds for step in steps[1:]])
     step, count = steps[-1], len(steps[-1].trajectories)
     tokens = sum(len(trajectory.token_ids) for trajectory in step.trajectories)
@@ -250,12 +255,12 @@ def system(
         "peak_bytes": peak,
         "cost": asdict(step.cost),
     }
-    rate, peak_rate = (
-        update_flops(run, step, options)["model"] / seconds["update"],
-        peak_flops(run.ranks.device, options),
-    )
+    if name == OURS:  # on a GPU, wherever this runs
+        one["planned_bytes"] = make_plan(run.config, run.policy.replica.config, packed(step, options), device).peak
+    # What the workload asks for, of both the same, however much either does of it, or beside it.
+    rate = update_flops(run, step, options)["model"] / seconds["update"]
     one["update_of_matmul"] = rate / (limit["matmul_tflops"] * 1e12)
-    if peak_rate is not None:
+    if (peak_rate := peak_flops(device, options)) is not None:
         one["update_mfu"] = rate / peak_rate
     return one
 
@@ -295,6 +300,7 @@ def table_of(row: dict[str, Any]) -> Table:
     for label, key in (("MFU of the update", "update_mfu"), ("update, of one matmul's rate", "update_of_matmul")):
         if key in systems[OURS]:
             table.add_row(label, *(f"{one[key]:.1%}" for one in systems.values()))
+    table.add_row("memory of a GPU, as planned", size_text(systems[OURS]["planned_bytes"]), *[""] * (len(systems) - 1))
     peaks = [one["peak_bytes"] for one in systems.values()]
     table.add_row("peak memory", *("no GPU" if peak is None else size_text(peak) for peak in peaks))
     table.caption = (

@@ -30,6 +30,7 @@ def test_a_step_does_the_work_of_its_script(bench, capsys, workload, samples, se
     assert row["workload"]["searches_mean"] == searches
     ours, plain = (row["systems"][name] for name in ("ours", "plain"))
     assert plain["equal_trajectories"] == 1
+    assert ours["planned_bytes"] > 0 and "planned_bytes" not in plain
     assert ours["update_of_matmul"] > 0 and plain["update_of_matmul"] > 0
     assert ours["cost"]["sampled_tokens"] == plain["cost"]["sampled_tokens"]
     assert ours["cost"]["prefill_tokens"] < plain["cost"]["prefill_tokens"]
