@@ -14,6 +14,11 @@ from transformers import AutoModelForCausalLM
 
 from searchr1_fast.models import load_model, load_weights, meta_model, save_model, save_weights
 
+SCALED = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 24,
+}  # fmt: skip
+
 
 def same_weights(ours: torch.nn.Module, theirs: torch.nn.Module) -> bool:
     mine, other = dict(ours.named_parameters()), dict(theirs.named_parameters())
@@ -185,6 +190,10 @@ def test_token_ids_for_generation_are_kept(make_reference, tmp_path):
             {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}},
             "lacks low_freq_factor, high_freq",
         ),
+        ("llama-plain", {"rope_parameters": {"rope_theta": "1e6"}}, "rope_theta must be a number above 0, not '1e6'"),
+        ("llama-plain", {"rope_parameters": SCALED | {"factor": "8"}}, "factor must be a number above 0, not '8'"),
+        ("llama-plain", {"rope_parameters": SCALED | {"low_freq_factor": 9}}, "scaling that cannot be"),
+        ("llama-plain", {"rope_parameters": {"full_attention": SCALED}}, "layers of type 'full_attention'"),
         ("llama-plain", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ("llama-plain", {"head_dim": 15}, "head_dim 15 is odd"),
         ("qwen2-grouped-tied", {"hidden_size": 50}, "50 is not a multiple of num_attention_heads 4"),
