@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class Section(BaseModel):
@@ -326,7 +327,7 @@ class OptimizerConfig(Section):
     final_learning_rate_ratio: Fraction = 0.0
     """`linear`, `cosine`: the share of the learning rate that is left at the run's end."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
 
     @model_validator(mode="after")
