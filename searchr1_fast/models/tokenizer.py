@@ -153,7 +153,7 @@ class TextTokenizer:
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
         environment.globals["raise_exception"] = _raise_template_error
-        names = {"bos_token": self.start_text, "eos_token": self.eos_token or ""}
+        names = {"bos_token": self.start_text, "eos_token": self.eos_token or "", "tools": None, "documents": None}
         try:
             template = environment.from_string(self.chat_template)
             return template.render(messages=messages, add_generation_prompt=add_generation_prompt, **names)

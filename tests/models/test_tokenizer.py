@@ -140,6 +140,11 @@ def test_a_template_that_does_not_render_is_one_sentence(tokenizer, template, sa
         TextTokenizer(tokenizer.backend, "<|end|>", template).apply_chat_template("hi")
 
 
+def test_a_template_is_given_the_names_that_transformers_gives(tokenizer):
+    template = "{% if tools is not none or documents is not none %}?{% endif %}{{ messages[0].content + eos_token }}"
+    assert TextTokenizer(tokenizer.backend, "<|end|>", template).apply_chat_template("hi") == "hi<|end|>"
+
+
 def test_one_of_several_templates_is_the_default(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
