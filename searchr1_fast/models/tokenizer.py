@@ -157,10 +157,7 @@ class TextTokenizer:
         try:
             template = environment.from_string(self.chat_template)
             return template.render(messages=messages, add_generation_prompt=add_generation_prompt, **names)
-        except (
-            jinja2.TemplateError,
-            TypeError,
-        ) as error:  # the latter is Python's, of what an undefined name is put to
+        except (jinja2.TemplateError, TypeError) as error:  # Python's own, where values do not go together
             raise ValueError(f"the model's chat template does not render: {error}") from error
 
     def save(self, directory: Path) -> None:

@@ -29,7 +29,7 @@ SINGLE = "model.safetensors"
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
-_ROWS_COMPARED = 4096  # at a time: 40 MB of a 7B's
+_ROWS_COMPARED = 4096  # at a time: 20 MB of a 4B's
 _FLOATING = ("F64", "F32", "F16", "BF16")  # as safetensors spells them
 _NAMES_SHOWN = 3
 
