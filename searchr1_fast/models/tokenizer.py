@@ -145,7 +145,7 @@ class TextTokenizer:
 
     def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
         if self.chat_template is None:
-            raise ValueError("prompt.chat_template is on, but the model's directory has no chat template")
+            raise ValueError("the model's directory has no chat template; set prompt.chat_template=false")
         import jinja2.sandbox  # comes with transformers; needed only here
 
         # A template is code from wherever the model came from: it must reach nothing but its arguments.
