@@ -133,6 +133,12 @@ def commit() -> str | None:
         return None
 
 
+def refuse_ranks() -> None:
+    """ValueError under torchrun: each rank would measure beside the others, and leave a row."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("this benchmark runs in one process; start it with python, not torchrun")
+
+
 def add_output_argument(parser: argparse.ArgumentParser, name: str) -> None:
     """`--output [FILE]`."""
     default = RESULTS / f"{name}.jsonl"

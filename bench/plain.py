@@ -35,7 +35,7 @@ from searchr1_fast.distributed import Ranks, copy_parameters, reshard, shard
 from searchr1_fast.metrics import PhaseTimers
 from searchr1_fast.models import Decoder, load_model, resolve
 from searchr1_fast.packing import policy_mask
-from searchr1_fast.policy import Learner
+from searchr1_fast.policy import Learner, empty_replica
 from searchr1_fast.rollout import PlainEngine, SearchLoop
 from searchr1_fast.run import Run
 from searchr1_fast.schedule import policy_learning_rate
@@ -106,7 +106,7 @@ class PlainPolicy(Learner):
         scorer = PlainScorer(decoder, config.rollout.temperature)
         self.replica = decoder
         if dtype != torch.float32:
-            self.replica = Decoder(decoder.config).to(ranks.device, dtype).requires_grad_(False)
+            self.replica = empty_replica(decoder, dtype, ranks.device)
         shard(scorer, decoder.layers, ranks, dtype)
         super().__init__("plain", scorer, policy_learning_rate(config), config, ranks)
         self.algorithm = config.algorithm

@@ -1,20 +1,25 @@
-"""A whole RL step on a published shape with random weights: rollout, retrieval and update, each doing its true work.
+"""The whole RL step on a published shape with random weights and turns of real lengths: rollout, searches, update.
 
+    python bench/throughput.py --model qwen2.5-3b --workload A --scale 0.125       # with the plain twin
     python bench/replayed_step.py --model qwen2.5-3b --workload A --scale 0.125 --output
     python bench/replayed_step.py --model tiny --device cpu --dtype float32 --scale 0.02 --plain
 
-Two published workloads (turn_script.py): A, 512 questions with 4 samples and one search each; B, 512 with 5 and three
-searches. `--scale` takes that share of the questions. The step is that of the trainer, function by function (steps.py):
-sampling with real searches between turns, packing, the loss and its optimizer step, handing over the weights. What the
-random weights would not do, a script does: each turn's text, with its query, is given (turn_script.py). The prompt is
-Search-R1's template over a question about a generated encyclopedia, which BM25 searches.
+Two published workloads (turn_script.py): A, 512 questions with 4 samples and one search each, which come to 760 tokens
+a trajectory; B, 512 with 5 and three searches, 1,820 tokens. `--scale` takes that share of the questions. The step is
+that of the trainer, function by function (steps.py): sampling with real searches between turns, packing, the loss and
+its optimizer step, handing over the weights. What the random weights would not do, a script does: each turn's text,
+with its query, is given (turn_script.py). The prompt is Search-R1's template over a question about a generated
+encyclopedia, which BM25 searches. One process, one GPU: what is given a second is a GPU's.
 
 The limit is what the same step would take if matrix products ran at the rate of one large product, and memory at that
 of a large copy, both measured here: products of the prefill and of the update as they are done, and for every decode
 step the weights once and every sequence's keys and values once. Nothing overlaps in it, as nothing does in the step.
 
 `--plain` runs the twin that does what the original does (plain.py) on the same trajectories: in lock-step, contexts
-computed again every turn, right-padding, the head on every token, old log-probabilities computed again.
+computed again every turn, right-padding, the head on every token, old log-probabilities computed again. On a GPU it
+begins when ours has left the memory, which the two would not share at these sizes; it recomputes activations as ours
+does, and its micro-batches have 8,192 positions at most, about the original's eight sequences: logits of all of them
+are there at once.
 """
 
 from __future__ import annotations
@@ -22,40 +27,40 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from functools import partial
 from typing import Any
 
 import harness
 import numpy as np
 import torch
-from plain import VARIANTS, PlainPolicy, plain_run
+from plain import VARIANTS, PlainPolicy
 from random_work import Work, count_flops
 from rich import box
 from rich.table import Table
-from steps import PHASES, STEP, Step, our_step, plain_step
+from steps import PHASES, STEP, Step, our_step, plain_step, share_of_equal
 from turn_script import WORKLOADS, ScriptedEngine, ScriptedPlainEngine, Workload, write_scripts
-from workload import add_model_arguments, peak_flops, random_decoder, tiny_config
+from workload import add_model_arguments, make_plan, peak_flops, random_decoder, release, tiny_config
 
 from searchr1_fast.config import Config
 from searchr1_fast.console import Console, make_console
 from searchr1_fast.distributed import Ranks, process
-from searchr1_fast.environment import build_environments
+from searchr1_fast.environment import Environment, build_environments
 from searchr1_fast.errors import entry_point
 from searchr1_fast.evaluate import trajectory_seed
 from searchr1_fast.metrics import PhaseTimers
-from searchr1_fast.models import TextTokenizer, load_tokenizer
+from searchr1_fast.models import Decoder, TextTokenizer, load_tokenizer
 from searchr1_fast.models.published import published_config
 from searchr1_fast.packing import pack
-from searchr1_fast.policy import Policy
+from searchr1_fast.policy import Learner, Policy
 from searchr1_fast.prompt import PromptBuilder
 from searchr1_fast.retrieval.memory_plan import size_text
-from searchr1_fast.rollout import SearchLoop
+from searchr1_fast.rollout import Engine, SearchLoop
 from searchr1_fast.run import Run
-from searchr1_fast.types import Question
+from searchr1_fast.types import PackedBatch, Question
 
 OURS, PLAIN = "ours", "plain"
+PLAIN_POSITIONS = 8192  # of a micro-batch of the twin's, at most
 
 
 def make_config(options: argparse.Namespace, workload: Workload) -> Config:
@@ -92,30 +97,52 @@ def num_questions(options: argparse.Namespace, workload: Workload) -> int:
     return max(2, round(options.scale * workload.questions))
 
 
-def build(config: Config, options: argparse.Namespace, ranks: Ranks, ui: Console) -> Run:
-    """A run over random weights that writes nothing down. No token of its tokenizer ends a turn by itself."""
-    tokenizer = TextTokenizer(load_tokenizer("builtin:base").backend)
-    shape = tiny_config(tokenizer.vocab_size) if options.model == "tiny" else published_config(options.model)
-    environment, _ = build_environments(config, ranks, ui)
-    policy = Policy(random_decoder(shape, ranks.device), config, ranks)
-    engine = ScriptedEngine(policy.replica, tokenizer, config.rollout)
+def make_run(config: Config, ranks: Ranks, environment: Environment, policy: Learner, engine: Engine) -> Run:
+    """A run that writes nothing down."""
     return Run(
-        config=config, ranks=ranks, ui=ui,
+        config=config, ranks=ranks, ui=Console(quiet=True),
         timers=PhaseTimers(torch.cuda.synchronize if ranks.device.type == "cuda" else None),
-        stream=None, environment=environment, evaluations={}, tokenizer=tokenizer,
-        prompt=PromptBuilder(config.prompt, tokenizer), policy=policy, critic=None, engine=engine,
+        stream=None, environment=environment, evaluations={}, tokenizer=engine.tokenizer,
+        prompt=PromptBuilder(config.prompt, engine.tokenizer), policy=policy, critic=None, engine=engine,
         loop=SearchLoop(engine, environment.search), checkpoints=None,
     )  # fmt: skip
 
 
-def twin_of(run: Run, options: argparse.Namespace) -> Run:
-    """The run the plain way, with the same weights."""
-    config, device = run.config, run.ranks.device
-    copy = random_decoder(run.policy.replica.config, device)
-    source = run.policy.replica.state_dict()
-    copy.load_state_dict({name: tensor.float() for name, tensor in source.items()})
-    policy = PlainPolicy(copy, config, run.ranks, None)
-    return plain_run(run, policy, VARIANTS[options.plain_variant], ScriptedPlainEngine)
+def build(config: Config, options: argparse.Namespace, ranks: Ranks, environment: Environment) -> Run:
+    """Ours, over random weights. No token of its tokenizer ends a turn by itself."""
+    policy = Policy(same_decoder(config, options, ranks), config, ranks)
+    return make_run(config, ranks, environment, policy, ScriptedEngine(policy.replica, tokenizer(), config.rollout))
+
+
+def build_plain(config: Config, options: argparse.Namespace, ranks: Ranks, environment: Environment) -> Run:
+    """The plain twin, over the same weights."""
+    budget = min(options.tokens_per_microbatch, PLAIN_POSITIONS)
+    config = config.model_copy(
+        update={
+            "train": config.train.model_copy(update={"tokens_per_microbatch": budget}),
+            "algorithm": config.algorithm.model_copy(update={"drop_zero_variance_groups": False}),
+        }
+    )
+    decoder = same_decoder(config, options, ranks)
+    decoder.checkpoint_blocks(options.checkpointing)
+    policy = PlainPolicy(decoder, config, ranks)
+    stops = VARIANTS[options.plain_variant].stop_at_tags
+    engine = ScriptedPlainEngine(policy.replica, tokenizer(), config.rollout, stop_at_tags=stops)
+    return make_run(config, ranks, environment, policy, engine)
+
+
+def tokenizer() -> TextTokenizer:
+    """One whose tokens end no turn by themselves."""
+    return TextTokenizer(load_tokenizer("builtin:base").backend)
+
+
+def same_decoder(config: Config, options: argparse.Namespace, ranks: Ranks) -> Decoder:
+    """Random weights, whenever it is called the same."""
+    torch.manual_seed(config.run.seed)
+    tiny = options.model == "tiny"
+    return random_decoder(
+        tiny_config(tokenizer().vocab_size) if tiny else published_config(options.model), ranks.device
+    )
 
 
 def limit_seconds(run: Run, step: Step, options: argparse.Namespace) -> dict[str, float]:
@@ -143,39 +170,59 @@ def attended(step: Step) -> int:
 
 def update_flops(run: Run, step: Step, options: argparse.Namespace) -> dict[str, float]:
     """`model` and `done` of random_work.py; half of the trajectories win, so all groups are trained on."""
-    advantages = np.ones(len(step.trajectories), dtype=np.float32)
-    work = Work.of(step.trajectories, pack(step.trajectories, advantages, options.tokens_per_microbatch))
+    work = Work.of(step.trajectories, packed(step, options))
     return count_flops(run.policy.replica.config, work, options.checkpointing)
 
 
-def measure(options: argparse.Namespace, ranks: Ranks, say) -> dict[str, Any]:
+def packed(step: Step, options: argparse.Namespace) -> list[PackedBatch]:
+    """The micro-batches of ours."""
+    return pack(step.trajectories, np.ones(len(step.trajectories)), options.tokens_per_microbatch)
+
+
+def measure(options: argparse.Namespace, ranks: Ranks, say: Callable[[str], None]) -> dict[str, Any]:
     """The row."""
     workload = WORKLOADS[options.workload]
     config = make_config(options, workload)
-    run = build(config, options, ranks, Console(quiet=True))
-    questions = run.environment.questions[: config.train.questions_per_step]
-    steps = {OURS: partial(scripted, run, our_step, questions, workload)}
-    if options.plain:
-        twin = twin_of(run, options)
-        plain = partial(plain_step, twin, VARIANTS[options.plain_variant])
-        steps[PLAIN] = partial(scripted, twin, lambda _, *arguments: plain(*arguments), questions, workload)
-    taken: dict[str, list[Step]] = {name: [] for name in steps}
+    environment, _ = build_environments(config, ranks, Console(quiet=True))
+    builders = {OURS: build} | ({PLAIN: build_plain} if options.plain else {})
+    apart = ranks.device.type == "cuda" if options.apart is None else options.apart
+    row = {"benchmark": "replayed_step", **harness.circumstances(ranks.device)}
+    row["model"] = {"name": options.model, "dtype": options.dtype}
+    last: dict[str, Step] = {}
+    systems: dict[str, dict[str, Any]] = {}
+    for names in [[name] for name in builders] if apart else [list(builders)]:
+        runs = {name: builders[name](config, options, ranks, environment) for name in names}
+        steps, peaks = take_steps(runs, options, workload, say)
+        if OURS in runs:
+            row["limit_seconds"] = limit_seconds(runs[OURS], steps[OURS][-1], options)
+        for name, run in runs.items():
+            systems[name] = system(name, run, steps[name], peaks[name], options, row["limit_seconds"])
+            run.engine.close()
+        last |= {name: taken[-1] for name, taken in steps.items()}
+        del runs, run
+        release(ranks.device)
+    row["workload"] = describe(options, workload, last[OURS])
+    if PLAIN in last:
+        systems[PLAIN]["equal_trajectories"] = share_of_equal(*(one.trajectories for one in last.values()))
+    return row | {"systems": systems}
+
+
+def take_steps(
+    runs: dict[str, Run], options: argparse.Namespace, workload: Workload, say: Callable[[str], None]
+) -> tuple[dict[str, list[Step]], dict[str, int | None]]:
+    """Of each run the steps, the first of which warms up, and the peak of its last, in turn."""
+    ways = {OURS: our_step, PLAIN: lambda run, *arguments: plain_step(run, VARIANTS[options.plain_variant], *arguments)}
+    taken: dict[str, list[Step]] = {name: [] for name in runs}
     peaks: dict[str, int | None] = {}
-    for _, name in harness.interleaved(list(steps), options.steps + 1):
-        if ranks.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(ranks.device)
-        taken[name].append(steps[name]())
-        peaks[name] = torch.cuda.max_memory_allocated(ranks.device) if ranks.device.type == "cuda" else None
+    for _, name in harness.interleaved(list(runs), options.steps + 1):
+        run = runs[name]
+        device, questions = run.ranks.device, run.environment.questions[: run.config.train.questions_per_step]
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        taken[name].append(scripted(run, ways[name], questions, workload))
+        peaks[name] = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
         say(f"{name}: {taken[name][-1].seconds['total']:.2f} s")
-    ours = taken[OURS][-1]
-    return {
-        "benchmark": "replayed_step",
-        **harness.circumstances(ranks.device),
-        "model": {"name": options.model, "dtype": options.dtype},
-        "workload": describe(options, workload, ours),
-        "limit_seconds": limit_seconds(run, ours, options),
-        "systems": {name: system(name, run, ones, peaks[name], options) for name, ones in taken.items()},
-    }
+    return taken, peaks
 
 
 def scripted(run: Run, step, questions: Sequence[Question], workload: Workload) -> Step:
@@ -192,8 +239,11 @@ def trajectory_seeds(run: Run, count: int) -> list[int]:
     return [trajectory_seed(run.config.run.seed, STEP, place) for place in range(count * size)]
 
 
-def system(name: str, run: Run, steps: list[Step], peak: int | None, options: argparse.Namespace) -> dict[str, Any]:
+def system(
+    name: str, run: Run, steps: list[Step], peak: int | None, options: argparse.Namespace, limit: dict[str, float]
+) -> dict[str, Any]:
     """One column; the first step warms up."""
+    device = run.ranks.device
     seconds = harness.medians([step.seconds for step in steps[1:]])
     step, count = steps[-1], len(steps[-1].trajectories)
     tokens = sum(len(trajectory.token_ids) for trajectory in step.trajectories)
@@ -205,9 +255,13 @@ def system(name: str, run: Run, steps: list[Step], peak: int | None, options: ar
         "peak_bytes": peak,
         "cost": asdict(step.cost),
     }
-    limit = peak_flops(run.ranks.device, options)
-    if name == OURS and limit is not None:
-        one["update_mfu"] = update_flops(run, step, options)["model"] / seconds["update"] / limit
+    if name == OURS:  # on a GPU, wherever this runs
+        one["planned_bytes"] = make_plan(run.config, run.policy.replica.config, packed(step, options), device).peak
+    # What the workload asks for, of both the same, however much either does of it, or beside it.
+    rate = update_flops(run, step, options)["model"] / seconds["update"]
+    one["update_of_matmul"] = rate / (limit["matmul_tflops"] * 1e12)
+    if (peak_rate := peak_flops(device, options)) is not None:
+        one["update_mfu"] = rate / peak_rate
     return one
 
 
@@ -243,8 +297,10 @@ def table_of(row: dict[str, Any]) -> Table:
         table.add_row(phase, *(f"{one['seconds'][phase]:.2f} s" for one in systems.values()))
     table.add_row("trajectories/s", *(f"{one['trajectories_per_second']:,.2f}" for one in systems.values()))
     table.add_row("tokens/s, no padding counted", *(f"{one['tokens_per_second']:,.0f}" for one in systems.values()))
-    if "update_mfu" in systems[OURS]:
-        table.add_row("MFU of the update", f"{systems[OURS]['update_mfu']:.1%}", *[""] * (len(systems) - 1))
+    for label, key in (("MFU of the update", "update_mfu"), ("update, of one matmul's rate", "update_of_matmul")):
+        if key in systems[OURS]:
+            table.add_row(label, *(f"{one[key]:.1%}" for one in systems.values()))
+    table.add_row("memory of a GPU, as planned", size_text(systems[OURS]["planned_bytes"]), *[""] * (len(systems) - 1))
     peaks = [one["peak_bytes"] for one in systems.values()]
     table.add_row("peak memory", *("no GPU" if peak is None else size_text(peak) for peak in peaks))
     table.caption = (
@@ -266,10 +322,17 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--scale", type=float, default=0.125, help="share of the workload's questions (default: 0.125)")
     parser.add_argument("--steps", type=int, default=2, help="after one that warms up (default: 2)")
     parser.add_argument("--max-num-seqs", type=int, default=256, help="sequences under way (default: 256)")
-    parser.add_argument("--plain", action="store_true", help="the plain twin too, on the same trajectories")
+    parser.add_argument(
+        "--plain", action=argparse.BooleanOptionalAction, default=False, help="the plain twin, on the same trajectories"
+    )
+    parser.add_argument(
+        "--apart", action=argparse.BooleanOptionalAction, default=None,
+        help="the twin begins when ours has left the memory (default: on a GPU; else both take turns)",
+    )  # fmt: skip
     parser.add_argument("--plain-variant", choices=sorted(VARIANTS), default="stop", help="of the twin (default: stop)")
     harness.add_output_argument(parser, "replayed_step")
     options = parser.parse_args(argv)
+    harness.refuse_ranks()
     if not 0 < options.scale <= 1:
         raise ValueError(f"--scale {options.scale}: give a share above 0, up to 1")
     for name in ("steps", "max_num_seqs", "tokens_per_microbatch"):

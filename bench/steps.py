@@ -81,7 +81,8 @@ def our_step(run: Run, questions: Sequence[Question], scored: bool) -> Step:
     batches = [batch for minibatch in minibatches for batch in minibatch.batches]
     tokens, rows = sum(batch.num_tokens for batch in batches), sum(len(batch.scored_rows) for batch in batches)
     passes = int(run.policy.reference is not None)
-    cost = count(run, trajectories, kept, passes * tokens, passes * rows, tokens, rows, padding_tokens=0)
+    own = sum(int(batch.cu_seqlens[-1]) for batch in batches if batch.trajectory_index != [-1])  # not `padding_batch`
+    cost = count(run, trajectories, kept, passes * tokens, passes * rows, tokens, rows, padding_tokens=tokens - own)
     return Step(seconds, cost, trajectories, rewards)
 
 

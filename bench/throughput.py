@@ -3,6 +3,7 @@
     python bench/throughput.py
     python bench/throughput.py --model runs/demo --questions 16 --group-size 8 --steps 5 --output
     python bench/throughput.py --plain original,stop,kindest rollout.max_turn_tokens=128
+    python bench/throughput.py --model qwen2.5-3b --workload A --scale 0.125    # a published shape: replayed_step.py
 
 A step is rollout (with its searches), reward and advantage, log-probabilities that the update needs, update. Ours is
 made of `train`'s own functions (steps.py); the twin (plain.py) does what Search-R1 does. Both sample the same
@@ -29,13 +30,16 @@ Weights and optimizer are put back after every step, so that each repetition is 
 a machine that others use: the row holds every total, the ratio's range over repetitions, and the CPU time, which others
 disturb less (on one thread without a GPU it is the time that a quiet machine would take).
 
+With a published shape for `--model` (`qwen2.5-{0.5b,1.5b,3b,7b}`, `llama-3.2-3b`, …) weights are random, and would
+never write a tag: then turns are replayed, and everything is replayed_step.py's, its options too, with the twin unless
+`--no-plain` is said.
+
 Left out: PPO (the twin has no critic), and more than one process.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import sys
 import time
@@ -46,6 +50,7 @@ from pathlib import Path
 from typing import Any
 
 import harness
+import replayed_step
 import torch
 from plain import VARIANTS, PlainPolicy, plain_policy, plain_run
 from rich import box
@@ -57,6 +62,7 @@ from searchr1_fast.config import Config, EvalConfig, load_config
 from searchr1_fast.console import Console, make_console
 from searchr1_fast.distributed import process
 from searchr1_fast.errors import entry_point
+from searchr1_fast.models.published import PUBLISHED
 from searchr1_fast.run import Run, build_run
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "demo.yaml"
@@ -223,10 +229,17 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Con
     parser = argparse.ArgumentParser(
         prog="throughput.py", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
         description="One RL step by phase, ours against the plain twin that does what Search-R1 does.",
-        epilog="example:\n  python bench/throughput.py --questions 16 --group-size 8 --steps 5",
+        epilog="examples:\n  python bench/throughput.py --questions 16 --group-size 8 --steps 5\n"
+        "  python bench/throughput.py --model qwen2.5-3b --workload A --scale 0.125\n"
+        "  python bench/throughput.py --model qwen2.5-3b --help     options with a published shape: random weights,\n"
+        "                                                           turns of real lengths",
     )  # fmt: skip
     parser.add_argument("--config", type=Path, default=CONFIG, help="recipe (default: configs/demo.yaml)")
-    parser.add_argument("--model", metavar="DIR", help="Hugging Face or run folder (default: the recipe's)")
+    parser.add_argument(
+        "--model", metavar="DIR|SHAPE",
+        help="Hugging Face or run folder (default: the recipe's), or a published shape, which has other options: "
+        f"{', '.join(PUBLISHED)}",
+    )  # fmt: skip
     parser.add_argument("--steps", type=int, default=3, help="repetitions of the step (default: 3)")
     parser.add_argument("--questions", type=int, help="questions per step (default: the recipe's)")
     parser.add_argument("--group-size", type=int, help="samples per question (default: the recipe's)")
@@ -278,12 +291,22 @@ def build_providers(run: Run, twin: PlainPolicy, names: Sequence[str], scored: b
     return providers
 
 
+def names_a_shape(argv: Sequence[str]) -> bool:
+    """Whether `--model` is a published shape, or the tiny one, and no folder of that name."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--model")
+    name = parser.parse_known_args(argv)[0].model
+    return name in ("tiny", *PUBLISHED) and not Path(name).exists()
+
+
 @entry_point
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, and leave the row as the last line."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if names_a_shape(argv):
+        return replayed_step.main(["--plain", *argv])
     arguments, config = parse_arguments(argv)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("this benchmark runs in one process; start it with python, not torchrun")
+    harness.refuse_ranks()
     console = make_console()
     with process(config.run.device, config.run.num_threads, config.run.seed) as ranks:
         run = build_run(config, ranks, Console(quiet=True))

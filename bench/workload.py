@@ -351,6 +351,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--phases", nargs="+", choices=("update", "rollout"), default=["update", "rollout"])
     harness.add_output_argument(parser, "workload")
     options = parser.parse_args(argv)
+    harness.refuse_ranks()
     for name in ("tokens", "sequence_length", "tokens_per_microbatch", "group_size", "repetitions", "prompt_tokens"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: give at least 1")

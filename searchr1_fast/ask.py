@@ -123,10 +123,8 @@ def _ask(
         model = load_model(directory, getattr(torch, config.model.dtype), ranks.device).eval()
         environment = Environment([question], retriever, config.retrieval.topk, config.retrieval.max_retries)
         stack.callback(environment.close)
-        result = evaluate(
-            model, load_tokenizer(directory), environment, config,
-            name="ask", seed=arguments.seed,
-        )  # fmt: skip
+        tokenizer = load_tokenizer(directory, for_chat=config.prompt.chat_template)
+        result = evaluate(model, tokenizer, environment, config, name="ask", seed=arguments.seed)
     return result.scores[0]
 
 

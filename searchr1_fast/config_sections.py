@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class Section(BaseModel):
@@ -106,7 +107,7 @@ class PromptConfig(Section):
     template: str = "Question: {question}\n"
     """Text with `{question}`, or one of the named templates in prompt.py: `plain`, `search_r1`."""
     chat_template: bool = False
-    """Put the prompt through the tokenizer's chat template as one user turn."""
+    """Put the prompt through the tokenizer's chat template as one user turn; what ends a turn there ends one."""
 
 
 class WorldConfig(Section):
@@ -326,7 +327,7 @@ class OptimizerConfig(Section):
     final_learning_rate_ratio: Fraction = 0.0
     """`linear`, `cosine`: the share of the learning rate that is left at the run's end."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
 
     @model_validator(mode="after")

@@ -13,8 +13,8 @@ import torch
 
 from searchr1_fast.config import Config
 from searchr1_fast.memory_plan import memory_size, plan_rank
-from searchr1_fast.models import read_config, resolve
-from searchr1_fast.models.published import published_config
+from searchr1_fast.models import DecoderConfig, read_config, resolve
+from searchr1_fast.models.published import PUBLISHED, published_config
 from searchr1_fast.retrieval.index_format import MANIFEST
 
 DOES_NOT_FIT = 1  # exit code
@@ -27,7 +27,7 @@ def dry_run(config: Config, shape: str | None, device_memory: str | None, ranks:
     here, if there is one. `ranks` None: as many as torchrun says, else one.
     """
     num_ranks = ranks or int(os.environ.get("WORLD_SIZE", "1"))
-    decoder = published_config(shape) if shape else read_config(resolve(config.model.path))
+    decoder = published_config(shape) if shape else _decoder_of(config.model.path)
     ranks_per_machine = int(os.environ.get("LOCAL_WORLD_SIZE", "0")) or None
     missing = _missing_index(config)
     if missing is not None:
@@ -42,6 +42,17 @@ def dry_run(config: Config, shape: str | None, device_memory: str | None, ranks:
                 "each of a machine's ranks"
             )
     return DOES_NOT_FIT if plan.fits is False else 0
+
+
+def _decoder_of(path: str) -> DecoderConfig:
+    """Of a model's directory."""
+    try:
+        return read_config(resolve(path))
+    except ValueError as error:
+        if Path(path).exists() or path.startswith("builtin:"):
+            raise
+        shapes = ", ".join(PUBLISHED)
+        raise ValueError(f"{error}; to plan before it is downloaded, give its --shape: {shapes}") from error
 
 
 def _title(config: Config, shape: str | None, num_ranks: int) -> str:

@@ -90,7 +90,7 @@ def _evaluate(config: Config, names: list[str], model_path: Path | str) -> list[
         for environment in environments.values():
             stack.callback(environment.close)
         model = load_model(directory, getattr(torch, config.model.dtype), ranks.device).eval()
-        tokenizer = load_tokenizer(directory)
+        tokenizer = load_tokenizer(directory, for_chat=config.prompt.chat_template)
         engine = build_engine(model, tokenizer, config)  # one for all sets: vLLM takes its time to start
         stack.callback(engine.close)
         results = []

@@ -300,7 +300,7 @@ def build_run(config: Config, ranks: Ranks, ui: UserInterface) -> Run:
     if lora.path is not None:
         check_start(lora.path, directory, lora.rank, lora.alpha, lora.targets)
     training, evaluations = build_environments(config, ranks, ui)
-    tokenizer = load_tokenizer(directory)
+    tokenizer = load_tokenizer(directory, for_chat=config.prompt.chat_template)
     reference, has_adapter = None, lora.rank > 0
     if config.algorithm.kl_coefficient > 0 and not has_adapter:
         reference = meta_model(directory, getattr(torch, config.model.dtype))

@@ -156,3 +156,10 @@ def test_the_update_is_the_policy_s_own(bench):
 def test_what_cannot_be_measured_is_one_sentence(bench, capsys, arguments, sentence):
     assert bench("workload").main(arguments) == 2
     assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["workload", "padded_update"])
+def test_ranks_are_refused(bench, monkeypatch, capsys, name):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert bench(name).main([]) == 2
+    assert "start it with python, not torchrun" in capsys.readouterr().err

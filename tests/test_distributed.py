@@ -1,4 +1,4 @@
-"""Two ranks (gloo, FSDP2 on the CPU) do what one rank does, and leave checkpoints that one rank can take up."""
+"""Two ranks (gloo, FSDP2 on the CPU) do for twenty steps what one rank does; checkpoints of two one rank takes up."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from safetensors.torch import load_file
 from searchr1_fast.distributed import Ranks, process
 from searchr1_fast.train import train
 
-TRAIN = {"num_steps": 2, "num_minibatches": 2}
+NUM_STEPS = 20
+SEED = 1  # with 0 the rounding of sums decides one of GRPO's tokens, which is as likely as two numbers lying so close
+TRAIN = {"num_steps": NUM_STEPS, "num_minibatches": 2}
 RECOMPUTE = {"grpo": "selective", "ppo": "full", "lora": "selective"}  # on two ranks; one rank keeps every activation
 ALGORITHMS = {
     "grpo": {"kl_coefficient": 0.05},
@@ -40,7 +42,7 @@ def two_ranks(make_config, tmp_path, on_two_ranks):
         recompute = {"activation_checkpointing": RECOMPUTE[name]}
         model = MODELS.get(name, {})
         configs[name] = make_config(
-            algorithm=algorithm, model=model, run={"name": f"{name}-two"}, train=TRAIN | recompute
+            algorithm=algorithm, model=model, run={"name": f"{name}-two", "seed": SEED}, train=TRAIN | recompute
         )
         files.append(tmp_path / f"{name}.yaml")
         files[-1].write_text(configs[name].to_yaml())
@@ -53,12 +55,14 @@ def test_two_ranks(two_ranks, make_config, make_console):
     reports, configs = two_ranks
     check_collectives(reports)
     for place, (name, algorithm) in enumerate(ALGORITHMS.items()):
-        alone = make_config(algorithm=algorithm, model=MODELS.get(name, {}), run={"name": f"{name}-one"}, train=TRAIN)
+        alone = make_config(
+            algorithm=algorithm, model=MODELS.get(name, {}), train=TRAIN, run={"name": f"{name}-one", "seed": SEED}
+        )
         result = train(alone, make_console())
         check_same_rows(rows(configs[name]), rows(alone))
         check_same_weights(weights(configs[name]), weights(alone))
         for report in reports:
-            assert report["trained"][place]["step"] == 2
+            assert report["trained"][place]["step"] == NUM_STEPS
             assert report["trained"][place]["after"]["letters"]["em"] == result["after"]["letters"]["em"]
         check_resumes_on_one_rank(name, algorithm, make_config, make_console)
 
@@ -79,22 +83,23 @@ def check_collectives(reports) -> None:
 
 
 def check_same_rows(two: list[dict], one: list[dict]) -> None:
-    """Trajectories are the same to the token, so counts are equal; sums over tokens differ by rounding."""
-    assert [row["step"] for row in two] == [row["step"] for row in one] == [0, 1, 2]
+    """Trajectories are the same to the token, so counts are equal; sums over tokens differ by rounding, which over all
+    steps moves no metric by more than 1e-4 of it (2e-5 was seen, in losses near zero)."""
+    assert [row["step"] for row in two] == [row["step"] for row in one] == list(range(NUM_STEPS + 1))
     for theirs, ours in zip(two, one, strict=True):
         assert theirs.keys() == ours.keys()
         for key, value in ours.items():
             # Two ranks search in more and smaller batches, but for the same queries.
             is_time = key.startswith("time_") or key.endswith("_per_second") or key == "update_imbalance"
             if not is_time and (not key.startswith("search/") or key == "search/queries"):
-                assert theirs[key] == pytest.approx(value, rel=5e-3, abs=1e-5), (ours["step"], key)
+                assert theirs[key] == pytest.approx(value, rel=1e-4, abs=4e-6), (ours["step"], key)
     assert one[1]["grad_norm"] > 0
     assert two[1]["grad_norm"] == pytest.approx(one[1]["grad_norm"], rel=1e-5)  # before AdamW magnifies the rounding
     assert two[1]["response_tokens_mean"] == one[1]["response_tokens_mean"]
 
 
 def check_same_weights(two: dict[str, torch.Tensor], one: dict[str, torch.Tensor]) -> None:
-    """Four AdamW steps of 1e-3: a parameter whose gradient is rounding noise may go either way, the others may not."""
+    """Forty AdamW steps of 1e-3: a parameter whose gradient is rounding noise may go either way, the others may not."""
     assert two.keys() == one.keys()
     differences = torch.cat([(two[name] - one[name]).abs().flatten() for name in one])
     assert (differences < 1e-6).float().mean() > 0.99
@@ -108,14 +113,14 @@ def check_resumes_on_one_rank(name, algorithm, make_config, make_console) -> Non
         config = make_config(
             algorithm=algorithm,
             model=MODELS.get(name, {}),
-            run={"name": run, "resume": True},
-            train=TRAIN | {"num_steps": 3},
+            run={"name": run, "resume": True, "seed": SEED},
+            train=TRAIN | {"num_steps": NUM_STEPS + 1},
         )
         console = make_console()
         train(config, console)
-        assert console.notes[0].startswith("going on after step 2")
+        assert console.notes[0].startswith(f"going on after step {NUM_STEPS}")
         endings.append(rows(config)[-1])
-    assert endings[0]["step"] == 3
+    assert endings[0]["step"] == NUM_STEPS + 1
     for key in ("reward_mean", "policy_loss", "entropy", "grad_norm", "lr"):
         assert endings[0][key] == pytest.approx(endings[1][key], rel=2e-2, abs=1e-4), key
 
@@ -125,7 +130,7 @@ def rows(config) -> list[dict]:
 
 
 def weights(config) -> dict[str, torch.Tensor]:
-    return load_file(config.run_directory / "checkpoints" / "step_000002" / "hf" / "model.safetensors")
+    return load_file(config.run_directory / "checkpoints" / f"step_{NUM_STEPS:06d}" / "hf" / "model.safetensors")
 
 
 def test_one_rank_joins_no_group_and_its_collectives_are_no_ops():

@@ -152,6 +152,7 @@ def test_a_tokenizer_of_a_larger_model(train, model, tiny_tokenizer):
         (b"\xff\xfe\x00", ["own.yaml is not valid YAML", "can't decode"]),
         ("model: {lora: {rank: 0, path: sft}}\n", ["model.lora.path: rank 0 means that there is no adapter"]),
         ("model: {lora: {rank: half}}\n", ["`model.lora.rank`"]),
+        ("optimizer: {betas: [0.9, 1.0]}\n", ["`optimizer.betas.1`", "less than 1"]),
         ("train: {num_minibatches: 0}\n", ["`train.num_minibatches`", "greater than or equal to 1"]),
         ("algorithm: {group_size: 1}\n", ["algorithm.group_size: GRPO compares samples of one question"]),
     ],

@@ -38,7 +38,7 @@ _SIZES = {
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "max_position_embeddings", "head_dim"),
 }
-_NUMBERS = {"rms_norm_eps", "initializer_range", "rope_theta"}
+_NUMBERS = {"rms_norm_eps", "initializer_range"}
 
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -170,8 +170,7 @@ def _refuse_what_is_no_size(given: Mapping[str, Any]) -> None:
         if type(given[name]) is not int or given[name] < 1:
             raise ValueError(f"config.json: {name} must be a whole number above 0, not {given[name]!r}")
     for name in _NUMBERS & given.keys():
-        if type(given[name]) not in (int, float) or not given[name] > 0:
-            raise ValueError(f"config.json: {name} must be a number above 0, not {given[name]!r}")
+        _number(name, given[name])
 
 
 def _read_rope(values: Mapping[str, Any]) -> tuple[float, Llama3Scaling | None]:
@@ -179,16 +178,26 @@ def _read_rope(values: Mapping[str, Any]) -> tuple[float, Llama3Scaling | None]:
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
     if not isinstance(rope, Mapping):
         raise ValueError(f"config.json: rope_parameters (or rope_scaling) must be an object, not {rope!r}")
+    if nested := [key for key, value in rope.items() if isinstance(value, Mapping)]:
+        raise ValueError(f"config.json asks for rotations of their own for layers of type {nested[0]!r}")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "llama3"):
         raise ValueError(f"config.json asks for the rope type {kind!r}; this decoder has 'default' and 'llama3'")
     if rope.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0)) not in (None, 1.0):
         raise ValueError("config.json asks for a rotation of part of each head (partial_rotary_factor)")
-    theta = float(rope.get("rope_theta") or values.get("rope_theta") or 10000.0)
+    theta = _number("rope_theta", rope.get("rope_theta") or values.get("rope_theta") or 10000.0)
     if kind == "default":
         return theta, None
     names = [field.name for field in fields(Llama3Scaling)]
     missing = [name for name in names if rope.get(name) is None]
     if missing:
         raise ValueError(f"config.json's rope scaling lacks {', '.join(missing)}")
+    for name in names:
+        _number(name, rope[name])
     return theta, Llama3Scaling(**{name: rope[name] for name in names})
+
+
+def _number(name: str, value: Any) -> float:
+    if type(value) not in (int, float) or not value > 0:
+        raise ValueError(f"config.json: {name} must be a number above 0, not {value!r}")
+    return float(value)

@@ -8,8 +8,9 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -31,8 +32,9 @@ def _byte_alphabet() -> dict[str, int]:
 class TextTokenizer:
     """A `tokenizers.Tokenizer` with exact token bytes, what ends a turn, and an optional chat template.
 
-    `eos_ids` are all the tokens that end a turn, `eos_id` (None: there is none) the first. A Qwen base model has
-    "<|endoftext|>" for its own and ends a chat's turn with "<|im_end|>": generation_config.json lists both.
+    `eos_ids` are all the tokens that end a turn, `eos_id` (None: there is none) the first: the tokenizer's own, and
+    those that generation_config.json lists. `settings` and `generation` are what tokenizer_config.json and
+    generation_config.json said, to be handed on by `save`.
     """
 
     def __init__(
@@ -41,6 +43,8 @@ class TextTokenizer:
         eos_token: str | None = None,
         chat_template: str | None = None,
         more_eos_ids: Sequence[int] = (),
+        settings: Mapping[str, Any] = MappingProxyType({}),
+        generation: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self.backend = tokenizer
         self.eos_token = eos_token
@@ -48,6 +52,7 @@ class TextTokenizer:
         self.eos_ids = tuple(dict.fromkeys(i for i in (*own, *more_eos_ids) if i is not None))
         self.eos_id = self.eos_ids[0] if self.eos_ids else None
         self.chat_template = chat_template
+        self._settings, self._generation = settings, generation
         self._is_byte_level = '"ByteLevel"' in json.dumps(json.loads(tokenizer.to_str()).get("decoder"))
         self._added = {i: token.content.encode() for i, token in tokenizer.get_added_tokens_decoder().items()}
 
@@ -122,48 +127,74 @@ class TextTokenizer:
     def apply_chat_template(self, text: str) -> str:
         """The text as one user turn, with the opening of the assistant's turn.
 
-        Raises ValueError where the model directory has no chat template.
+        Raises ValueError where the model directory has no chat template, or one that does not render.
         """
-        if self.chat_template is None:
-            raise ValueError("prompt.chat_template is on, but the model's directory has no chat template")
-        import jinja2  # comes with transformers; needed only here
+        return self._render([{"role": "user", "content": text}], add_generation_prompt=True)
 
-        environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = _raise_template_error
-        messages = [{"role": "user", "content": text}]
-        template = environment.from_string(self.chat_template)
-        return template.render(
-            messages=messages, add_generation_prompt=True, bos_token=self.start_text, eos_token=self.eos_token or ""
+    def template_end_ids(self) -> tuple[int, ...]:
+        """The special token that the chat template puts behind what an assistant said; none where it puts none.
+
+        Base models need it said: Qwen2.5's have a template, and "<|im_end|>" behind every turn in it, but of the ends
+        of generation they list "<|endoftext|>" alone, and write the user's next turn as well.
+        """
+        said = "what an assistant said"
+        turns = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": said}]
+        behind = self._render(turns, add_generation_prompt=False).rpartition(said)[2].lstrip()
+        end = next((special for special in self._specials if behind.startswith(special)), None)
+        return () if end is None else (self.backend.token_to_id(end),)
+
+    def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+        if self.chat_template is None:
+            raise ValueError("the model's directory has no chat template; set prompt.chat_template=false")
+        import jinja2.sandbox  # comes with transformers; needed only here
+
+        # A template is code from wherever the model came from: it must reach nothing but its arguments.
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
+        environment.globals["raise_exception"] = _raise_template_error
+        names = {"bos_token": self.start_text, "eos_token": self.eos_token or "", "tools": None, "documents": None}
+        try:
+            template = environment.from_string(self.chat_template)
+            return template.render(messages=messages, add_generation_prompt=add_generation_prompt, **names)
+        except (jinja2.TemplateError, TypeError) as error:  # Python's own, where values do not go together
+            raise ValueError(f"the model's chat template does not render: {error}") from error
 
     def save(self, directory: Path) -> None:
-        """Write tokenizer.json, tokenizer_config.json, and generation_config.json where something ends a turn."""
+        """Write tokenizer.json, tokenizer_config.json, and generation_config.json where something ends a turn; what the
+        directory that was read said there beside (a token that pads, say) is said again."""
         self.backend.save(str(directory / "tokenizer.json"))
-        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.eos_token}
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast"} | dict(self._settings)
+        settings.pop("auto_map", None)  # names code in files that are not copied
+        settings["eos_token"] = self._settings.get("eos_token") or self.eos_token
         if self.start_text:
-            settings["bos_token"] = self.start_text
+            settings["bos_token"] = self._settings.get("bos_token") or self.start_text
         if self.chat_template is not None:
             settings["chat_template"] = self.chat_template
         _write_json(directory / SETTINGS, settings)
         if self.eos_ids:
-            _write_json(directory / GENERATION, {"eos_token_id": list(self.eos_ids)})
+            _write_json(directory / GENERATION, dict(self._generation) | {"eos_token_id": list(self.eos_ids)})
 
 
 def _raise_template_error(message: str) -> None:
     raise ValueError(f"the chat template says: {message}")
 
 
-def load_tokenizer(directory: Path | str) -> TextTokenizer:
+def load_tokenizer(directory: Path | str, for_chat: bool = False) -> TextTokenizer:
     """Read a Hugging Face directory's tokenizer, or a built-in one's. ValueError for a file that is missing or broken,
-    and for an end of turns that is no token."""
+    and for an end of turns that is no token.
+
+    `for_chat`: prompts will go through its chat template, so what ends a turn there ends one.
+    """
     directory = resolve(directory) if str(directory).startswith("builtin:") else Path(directory)
     path = directory / "tokenizer.json"
     if not path.is_file():
         raise ValueError(f"{directory} has no tokenizer.json; save the tokenizer with transformers' save_pretrained")
     settings = _read_if_there(directory / SETTINGS)
-    eos, listed = settings.get("eos_token"), _read_if_there(directory / GENERATION).get("eos_token_id") or []
+    generation = _read_if_there(directory / GENERATION)
+    eos, listed = settings.get("eos_token"), generation.get("eos_token_id")
     eos = eos["content"] if isinstance(eos, dict) else eos
-    listed = listed if isinstance(listed, list) else [listed]
+    listed = [] if listed is None else listed if isinstance(listed, list) else [listed]
     try:
         backend = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises nothing narrower
@@ -172,9 +203,21 @@ def load_tokenizer(directory: Path | str) -> TextTokenizer:
         raise ValueError(f"{directory / SETTINGS} ends turns with {eos!r}, and tokenizer.json has no such token")
     if unknown := [one for one in listed if not isinstance(one, int) or backend.id_to_token(one) is None]:
         raise ValueError(f"{directory / GENERATION} ends turns with {unknown[0]}, and tokenizer.json has no such id")
-    template_path = directory / "chat_template.jinja"  # where transformers 5 puts it
-    template = template_path.read_text(encoding="utf-8") if template_path.is_file() else settings.get("chat_template")
-    return TextTokenizer(backend, eos_token=eos, chat_template=template, more_eos_ids=listed)
+    options = {"settings": settings, "generation": generation}
+    tokenizer = TextTokenizer(backend, eos, _chat_template(directory, settings), listed, **options)
+    if not for_chat:
+        return tokenizer
+    return TextTokenizer(backend, eos, tokenizer.chat_template, [*listed, *tokenizer.template_end_ids()], **options)
+
+
+def _chat_template(directory: Path, settings: Mapping[str, Any]) -> str | None:
+    path = directory / "chat_template.jinja"  # where transformers 5 puts it
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    template = settings.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        template = next((one.get("template") for one in template if one.get("name") == "default"), None)
+    return template
 
 
 def _read_if_there(path: Path) -> dict[str, Any]:

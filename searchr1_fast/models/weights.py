@@ -27,6 +27,9 @@ BUILTIN = {"builtin:base": "base", "builtin:instruct": "instruct"}
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+_ROWS_COMPARED = 4096  # at a time: 20 MB of a 4B's
 _FLOATING = ("F64", "F32", "F16", "BF16")  # as safetensors spells them
 _NAMES_SHOWN = 3
 
@@ -80,18 +83,20 @@ def load_weights(model: Decoder, directory: str | Path) -> None:
     """Fill the model's parameters from a directory's files.
 
     Parameters may be plain or DTensors, of any floating type, on any device but meta. A model without a head
-    (`lm_head` None) leaves the head in the file, an adapter stays as it is. ValueError, before anything is copied: what
-    does not fit.
+    (`lm_head` None) leaves the head in the file, and so does one that is tied, of which it must be a copy of the
+    embedding; an adapter stays as it is. ValueError, before anything is copied: what does not fit.
     """
     directory = resolve(directory)
     parameters = base_parameters(model)
-    ignored = {"lm_head.weight"} - parameters.keys()
     with ExitStack() as stack:
         tensors: dict[str, Any] = {}  # name -> slices of the mapped file
         for file in _weight_files(directory):
             reader = stack.enter_context(_open(file))
-            tensors |= {name: reader.get_slice(name) for name in reader.keys() if name not in ignored}  # noqa: SIM118
+            tensors |= {name: reader.get_slice(name) for name in reader.keys()}  # noqa: SIM118
+        unused_head = tensors.pop(HEAD, None) if HEAD not in parameters else None
         _check(directory, tensors, parameters)
+        if unused_head is not None and model.lm_head is not None:
+            _check_copy(directory, unused_head, tensors[EMBEDDING], own_rows(parameters[EMBEDDING])[1])
         for name, parameter in parameters.items():
             local, rows = own_rows(parameter)
             if local.numel():
@@ -132,6 +137,21 @@ def _check(directory: Path, tensors: dict[str, Any], parameters: dict[str, torch
     found = [f"{what} {_listed(names)}" for what, names in problems if names]
     if found:
         raise ValueError(f"{directory} does not fit its config.json: it {'; it '.join(found)}")
+
+
+def _check_copy(directory: Path, head: Any, embedding: Any, rows: slice) -> None:
+    """ValueError: the head that a tied model's files hold is another matrix than the embedding. Nothing is tied by
+    transformers 5 then, so that it runs another model. `rows`: this rank's, which it reads in any case."""
+    same = tuple(head.get_shape()) == tuple(embedding.get_shape())
+    begin, end, _ = rows.indices(embedding.get_shape()[0])
+    for start in range(begin, end, _ROWS_COMPARED):
+        part = slice(start, min(start + _ROWS_COMPARED, end))
+        same = same and torch.equal(head[part], embedding[part])
+    if not same:
+        raise ValueError(
+            f"{directory}: config.json says that the head is the embedding (tie_word_embeddings), and {HEAD} in the "
+            "files is another matrix; set tie_word_embeddings to false there, or take it out of the files"
+        )
 
 
 def _listed(names: list[str]) -> str:

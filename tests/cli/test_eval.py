@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from commands import CORPUS, QUESTIONS, SMALL, one_sentence, write_jsonl
 
 from searchr1_fast import evaluate
+from searchr1_fast.models import TextTokenizer, load_tokenizer
 from searchr1_fast.rollout import Engine
 
 
@@ -45,6 +47,27 @@ def test_eval_of_several_sets_ends_with_a_table_of_all(run, tmp_path, model):
     assert (rows["tiny"][:2], rows["again"][:2]) == (["2", "0.000"], ["1", "0.000"])
     assert rows["mean"][:4] == ["of", "the", "sets", "0.000"]
     assert "mean of the sets" not in run("eval", config, "--model", model, *SMALL)[1]
+
+
+def test_eval_and_ask_end_a_chat_s_turns_as_its_template_has_it(run, tmp_path, model, monkeypatch):
+    backend = load_tokenizer(model).backend
+    backend.add_special_tokens(["!"])  # a byte, so that the embedding has its row
+    folder = Path(shutil.copytree(model, tmp_path / "chat"))
+    TextTokenizer(backend, None, "{% for m in messages %}{{ m.content }}!{% endfor %}").save(folder)
+    engines = []
+
+    class Watched(Engine):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            engines.append(self.is_eos.nonzero()[0].tolist())
+
+    monkeypatch.setattr(evaluate, "Engine", Watched)
+    config, chat = write_eval_config(tmp_path), "prompt.chat_template=true"
+    set_small = [word for setting in (*SMALL, chat) for word in ("--set", setting)]
+    assert run("eval", config, "--model", folder, *SMALL, chat)[0] == 0
+    assert run("ask", "--model", folder, "--corpus", "corpus.jsonl", *set_small, "Who?")[0] == 0
+    assert run("eval", config, "--model", folder, *SMALL)[0] == 0
+    assert engines == [[backend.token_to_id("!")]] * 2 + [[]]
 
 
 def test_eval_of_several_sets_starts_one_engine_and_ends_it(run, tmp_path, model, monkeypatch):

@@ -1,6 +1,7 @@
 """Token bytes are exact, special tokens are read only where they are meant, and a directory round-trips."""
 
 import json
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -90,6 +91,84 @@ def test_everything_that_ends_a_turn_is_read_and_kept(tokenizer, tmp_path):
     settings.unlink()
     assert load_tokenizer(tmp_path).eos_ids == (tokenizer.eos_id,)
     assert TextTokenizer(tokenizer.backend).eos_ids == ()
+
+
+QWEN = (
+    "{%- if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\\nYou help.<|im_end|>\\n' }}{% endif %}"
+    "{%- for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>' + '\\n' }}{% endfor %}"
+    "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+LLAMA = (  # as published: what a user and an assistant said ends alike
+    "{{- bos_token }}{%- for m in messages %}"
+    "{{- '<|start|>' + m['role'] + '\\n\\n' + m['content'] | trim + '<|eot|>' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|start|>assistant\\n\\n' }}{%- endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [(QWEN, "<|im_end|>"), (LLAMA, "<|eot|>"), ("{{ messages[-1].content }} <|end|>", "<|end|>"),
+     ("{% for m in messages %}{{ m.content }}\n{% endfor %}", None), ("<|end|>{{ messages[-1].content }}", None)],
+)  # fmt: skip
+def test_a_chat_ends_as_its_template_has_it(tokenizer, tmp_path, template, end):
+    """Qwen2.5's base models have a template, and say of no file that its "<|im_end|>" ends anything."""
+    backend = Tokenizer.from_str(tokenizer.backend.to_str())
+    backend.add_special_tokens(["<|im_start|>", "<|im_end|>", "<|start|>", "<|eot|>"])
+    TextTokenizer(backend, "<|end|>", template).save(tmp_path)
+    plain, chat = load_tokenizer(tmp_path), load_tokenizer(tmp_path, for_chat=True)
+    assert plain.eos_ids == (tokenizer.eos_id,)
+    ends = () if end is None else (backend.token_to_id(end),)
+    assert chat.template_end_ids() == ends
+    assert chat.eos_ids == tuple(dict.fromkeys((tokenizer.eos_id, *ends)))
+    chat.save(tmp_path)  # so an export ends where its model learned to
+    assert load_tokenizer(tmp_path).eos_ids == chat.eos_ids
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{{ messages", "does not render"),
+        ("{{ strftime_now('%d') }}", "'strftime_now' is undefined"),
+        ("{{ raise_exception('no system turn') }}", "the chat template says: no system turn"),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe"),  # a way to whatever the process may do
+        ("{{ messages.append(1) }}", "is unsafe"),
+        ("{{ messages[0].content + 1 }}", "does not render"),
+    ],
+)
+def test_a_template_that_does_not_render_is_one_sentence(tokenizer, template, said):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        TextTokenizer(tokenizer.backend, "<|end|>", template).apply_chat_template("hi")
+
+
+def test_a_template_is_given_the_names_that_transformers_gives(tokenizer):
+    template = "{% if tools is not none or documents is not none %}?{% endif %}{{ messages[0].content + eos_token }}"
+    assert TextTokenizer(tokenizer.backend, "<|end|>", template).apply_chat_template("hi") == "hi<|end|>"
+
+
+def test_one_of_several_templates_is_the_default(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    settings["chat_template"] = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert load_tokenizer(tmp_path).apply_chat_template("hi") == "D"
+
+
+def test_what_a_directory_says_beside_is_handed_on(tokenizer, tmp_path):
+    """What pads, say: without it transformers does not put two prompts into one batch."""
+    for name in ("from", "to"):
+        (tmp_path / name).mkdir()
+    tokenizer.save(tmp_path / "from")
+    more = {"pad_token": "<|end|>", "model_max_length": 77, "auto_map": {"AutoTokenizer": ["code.py", None]}}
+    eos = {"content": "<|end|>", "special": True, "__type": "AddedToken"}
+    for file, values in (("tokenizer_config", more | {"eos_token": eos}), ("generation_config", {"temperature": 0.7})):
+        path = tmp_path / "from" / f"{file}.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    load_tokenizer(tmp_path / "from").save(tmp_path / "to")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "to")
+    assert (theirs.pad_token, theirs.eos_token, theirs.model_max_length) == ("<|end|>", "<|end|>", 77)
+    assert len({len(ids) for ids in theirs(["the cat", "the cat sat"], padding=True).input_ids}) == 1
+    assert json.loads((tmp_path / "to" / "generation_config.json").read_text())["temperature"] == 0.7
+    assert "auto_map" not in json.loads((tmp_path / "to" / "tokenizer_config.json").read_text())
 
 
 def test_the_token_before_every_text_is_found_kept_and_put_before_prompts(tokenizer, tmp_path):

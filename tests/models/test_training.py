@@ -7,9 +7,11 @@ import math
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from searchr1_fast.models import load_model
+from searchr1_fast.models import TextTokenizer, load_model
+from searchr1_fast.run import open_run
 from searchr1_fast.train import train
 
 FAMILIES = {
@@ -68,3 +70,18 @@ def test_a_step_from_a_directory_to_an_export(directory, make_config, make_conso
     trained = dict(load_model(export).named_parameters())
     assert all(torch.equal(parameter, trained[name]) for name, parameter in theirs.named_parameters())
     assert not any(torch.equal(parameter, trained[name]) for name, parameter in start.named_parameters())
+
+
+def test_a_chat_s_turns_end_as_its_template_has_it(directory, tiny_tokenizer, make_config, make_console):
+    """In rollouts and in what is exported, though no file of the directory says so: Qwen2.5's base models."""
+    backend = Tokenizer.from_str(tiny_tokenizer.backend.to_str())
+    backend.add_special_tokens(["<information>"])  # one that is there, so that the embedding has its row
+    template = "{% for m in messages %}{{ m.content }}{{ '<information>' if m.role == 'assistant' }}{% endfor %}"
+    TextTokenizer(backend, tiny_tokenizer.eos_token, template).save(directory)
+    expected = [tiny_tokenizer.eos_id, backend.token_to_id("<information>")]
+    changes = {"model": {"path": str(directory)}, "prompt": {"chat_template": True}, "eval": {"sets": {}}}
+    config = make_config(train={"num_steps": 1}, **changes)
+    with open_run(config, make_console()) as run:
+        assert run.engine.is_eos.nonzero()[0].tolist() == sorted(expected)
+        run.tokenizer.save(directory)
+    assert json.loads((directory / "generation_config.json").read_text())["eos_token_id"] == expected

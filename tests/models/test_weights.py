@@ -12,7 +12,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from searchr1_fast.models import load_model, load_weights, meta_model, save_model
+from searchr1_fast.models import load_model, load_weights, meta_model, save_model, save_weights
+
+SCALED = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 24,
+}  # fmt: skip
 
 
 def same_weights(ours: torch.nn.Module, theirs: torch.nn.Module) -> bool:
@@ -42,11 +47,43 @@ def test_a_head_that_is_tied_is_one_tensor_and_a_copy_of_it_in_the_file_is_left_
     """Some published directories of tied models hold the head as well (Qwen3-0.6B's does)."""
     make_reference("qwen3-grouped-tied").save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
-    weights["lm_head.weight"] = weights["model.embed_tokens.weight"] + 1
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     model = load_model(tmp_path)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert torch.equal(model.lm_head.weight, weights["model.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize("place", ["the last number", "the shape"])
+def test_a_head_that_is_tied_and_another_matrix_in_the_file_is_refused(place, make_reference, tmp_path, monkeypatch):
+    """transformers 5 ties nothing then, and computes another model."""
+    monkeypatch.setattr("searchr1_fast.models.weights._ROWS_COMPARED", 100)
+    reference = make_reference("llama-scaled-tied")
+    reference.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    head = weights["model.embed_tokens.weight"].clone()
+    head[-1, -1] += 1
+    weights["lm_head.weight"] = head if place == "the last number" else head[:-1].clone()
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lm_head.weight in the files is another matrix; set tie_word_embeddings to"):
+        load_model(tmp_path)
+    if place == "the last number":
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert not torch.equal(theirs.lm_head.weight, theirs.model.embed_tokens.weight)
+    critic = meta_model(tmp_path)
+    critic.lm_head = None
+    load_weights(critic.to_empty(device="cpu"), tmp_path)  # has no use for either
+    assert same_weights(critic.model, reference.model)
+
+
+def test_a_tied_head_is_written_once_however_weights_are_given(make_reference, tmp_path):
+    """A state dict has it under both names."""
+    make_reference("llama-scaled-tied").save_pretrained(tmp_path / "original")
+    model = load_model(tmp_path / "original")
+    assert "lm_head.weight" in model.state_dict()
+    save_weights(model.state_dict(), model.config, tmp_path / "export")
+    assert load_file(tmp_path / "export" / "model.safetensors").keys() == dict(model.named_parameters()).keys()
+    assert same_weights(load_model(tmp_path / "export"), model)
 
 
 def test_a_model_without_a_head_reads_the_others(make_reference, tmp_path):
@@ -153,6 +190,10 @@ def test_token_ids_for_generation_are_kept(make_reference, tmp_path):
             {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}},
             "lacks low_freq_factor, high_freq",
         ),
+        ("llama-plain", {"rope_parameters": {"rope_theta": "1e6"}}, "rope_theta must be a number above 0, not '1e6'"),
+        ("llama-plain", {"rope_parameters": SCALED | {"factor": "8"}}, "factor must be a number above 0, not '8'"),
+        ("llama-plain", {"rope_parameters": SCALED | {"low_freq_factor": 9}}, "scaling that cannot be"),
+        ("llama-plain", {"rope_parameters": {"full_attention": SCALED}}, "layers of type 'full_attention'"),
         ("llama-plain", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ("llama-plain", {"head_dim": 15}, "head_dim 15 is odd"),
         ("qwen2-grouped-tied", {"hidden_size": 50}, "50 is not a multiple of num_attention_heads 4"),
