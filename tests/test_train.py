@@ -226,10 +226,11 @@ def test_a_run_that_is_done_may_be_resumed(make_config, make_console):
     assert console.notes[0].startswith("going on after step 2")
 
 
-def test_a_folder_with_a_run_is_refused_without_resume(make_config, make_console):
+def test_a_folder_with_a_run_is_refused_without_resume(make_config, make_console, monkeypatch):
     config = make_config(train={"num_steps": 1}, eval={"sets": {}})
     train(config, make_console())
     assert (config.run_directory / "config.yaml").read_text() == config.to_yaml()
+    monkeypatch.setattr("searchr1_fast.run.build_run", pytest.fail)  # a large model need not be loaded for that
     with pytest.raises(ValueError, match="holds a run already"):
         train(config, make_console())
 
