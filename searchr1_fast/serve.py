@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"If the environment variable {_TOKEN_VARIABLE} is set (retrieval.token_variable names another), requests must "
         "carry it as their bearer token.",
     )
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="settings: retrieval.bm25_k1=1.2")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="settings: retrieval.bm25_k1=1.2")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--corpus", metavar="FILE", type=Path, help="JSONL of passages, .gz allowed")
     what.add_argument("--index", metavar="DIR", type=Path, help="an index, which brings its passages")

@@ -339,7 +339,7 @@ def test_compiled_blocks_have_graphs_for_all_who_share_a_base(make_config, make_
         ("model.lora.targets=[q_proj, q_proj]", "each once"),
         ("model.lora.targets=[]", "at least one layer"),
         ("model={lora: {rank: 8}, offload: {replica: true}}", "replica and reference are the frozen base"),
-        ("model.lora.r=8", "did you mean `rank`"),
+        ("model.lora.r=8", "did you mean `model.lora.rank`"),
         ("model.lora.rank=-1", "model.lora.rank"),
     ],
 )

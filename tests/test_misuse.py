@@ -142,7 +142,7 @@ def test_a_tokenizer_of_a_larger_model(train, model, tiny_tokenizer):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("train: {num_stepz: 3}\n", ["unknown key `train.num_stepz`: did you mean `num_steps`?"]),
+        ("train: {num_stepz: 3}\n", ["unknown key `train.num_stepz`: did you mean `train.num_steps`?"]),
         ("trian: {num_steps: 3}\n", ["unknown key `trian`: did you mean `train`?"]),
         ("train: {num_steps: 3}\nrun: {seed: 1}\ntrain: {eval_every: 2}\n", ["own.yaml", "`train` stands twice", "3"]),
         ("train: {num_steps: 3, num_steps: 4}\n", ["`num_steps` stands twice"]),

@@ -21,7 +21,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "Takes the settings of the configuration's `world` section.",
     )
     parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="folder for the two files")
-    parser.add_argument("settings", metavar="key=value", nargs="*", help="split, seed, num_entities, style, hops, …")
+    parser.add_argument(
+        "settings", metavar="key=value", nargs="*", default=[], help="split, seed, num_entities, style, hops, …"
+    )
     arguments = parser.parse_intermixed_args(argv)
 
     from searchr1_fast.config import load_config
