@@ -235,8 +235,17 @@ class Run:
             if done and after:
                 self.ui.final(before, after, self.example())
             save_curves(self.config.run_directory)
+            if done:
+                self.ui.note(self.where_to_look())
         result = {"step": self.step, "interrupted": not done, "before": before, "after": after}
         return self.ranks.broadcast(result)
+
+    def where_to_look(self) -> str:
+        """The sentence that a run ends with."""
+        folder = self.config.run_directory
+        said = f"written to {folder}: curves.png, metrics.jsonl, checkpoints/latest/hf"
+        has_world = self.config.data.world is not None
+        return said + (f"; watch it answer: searchr1 ask --model {folder} --world" if has_world else "")
 
     def example(self) -> tuple[Trajectory, Trajectory] | None:
         """A question that was lost before training and is won after it, as this process saw both."""

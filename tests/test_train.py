@@ -224,6 +224,7 @@ def test_a_run_that_is_done_may_be_resumed(make_config, make_console):
     again = train(make_config(run={"resume": True}), console)
     assert again == result and again["after"]["letters"]["em"] >= 0
     assert console.notes[0].startswith("going on after step 2")
+    assert console.notes[-1].startswith(f"written to {make_config().run_directory}: curves.png")
 
 
 def test_a_folder_with_a_run_is_refused_without_resume(make_config, make_console, monkeypatch):
