@@ -13,12 +13,12 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from searchr1_fast.files import naming, whole_file
+from searchr1_fast.files import naming, write_jsonl
 from searchr1_fast.types import Trajectory
 
 METRICS_FILE = "metrics.jsonl"
@@ -165,13 +165,6 @@ def trajectory_record(trajectory: Trajectory) -> dict[str, Any]:
 def write_trajectories(path: str | Path, trajectories: Sequence[Trajectory]) -> None:
     """JSONL, one trajectory per line."""
     write_jsonl(path, map(trajectory_record, trajectories))
-
-
-def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """One JSON object per line, moved into place when complete."""
-    with whole_file(Path(path)) as temporary, temporary.open("w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 class PhaseTimers:
