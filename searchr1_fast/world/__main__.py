@@ -42,7 +42,7 @@ def _shown(passages: Iterator[Passage], total: int) -> Iterator[Passage]:
     """The passages, with a progress bar on a terminal."""
     from rich.progress import track
 
-    yield from track(passages, "writing passages", total=total, transient=True)
+    yield from track(passages, "writing passages", total, transient=True, disable=not sys.stdout.isatty())
 
 
 if __name__ == "__main__":
