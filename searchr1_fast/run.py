@@ -272,6 +272,8 @@ def open_run(config: Config, ui: UserInterface | None = None) -> Iterator[Run]:
         try:
             if checkpoint is not None:
                 run.load(checkpoint)
+            elif config.run.resume:
+                ui.note(f"there is no checkpoint in {config.run_directory}: beginning at the start")
             dtype, head_dim = getattr(torch, config.model.dtype), run.policy.replica.config.head_dim
             ui.note(describe_attention(ranks.device, dtype, head_dim))
             if config.model.lora.rank:

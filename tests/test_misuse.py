@@ -91,6 +91,12 @@ def test_a_path_that_is_no_model(train, tmp_path, name):
     assert_refused(train(f"model.path={name}"), name)
 
 
+def test_a_run_in_place_of_its_model(train, model, tmp_path):
+    hf = tmp_path / "old" / "checkpoints" / "latest" / "hf"
+    shutil.copytree(model, hf)
+    assert_refused(train(f"model.path={tmp_path / 'old'}"), f"it is a run, whose newest model is {hf}")
+
+
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [

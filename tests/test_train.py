@@ -228,6 +228,12 @@ def test_a_run_that_is_done_may_be_resumed(make_config, make_console):
     assert console.notes[-1].startswith(f"written to {make_config().run_directory}: curves.png")
 
 
+def test_a_resumption_of_nothing_is_a_beginning_and_says_so(make_config, make_console):
+    config, console = make_config(train={"num_steps": 1}, eval={"sets": {}}, run={"resume": True}), make_console()
+    assert train(config, console)["step"] == 1
+    assert console.notes[0] == f"there is no checkpoint in {config.run_directory}: beginning at the start"
+
+
 def test_a_folder_with_a_run_is_refused_without_resume(make_config, make_console, monkeypatch):
     config = make_config(train={"num_steps": 1}, eval={"sets": {}})
     train(config, make_console())
