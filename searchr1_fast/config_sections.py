@@ -257,7 +257,8 @@ class AlgorithmConfig(Section):
     """Off: retrieved tokens are trained on too (the paper's ablation)."""
     loss: Literal["ppo", "cispo", "reinforce", "gspo"] = "ppo"
     """What is made of ratio and advantage: PPO's clipped surrogate (GRPO's too), CISPO, REINFORCE, or GSPO, whose ratio
-    is the whole trajectory's. They differ where `train.num_minibatches` is above 1: on policy the ratio is 1."""
+    is the whole trajectory's (its paper clips at 3e-4 and 4e-4). They differ where `train.num_minibatches` is above 1:
+    on policy the ratio is 1."""
     clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
     clip_high: Annotated[float, Field(gt=0)] = 0.2
     dual_clip: Annotated[float, Field(ge=0)] = 0.0
