@@ -178,7 +178,11 @@ def step_line(metrics: Mapping[str, Any], num_steps: int) -> Text:
     line.append(f"  {_number(metrics.get('time_step'), 1)}s", style="bold")
     for phase, share in time_shares(metrics).items():
         line.append(f"  {phase} ", style="dim").append(f"{share:.0%}")
-    for label, key in (("searches late", "search/timeouts"), ("tried again", "search/retries")):
+    for label, key in (
+        ("searches late", "search/timeouts"),
+        ("tried again", "search/retries"),
+        ("pages unread", "search/page_failures"),
+    ):
         if metrics.get(key):
             line.append(f"  {label} {metrics[key]:.0f}", style="bold red")
     return line

@@ -71,8 +71,8 @@ def test_statistics_of_ranks_add_up():
     row = sum([one, two], SearchStatistics()).row()
     assert row == {
         "search/queries": 6, "search/unique": 5, "search/cache_hits": 0, "search/batches": 4, "search/timeouts": 0,
-        "search/retries": 1, "search/failures": 0, "search/batch_rows_mean": 2.0, "search/wait_p50": 1.0,
-        "search/wait_p99": 3.0,
+        "search/retries": 1, "search/failures": 0, "search/page_failures": 0, "search/batch_rows_mean": 2.0,
+        "search/wait_p50": 1.0, "search/wait_p99": 3.0,
     }  # fmt: skip
     empty = SearchStatistics().row()
     assert (empty["search/batch_rows_mean"], empty["search/wait_p50"]) == (None, None)
