@@ -53,6 +53,7 @@ install: $(INSTALLED)
 
 # Made anew when what is installed changes: the C++ is compiled, Python sources need nothing, the install is editable.
 $(INSTALLED): setup.py pyproject.toml $(wildcard csrc/*)
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("$(PYTHON) is Python %d.%d; choose another, of 3.11 or newer: make PYTHON=python3.12" % sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable .
 	touch $@

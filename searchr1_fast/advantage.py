@@ -15,15 +15,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import numpy as np
 import torch
 from searchr1_kernels import gae, group_advantages, masked_kl, masked_moments, masked_whiten
+from searchr1_kernels.masked_kl import KLKind
 
 from searchr1_fast.types import PackedBatch
-
-KLKind = Literal["k1", "k2", "k3"]
 
 
 def grpo_advantages(

@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from searchr1_fast.checkpoint import Contents, begin_checkpoint, write_checkpoint
 from searchr1_fast.distributed import Ranks
+from searchr1_fast.offload import local
 
 
 class CheckpointWriter:
@@ -127,12 +127,8 @@ class CheckpointWriter:
         for name, tensor in tensors.items():
             key = f"{prefix}/{name}"
             if key in self._copies:
-                _local(self._copies[key]).copy_(_local(tensor))
+                local(self._copies[key]).copy_(local(tensor.detach()))
             else:
                 self._copies[key] = tensor.detach().to("cpu", copy=True)
             copies[name] = self._copies[key]
         return copies
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()

@@ -91,7 +91,10 @@ def command_parser(name: str, example: str, detail: str = "") -> argparse.Argume
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """`CONFIG [key=value …]`; read them with `parse_intermixed_args`, so that options may stand anywhere."""
     parser.add_argument("config", metavar="CONFIG", type=Path, help="YAML file, such as configs/demo.yaml")
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="settings over it: train.num_steps=50")
+    # A default: without one argparse counts settings among what is required.
+    parser.add_argument(
+        "overrides", metavar="key=value", nargs="*", default=[], help="settings over it: train.num_steps=50"
+    )
 
 
 def add_model_argument(parser: argparse.ArgumentParser, default: str) -> None:

@@ -128,7 +128,9 @@ def load_config(path: str | Path | None, overrides: list[str] | tuple[str, ...] 
 def _read_file(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
     """The values of a file over those of the files that it extends. `below`: the files that lead here, resolved."""
     if not path.is_file():
-        hint = f"; {below[-1]} extends it" if below else ""
+        nearest = difflib.get_close_matches(path.name, [file.name for file in path.parent.glob("*.yaml")], n=1)
+        hint = f"; did you mean {path.parent / nearest[0]}?" if nearest else ""
+        hint += f"; {below[-1]} extends it" if below else ""
         raise ValueError(f"no configuration file {path}{hint}")
     here = path.resolve()
     if here in below:
@@ -211,13 +213,19 @@ def _describe(error: ValidationError) -> str:
         if item["type"] == "extra_forbidden":
             known = _known_keys(item["loc"][:-1]) + ([EXTENDS] if len(item["loc"]) == 1 else [])
             nearest = difflib.get_close_matches(str(item["loc"][-1]), known, n=1, cutoff=0.4)
-            hint = f"did you mean `{nearest[0]}`?" if nearest else f"known here: {', '.join(known)}"
+            parent = location.rpartition(".")[0]
+            hint = f"known here: {', '.join(known)}"
+            if nearest:
+                hint = f"did you mean `{f'{parent}.' if parent else ''}{nearest[0]}`?"
             sentences.append(f"unknown key `{location}`: {hint}")
         elif item["type"] in ("model_type", "dict_type"):
             sentences.append(f"`{location}`: must be a section of keys, not {item['input']!r}")
         else:
             message = item["msg"].removeprefix("Value error, ")
-            sentences.append(f"`{location}`: {message}" if location else message)
+            if item["type"] != "value_error":  # pydantic's own, which do not say what was given
+                message += f", got {item['input']!r}"
+            names_its_key = not location or message.startswith(f"{location}.")
+            sentences.append(message if names_its_key else f"`{location}`: {message}")
     return "; ".join(sentences)
 
 

@@ -140,7 +140,7 @@ class DataSet(Section):
     @model_validator(mode="after")
     def _one_source(self) -> DataSet:
         if (self.world is None) == (self.questions is None):
-            raise ValueError("give exactly one of `world` and `questions`")
+            raise ValueError("give exactly one of `world` and `questions`; data.world=null takes away a recipe's world")
         if self.world is not None and self.corpus is not None:
             raise ValueError("a world brings its own corpus; drop `corpus`")
         return self
@@ -258,7 +258,8 @@ class AlgorithmConfig(Section):
     """Off: retrieved tokens are trained on too (the paper's ablation)."""
     loss: Literal["ppo", "cispo", "reinforce", "gspo"] = "ppo"
     """What is made of ratio and advantage: PPO's clipped surrogate (GRPO's too), CISPO, REINFORCE, or GSPO, whose ratio
-    is the whole trajectory's. They differ where `train.num_minibatches` is above 1: on policy the ratio is 1."""
+    is the whole trajectory's (its paper clips at 3e-4 and 4e-4). They differ where `train.num_minibatches` is above 1:
+    on policy the ratio is 1."""
     clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
     clip_high: Annotated[float, Field(gt=0)] = 0.2
     dual_clip: Annotated[float, Field(ge=0)] = 0.0

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 import rich.console
 from rich import box
@@ -24,10 +24,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-if TYPE_CHECKING:  # types.py imports torch
-    from searchr1_fast.types import Trajectory
-
-Progress = Callable[[int, int], None]  # (finished, total)
+from searchr1_fast.types import Progress, Trajectory
 
 PLAIN_WIDTH = 120  # of tables that go into a file, where there is no window to measure
 SIGN_OF_LIFE_SECONDS = 20.0  # between the plain lines of one long phase
@@ -181,7 +178,11 @@ def step_line(metrics: Mapping[str, Any], num_steps: int) -> Text:
     line.append(f"  {_number(metrics.get('time_step'), 1)}s", style="bold")
     for phase, share in time_shares(metrics).items():
         line.append(f"  {phase} ", style="dim").append(f"{share:.0%}")
-    for label, key in (("searches late", "search/timeouts"), ("tried again", "search/retries")):
+    for label, key in (
+        ("searches late", "search/timeouts"),
+        ("tried again", "search/retries"),
+        ("pages unread", "search/page_failures"),
+    ):
         if metrics.get(key):
             line.append(f"  {label} {metrics[key]:.0f}", style="bold red")
     return line

@@ -41,9 +41,7 @@ class ValueModel(nn.Module):
 
     def forward(self, batch: PackedBatch) -> torch.Tensor:  # [P] fp32
         """The value of every state in which a policy token is about to be written."""
-        hidden = self.decoder.hidden(
-            batch.token_ids, batch.cu_seqlens, batch.scored_rows, batch.prefixes, batch.max_seqlen
-        )  # [R, D]
+        hidden = self.decoder.scored_hidden(batch)  # [R, D]
         head = self.value_head  # in fp32 even where the decoder computes in bf16: returns need the digits
         # The bias last: what FSDP is given back must be no view, or an operation in place would slip past its hooks.
         return batch.spread(hidden.float() @ head.weight.float()[0]) + head.bias.float()

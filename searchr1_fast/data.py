@@ -1,8 +1,7 @@
 """Questions and passages on disk, and the endless stream of questions that training draws from.
 
 Questions are JSONL `{"id", "question", "golden_answers"}` or Search-R1's published Parquet; passages are JSONL
-`{"id", "contents": "\\"Title\\"\\ntext"}`. A malformed file is one ValueError that names the file and the line. Files
-are written under a temporary name and renamed, so a file that is there is whole.
+`{"id", "contents": "\\"Title\\"\\ntext"}`. A malformed file is one ValueError that names the file and the line.
 
 Left out: prompts, which prompt.py makes, and what `searchr1 data` does to published questions (question_sets.py).
 """
@@ -11,7 +10,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -20,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from searchr1_fast.files import write_jsonl
 from searchr1_fast.types import Passage, Question
 
 # ---------------------------------------------------------------------------------------------------- questions
@@ -41,7 +40,7 @@ def read_questions(path: str | Path, source: str | None = None, limit: int = 0) 
 
 def write_questions(path: str | Path, questions: Iterable[Question]) -> None:
     """Write questions so that `read_questions` gives them back."""
-    _write_rows(path, map(question_row, questions))
+    write_jsonl(path, map(question_row, questions))
 
 
 def question_row(question: Question) -> dict[str, Any]:
@@ -167,7 +166,7 @@ def read_corpus_rows(path: str | Path) -> Iterator[tuple[str, str]]:
 
 def write_corpus(path: str | Path, passages: Iterable[Passage]) -> None:
     """Write passages so that `read_corpus` gives them back; scores are not kept."""
-    _write_rows(path, ({"id": p.id, "contents": passage_contents(p)} for p in passages))
+    write_jsonl(path, ({"id": p.id, "contents": passage_contents(p)} for p in passages))
 
 
 def parse_passage(identifier: str, contents: str, score: float = 0.0) -> Passage:
@@ -271,19 +270,6 @@ def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             if not isinstance(row, dict):
                 raise ValueError(f"{where} must be an object, not a {type(row).__name__}")
             yield where, row
-
-
-def _write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _text(row: Mapping[str, Any], key: str, where: str) -> str:

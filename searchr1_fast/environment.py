@@ -82,6 +82,7 @@ class Environment:
         if isinstance(inner, Counts):
             own = inner.take_statistics()
             taken.retries += own.retries
+            taken.page_failures += own.page_failures
             if own.queries:
                 taken.unique, taken.cache_hits = own.unique, own.cache_hits
                 taken.batches, taken.batch_rows = own.batches, own.batch_rows

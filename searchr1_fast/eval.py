@@ -16,7 +16,7 @@ from searchr1_fast.cli import add_config_arguments, add_model_argument, command_
 from searchr1_fast.config import Config, load_config
 from searchr1_fast.console import Console, scores_table, sets_table
 from searchr1_fast.errors import entry_point
-from searchr1_fast.metrics import write_jsonl
+from searchr1_fast.files import write_jsonl
 
 if TYPE_CHECKING:
     from searchr1_fast.distributed import Ranks

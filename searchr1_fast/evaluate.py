@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +20,8 @@ from searchr1_fast.models import Decoder, TextTokenizer
 from searchr1_fast.prompt import PromptBuilder
 from searchr1_fast.reward import exact_match, extract_answer, f1, sub_exact_match
 from searchr1_fast.rollout import Engine, PlainEngine, RolloutRequest, SamplingParams, SearchLoop, VllmEngine
-from searchr1_fast.types import Trajectory
+from searchr1_fast.types import Progress, Trajectory
 
-Progress = Callable[[int, int], None]  # (finished, all)
 Interval = tuple[float, float]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,13 @@ def said(failure: BaseException) -> str:
     """What the system, or whoever else failed, says, on one line."""
     failure = of_the_system(failure)
     return " ".join(f"{type(failure).__name__}: {failure}".split())
+
+
+def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """One JSON object per line, a `whole_file`."""
+    with whole_file(Path(path)) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -7,28 +7,29 @@ Left out: means over time and smoothing, which belong to whoever reads the file.
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, Any
 
-from searchr1_fast.files import naming, whole_file
-
-if TYPE_CHECKING:  # types.py imports torch, which readers of a finished run have no use for
-    from searchr1_fast.types import Trajectory
+from searchr1_fast.files import naming, write_jsonl
+from searchr1_fast.types import Trajectory
 
 METRICS_FILE = "metrics.jsonl"
+LOCK_FILE = ".lock"
 
 
 class MetricsLog:
     """Appends one row per step.
 
     `resume_step`: the step of the checkpoint that the run goes on from, later rows are dropped (-1 drops all of them).
-    None: a new run; a folder that has rows already is refused.
+    None: a new run; a folder that has rows already is refused. ValueError too while another process writes there.
     """
 
     def __init__(
@@ -44,9 +45,9 @@ class MetricsLog:
         wandb_module = _import_wandb() if wandb else None
         writer_class = _import_tensorboard() if tensorboard else None
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        path = self.run_dir / METRICS_FILE
-        self._last_step = _truncate(path, resume_step)
-        self._file = path.open("ab", buffering=0)
+        self._lock = _lock(self.run_dir)
+        self._last_step = _truncate(self.run_dir, resume_step)
+        self._file = (self.run_dir / METRICS_FILE).open("ab", buffering=0)
         self._tensorboard = None
         if writer_class is not None:
             purge = None if resume_step is None else resume_step + 1
@@ -106,6 +107,7 @@ class MetricsLog:
             self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
+        self._lock.close()
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -163,13 +165,6 @@ def trajectory_record(trajectory: Trajectory) -> dict[str, Any]:
 def write_trajectories(path: str | Path, trajectories: Sequence[Trajectory]) -> None:
     """JSONL, one trajectory per line."""
     write_jsonl(path, map(trajectory_record, trajectories))
-
-
-def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """One JSON object per line, moved into place when complete."""
-    with whole_file(Path(path)) as temporary, temporary.open("w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 class PhaseTimers:
@@ -230,15 +225,36 @@ def _tensorboard_tag(key: str) -> str:
     return f"time/{key.removeprefix('time_')}" if key.startswith("time_") else f"train/{key}"
 
 
-def _truncate(path: Path, resume_step: int | None) -> int:
+def check_is_new(run_dir: Path) -> None:
+    """ValueError where a folder has rows; none are left by a run that failed before its first."""
+    path = run_dir / METRICS_FILE
+    if path.is_file() and path.stat().st_size:
+        raise ValueError(f"{run_dir} holds a run already: go on with run.resume=true or choose another run.name")
+
+
+def _truncate(run_dir: Path, resume_step: int | None) -> int:
     """Keep the rows up to `resume_step`, atomically. Returns the last step kept, or -1."""
-    if not path.is_file() or path.stat().st_size == 0:  # empty: a run that failed before its first row
-        return -1
     if resume_step is None:
-        raise ValueError(f"{path.parent} holds a run already: go on with run.resume=true or choose another run.name")
-    rows = [row for row in read_metrics(path.parent) if row["step"] <= resume_step]
-    write_jsonl(path, rows)
+        check_is_new(run_dir)
+    if resume_step is None or not (run_dir / METRICS_FILE).is_file():
+        return -1
+    rows = [row for row in read_metrics(run_dir) if row["step"] <= resume_step]
+    write_jsonl(run_dir / METRICS_FILE, rows)
     return rows[-1]["step"] if rows else -1
+
+
+def _lock(run_dir: Path) -> IO[bytes]:
+    """A file that no other process may lock while this one has it open, however it ends."""
+    file = (run_dir / LOCK_FILE).open("ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise ValueError(f"{run_dir} is being written by another run: end it, or choose another run.name") from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):  # a file system without locks
+            raise
+    return file
 
 
 def _parse_row(line: str, where: str) -> dict[str, Any]:

@@ -37,7 +37,7 @@ from searchr1_fast.types import PackedBatch, SharedPrefixes, Trajectory
 _ATTENTION_PARITY_TOKENS = 12 * 2048
 _HALVINGS = 20  # of the interval in which the heaviest run's cost is looked for: to a millionth of all runs'
 
-Run = tuple[int, int]  # [begin, end) of the sorted sequences: a batch
+Span = tuple[int, int]  # [begin, end) of the sorted sequences: a run of them, which makes a batch
 
 
 def pack(
@@ -85,7 +85,7 @@ class Layout:
     order: list[int]  # places of the trajectories, by their tokens
     lengths: list[int]  # of those, in this order
     shared: list[int]  # first tokens that each shares with the one before
-    runs: list[list[Run]]  # of each rank, in the order of the rounds
+    runs: list[list[Span]]  # of each rank, in the order of the rounds
 
     @property
     def num_rounds(self) -> int:
@@ -148,7 +148,7 @@ def shared_lengths(trajectories: Sequence[Trajectory], order: Sequence[int]) -> 
     return shared
 
 
-def plan(lengths: Sequence[int], shared: Sequence[int], budget: int, world_size: int = 1) -> list[Run]:
+def plan(lengths: Sequence[int], shared: Sequence[int], budget: int, world_size: int = 1) -> list[Span]:
     """Runs of at most `budget` rows: as few as make whole rounds, among those with the cheapest costliest.
 
     A run has its first sequence whole, and of each other what it does not share with the one before. A part of a run
@@ -172,9 +172,9 @@ def plan(lengths: Sequence[int], shared: Sequence[int], budget: int, world_size:
     return runs
 
 
-def deal(runs: Sequence[Run], costs: Sequence[float], world_size: int) -> list[list[Run]]:
+def deal(runs: Sequence[Span], costs: Sequence[float], world_size: int) -> list[list[Span]]:
     """To each rank its runs. The costliest go first, a round of one a rank at a time, back and forth among ranks."""
-    dealt: list[list[Run]] = [[] for _ in range(world_size)]
+    dealt: list[list[Span]] = [[] for _ in range(world_size)]
     falling = sorted(range(len(runs)), key=lambda place: -costs[place])
     for turn, place in enumerate(falling):
         number, rank = divmod(turn, world_size)
@@ -182,7 +182,7 @@ def deal(runs: Sequence[Run], costs: Sequence[float], world_size: int) -> list[l
     return dealt
 
 
-def _fill(lengths: Sequence[int], shared: Sequence[int], room: int, limit: float) -> list[Run]:
+def _fill(lengths: Sequence[int], shared: Sequence[int], room: int, limit: float) -> list[Span]:
     """Runs in order, each as long as there is room; a sequence that alone has too little goes alone."""
     starts: list[int] = []
     rows, cost = 0, 0.0
@@ -213,7 +213,13 @@ def policy_mask(trajectory: Trajectory, mask_observations: bool = True) -> np.nd
     return np.arange(len(trajectory.token_ids)) >= trajectory.prompt_length
 
 
-def _pack_run(trajectories, advantages, members: list[int], shared: list[int], mask_observations: bool) -> PackedBatch:
+def _pack_run(
+    trajectories: Sequence[Trajectory],
+    advantages: Sequence[np.ndarray | float],  # as `pack` takes them
+    members: list[int],
+    shared: list[int],
+    mask_observations: bool,
+) -> PackedBatch:
     """One batch of `trajectories[i]` for i in `members`, of which each shares `shared` tokens with the one before."""
     chosen = [trajectories[i] for i in members]
     masks = [policy_mask(trajectory, mask_observations) for trajectory in chosen]
@@ -249,7 +255,11 @@ def _paths(own: list[int], shared: list[int]) -> list[np.ndarray]:
     return paths
 
 
-def _prefixes(own: list[int], paths: list[np.ndarray], target_rows: np.ndarray) -> SharedPrefixes:
+def _prefixes(
+    own: list[int],
+    paths: list[np.ndarray],  # [L] int64 each
+    target_rows: np.ndarray,  # [P] int64
+) -> SharedPrefixes:
     """A row has one token and one beginning, so policy tokens with the same row are one prediction."""
     keys = [path if count else path[:0] for path, count in zip(paths, own, strict=True)]
     _, distinct, inverse = np.unique(target_rows, return_index=True, return_inverse=True)
@@ -262,7 +272,12 @@ def _prefixes(own: list[int], paths: list[np.ndarray], target_rows: np.ndarray) 
     )
 
 
-def _policy_values(trajectory: Trajectory, advantage, mask: np.ndarray, place: int) -> tuple[np.ndarray, np.ndarray]:
+def _policy_values(
+    trajectory: Trajectory,
+    advantage: np.ndarray | float,
+    mask: np.ndarray,  # [L] bool
+    place: int,
+) -> tuple[np.ndarray, np.ndarray]:
     """Rollout log-probabilities and advantages of a trajectory's policy tokens, both fp32."""
     advantage = np.asarray(advantage, dtype=np.float32)
     if advantage.shape not in ((), mask.shape):
@@ -281,6 +296,6 @@ def _policy_values(trajectory: Trajectory, advantage, mask: np.ndarray, place: i
     return logprobs, advantage
 
 
-def _offsets(lengths) -> torch.Tensor:
+def _offsets(lengths: Sequence[int]) -> torch.Tensor:
     """[S] -> [S+1] int32."""
     return torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))

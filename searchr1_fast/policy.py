@@ -53,9 +53,7 @@ class TokenScorer(nn.Module):
     def forward(self, batch: PackedBatch, head: Callable[..., Any], **arguments: Any) -> Any:
         """What `head` (`linear_logprob` or `linear_policy_loss`) makes of rows, weight and targets, at the sampler's
         temperature. Without rows too (`padding_batch`): FSDP expects a gradient, if of zero, for every parameter."""
-        hidden = self.decoder.hidden(
-            batch.token_ids, batch.cu_seqlens, batch.scored_rows, batch.prefixes, batch.max_seqlen
-        )  # [R, D]
+        hidden = self.decoder.scored_hidden(batch)  # [R, D]
         weight = self.decoder.head_weight  # [V, D]
         return head(hidden, weight, batch.scored_targets, temperature=self.temperature, **arguments)
 

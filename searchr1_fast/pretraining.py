@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +22,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 
 from searchr1_fast.config import WorldConfig
 from searchr1_fast.distributed import Ranks
+from searchr1_fast.files import whole_file
 from searchr1_fast.models import Decoder, DecoderConfig, TextTokenizer, load_model, load_tokenizer, save_model
 from searchr1_fast.world import build_world
 from searchr1_fast.world.names import name_words
@@ -390,6 +390,5 @@ def _save_state(path: Path, step: int, recipe: Recipe, model: Decoder, optimizer
         "model": model.state_dict(),
         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
     }
-    temporary = path.with_suffix(".tmp")
-    torch.save(state, temporary)
-    os.replace(temporary, path)
+    with whole_file(path) as temporary:
+        torch.save(state, temporary)

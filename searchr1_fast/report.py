@@ -20,7 +20,7 @@ from searchr1_fast.curves import eval_kinds, eval_sets, save_curves, series
 from searchr1_fast.errors import entry_point
 from searchr1_fast.metrics import read_metrics
 
-WINDOW = 10  # steps at either end that "first" and "last" are means over
+WINDOW = 10  # steps that a "start" and an "end" are means over; half of them where there are fewer than twice as many
 
 Row = Mapping[str, Any]
 
@@ -81,8 +81,9 @@ def summarise(rows: Sequence[Row]) -> dict[str, str]:
     ):
         values = series(rows, key)[1]
         if values:
-            first, last = _mean(values[:WINDOW]), _mean(values[-WINDOW:])
-            summary[f"{label}, first {WINDOW} → last {WINDOW} steps"] = f"{first:.{digits}f} → {last:.{digits}f}"
+            window = min(WINDOW, max(1, len(values) // 2))
+            start, end = _mean(values[:window]), _mean(values[-window:])
+            summary[f"{label}, start → end"] = f"{start:.{digits}f} → {end:.{digits}f}"
     return summary | _cost(rows)
 
 
@@ -114,9 +115,10 @@ def _searches(rows: Sequence[Row]) -> dict[str, str]:
     if not total["queries"]:
         return {}
     searched, cached = (total[key] / total["queries"] for key in ("unique", "cache_hits"))
+    shared = 1.0 - searched - cached  # with the same query of another trajectory, at the same time
     lines = {
         "queries per step": f"{total['queries'] / steps:,.1f}",
-        "of these searched, from the cache": f"{searched:.0%}, {cached:.0%}",
+        "of these searched, cached, shared": f"{searched:.0%}, {cached:.0%}, {shared:.0%}",
     }
     means = [series(rows, f"search/wait_p{percent}")[1] for percent in (50, 99)]
     if all(means):

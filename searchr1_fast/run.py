@@ -26,10 +26,10 @@ from searchr1_fast.data import QuestionStream
 from searchr1_fast.distributed import Ranks, process
 from searchr1_fast.environment import Environment, build_environments
 from searchr1_fast.errors import sentence
-from searchr1_fast.evaluate import EvalResult, Progress, build_engine, evaluate
+from searchr1_fast.evaluate import EvalResult, build_engine, evaluate
 from searchr1_fast.files import whole_file
 from searchr1_fast.memory_plan import plan_rank
-from searchr1_fast.metrics import MetricsLog, PhaseTimers, read_metrics
+from searchr1_fast.metrics import MetricsLog, PhaseTimers, check_is_new, read_metrics
 from searchr1_fast.models import TextTokenizer, describe_attention, load_tokenizer, meta_model, resolve, save_weights
 from searchr1_fast.models.adapter_files import check_start, write_adapter
 from searchr1_fast.models.lora import adapter_scale, describe_adapter, fingerprint
@@ -37,7 +37,7 @@ from searchr1_fast.policy import Learner, Policy
 from searchr1_fast.prompt import PromptBuilder
 from searchr1_fast.retrieval.statistics import SearchStatistics
 from searchr1_fast.rollout import Engine, SearchLoop, VllmEngine
-from searchr1_fast.types import Trajectory
+from searchr1_fast.types import Progress, Trajectory
 
 
 class UserInterface(Protocol):
@@ -235,8 +235,17 @@ class Run:
             if done and after:
                 self.ui.final(before, after, self.example())
             save_curves(self.config.run_directory)
+            if done:
+                self.ui.note(self.where_to_look())
         result = {"step": self.step, "interrupted": not done, "before": before, "after": after}
         return self.ranks.broadcast(result)
+
+    def where_to_look(self) -> str:
+        """The sentence that a run ends with."""
+        folder = self.config.run_directory
+        said = f"written to {folder}: curves.png, metrics.jsonl, checkpoints/latest/hf"
+        has_world = self.config.data.world is not None
+        return said + (f"; watch it answer: searchr1 ask --model {folder} --world" if has_world else "")
 
     def example(self) -> tuple[Trajectory, Trajectory] | None:
         """A question that was lost before training and is won after it, as this process saw both."""
@@ -255,12 +264,16 @@ def open_run(config: Config, ui: UserInterface | None = None) -> Iterator[Run]:
     """Build everything, or take it up again from the newest checkpoint; release it at the end."""
     with process(config.run.device, config.run.num_threads, config.run.seed) as ranks:
         ui = ui or Console(config.train.num_steps, quiet=not ranks.is_main)
+        if ranks.is_main and not config.run.resume:
+            check_is_new(config.run_directory)  # before the minutes that a large model takes to load
         path = latest_checkpoint(config.run_directory / "checkpoints") if config.run.resume else None
         checkpoint = Checkpoint(path, ranks) if path is not None else None
         run = build_run(config, ranks, ui)
         try:
             if checkpoint is not None:
                 run.load(checkpoint)
+            elif config.run.resume:
+                ui.note(f"there is no checkpoint in {config.run_directory}: beginning at the start")
             dtype, head_dim = getattr(torch, config.model.dtype), run.policy.replica.config.head_dim
             ui.note(describe_attention(ranks.device, dtype, head_dim))
             if config.model.lora.rank:

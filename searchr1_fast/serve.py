@@ -27,35 +27,7 @@ _TOKEN_VARIABLE = RetrievalConfig().token_variable
 @entry_point
 def main(argv: Sequence[str] | None = None) -> int:
     """Load the corpus, say where it is served, answer until interrupted."""
-    parser = command_parser(
-        "serve",
-        "searchr1 serve --corpus corpus.jsonl --port 8000\n"
-        "searchr1 serve --index wiki.index\n"
-        "SERPER_API_KEY=… searchr1 serve --web retrieval.web_pages=true\n"
-        "searchr1 serve --index wiki.index --faiss e5_HNSW64.index --faiss-parameters efSearch=128\n"
-        "searchr1 train configs/demo.yaml retrieval.backend=remote 'data={questions: questions.jsonl}' eval.sets={}",
-        'A corpus is JSONL, {"id", "contents": "\\"Title\\"\\ntext"} in each row, searched with BM25 unless '
-        "retrieval.backend says otherwise; an index (`searchr1 index`) is searched by its vectors. "
-        f"If the environment variable {_TOKEN_VARIABLE} is set (retrieval.token_variable names another), requests must "
-        "carry it as their bearer token.",
-    )
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="settings: retrieval.bm25_k1=1.2")
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--corpus", metavar="FILE", type=Path, help="JSONL of passages, .gz allowed")
-    what.add_argument("--index", metavar="DIR", type=Path, help="an index, which brings its passages")
-    what.add_argument("--web", action="store_true", help="a live web search (retrieval.web_engine), with its key")
-    parser.add_argument(
-        "--faiss", metavar="FILE", type=Path,
-        help="search this faiss file of any kind (flat, IVF, HNSW, CAGRA) in place of the index's vectors, or for the "
-        "passages of --corpus, then with --encoder; needs faiss",
-    )  # fmt: skip
-    parser.add_argument("--faiss-parameters", metavar="SETTINGS", default="", help="of its search, as nprobe=64")
-    add_encoder(parser, None, "Hugging Face folder that encodes queries, for --faiss with --corpus")
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all (default: %(default)s)"
-    )
-    parser.add_argument("--port", type=int, default=8000, help="port; 0 takes a free one (default: %(default)s)")
-    arguments = parser.parse_intermixed_args(argv)
+    arguments = _parser().parse_intermixed_args(argv)
     if not 0 <= arguments.port < 65536:
         raise ValueError(f"--port {arguments.port}: a port is a number from 0 to 65535")
     first = ["retrieval.backend=bm25"]
@@ -93,6 +65,38 @@ def main(argv: Sequence[str] | None = None) -> int:
             if isinstance(server.retriever, Closes):
                 server.retriever.close()
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = command_parser(
+        "serve",
+        "searchr1 serve --corpus corpus.jsonl --port 8000\n"
+        "searchr1 serve --index wiki.index\n"
+        "SERPER_API_KEY=… searchr1 serve --web retrieval.web_pages=true\n"
+        "searchr1 serve --index wiki.index --faiss e5_HNSW64.index --faiss-parameters efSearch=128\n"
+        "searchr1 train configs/demo.yaml retrieval.backend=remote 'data={questions: questions.jsonl}' eval.sets={}",
+        'A corpus is JSONL, {"id", "contents": "\\"Title\\"\\ntext"} in each row, searched with BM25 unless '
+        "retrieval.backend says otherwise; an index (`searchr1 index`) is searched by its vectors. "
+        f"If the environment variable {_TOKEN_VARIABLE} is set (retrieval.token_variable names another), requests must "
+        "carry it as their bearer token.",
+    )
+    parser.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="settings: retrieval.bm25_k1=1.2")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--corpus", metavar="FILE", type=Path, help="JSONL of passages, .gz allowed")
+    what.add_argument("--index", metavar="DIR", type=Path, help="an index, which brings its passages")
+    what.add_argument("--web", action="store_true", help="a live web search (retrieval.web_engine), with its key")
+    parser.add_argument(
+        "--faiss", metavar="FILE", type=Path,
+        help="search this faiss file of any kind (flat, IVF, HNSW, CAGRA) in place of the index's vectors, or for the "
+        "passages of --corpus, then with --encoder; needs faiss",
+    )  # fmt: skip
+    parser.add_argument("--faiss-parameters", metavar="SETTINGS", default="", help="of its search, as nprobe=64")
+    add_encoder(parser, None, "Hugging Face folder that encodes queries, for --faiss with --corpus")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all (default: %(default)s)"
+    )
+    parser.add_argument("--port", type=int, default=8000, help="port; 0 takes a free one (default: %(default)s)")
+    return parser
 
 
 def _check_faiss(arguments: argparse.Namespace) -> None:

@@ -2,13 +2,15 @@
 
 `reward_mean` to `response_tokens_mean` leave out trajectories whose search failed; `policy_tokens` are those trained
 on; `kept_fraction` is the share of the sampled trajectories they come from; `tokens_per_second` counts sampled tokens;
-`entropy`, `kl_ref`, `rollout_policy_kl` and `clip_fraction` are means over policy tokens of all minibatches,
-`grad_norm` a mean over optimizer steps; a mean of nothing is null.
+`entropy`, `kl_ref`, `rollout_policy_kl`, `clip_fraction` and the other metrics of `linear_policy_loss`, which says what
+they are, are means over policy tokens of all minibatches, or extremes; `grad_norm` is a mean over optimizer steps; a
+mean of nothing is null.
 `update_imbalance` is the time that an update takes by the cost of its micro-batches, over what it would take if no rank
 waited for another (packing.py); a mean over optimizer steps.
 `search/…` are the step's searches on all ranks (retrieval/statistics.py), `time_search_wait` what the engine waited;
 `time_park` and `time_unpark` what the host took to give the index's memory to the update and to take it back;
 `time_checkpoint…` what a save took (checkpoint_writer.py), in rows of steps that save, and no part of `time_step`.
+`finish_<reason>` are shares of all sampled trajectories, by `types.FinishReason`; `time_<phase>` are rank 0's seconds.
 With vLLM, `time_handover` is the part of `time_sync` in which it got the weights and they were compared.
 `sampler_…` are of the first minibatch, before the weights move (agreement.py).
 

@@ -48,6 +48,8 @@ class SearchError(RuntimeError):
 # queries -> for each query its passages, best first. All that the rollout knows about retrieval, with its error.
 SearchFunction = Callable[[Sequence[str]], list[list[Passage]]]
 
+Progress = Callable[[int, int], None]  # what takes long reports (finished, total) to it
+
 
 class FinishReason(StrEnum):
     """Why a trajectory ended."""

@@ -70,7 +70,7 @@ def test_operations_are_those_that_torch_counts(bench, shape, checkpointing, lor
         add_adapter(decoder, lora_rank, 8.0, get_args(LoraTarget))
     in_place = {torch.ops.aten.addmm_: sum_in_place}
     with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
-        hidden = decoder.hidden(batch.token_ids, batch.cu_seqlens, batch.scored_rows, batch.prefixes, batch.max_seqlen)
+        hidden = decoder.scored_hidden(batch)
         (hidden @ decoder.head_weight.T).sum().backward()
     products = counter.get_flop_counts()["Global"]
     operators = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_)

@@ -48,11 +48,11 @@ def test_override_values(override, read, value):
 @pytest.mark.parametrize(
     ("override", "unknown", "nearest"),
     [
-        ("train.num_step=3", "train.num_step", "num_steps"),
+        ("train.num_step=3", "train.num_step", "train.num_steps"),
         ("trian.num_steps=3", "trian", "train"),
-        ("rollout.temprature=1", "rollout.temprature", "temperature"),
-        ("data.world.num_entites=5", "data.world.num_entites", "num_entities"),
-        ("eval.sets.unseen.world.sed=5", "eval.sets.unseen.world.sed", "seed"),
+        ("rollout.temprature=1", "rollout.temprature", "rollout.temperature"),
+        ("data.world.num_entites=5", "data.world.num_entites", "data.world.num_entities"),
+        ("eval.sets.unseen.world.sed=5", "eval.sets.unseen.world.sed", "eval.sets.unseen.world.seed"),
     ],
 )
 def test_unknown_key_names_the_nearest(override, unknown, nearest):
@@ -69,10 +69,10 @@ def test_unknown_key_far_from_all_lists_what_there_is():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["train.num_steps=0"], "`train.num_steps`.*greater than or equal to 1"),
+        (["train.num_steps=0"], "`train.num_steps`.*greater than or equal to 1, got 0$"),
         (["train.num_steps=many"], "`train.num_steps`.*integer"),
         (["rollout.engine=vlm"], "`rollout.engine`.*'native'"),
-        (["algorithm.group_size=1"], "algorithm.group_size: GRPO compares samples"),
+        (["algorithm.group_size=1"], "^algorithm.group_size: GRPO compares samples"),
         (["algorithm.kl_in_reward=true"], "put the KL in the loss"),
         (["checkpoint.best=unseen/em"], "checkpoint.best: `unseen/em` must begin with the name of an evaluation set"),
         (["data.world.seed=1", "data.questions=q.jsonl"], "exactly one of `world` and `questions`"),
@@ -102,6 +102,9 @@ def test_bad_file(tmp_path, text, message):
 def test_missing_file(tmp_path):
     with pytest.raises(ValueError, match="no configuration file"):
         load_config(tmp_path / "none.yaml")
+    (tmp_path / "demo.yaml").touch()
+    with pytest.raises(ValueError, match=r"no configuration file .*/dmeo\.yaml; did you mean .*/demo\.yaml\?$"):
+        load_config(tmp_path / "dmeo.yaml")
 
 
 def write_files(folder: Path, **texts: str) -> Path:

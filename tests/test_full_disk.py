@@ -21,8 +21,8 @@ from searchr1_fast.bad_updates import BadUpdate, MicroBatch, NotKept, read_bad_u
 from searchr1_fast.config import load_config
 from searchr1_fast.curves import save_curves
 from searchr1_fast.distributed import Ranks
-from searchr1_fast.files import naming, whole_file
-from searchr1_fast.metrics import MetricsLog, read_metrics, write_jsonl
+from searchr1_fast.files import naming, whole_file, write_jsonl
+from searchr1_fast.metrics import MetricsLog, read_metrics
 from searchr1_fast.packing import pack
 from searchr1_fast.policy import Policy, TrainingDiverged
 from searchr1_fast.train import main, train

@@ -214,9 +214,7 @@ def test_an_update_up_to_the_head(launches, make_trajectory, lora_rank, checkpoi
         add_adapter(model, lora_rank, 32.0, ADAPTED, torch.bfloat16)
     model.checkpoint_blocks(checkpointing)
     with torch.enable_grad():
-        hidden = model.hidden(
-            batch.token_ids, batch.cu_seqlens, batch.scored_rows, batch.prefixes, batch.max_seqlen
-        )  # fmt: skip
+        hidden = model.scored_hidden(batch)
         hidden.float().sum().backward()
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert hidden.shape[0] == len(batch.scored_rows) and not launches

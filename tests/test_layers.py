@@ -24,7 +24,7 @@ PACKAGE, KERNELS, CSRC = ROOT / "searchr1_fast", ROOT / "kernels" / "searchr1_ke
 # A module, or a folder of them, by its name below searchr1_fast. A new one must be given its place here.
 LAYERS = (
     {"types", "config", "config_sections", "protocol", "files", "host_memory", "_C"},  # _C: csrc/, compiled
-    {"models", "retrieval", "data", "question_sets", "reward", "prompt", "world", "transcript"},
+    {"models", "retrieval", "data", "question_sets", "reward", "prompt", "world"},
     {
         *("rollout", "packing", "advantage", "losses", "schedule", "policy", "critic", "offload", "host_adamw"),
         *("checkpoint", "checkpoint_writer", "bad_updates", "distributed"),

@@ -19,9 +19,10 @@ from searchr1_fast.critic import Critic
 from searchr1_fast.distributed import process
 from searchr1_fast.models import load_model, load_tokenizer
 from searchr1_fast.models.decoder import Block
-from searchr1_fast.models.lora import adapted_layers, adapter_parameters, base_parameters, merged_weights
+from searchr1_fast.models.lora import adapted_layers, adapter_parameters, base_parameters
 from searchr1_fast.packing import pack
 from searchr1_fast.policy import Policy, padding_batch
+from searchr1_fast.rollout.weight_handover import HandedWeights
 from searchr1_fast.run import open_run
 from searchr1_fast.train import train
 
@@ -100,8 +101,9 @@ def test_a_gradient_is_the_merged_policy_s(make_policy, make_config, make_decode
         policy.sync_replica()
         merged = make_decoder(0, tied=True)
         with torch.no_grad():
-            for name, weight in merged_weights(policy.replica):
-                merged.get_parameter(name).copy_(weight)
+            handed = HandedWeights(policy.replica)
+            for name, parameter in merged.named_parameters():
+                parameter.copy_(handed[name])
         config = make_config(algorithm={"entropy_coefficient": 0.01, "importance_cap": 0})
         plain = Policy(merged, config, ranks)
         policy.step = plain.step = lambda: 0.0
@@ -225,9 +227,9 @@ def test_what_a_run_leaves_is_the_engine_s_policy(make_config, make_console, tin
         replica = run.policy.replica
         ids = torch.arange(40) * 3 % tiny_tokenizer.vocab_size
         logits = replica.logits(ids, torch.tensor([0, 40]))
-        merged = dict(merged_weights(replica))
+        handed = HandedWeights(replica)
         written = load_file(checkpoint / "hf" / "model.safetensors")
-        assert all(torch.equal(written[name], weight) for name, weight in merged.items())
+        assert all(torch.equal(written[name], handed[name]) for name in base_parameters(replica))
         adapter = load_file(checkpoint / "adapter" / "adapter_model.safetensors")
         for name, parameter in adapter_parameters(replica).items():
             assert torch.equal(adapter[f"base_model.model.{name}.weight"], parameter)
@@ -245,7 +247,7 @@ def test_what_a_run_leaves_is_the_engine_s_policy(make_config, make_console, tin
     tolerance = 1e-4 if dtype == "float32" else 0.03
     difference = (theirs(ids[None]).logits[0].float() - logits.float()).abs().max()
     assert difference <= tolerance * logits.float().abs().max()
-    assert dict(load_model(checkpoint / "hf").named_parameters()).keys() == merged.keys()
+    assert dict(load_model(checkpoint / "hf").named_parameters()).keys() == base_parameters(replica).keys()
     assert model_directory(config.run_directory) == checkpoint / "adapter"  # evaluations lose nothing to rounding
     again = load_model(checkpoint / "adapter", getattr(torch, dtype))
     assert torch.equal(again.logits(ids, torch.tensor([0, 40])), logits)
@@ -339,7 +341,7 @@ def test_compiled_blocks_have_graphs_for_all_who_share_a_base(make_config, make_
         ("model.lora.targets=[q_proj, q_proj]", "each once"),
         ("model.lora.targets=[]", "at least one layer"),
         ("model={lora: {rank: 8}, offload: {replica: true}}", "replica and reference are the frozen base"),
-        ("model.lora.r=8", "did you mean `rank`"),
+        ("model.lora.r=8", "did you mean `model.lora.rank`"),
         ("model.lora.rank=-1", "model.lora.rank"),
     ],
 )

@@ -82,6 +82,18 @@ def test_a_new_run_never_overwrites_an_old_one(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
 
 
+@pytest.mark.parametrize("resume_step", [None, 1])
+def test_two_runs_cannot_write_into_one_folder(tmp_path, resume_step):
+    with MetricsLog(tmp_path) as log:
+        with pytest.raises(ValueError, match="is being written by another run: end it, or choose another run.name"):
+            MetricsLog(tmp_path, resume_step=resume_step)
+        log.write({"step": 1})
+        log.write({"step": 2})
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
+    with MetricsLog(tmp_path, resume_step=1):
+        assert [row["step"] for row in read_metrics(tmp_path)] == [1]
+
+
 def test_a_step_cannot_appear_twice(tmp_path):
     with MetricsLog(tmp_path) as log:
         log.write({"step": 2})

@@ -91,6 +91,12 @@ def test_a_path_that_is_no_model(train, tmp_path, name):
     assert_refused(train(f"model.path={name}"), name)
 
 
+def test_a_run_in_place_of_its_model(train, model, tmp_path):
+    hf = tmp_path / "old" / "checkpoints" / "latest" / "hf"
+    shutil.copytree(model, hf)
+    assert_refused(train(f"model.path={tmp_path / 'old'}"), f"it is a run, whose newest model is {hf}")
+
+
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
@@ -142,7 +148,7 @@ def test_a_tokenizer_of_a_larger_model(train, model, tiny_tokenizer):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("train: {num_stepz: 3}\n", ["unknown key `train.num_stepz`: did you mean `num_steps`?"]),
+        ("train: {num_stepz: 3}\n", ["unknown key `train.num_stepz`: did you mean `train.num_steps`?"]),
         ("trian: {num_steps: 3}\n", ["unknown key `trian`: did you mean `train`?"]),
         ("train: {num_steps: 3}\nrun: {seed: 1}\ntrain: {eval_every: 2}\n", ["own.yaml", "`train` stands twice", "3"]),
         ("train: {num_steps: 3, num_steps: 4}\n", ["`num_steps` stands twice"]),

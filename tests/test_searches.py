@@ -71,8 +71,8 @@ def test_statistics_of_ranks_add_up():
     row = sum([one, two], SearchStatistics()).row()
     assert row == {
         "search/queries": 6, "search/unique": 5, "search/cache_hits": 0, "search/batches": 4, "search/timeouts": 0,
-        "search/retries": 1, "search/failures": 0, "search/batch_rows_mean": 2.0, "search/wait_p50": 1.0,
-        "search/wait_p99": 3.0,
+        "search/retries": 1, "search/failures": 0, "search/page_failures": 0, "search/batch_rows_mean": 2.0,
+        "search/wait_p50": 1.0, "search/wait_p99": 3.0,
     }  # fmt: skip
     empty = SearchStatistics().row()
     assert (empty["search/batch_rows_mean"], empty["search/wait_p50"]) == (None, None)
@@ -275,13 +275,14 @@ def test_every_row_has_the_batchers_counts_of_its_step(make_config, make_console
     assert history[-1]["search/cache_hits"] > 0
     summary = report.summarise(history)
     assert summary["queries per step"] == f"{np.mean([row['search/queries'] for row in history[1:]]):,.1f}"
-    assert re_percent(summary["of these searched, from the cache"])
+    assert_shares(summary["of these searched, cached, shared"])
     assert "searches late, tried again" not in summary
 
 
-def re_percent(text: str) -> bool:
-    searched, cached = (int(part.rstrip("%")) for part in text.split(", "))
-    return 0 < searched < 100 and 0 < cached < 100
+def assert_shares(text: str) -> None:
+    searched, cached, shared = (int(part.rstrip("%")) for part in text.split(", "))
+    assert 0 < searched < 100 and 0 < cached < 100
+    assert searched + cached + shared == pytest.approx(100, abs=1.5)
 
 
 def retrieval_threads() -> list[threading.Thread]:

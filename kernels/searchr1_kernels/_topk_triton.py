@@ -27,7 +27,6 @@ _MAXIMA_TILE = 4096  # bounds of one program
 NO_BLOCK = tl.constexpr(-1)
 _NO_KEY = tl.constexpr(-0x8000000000000000)
 _PARTS = tl.constexpr(PARTS)
-_PART_ROWS = tl.constexpr(PART_ROWS)
 # Of scores and bounds to fp32, as in _topk_numba.
 _ROUNDING = tl.constexpr(2.5e-7)
 

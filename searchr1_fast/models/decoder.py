@@ -27,7 +27,7 @@ from searchr1_fast.models.lora import base_parameters
 from searchr1_fast.models.projections import join_projections
 from searchr1_fast.models.recompute import Recompute, recomputed
 from searchr1_fast.models.rope import apply_rotary, rotary_embedding
-from searchr1_fast.types import SharedPrefixes
+from searchr1_fast.types import PackedBatch, SharedPrefixes
 
 if TYPE_CHECKING:
     from searchr1_fast.models.kv_cache import KVCache
@@ -162,17 +162,16 @@ class PackedContext:
         cu_seqlens: torch.Tensor,  # [S+1] int
         prefixes: SharedPrefixes | None,
         max_seqlen: int | None,
+        positions: torch.Tensor | None,  # [T] int64
         config: DecoderConfig,
     ) -> None:
-        own = cu_seqlens.diff().long()
-        positions = packed_positions(cu_seqlens, len(x))
-        max_seqlen = int(own.max()) if max_seqlen is None else max_seqlen
+        if positions is None:
+            positions = packed_positions(cu_seqlens, len(x), prefixes)
+        max_seqlen = int(cu_seqlens.diff().max()) if max_seqlen is None else max_seqlen
         ends = cu_seqlens.int()
         self.layout = PackedLayout(ends, ends, max_seqlen, max_seqlen)
         self.key_index = None
         if prefixes is not None:
-            shared = prefixes.cu_seqlens_k.diff().long() - own
-            positions = positions + shared.repeat_interleave(own, output_size=len(x))
             self.key_index = prefixes.key_index
             self.layout = PackedLayout(ends, prefixes.cu_seqlens_k.int(), max_seqlen, prefixes.max_seqlen_k)
         self.cos, self.sin = rotary_embedding(positions, config.head_dim, config.rope_theta, config.rope_scaling)
@@ -322,15 +321,23 @@ class Decoder(nn.Module):
         rows: torch.Tensor | None = None,  # [R] int64
         prefixes: SharedPrefixes | None = None,
         max_seqlen: int | None = None,
+        positions: torch.Tensor | None = None,  # [T] int64
     ) -> torch.Tensor:  # [T, D], or [R, D]
         """Final hidden states of packed sequences, each causal in itself.
 
         `rows`: of these tokens alone. In training most tokens are retrieved text that only has to be attended to, and
         the last layer need not work on them. `prefixes`: how sequences continue what others began (`PackedBatch`).
         `max_seqlen`: the longest of `cu_seqlens`; where it is not given, a GPU is waited for to know it.
+        `positions`: of the tokens in their sequences; where they are not given, they are counted.
         """
         x = self.model.embed_tokens(token_ids)
-        return self._run(x, PackedContext(x, cu_seqlens, prefixes, max_seqlen, self.config), rows)
+        return self._run(x, PackedContext(x, cu_seqlens, prefixes, max_seqlen, positions, self.config), rows)
+
+    def scored_hidden(self, batch: PackedBatch) -> torch.Tensor:  # [R, D]
+        """`hidden` of the rows of a batch that predict, each once."""
+        return self.hidden(
+            batch.token_ids, batch.cu_seqlens, batch.scored_rows, batch.prefixes, batch.max_seqlen, batch.positions
+        )
 
     def logits(self, token_ids: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:  # [T], [S+1] -> [T, V]
         """Logits of every token. For tests and small inputs: training asks the head for policy tokens only."""
@@ -384,7 +391,14 @@ class Decoder(nn.Module):
         return self.model.norm(last(x, context, rows))
 
 
-def packed_positions(cu_seqlens: torch.Tensor, num_tokens: int) -> torch.Tensor:  # [S+1] -> [T] int64
-    """0, 1, … from the start of each sequence."""
-    starts = cu_seqlens[:-1].long().repeat_interleave(cu_seqlens.diff().long(), output_size=num_tokens)
-    return torch.arange(num_tokens, device=cu_seqlens.device) - starts
+def packed_positions(
+    cu_seqlens: torch.Tensor,  # [S+1] int
+    num_tokens: int,
+    prefixes: SharedPrefixes | None = None,
+) -> torch.Tensor:  # [T] int64
+    """0, 1, … from the start of each sequence, what it shares with others counted."""
+    own, starts = cu_seqlens.diff().long(), cu_seqlens[:-1].long()
+    if prefixes is not None:
+        starts = starts + own - prefixes.cu_seqlens_k.diff().long()
+    # output_size is given as repeat_interleave would wait for the device to know it
+    return torch.arange(num_tokens, device=cu_seqlens.device) - starts.repeat_interleave(own, output_size=num_tokens)

@@ -97,13 +97,6 @@ def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if name not in own}
 
 
-def merged_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """What `base_parameters` names, with the adapter in it; one at a time, so that one at most is a copy."""
-    weights, scale = dict(model.named_parameters()), adapter_scale(model)
-    for name in base_parameters(model):
-        yield name, merged(weights, name, scale)
-
-
 def adapter_scale(model: nn.Module) -> float:
     """What B A is multiplied by, in all layers; 1 where there is no adapter."""
     return next((layer.scale for layer in adapted_layers(model).values()), 1.0)

@@ -48,7 +48,10 @@ def resolve(path: str | Path, or_adapter: bool = False) -> Path:
             return Path(path)
         raise ValueError(f"model {str(path)!r} is an adapter; give what it stands on ({base}), or the two merged")
     if not (Path(path) / "config.json").is_file():
-        raise ValueError(f"model {str(path)!r} is not a Hugging Face directory: it has no config.json")
+        why = "it has no config.json" if Path(path).is_dir() else "there is no such directory"
+        if (exported := Path(path) / "checkpoints" / "latest" / "hf").is_dir():
+            why = f"it is a run, whose newest model is {exported}"
+        raise ValueError(f"model {str(path)!r} is not a Hugging Face directory: {why}")
     return Path(path)
 
 

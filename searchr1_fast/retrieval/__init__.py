@@ -1,12 +1,12 @@
 """Retrieval: the `Retriever` protocol and what stands behind it. Begin with `open_retriever`.
 
-    protocol.py  Retriever, RetrievalError      bm25.py      in memory, lexical
-    remote.py    Search-R1's HTTP, client       dense.py     exact search over vectors
-    server.py    Search-R1's HTTP, server       batcher.py   many searches to few, in C++
-    *_rows.py    vectors: host, GPU, ranks      shard_link.py  how ranks reach one another
-    web.py       live web search            faiss_search.py  files of faiss, in a server
-    index_*.py   indexes on disk                passages.py  their passages, in C++
-    encode*.py   text to vectors                missing.py   a retriever that misses now and then
+    protocol.py    Retriever, RetrievalError    bm25.py          in memory, lexical
+    remote.py      Search-R1's HTTP, client     dense.py         exact search over vectors
+    server.py      Search-R1's HTTP, server     batcher.py       many searches to few, in C++
+    *_rows.py      vectors: host, GPU, ranks    shard_link.py    how ranks reach one another
+    web.py         live web search              faiss_search.py  files of faiss, in a server
+    index_*.py     indexes on disk              passages.py      their passages, in C++
+    encode*.py     text to vectors              missing.py       a retriever that misses now and then
     statistics.py  what searches cost a step
 
 The names are resolved when first used: numba and bm25s cost a second that a remote client need not pay.

@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -27,15 +27,13 @@ from typing import Any, Literal
 import numpy as np
 
 from searchr1_fast.data import parse_passage
-from searchr1_fast.types import Passage
+from searchr1_fast.types import Passage, Progress
 
 FORMAT = "searchr1-index"
 VERSION = 1
 MANIFEST = "manifest.json"
 CHUNK_BYTES = 2**20  # what one digest covers: 32,000 digests for 32 GB of vectors; a kill costs one chunk
 FILE_BYTES = 2**30  # of vectors; a file is mapped whole, and copied to a GPU in one go
-
-Progress = Callable[[int, int], None]  # (finished, total)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ class SearchStatistics:
     timeouts: int = 0  # searches that passed their deadline
     retries: int = 0  # attempts after the first
     failures: int = 0  # searches that ended in an error
+    page_failures: int = 0  # pages of the web that could not be read, whose snippets stand in
     waits: list[tuple[float, int]] = field(default_factory=list)  # (seconds, queries) of every search
 
     def __add__(self, other: SearchStatistics) -> SearchStatistics:
@@ -31,7 +32,7 @@ class SearchStatistics:
 
     def row(self) -> dict[str, float | None]:
         """As keys of metrics.jsonl; a mean of nothing is None."""
-        counts = ("queries", "unique", "cache_hits", "batches", "timeouts", "retries", "failures")
+        counts = ("queries", "unique", "cache_hits", "batches", "timeouts", "retries", "failures", "page_failures")
         row: dict[str, float | None] = {f"search/{name}": getattr(self, name) for name in counts}
         row["search/batch_rows_mean"] = self.batch_rows / self.batches if self.batches else None
         for percent in (50, 99):

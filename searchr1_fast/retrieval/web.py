@@ -60,8 +60,7 @@ class WebCounts:
     remembered: int = 0
     retries: int = 0
     failures: int = 0
-    pages: int = 0  # asked for
-    page_failures: int = 0  # of these, for which the service's snippet stands
+    page_failures: int = 0  # pages that could not be read, for which the service's snippet stands
 
 
 class HostLimits:
@@ -126,6 +125,7 @@ class WebRetriever:
         return SearchStatistics(
             queries=taken.queries, unique=taken.requests, cache_hits=taken.remembered, batches=taken.requests,
             batch_rows=taken.requests, retries=taken.retries, failures=taken.failures,
+            page_failures=taken.page_failures,
         )  # fmt: skip
 
     def close(self) -> None:
@@ -189,7 +189,6 @@ class WebRetriever:
 
     def _with_page(self, result: Result, query: str) -> Result:
         """With what the page says around its snippet."""
-        self._count("pages")
         try:
             with self._limits.of(result.link):
                 text = page_text(fetch("GET", result.link, self._timeout))

@@ -78,11 +78,6 @@ class Engine:
         host and device, it is more work for nothing.
         """
         vocab_size = model.config.vocab_size
-        if tokenizer.vocab_size > vocab_size:
-            raise ValueError(
-                f"the tokenizer has {tokenizer.vocab_size} tokens and the model only {vocab_size}; "
-                "give the tokenizer that the model was trained with"
-            )
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.sampling = sampling or SamplingParams(config.temperature, config.top_p, config.top_k)
         self.stop_at_tags = stop_at_tags

@@ -13,7 +13,6 @@ ends the run in any case.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
@@ -28,9 +27,17 @@ from searchr1_fast.rollout.sampling import stream_keys
 from searchr1_fast.rollout.sequence import RolloutRequest, Sequence, SequenceStatus
 from searchr1_fast.rollout.statistics import RolloutStatistics
 from searchr1_fast.rollout.vllm_engine import VllmEngine
-from searchr1_fast.types import Action, FinishReason, Passage, SearchError, SearchFunction, Trajectory, Turn
+from searchr1_fast.types import (
+    Action,
+    FinishReason,
+    Passage,
+    Progress,
+    SearchError,
+    SearchFunction,
+    Trajectory,
+    Turn,
+)
 
-Progress = Callable[[int, int], None]  # (finished, all)
 Results = list[list[Passage]] | SearchError  # by query; or why there are none, where that ends the sequences alone
 
 

@@ -22,8 +22,16 @@ START = 0
 
 
 def vocabulary_bytes(tokenizer: TextTokenizer, vocab_size: int) -> list[bytes]:
-    """The bytes of every id below `vocab_size`; none for the ids by which a model's embedding exceeds its tokenizer."""
-    known = min(tokenizer.vocab_size, vocab_size)
+    """The bytes of every id below `vocab_size`; none for the ids by which a model's embedding exceeds its tokenizer.
+
+    ValueError where it is the tokenizer that has more.
+    """
+    known = tokenizer.vocab_size
+    if known > vocab_size:
+        raise ValueError(
+            f"the tokenizer has {known} tokens and the model only {vocab_size}; give the tokenizer that the model was "
+            "trained with"
+        )
     return [tokenizer.token_bytes(token_id) for token_id in range(known)] + [b""] * (vocab_size - known)
 
 

@@ -87,11 +87,6 @@ class VllmEngine:
         """`sampling` None: as the configuration says. `generator` None: vLLM, started here. ValueError: vLLM is not
         installed, or cannot do what is configured, or does not get the weights."""
         vocab_size = model.config.vocab_size
-        if tokenizer.vocab_size > vocab_size:
-            raise ValueError(
-                f"the tokenizer has {tokenizer.vocab_size} tokens and the model only {vocab_size}; "
-                "give the tokenizer that the model was trained with"
-            )
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.sampling = sampling or SamplingParams(config.temperature, config.top_p, config.top_k)
         self.keep_cache = config.keep_cache is True  # `auto` is the run's to settle, as for the native engine

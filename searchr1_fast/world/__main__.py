@@ -21,7 +21,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "Takes the settings of the configuration's `world` section.",
     )
     parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="folder for the two files")
-    parser.add_argument("settings", metavar="key=value", nargs="*", help="split, seed, num_entities, style, hops, …")
+    parser.add_argument(
+        "settings", metavar="key=value", nargs="*", default=[], help="split, seed, num_entities, style, hops, …"
+    )
     arguments = parser.parse_intermixed_args(argv)
 
     from searchr1_fast.config import load_config
@@ -40,7 +42,7 @@ def _shown(passages: Iterator[Passage], total: int) -> Iterator[Passage]:
     """The passages, with a progress bar on a terminal."""
     from rich.progress import track
 
-    yield from track(passages, "writing passages", total=total, transient=True)
+    yield from track(passages, "writing passages", total, transient=True, disable=not sys.stdout.isatty())
 
 
 if __name__ == "__main__":

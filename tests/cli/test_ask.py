@@ -36,7 +36,7 @@ def test_ask_the_world_knows_its_answers(run, model):
         (["--corpus", "gone.jsonl", "Who?"], "gone.jsonl"),
         (["--corpus", "gone.jsonl"], "there is no question"),
         (["--corpus", "corpus.jsonl", " "], "the question is empty"),
-        (["--corpus", "corpus.jsonl", "Who?", "--set", "rollout.max_searchs=1"], "did you mean `max_searches`"),
+        (["--corpus", "corpus.jsonl", "Who?", "--set", "rollout.max_searchs=1"], "did you mean `rollout.max_searches`"),
         (["--corpus", "corpus.jsonl", "Who?", "--model", "nowhere"], "nowhere"),
     ],
 )

@@ -93,11 +93,18 @@ def test_a_reader_that_leaves_early_is_no_error():
 
 
 @pytest.mark.parametrize("command", ["train", "eval"])
+def test_what_is_missing_is_the_configuration_alone(run, command):
+    code, _, error = run(command)
+    assert code == 2
+    assert error.rstrip().endswith("error: the following arguments are required: CONFIG")
+
+
+@pytest.mark.parametrize("command", ["train", "eval"])
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["missing.yaml"], "no configuration file missing.yaml"),
-        (["ok.yaml", "train.num_step=3"], "unknown key `train.num_step`: did you mean `num_steps`?"),
+        (["ok.yaml", "train.num_step=3"], "unknown key `train.num_step`: did you mean `train.num_steps`?"),
         (["ok.yaml", "rollout.temperature=-1"], "`rollout.temperature`: Input should be greater than 0"),
         (["ok.yaml", "nonsense"], "override 'nonsense' is not of the form section.key=value"),
         (["broken.yaml"], "broken.yaml is not valid YAML"),

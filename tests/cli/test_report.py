@@ -28,10 +28,16 @@ def test_report_summarises_and_draws(run, tmp_path):
     assert table["eval world EM"] == "0.100 → 0.900"
     assert table["eval world 2-hop EM"] == "0.000 → 0.450"
     assert table["eval world best EM"] == "0.900 at step 20"
-    assert table["reward, first 10 → last 10 steps"] == "0.275 → 0.775"
+    assert table["reward, start → end"] == "0.275 → 0.775"
     assert table["training time"] == "1 min 0 s"
     assert table["time in"] == "rollout 50%, search 0%, update 40%, other 10%"
     assert (tmp_path / "runs/demo/curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_of_few_steps_none_is_both_start_and_end(run, tmp_path):
+    write_jsonl(tmp_path / "short" / "metrics.jsonl", metrics_rows(0.9)[:6])
+    _, out, _ = run("report", "short")
+    assert re.search(r"reward, start → end +0\.075 → 0\.225", out)  # steps 1 and 2, steps 4 and 5
 
 
 def test_report_compares_runs_side_by_side(run, tmp_path):

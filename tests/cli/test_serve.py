@@ -93,7 +93,7 @@ def test_serve_says_what_to_install(run, tmp_path, monkeypatch):
     [
         (["--corpus", "gone.jsonl", "--port", "0"], "gone.jsonl"),
         (["--corpus", "c.jsonl", "--port", "70000"], "--port 70000: a port is a number from 0 to 65535"),
-        (["--corpus", "c.jsonl", "--port", "0", "retrieval.bm25_k=2"], "did you mean `bm25_k1`"),
+        (["--corpus", "c.jsonl", "--port", "0", "retrieval.bm25_k=2"], "did you mean `retrieval.bm25_k1`"),
         (["--index", "gone.index", "--port", "0"], "there is no index gone.index"),
     ],
 )

@@ -29,7 +29,7 @@ def results(model: Decoder, batch) -> dict[str, torch.Tensor]:
     """Hidden states of the scored rows, and every parameter's gradient, on the CPU in fp32."""
     batch = to_device(batch, model.head_weight.device)
     model.zero_grad()
-    hidden = model.hidden(batch.token_ids, batch.cu_seqlens, batch.scored_rows, batch.prefixes, batch.max_seqlen)
+    hidden = model.scored_hidden(batch)
     weights = torch.linspace(-1, 1, hidden.numel(), device=hidden.device).view_as(hidden)
     (hidden.float() * weights).sum().backward()
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None} | {"hidden": hidden.detach()}

@@ -106,9 +106,7 @@ def test_the_sampler_saw_the_log_probabilities_that_the_trainer_computes(loop, r
     for batch in pack(trajectories, [0.0] * len(trajectories), 1000):
         batch = to_device(batch, torch.device("cuda"))
         with torch.no_grad():
-            hidden = model.hidden(
-                batch.token_ids, batch.cu_seqlens, batch.scored_rows, batch.prefixes, batch.max_seqlen
-            )
+            hidden = model.scored_hidden(batch)
             logprobs = batch.spread(linear_logprob(hidden, model.head_weight, batch.scored_targets))
         difference = (logprobs - batch.rollout_logprobs).abs()
         assert float(difference.mean()) <= allowed / 5

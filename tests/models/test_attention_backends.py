@@ -120,12 +120,13 @@ def test_the_decoder_gives_kernels_what_they_need(kernel, monkeypatch, make_traj
     batch.token_ids %= 300
     arguments = (batch.token_ids, batch.cu_seqlens, batch.scored_rows, batch.prefixes)
     expected = model.hidden(*arguments)
+    assert torch.equal(model.scored_hidden(batch), expected)  # with positions that are given, as these are counted
     chosen = attention_backends.AttentionBackend("kernel", "for the test", kernel)
     monkeypatch.setattr("searchr1_fast.models.decoder.choose_attention", lambda *_: chosen)
     for max_seqlen in (batch.max_seqlen, None):
         torch.testing.assert_close(model.hidden(*arguments, max_seqlen), expected, rtol=1e-4, atol=1e-5)
     empty = padding_batch()
-    assert model.hidden(empty.token_ids, empty.cu_seqlens, empty.scored_rows, None, empty.max_seqlen).shape == (0, 32)
+    assert model.scored_hidden(empty).shape == (0, 32)
 
 
 def test_torchs_own_function_takes_the_call_on_the_meta_device(monkeypatch):

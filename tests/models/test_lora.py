@@ -28,12 +28,11 @@ from searchr1_fast.models.lora import (
     base_parameters,
     fingerprint,
     joined_adapters,
-    merged_weights,
     reset_adapter,
     without_adapter,
 )
 from searchr1_fast.rollout.sampling import head_logits
-from searchr1_fast.rollout.weight_handover import named_weights
+from searchr1_fast.rollout.weight_handover import HandedWeights, named_weights
 
 ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 ALL = (*ATTENTION, *MLP)
@@ -227,7 +226,8 @@ def test_an_export_is_merged_and_loads_in_transformers(shape, adapted, make_pack
     torch.testing.assert_close(again.logits(token_ids, cu_seqlens), logits, rtol=1e-4, atol=1e-4)
     assert dict(again.named_parameters()).keys() == base_parameters(model).keys()
     model.join_projections()
-    assert all(torch.equal(p, dict(again.named_parameters())[name]) for name, p in merged_weights(model))
+    handed = HandedWeights(model)
+    assert all(torch.equal(p, handed[name]) for name, p in again.named_parameters())
 
 
 def test_other_engines_are_handed_merged_weights(adapted):
@@ -353,5 +353,6 @@ def test_peft_reads_it_and_computes_the_same(shape, adapted, make_pack, tmp_path
     theirs.save_pretrained(tmp_path / "theirs")  # and what peft writes, we read
     assert torch.equal(load_model(tmp_path / "theirs").logits(token_ids, cu_seqlens), logits)
     names = dict(theirs.merge_and_unload().named_parameters())
-    for name, weight in merged_weights(model):
-        torch.testing.assert_close(names[name], weight, rtol=1e-5, atol=1e-6)
+    handed = HandedWeights(model)
+    for name in base_parameters(model):
+        torch.testing.assert_close(names[name], handed[name], rtol=1e-5, atol=1e-6)

@@ -122,7 +122,7 @@ def wide_decoder(num_layers: int) -> Decoder:
 
 
 def hidden_of(decoder: Decoder, batch) -> torch.Tensor:
-    return decoder.hidden(batch.token_ids, batch.cu_seqlens, batch.scored_rows, batch.prefixes, batch.max_seqlen)
+    return decoder.scored_hidden(batch)
 
 
 @pytest.mark.parametrize("mode", ["selective", "full"])

@@ -13,7 +13,7 @@ import pytest
 from batcher_fakes import PATIENCE
 
 from searchr1_fast.config import load_config
-from searchr1_fast.environment import build_environment
+from searchr1_fast.environment import Environment, build_environment
 from searchr1_fast.retrieval import RetrievalError, open_retriever
 from searchr1_fast.retrieval.protocol import Closes, Counts
 from searchr1_fast.retrieval.web import WebRetriever
@@ -250,8 +250,8 @@ def test_pages_give_more_than_snippets_and_those_that_cannot_be_read_nothing(web
         "about rome 3",
         "about rome 4",
     ]
-    counts = retriever.counts
-    assert (counts.pages, counts.page_failures) == (5, 3)
+    environment = Environment([], retriever)
+    assert environment.take_statistics().row()["search/page_failures"] == 3  # of five
     assert retriever.search(["rome"], 4) == [found[:4]]
     assert len(web.asked) == 1
 

@@ -5,13 +5,13 @@ import os
 from pathlib import Path
 
 import pytest
+from transcripts import parse_transcript
 
 from searchr1_fast.protocol import INVALID_ACTION_MESSAGE, OBSERVATION_OPEN, format_observation
 from searchr1_fast.reward import exact_match
-from searchr1_fast.transcript import parse_transcript
 from searchr1_fast.types import Passage
 
-DATA = Path(os.environ.get("SEARCHR1_DATA", Path(__file__).parents[2] / "shared" / "data"))
+DATA = Path(os.environ.get("SEARCHR1_DATA", Path(__file__).parents[3] / "shared" / "data"))
 
 # rows, observations, rows with an invented <information>, rows that name an invalid action
 TRACES = {
