@@ -67,7 +67,7 @@ def test_the_advice_grows_with_what_is_missing(capsys):
 def test_a_model_that_is_not_there_yet_is_told_of_shapes(capsys):
     assert command(["train", "configs/search_r1_3b_grpo.yaml", "--dry-run"]) == 2
     said = capsys.readouterr().err
-    assert "it has no config.json; to plan before it is downloaded, give its --shape: qwen2.5-0.5b, " in said
+    assert "models/Qwen2.5-3B" in said and "; to plan before it is downloaded, give its --shape: qwen2.5-0.5b, " in said
     assert command(["train", "configs/search_r1_3b_grpo.yaml", "--dry-run", "model.path=builtin:large"]) == 2
     assert "--shape" not in capsys.readouterr().err
 
