@@ -65,7 +65,9 @@ class DecodeGraphs:
         uniforms: np.ndarray,  # [S] fp64
         params: SamplingParams,
     ) -> Receipt:  # of [B]: the sequences' rows are the first
-        """The next tokens and their log-probabilities, on their way to the host; the last tokens are cached."""
+        """The next tokens and their log-probabilities, on their way to the host; the last tokens are cached.
+
+        torch.OutOfMemoryError where there is no memory to record the step; it is as if it had not been asked for."""
         size = bucket_size(len(slots), self._max_rows)
         spare_slot, spare_block = self._cache.num_slots - 1, self._cache.num_blocks - 1
         rows = ((token_ids, 0), (slots, spare_slot), (positions, 0), (blocks, spare_block), (uniforms, 0))
@@ -76,8 +78,10 @@ class DecodeGraphs:
             started = time.perf_counter()
             step = _decode_step(self._model, self._cache, self._last_tokens, inputs, outputs, params)
             before = self._last_tokens.clone()
-            replay = self._replays[params, size] = self._record(step)
-            self._last_tokens.copy_(before)
+            try:
+                replay = self._replays[params, size] = self._record(step)
+            finally:  # also where there is no memory for it, and the engine takes the step in another way
+                self._last_tokens.copy_(before)
             self.num_recordings += 1
             self.time_recording += time.perf_counter() - started
         replay()
@@ -114,22 +118,32 @@ class CudaDecodeGraphs(DecodeGraphs):
         self._pool = torch.cuda.graph_pool_handle()
 
     def refresh(self) -> None:
-        """Also the pool: one whose graphs are all gone cannot be used again."""
+        """Also the pool."""
         super().refresh()
-        if not self._replays:
-            self._pool = torch.cuda.graph_pool_handle()
+        self._renew_pool()
 
     def _record(self, step: Callable[[], None]) -> Callable[[], None]:
         current = torch.cuda.current_stream(self._transfers.device)
         self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            step()
-        current.wait_stream(self._stream)
+        try:
+            with torch.cuda.stream(self._stream):
+                step()
+        finally:  # without memory for all of it, too: what was launched writes where others will
+            current.wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        # thread_local: a search in another thread may use the device while this one records
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            step()
+        try:
+            # thread_local: a search in another thread may use the device while this one records
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                step()
+        except torch.OutOfMemoryError:
+            self._renew_pool()
+            raise
         return graph.replay
+
+    def _renew_pool(self) -> None:
+        """One whose graphs are all gone cannot be used again."""
+        if not self._replays:
+            self._pool = torch.cuda.graph_pool_handle()
 
 
 @cached

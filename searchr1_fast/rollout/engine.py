@@ -15,7 +15,8 @@ launches a step before it reads the one before, so that the device does not wait
 last is on the device; that its turn ended with it the host learns a step late, and then does not read what it sampled
 behind its end. The tokens are those of an engine that waits.
 
-A pass for which the device has no memory is made in parts (forward.py). Left out: speculation.
+A pass for which the device has no memory is made in parts (forward.py), and so are logits; a step that finds none to be
+recorded is launched kernel by kernel. Left out: speculation.
 
 Shape legend
     C  cache slots    S  sequences of a step    T  their new tokens    D  hidden size    V  vocabulary    n  some slots
@@ -37,7 +38,7 @@ from searchr1_fast.models.kv_cache import block_size
 from searchr1_fast.rollout.block_tables import BlockTables
 from searchr1_fast.rollout.decode_graph import CudaDecodeGraphs, DecodeGraphs
 from searchr1_fast.rollout.forward import Tokens, forward_in_parts
-from searchr1_fast.rollout.sampling import SamplingParams, head_logits, sample, uniforms
+from searchr1_fast.rollout.sampling import SamplingParams, sample_in_parts, uniforms
 from searchr1_fast.rollout.scheduler import Batch, Scheduler, copied_places
 from searchr1_fast.rollout.sequence import Sequence
 from searchr1_fast.rollout.slot_table import SlotTable
@@ -222,7 +223,13 @@ class Engine:
         num_recordings, time_recording = graphs.num_recordings, graphs.time_recording
         positions, blocks = self._slots.num_cached[batch.slots], self._slots.blocks
         own = blocks.table[batch.slots, positions // blocks.block_size]
-        receipt = graphs.decode(batch.token_ids, batch.slots, positions, own, randoms, self.sampling)
+        try:
+            receipt = graphs.decode(batch.token_ids, batch.slots, positions, own, randoms, self.sampling)
+        except torch.OutOfMemoryError:
+            self._count_split()
+            receipt = None
+        if receipt is None:  # behind the handler, which holds what the attempt had
+            return self._run(batch, randoms)
         statistics.num_replayed_steps += 1
         statistics.num_recordings += graphs.num_recordings - num_recordings
         statistics.time_recording += graphs.time_recording - time_recording
@@ -245,7 +252,8 @@ class Engine:
         own.copy_(torch.where(own < 0, self._last_tokens[slots[: batch.num_running]], own))
         tokens = Tokens(token_ids, cu_seqlens, slots, positions, batch.lengths)
         hidden = forward_in_parts(self.model, self._cache, tokens, self._count_split)  # [S, D]
-        sampled, logprobs = sample(head_logits(hidden, self.model.head_weight), randoms, self.sampling)
+        head = self.model.head_weight, randoms, self.sampling
+        sampled, logprobs = sample_in_parts(hidden, *head, self._count_split)
         self._last_tokens[slots] = sampled
         return self._transfers.fetch(pack(sampled, logprobs))
 

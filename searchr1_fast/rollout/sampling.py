@@ -12,6 +12,7 @@ Shape legend
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,6 +69,31 @@ def sample(
     assert logits.dtype == torch.float32
     assert uniforms.dtype == torch.float64
     return sample_tokens(logits, uniforms, temperature=params.temperature, top_k=params.top_k, top_p=params.top_p)
+
+
+def sample_in_parts(
+    hidden: torch.Tensor,  # [S, D]
+    weight: torch.Tensor,  # [V, D]
+    uniforms: torch.Tensor,  # [S] fp64 in [0, 1)
+    params: SamplingParams,
+    on_split: Callable[[], None],  # called for all rows that are taken again in two parts
+) -> tuple[torch.Tensor, torch.Tensor]:  # token_ids [S] int64, logprobs [S] fp32
+    """`sample` of the head's logits: of all rows at once, or of as many as there is memory for.
+
+    torch.OutOfMemoryError where there is none for a single row.
+    """
+    try:
+        return sample(head_logits(hidden, weight), uniforms, params)
+    except torch.OutOfMemoryError as error:
+        if len(hidden) == 1:
+            error.add_note("this ended the rollout: lower rollout.max_num_seqs, or rollout.cache_tokens")
+            raise
+    on_split()  # behind the handler, as in forward.py
+    middle = len(hidden) // 2
+    parts = (slice(0, middle), slice(middle, None))
+    found = [sample_in_parts(hidden[part], weight, uniforms[part], params, on_split) for part in parts]
+    token_ids, logprobs = (torch.cat(both) for both in zip(*found, strict=True))
+    return token_ids, logprobs
 
 
 def stream_keys(seeds: list[int]) -> np.ndarray:  # [S] uint64

@@ -21,7 +21,7 @@ class RolloutStatistics:
     num_recomputed_tokens: int = 0  # the part of them that had been cached before
     num_shared_tokens: int = 0  # of joining sequences, not computed but shared with one that begins alike
     num_preemptions: int = 0  # times that a sequence lost its cache to others, to be computed again
-    num_splits: int = 0  # forward passes for which there was no memory, made again in two
+    num_splits: int = 0  # passes and logits for which there was no memory, made again in two; and recordings, given up
     num_discarded_tokens: int = 0  # sampled behind the end of a turn: with `stop_at_tags` off, and by running ahead
     num_searches: int = 0
     num_search_batches: int = 0

@@ -37,7 +37,8 @@ class Transfers:
     ) -> list[torch.Tensor]:  # [n] each, of the same type
         """The arrays on the device, in order and end to end in one memory; on a CPU good until the `send` after the
         next."""
-        self._pairs.append(self._pairs.pop(0))
+        if not self._pairs[-1].is_unfetched:  # else of a step that failed: the other may be one's that is not read yet
+            self._pairs.append(self._pairs.pop(0))
         pair = self._pairs[-1]
         self._finish(pair)
         pair.is_unfetched = self._is_cuda

@@ -208,3 +208,22 @@ def test_a_pass_that_finds_no_memory_is_made_in_parts():
     assert splits and set(splits) == {64 << 20}
     for one, other in zip(*found, strict=True):
         assert float((one.float() - other.float()).norm()) <= 0.01 * float(one.float().norm())
+
+
+def test_a_step_that_finds_no_memory_for_its_logits_is_taken_all_the_same(tiny_tokenizer, requests):
+    """Nine rows of a million logits are 36 MB. With 32 nothing is recorded, and logits are made in parts."""
+    shape = {"vocab_size": 1_000_000, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    config = DecoderConfig(**shape, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)
+    model = Decoder(config).to("cuda").requires_grad_(False)
+    native = SearchLoop(Engine(model, tiny_tokenizer, CONFIG, SamplingParams(1.0)), search)
+    expected = native.run(requests)
+    assert native.statistics.num_splits == 0 < native.statistics.num_replayed_steps
+    native.engine.free_cache()
+    _, total = torch.cuda.mem_get_info()
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + (32 << 20)) / total)
+    try:
+        found = native.run(requests)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    check_same(expected, found)
+    assert native.statistics.num_splits > 0

@@ -142,11 +142,51 @@ def test_new_weights_are_seen(make_model, tokenizer, config, make_requests, fake
     assert loop.statistics.num_recordings > 0
 
 
+@pytest.mark.parametrize("run_ahead", [False, True])
+def test_a_step_that_finds_no_memory_to_be_recorded_is_launched(
+    make_model, tokenizer, config, make_requests, fake_search, monkeypatch, run_ahead
+):
+    """Kernel by kernel, and in the buffers of the attempt: the others may be those of a step that is not read yet."""
+
+    class Refusing(DecodeGraphs):
+        """Has memory for every third recording."""
+
+        num_attempts = 0
+
+        def _record(self, step):
+            self.num_attempts += 1
+            step()  # and so the last tokens are the next ones
+            if self.num_attempts % 3:
+                raise torch.OutOfMemoryError("no memory for a recording")
+            return step
+
+    class Event:
+        def record(self, stream):
+            pass
+
+        def synchronize(self):
+            pass
+
+    model, requests = make_model(4), make_requests(12, group_size=4)
+    expected = SearchLoop(Engine(model, tokenizer, config), fake_search).run(requests)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Event())
+    monkeypatch.setattr(Transfers, "_buffer", lambda self, size, dtype: torch.empty(size, dtype=dtype))
+    engine = Engine(model, tokenizer, config, decode_graphs=Refusing, run_ahead=run_ahead)
+    engine._transfers._is_cuda = True
+    loop = SearchLoop(engine, fake_search)
+    check_same(expected, loop.run(requests))
+    statistics, graphs = loop.statistics, engine._graphs
+    assert statistics.num_recordings == len(graphs._replays) == graphs.num_attempts // 3 > 0
+    assert statistics.num_splits == graphs.num_attempts - statistics.num_recordings > 0
+    assert statistics.num_replayed_steps > 0
+
+
 class StandIns:
     """What `CudaDecodeGraphs` calls of torch.cuda, on a CPU: a graph runs again what was called while it recorded."""
 
     def __init__(self, monkeypatch):
-        self.pools, self.log, self.num_streams = [], [], 0
+        self.pools, self.log, self.num_streams, self.num_refusals = [], [], 0, 0
         monkeypatch.setattr(decode_graph, "_recording_stream", cache(decode_graph._recording_stream.__wrapped__))
         names = ("CUDAGraph", "graph_pool_handle", "current_stream", "stream", "graph")
         for name in names:
@@ -181,6 +221,9 @@ class StandIns:
     def graph(self, cuda_graph, pool=None, stream=None, capture_error_mode="global"):  # torch 2.11 and later
         assert pool is self.pools[-1] and isinstance(stream, self.Stream) and capture_error_mode == "thread_local"
         self.log.append("recording")
+        if self.num_refusals:
+            self.num_refusals -= 1
+            raise torch.OutOfMemoryError("no memory for a recording")
         yield
         cuda_graph.step = self.last_step
 
@@ -216,8 +259,11 @@ def test_what_is_asked_of_cuda(make_model, tokenizer, config, make_requests, fak
     assert loop.statistics.num_recordings > 0
     assert graphs._pool is not pool
     loop.engine.free_cache()
+    stand_ins.num_refusals, num_pools = 2, len(stand_ins.pools)
     check_same(expected, loop.run(requests))
     assert loop.engine._graphs is not graphs
+    assert loop.statistics.num_splits == 2 and stand_ins.num_refusals == 0
+    assert len(stand_ins.pools) >= num_pools + 3  # a pool without graphs cannot be used again
     assert stand_ins.num_streams == 1
 
 
@@ -317,14 +363,14 @@ def test_what_a_failed_step_has_sent_arrives_before_its_buffers_are_filled_again
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
     transfers = Transfers(CPU)
     transfers._is_cuda = True
-    (sent,) = transfers.send([np.array([10])])  # and then it fails
-    (other,) = transfers.send([np.array([11])])
-    receipt = transfers.fetch(pack(other, torch.zeros(1)))
-    assert (sent.tolist(), waited) == ([10], [])
+    (first,) = transfers.send([np.array([10])])
+    receipt = transfers.fetch(pack(first, torch.zeros(1)))  # not read yet
+    (failed,) = transfers.send([np.array([11])])
+    assert (first.data_ptr() != failed.data_ptr(), waited) == (True, [])
     (again,) = transfers.send([np.array([12])])
-    assert (again.data_ptr(), waited) == (sent.data_ptr(), ["stream"])
-    transfers.fetch(pack(again, torch.zeros(1)))
-    assert receipt.wait()[0].tolist() == [11]
+    assert (again.data_ptr(), again.tolist(), waited) == (failed.data_ptr(), [12], ["stream"])
+    other = transfers.fetch(pack(again, torch.zeros(1)))
+    assert [one.wait()[0].tolist() for one in (receipt, other)] == [[10], [12]]
     transfers.finish()
     assert waited == ["stream", "event", "event"]
 

@@ -8,7 +8,7 @@ import torch
 from trajectories import check_same
 
 from searchr1_fast.models import KVCache
-from searchr1_fast.rollout import Engine, SamplingParams, SearchLoop, engine
+from searchr1_fast.rollout import Engine, SamplingParams, SearchLoop, engine, sampling
 from searchr1_fast.rollout.decode_graph import DecodeGraphs
 from searchr1_fast.rollout.forward import Tokens, forward_in_parts
 
@@ -79,6 +79,30 @@ def test_a_rollout_with_little_memory_is_the_same(
     assert max(sizes) <= 11
     computed = loop.statistics.num_prefill_tokens + loop.statistics.num_decode_tokens
     assert graphs is not None or sum(sizes) == computed
+
+
+def test_logits_for_which_there_is_no_memory_are_made_in_parts(
+    make_model, tokenizer, config, make_requests, fake_search, monkeypatch
+):
+    changed = config.model_copy(update={"max_num_seqs": 24})
+    model, requests, sizes = make_model(4), make_requests(24, group_size=4), []
+    expected = SearchLoop(Engine(model, tokenizer, changed, COOL), fake_search).run(requests)
+    head_logits = sampling.head_logits
+
+    def narrow_head(hidden, weight):
+        if len(hidden) > 5:
+            raise torch.OutOfMemoryError(f"no memory for {len(hidden)} rows of logits")
+        sizes.append(len(hidden))
+        return head_logits(hidden, weight)
+
+    monkeypatch.setattr(sampling, "head_logits", narrow_head)
+    loop = SearchLoop(Engine(model, tokenizer, changed, COOL, run_ahead=True), fake_search)
+    check_same(expected, loop.run(requests))
+    assert loop.statistics.num_splits == len(sizes) - loop.statistics.num_steps > 0
+    monkeypatch.setattr(sampling, "head_logits", lambda hidden, weight: narrow_head(hidden.repeat(6, 1), weight))
+    with pytest.raises(torch.OutOfMemoryError) as error:
+        loop.run(requests)
+    assert "rollout.max_num_seqs" in error.value.__notes__[-1]
 
 
 @pytest.mark.parametrize("graphs", [None, DecodeGraphs])
