@@ -252,7 +252,7 @@ def _lock(run_dir: Path) -> IO[bytes]:
         file.close()
         raise ValueError(f"{run_dir} is being written by another run: end it, or choose another run.name") from error
     except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):  # a file system without locks
+        if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):  # a file system without locks: go on
             raise
     return file
 

@@ -115,7 +115,7 @@ def _searches(rows: Sequence[Row]) -> dict[str, str]:
     if not total["queries"]:
         return {}
     searched, cached = (total[key] / total["queries"] for key in ("unique", "cache_hits"))
-    shared = 1.0 - searched - cached  # with the same query of another trajectory, at the same time
+    shared = max(0.0, 1.0 - searched - cached)  # with an equal query at the same time
     lines = {
         "queries per step": f"{total['queries'] / steps:,.1f}",
         "of these searched, cached, shared": f"{searched:.0%}, {cached:.0%}, {shared:.0%}",

@@ -80,10 +80,7 @@ class DecoderConfig:
     pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
-        if self.model_type not in FAMILIES:
-            raise ValueError(
-                f"config.json describes a {self.model_type!r} model; this decoder runs {', '.join(FAMILIES)}"
-            )
+        _refuse_another_family(self.model_type)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of "
@@ -151,10 +148,13 @@ class DecoderConfig:
         return {"architectures": [self.family.architecture], "model_type": self.model_type, **values}
 
 
-def _refuse_what_is_not_built(values: Mapping[str, Any]) -> None:
-    model_type = values.get("model_type")
+def _refuse_another_family(model_type: Any) -> None:
     if model_type not in FAMILIES:
         raise ValueError(f"config.json describes a {model_type!r} model; this decoder runs {', '.join(FAMILIES)}")
+
+
+def _refuse_what_is_not_built(values: Mapping[str, Any]) -> None:
+    _refuse_another_family(values.get("model_type"))
     for key, what in _MUST_BE_OFF.items():
         if values.get(key):
             raise ValueError(f"config.json asks for {what}, which this decoder does not have")
