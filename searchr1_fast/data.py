@@ -258,18 +258,31 @@ def _existing(path: str | Path) -> Path:
 
 def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(where, row) of a JSONL file; blank lines are skipped."""
+    for number, line in _numbered_lines(path):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+        except ValueError as error:  # broken JSON, or bytes that are not UTF-8
+            raise ValueError(f"{where} is not valid JSON: {error}") from error
+        except RecursionError as error:
+            raise ValueError(f"{where} is not valid JSON: it is nested too deeply") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{where} must be an object, not a {type(row).__name__}")
+        yield where, row
+
+
+def _numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Of a file (`.gz`: compressed), from 1. gzip's errors name neither the file nor a place in it."""
+    number = 0
     with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
-            try:
-                row = json.loads(line)
-            except ValueError as error:  # broken JSON, or bytes that are not UTF-8
-                raise ValueError(f"{where} is not valid JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{where} must be an object, not a {type(row).__name__}")
-            yield where, row
+        try:
+            for number, line in enumerate(file, start=1):
+                yield number, line
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:  # cut short, not gzip or with a wrong sum, damaged
+            where = f" beyond line {number}" if number else ""
+            raise ValueError(f"{path} cannot be decompressed{where}: {error}") from error
 
 
 def _text(row: Mapping[str, Any], key: str, where: str) -> str:

@@ -115,6 +115,24 @@ def test_compressed_corpus(tmp_path):
     assert list(read_corpus(path)) == [Passage("7", "Paris", "A city.")]
 
 
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda data: data[:-20], r"beyond line \d+: Compressed file ended before"),
+        (lambda data: data[: len(data) // 2], "Compressed file ended before"),
+        (lambda data: data[:60] + b"XXXX" + data[64:], "Error -3 while decompressing"),
+        (lambda data: data[:-6] + bytes([data[-6] ^ 1]) + data[-5:], r"beyond line \d+: CRC check failed"),
+        (lambda data: gzip.decompress(data), "Not a gzipped file"),
+    ],
+)
+def test_compressed_corpora_that_are_cut_or_damaged_are_named(tmp_path, damage, message):
+    path = tmp_path / "corpus.jsonl.gz"
+    rows = (json.dumps({"id": str(row), "contents": f"text {row * row}"}) + "\n" for row in range(300))
+    path.write_bytes(damage(gzip.compress("".join(rows).encode())))
+    with pytest.raises(ValueError, match=rf"corpus\.jsonl\.gz cannot be decompressed.*{message}"):
+        list(read_corpus(path))
+
+
 def test_corpus_is_read_as_it_is_asked_for(tmp_path):
     path = write_lines(tmp_path / "c.jsonl", {"id": "0", "contents": "x"}, "{broken")
     passages = read_corpus(path)
@@ -162,6 +180,7 @@ def test_duplicates_are_exactly_those_of_a_set(tmp_path_factory, ids):
         ([{"id": "0", "contents": " "}], "line 1: `contents` must be a text that is not empty"),
         ([{"id": True, "contents": "x"}], "line 1: `id` must be"),
         (["[1]"], "line 1 must be an object"),
+        (['{"id": "0", "contents": ' + "[" * 100_000], "line 1 is not valid JSON: it is nested too deeply"),
     ],
 )
 def test_corpus_errors(tmp_path, lines, message):
