@@ -12,6 +12,7 @@ Shape legend
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ class FaissSearch:
             raise ValueError(f"{path} has vectors of {self._index.d} components, the encoder makes {encoder.dimension}")
         if not len(self):
             raise ValueError(f"{path} holds no vectors")
+        self._name = str(path)
+        self._check_rows(self._named_rows())
 
     def __len__(self) -> int:
         return int(self._index.ntotal)
@@ -66,9 +69,26 @@ class FaissSearch:
         """The second: vectors [Q,D] fp32 -> what `search_ids` gives."""
         check_k(k)
         found, rows = self._index.search(np.ascontiguousarray(vectors, np.float32), min(k, len(self)))
+        self._check_rows(rows)
         scores = np.where(rows < 0, -np.inf, -found if self._is_distance else found).astype(np.float32)
         order = np.lexsort((rows, -scores), axis=1)
         return np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows.astype(np.int64), order, axis=1)
+
+    def _named_rows(self) -> np.ndarray:
+        """The ids of all vectors [M], where the file says them in one piece (an IDMap); else none."""
+        index = self._faiss.downcast_index(self._index)
+        if not isinstance(index, self._faiss.IndexIDMap | self._faiss.IndexIDMap2):
+            return np.empty(0, np.int64)
+        return self._faiss.vector_to_array(index.id_map)
+
+    def _check_rows(self, rows: np.ndarray) -> None:
+        """faiss lets a vector have any id, but a passage is found by its row. -1 is no vector."""
+        strange = rows[(rows < -1) | (rows >= len(self))]
+        if strange.size:
+            raise ValueError(
+                f"{self._name} has a vector with the id {strange[0]}; the ids of its {len(self)} vectors must be rows "
+                "of the corpus, from 0 on: build it without ids of its own"
+            )
 
     def _read(self, path: Path, parameters: str) -> Any:
         if not path.is_file():
@@ -94,5 +114,6 @@ def _import_faiss() -> Any:
 
 
 def _first_line(error: BaseException) -> str:
-    """faiss names its source file and condition; the last part says what."""
-    return str(error).strip().splitlines()[0].rpartition("failed: ")[2]
+    """What faiss says, without the function, source file and condition that come first."""
+    line = str(error).strip().splitlines()[0]
+    return re.sub(r"^Error in .*? at \S+:\d+: ", "", line).rpartition("failed: ")[2]

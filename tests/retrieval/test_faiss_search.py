@@ -19,6 +19,7 @@ from searchr1_fast import serve
 from searchr1_fast.retrieval.batcher import BatchedRetriever
 from searchr1_fast.retrieval.dense import DenseSearch, MemoryStore
 from searchr1_fast.retrieval.encoder_bert import BertEncoder
+from searchr1_fast.retrieval.protocol import RetrievalError
 from searchr1_fast.retrieval.rows import HostRows
 from searchr1_fast.types import Passage
 
@@ -90,6 +91,61 @@ def test_where_fewer_are_found_the_rest_is_empty_and_the_batcher_gives_fewer_pas
             assert [int(passage.id) for passage in found] == own[own >= 0].tolist()
 
 
+def cagra(folder, vectors):
+    """What faiss writes of a graph that cuVS made on a GPU, here from a graph that it makes itself."""
+    index = faiss.IndexHNSWCagra(vectors.shape[1], 16, faiss.METRIC_INNER_PRODUCT)
+    index.base_level_only = False  # as a graph of cuVS' has no upper levels
+    index.add(vectors)
+    path = folder / "cagra.faiss"
+    faiss.write_index(index, str(path))
+    return path
+
+
+def test_a_cagra_file_is_searched(made, tmp_path):
+    _, encoder, vectors = made
+    path = cagra(tmp_path, vectors)
+    assert path.read_bytes()[:4] in (b"IHc2", b"IHNc")  # of faiss since 1.12, and before
+    search = FaissSearch(path, encoder, "efSearch=300")
+    assert (search.kind, search.mode) == ("IndexHNSWCagra", "approximate")
+    wanted, best = DenseSearch(encoder, HostRows([(0, vectors.astype(np.float16))])).search_ids(QUERIES, 5)
+    scores, rows = search.search_ids(QUERIES, 5)
+    assert ((rows == best) | np.isclose(scores, wanted, atol=1e-6)).all()
+
+
+@pytest.mark.parametrize("kind", ["IDMap,Flat", "IDMap2,HNSW8"])
+def test_ids_that_are_no_rows_are_refused_when_the_file_is_opened(made, kind, tmp_path):
+    """And those that are rows in another order are taken at their word."""
+    _, encoder, vectors = made
+
+    def named(ids):
+        index = faiss.index_factory(vectors.shape[1], kind, faiss.METRIC_INNER_PRODUCT)
+        index.add_with_ids(vectors, ids)
+        faiss.write_index(index, str(tmp_path / "named"))
+        return FaissSearch(tmp_path / "named", encoder, "efSearch=300" if "HNSW" in kind else "")
+
+    for ids, worst in ((np.arange(300) + 1, "300"), (np.arange(300) - 2, "-2")):
+        with pytest.raises(ValueError, match=f"named has a vector with the id {worst}; the ids of its 300 vectors"):
+            named(ids)
+    turned = named(np.arange(300)[::-1].copy())
+    plain = FaissSearch(write(tmp_path, "Flat", vectors), encoder)
+    assert (turned.search_ids(QUERIES, 1)[1] == 299 - plain.search_ids(QUERIES, 1)[1]).all()
+
+
+def test_ids_that_show_in_a_search_only_end_it_with_their_name(made, tmp_path):
+    """Lists of an IVF have ids beside their vectors."""
+    _, encoder, vectors = made
+    index = faiss.index_factory(vectors.shape[1], "IVF4,Flat", faiss.METRIC_INNER_PRODUCT)
+    index.train(vectors)
+    index.add_with_ids(vectors, np.arange(300) + 1000)
+    faiss.write_index(index, str(tmp_path / "ivf"))
+    store = MemoryStore(Passage(str(row), "", text) for row, text in enumerate(CONTENTS))
+    with (
+        BatchedRetriever(FaissSearch(tmp_path / "ivf", encoder), store) as retriever,
+        pytest.raises(RetrievalError, match=r"ivf has a vector with the id 1\d\d\d"),
+    ):
+        retriever.search(QUERIES, 3)
+
+
 def test_what_cannot_be_searched_is_one_sentence(made, tmp_path):
     _, encoder, vectors = made
     with pytest.raises(ValueError, match="there is no file"):
@@ -97,6 +153,13 @@ def test_what_cannot_be_searched_is_one_sentence(made, tmp_path):
     (tmp_path / "broken").write_bytes(b"IxFI" + bytes(10))
     with pytest.raises(ValueError, match="broken cannot be read as a faiss index"):
         FaissSearch(tmp_path / "broken", encoder)
+    (tmp_path / "unknown").write_bytes(b"IHc9" + bytes(100))  # as a kind of a later faiss is to this one
+    with pytest.raises(ValueError, match=r"unknown cannot be read as a faiss index: Index type .* not recognized$"):
+        FaissSearch(tmp_path / "unknown", encoder)
+    whole = cagra(tmp_path, vectors).read_bytes()
+    (tmp_path / "cut").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="cut cannot be read as a faiss index: read error in"):
+        FaissSearch(tmp_path / "cut", encoder)
     with pytest.raises(ValueError, match="'speed=9' cannot be set on"):
         FaissSearch(write(tmp_path, "Flat", vectors), encoder, "speed=9")
     with pytest.raises(ValueError, match="vectors of 24 components, the encoder makes 48"):
