@@ -108,7 +108,7 @@ def _open_web(config: RetrievalConfig) -> Retriever:
     from searchr1_fast.retrieval.web import KEY_VARIABLES, WebRetriever
 
     variable = KEY_VARIABLES[config.web_engine]
-    key = os.environ.get(variable, "")
+    key = os.environ.get(variable, "").strip()  # a file's last newline is no part of it, and no header takes it
     if not key:
         raise ValueError(f"retrieval.web_engine={config.web_engine} wants the service's key in {variable}")
     return WebRetriever(

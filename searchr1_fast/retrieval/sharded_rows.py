@@ -26,6 +26,7 @@ from __future__ import annotations
 import selectors
 import socket
 import struct
+import sys
 import threading
 import time
 import weakref
@@ -43,6 +44,7 @@ from searchr1_fast.retrieval.shard_link import Incoming, Link, Peers, meet
 _REQUEST = struct.Struct("<qq")  # queries, k
 _ANSWER = struct.Struct("<qq")  # how it went; bytes that follow: rows [Q,W] int64, scores [Q,W] fp32, or a sentence
 _FOUND, _FAILED = 0, 1
+_CLOSING_SECONDS = 10.0  # that this rank's part gets for the search that it is at
 
 
 def open_sharded(
@@ -282,6 +284,9 @@ def _close(link: Link, thread: threading.Thread) -> None:
         except OSError:  # the other side has closed it already
             continue
     if threading.current_thread() is not thread:
-        thread.join()
+        thread.join(_CLOSING_SECONDS)
+        if thread.is_alive():  # of a device that hangs, or of rows that were parked and never will be back
+            sentence = f"a search for another rank did not end within {_CLOSING_SECONDS:g} s of closing; left behind"
+            print(f"searchr1: {sentence}", file=sys.stderr, flush=True)
     for connection in link.asks:
         connection.close()

@@ -21,7 +21,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -110,9 +110,11 @@ class WebRetriever:
             self.counts.queries += len(queries)
         try:
             results = self._threads.map(lambda query: self._results(query, k), unique)
-        except RuntimeError as error:  # it was shut down
+            found = dict(zip(unique, results, strict=True))
+        except RetrievalError:
+            raise
+        except (RuntimeError, CancelledError) as error:  # it was shut down, before or meanwhile
             raise RetrievalError("this web search was closed") from error
-        found = dict(zip(unique, results, strict=True))
         return [
             [Passage(one.link, one.title, one.text, 1 / rank) for rank, one in enumerate(found[query][:k], 1)]
             for query in queries

@@ -231,6 +231,25 @@ def test_a_rank_may_close_while_it_searches(alone):
     ranks[1].close()
 
 
+def test_a_rank_closes_though_its_part_does_not_come_back(monkeypatch, capsys):
+    """Its rows are parked, say, and an update that failed will not unpark them."""
+    monkeypatch.setattr(sharded_rows, "_CLOSING_SECONDS", 0.05)
+    go = threading.Event()
+    ranks = open_ranks(2, lambda begin, end: open_part(begin, end) if begin else Recording(open_part(begin, end), go))
+    recording = ranks[0]._own
+    go.clear()
+    with ThreadPoolExecutor(1) as pool:
+        search = pool.submit(ranks[1].search, QUERIES[:3], 4)
+        wait_for(lambda: len(recording.calls) == 2)
+        ranks[0].close()
+        assert "did not end within 0.05 s of closing; left behind" in capsys.readouterr().err
+        go.set()
+        with pytest.raises(RetrievalError, match="rank 0 is gone"):
+            ranks[1].search(QUERIES[3:6], 4)
+        assert search.exception(30) is None or "is gone" in str(search.exception())
+    ranks[1].close()
+
+
 def test_a_part_that_fails_is_named():
     class Breaking(Recording):
         def search(self, vectors, k):

@@ -211,6 +211,28 @@ def test_a_wrong_key_and_a_closed_search_are_errors_that_do_not_tell_the_key(ope
         retriever.search(["rome"], 1)
 
 
+def test_a_search_that_is_closed_meanwhile_is_a_named_error(web, open_web, monkeypatch):
+    """More queries than threads, so that some have not begun."""
+    retriever = open_web(per_host=64)
+    begun, go = threading.Semaphore(0), threading.Event()
+    results = retriever._results
+
+    def slow(query, k):
+        begun.release()
+        assert go.wait(30)
+        return results(query, k)
+
+    monkeypatch.setattr(retriever, "_results", slow)
+    with ThreadPoolExecutor(1) as pool:
+        search = pool.submit(retriever.search, [f"q{number}" for number in range(40)], 1)
+        for _ in range(16):
+            assert begun.acquire(timeout=30)
+        retriever.close()
+        go.set()
+        with pytest.raises(RetrievalError, match="this web search was closed"):
+            search.result(30)
+
+
 def test_a_host_is_not_asked_more_at_once_than_allowed(web, open_web):
     """Whoever's queries they are, the service's requests and pages alike."""
     retriever = open_web(per_host=3, pages=True)
@@ -275,7 +297,7 @@ def test_a_run_is_configured_with_it_and_the_key_comes_from_the_environment(web,
     config = load_config(None, settings)
     with pytest.raises(ValueError, match="wants the service's key in SERPAPI_API_KEY"):
         open_retriever(config.retrieval, None)
-    monkeypatch.setenv("SERPAPI_API_KEY", KEY)
+    monkeypatch.setenv("SERPAPI_API_KEY", f"{KEY}\n")  # as `cat` of a file would
     (tmp_path / "questions.jsonl").write_text('{"id": "1", "question": "rome?", "golden_answers": ["x"]}\n')
     data = load_config(None, [*settings, f"data={{questions: {tmp_path / 'questions.jsonl'}}}", "eval.sets={}"]).data
     environment = build_environment(data, config.retrieval)
