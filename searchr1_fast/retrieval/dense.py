@@ -15,7 +15,7 @@ Shape legend
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence, Sized
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Protocol
 
@@ -72,8 +72,8 @@ class DenseSearch:
     def search_ids(self, queries: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
         """(scores [Q,K] fp32, rows [Q,K] int64), best first, equal scores by row; K is `k`, or all rows if fewer.
 
-        A query's result is a function of its text alone: bit for bit the same in every batch. RetrievalParked where the
-        rows are parked.
+        A query's result is a function of its text alone: bit for bit the same in every batch. RetrievalParked where
+        encoder or rows are parked.
         """
         check_k(k)
         if self.is_parked:
@@ -92,27 +92,38 @@ class DenseSearch:
 
     @property
     def is_parked(self) -> bool:
-        """Whether the rows' memory is others' for the time being."""
-        return isinstance(self._rows, Parks) and self._rows.is_parked
+        """Whether memory of rows or encoder is others' for the time being."""
+        return any(part.is_parked for part in self._parkable())
 
     def park(self) -> None:
-        """Give the GPU memory of the rows to others; the encoder stays. Nothing where they lie on no GPU, or again."""
-        if isinstance(self._rows, Parks):
-            self._rows.park()
+        """Give the GPU memory of encoder and rows to others. Nothing where they lie on no GPU, or again. ValueError,
+        and nothing is parked, where the machine does not lock so much host memory."""
+        with on_stream(self._stream), ExitStack() as undo:
+            for part in self._parkable():
+                part.park()
+                undo.callback(part.unpark)
+            undo.pop_all()
 
     def unpark(self) -> None:
-        """Take it back: searches may begin at once."""
-        if isinstance(self._rows, Parks):
-            self._rows.unpark()
+        """Take it back: searches may begin at once. What finds no memory (torch.OutOfMemoryError) stays parked."""
+        with on_stream(self._stream):
+            for part in self._parkable():
+                part.unpark()
 
     def prepare(self, queries: Sequence[str]) -> np.ndarray:
-        """The first stage: vectors [Q,D] fp32."""
+        """The first stage: vectors [Q,D] fp32. RetrievalParked where the encoder is parked."""
+        if isinstance(self.encoder, Parks) and self.encoder.is_parked:
+            raise RetrievalParked
         with on_stream(self._stream):
             return self.encoder.encode_queries(queries)
 
     def search_prepared(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """The second: vectors [Q,D] fp32 -> what `search_ids` gives. Where the rows are parked, when they are back."""
         return self._rows.search(vectors, k)
+
+    def _parkable(self) -> list[Parks]:
+        """The encoder before the rows: it is the smaller, and easily taken back."""
+        return [part for part in (self.encoder, self._rows) if isinstance(part, Parks)]
 
 
 class DenseRetriever:

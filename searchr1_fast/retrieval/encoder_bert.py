@@ -29,7 +29,6 @@ Shape legend
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -51,8 +50,10 @@ from searchr1_fast.retrieval.encoder_folder import (
     read_weights,
     weights_file,
 )
+from searchr1_fast.retrieval.encoder_weights import Taker
 from searchr1_fast.retrieval.encoders import check_device
 from searchr1_fast.retrieval.index_format import Progress, TextColumn
+from searchr1_fast.retrieval.parking import ParkedMemory
 from searchr1_fast.retrieval.recorded_encoder import CudaRecordedForward, PackedTexts, RecordedForward
 
 DType = Literal["float32", "bfloat16", "float16"]
@@ -71,7 +72,8 @@ _LARGE_TILE = {"cpu": 256, "cuda": 8192}
 
 
 class BertEncoder:
-    """Safe to call from several threads (nothing is changed by a call)."""
+    """Safe to call from several threads (nothing is changed by a call), but to park, which is for when nobody else
+    calls. On a GPU it can be parked (`protocol.Parks`): its weights leave, and what recorded passes work in."""
 
     def __init__(
         self,
@@ -97,6 +99,9 @@ class BertEncoder:
         )
         self.dimension = self._model.hidden_size
         self._recorded: RecordedForward | None = None
+        self._memory: ParkedMemory | None = None  # a CPU has nothing to give
+        if torch.device(device).type == "cuda":
+            self._memory = ParkedMemory(self._model.tensors, [], torch.device(device))
         if torch.device(device).type == "cuda" and find_spec("triton"):
             forward = partial(self._model.pooled_packed, pooling=self.settings.pooling)
             self._recorded = CudaRecordedForward(forward, torch.device(device), _SMALL_TILE["cuda"], _TOKENS_AT_ONCE)
@@ -139,6 +144,32 @@ class BertEncoder:
     def fit(self, folder: Path, texts: TextColumn, progress: Progress) -> dict[str, Any]:
         """Nothing is learned from the corpus."""
         return self.identity | {"path": str(self.folder.resolve())}
+
+    @property
+    def is_parked(self) -> bool:
+        """Whether its memory is others'."""
+        return self._memory is not None and self._memory.is_parked
+
+    def park(self) -> None:
+        """Give its memory to others. Waits for the current stream, on which it was called. Again: nothing. ValueError,
+        and nothing is parked, where the machine does not lock as much host memory."""
+        if self._memory is not None and not self.is_parked:
+            if self._recorded is not None:
+                self._recorded.forget()
+            try:
+                self._memory.park()
+            except ValueError:  # the weights are where they were
+                if self._recorded is not None:
+                    self._recorded.record_again()
+                raise
+
+    def unpark(self) -> None:
+        """Take it back: copies are queued on the current stream, on which it is to be called. Again: nothing. Where
+        there is not enough (torch.OutOfMemoryError) it stays parked."""
+        if self._memory is not None and self.is_parked:
+            self._memory.unpark()
+            if self._recorded is not None:
+                self._recorded.record_again()
 
     def encode_queries(self, queries: Sequence[str]) -> np.ndarray:
         """[N,D] fp32."""
@@ -210,7 +241,7 @@ class _Bert:
         self._activation = _ACTIVATIONS[config["hidden_act"]]
         self._first_position = (config["pad_token_id"] + 1) if FAMILY[config["model_type"]] else 0
         self._device = device
-        take = _Taker(weights, device, dtype, folder)
+        take = Taker(weights, device, dtype, folder)
         words, types = take("embeddings.word_embeddings.weight"), take("embeddings.token_type_embeddings.weight")
         self._words = words
         # One text, so every token is of the first type.
@@ -219,6 +250,12 @@ class _Bert:
         self._layers = [take.layer(f"encoder.layer.{number}.") for number in range(config["num_hidden_layers"])]
         self._small = _SMALL_TILE[device.type]
         self._large = self._probe(_LARGE_TILE[device.type])
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """Its weights."""
+        layers = (tensor for layer in self._layers for tensor in layer.tensors)
+        return [self._words, self._positions, *self._embedding_norm, *layers]
 
     @torch.inference_mode()
     def pooled(self, token_ids: Sequence[Sequence[int]], pooling: Pooling | None) -> torch.Tensor:
@@ -319,53 +356,6 @@ class _Bert:
             if not torch.equal(self._linear(inputs, weight, bias), torch.addmm(bias, inputs, weight)):
                 return self._small
         return large
-
-
-@dataclass(frozen=True)
-class _Layer:
-    """Weights [in, out] with their biases [out], and the two normalisations."""
-
-    qkv: tuple[torch.Tensor, torch.Tensor]
-    output: tuple[torch.Tensor, torch.Tensor]
-    norm: tuple[torch.Tensor, torch.Tensor]
-    up: tuple[torch.Tensor, torch.Tensor]
-    down: tuple[torch.Tensor, torch.Tensor]
-    last_norm: tuple[torch.Tensor, torch.Tensor]
-
-    @property
-    def products(self) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
-        return self.qkv, self.output, self.up, self.down
-
-
-class _Taker:
-    """Takes tensors out of a state dict by name, in the type that the computation has."""
-
-    def __init__(self, weights: dict[str, torch.Tensor], device: torch.device, dtype: torch.dtype, folder: Path):
-        self._weights, self._device, self._dtype, self._folder = weights, device, dtype, folder
-
-    def __call__(self, name: str) -> torch.Tensor:
-        if name not in self._weights:
-            raise ValueError(f"{self._folder}: the weights lack {name}; is this a model of the BERT family?")
-        return self._weights[name].to(self._device, self._dtype)
-
-    def norm(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        return self(f"{name}.weight"), self(f"{name}.bias")
-
-    def linear(self, *names: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Several layers side by side are one: weight [in, out], bias [out]."""
-        weight = torch.cat([self(f"{name}.weight") for name in names]).t().contiguous()
-        return weight, torch.cat([self(f"{name}.bias") for name in names])
-
-    def layer(self, prefix: str) -> _Layer:
-        own = f"{prefix}attention.self."
-        return _Layer(
-            qkv=self.linear(f"{own}query", f"{own}key", f"{own}value"),
-            output=self.linear(f"{prefix}attention.output.dense"),
-            norm=self.norm(f"{prefix}attention.output.LayerNorm"),
-            up=self.linear(f"{prefix}intermediate.dense"),
-            down=self.linear(f"{prefix}output.dense"),
-            last_norm=self.norm(f"{prefix}output.LayerNorm"),
-        )
 
 
 def _groups(lengths: Sequence[int]) -> list[tuple[int, int, int]]:

@@ -51,7 +51,8 @@ class ParkedMemory:
         device: torch.device,
         stream: torch.cuda.Stream | None = None,
     ) -> None:
-        """`stream`: on which all that reads or writes the tensors is queued; on a CPU none."""
+        """`stream`: on which all that reads or writes the tensors is queued; None: the one that is current when it is
+        called. On a CPU none."""
         self._kept, self._scratch = _storages(kept), _storages(scratch)
         assert not self._kept.keys() & self._scratch.keys(), "what is kept is no scratch"
         self._device, self._stream = device, stream
@@ -79,8 +80,8 @@ class ParkedMemory:
                 self._host = host_memory(self._kept_bytes(), self._device, SETTING)
                 for storage, part in zip(self._kept.values(), self._parts(), strict=True):
                     part.copy_(_bytes_of(storage), non_blocking=True)
-            if self._stream is not None:
-                self._stream.synchronize()
+            if self._device.type == "cuda":
+                torch.cuda.current_stream(self._device).synchronize()
             self._away = [(storage, storage.nbytes()) for storage in self._all()]
             for storage, _ in self._away:
                 self._let_go(storage)

@@ -94,6 +94,18 @@ class RecordedForward:
                 self._send([[0]], size)
                 self._replays[size] = self._record(self._pass(size))
 
+    def forget(self) -> None:
+        """The memory of the weights is about to go, and addresses with it; what passes work in goes too."""
+        with self._lock:
+            self._replays.clear()
+
+    def record_again(self) -> None:
+        """All sizes, with the weights as they lie now. Nothing runs, and nothing is waited for."""
+        with self._lock:
+            self._begin_again()
+            for size in reversed(self.sizes):
+                self._replays[size] = self._record_again(self._pass(size))
+
     def pooled(self, texts: Sequence[Sequence[int]]) -> torch.Tensor:
         """Token ids of N texts, none empty -> their vectors [N,H] fp32, on the host."""
         with self._lock:
@@ -132,6 +144,13 @@ class RecordedForward:
         """A function that does what `run` does, from and to the same memory."""
         return run
 
+    def _begin_again(self) -> None:
+        """Before the first of `record_again`."""
+
+    def _record_again(self, run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        """The same, where `run` has run before."""
+        return run
+
 
 class CudaRecordedForward(RecordedForward):
     """Records passes as CUDA graphs. Each runs once before: kernels are compiled and loaded then, and libraries take
@@ -154,12 +173,33 @@ class CudaRecordedForward(RecordedForward):
         recording = {"pool": self._pool, "stream": self._stream, "capture_error_mode": "thread_local"}
         with torch.cuda.device(self._device), torch.cuda.graph(graph, **recording):
             vectors = run()
+        return _replay(graph, vectors)
 
-        def replay() -> torch.Tensor:
-            graph.replay()
-            return vectors
+    def _begin_again(self) -> None:
+        # The pool of graphs that are gone is going too: a recording must not join it.
+        self._pool = torch.cuda.graph_pool_handle()
 
-        return replay
+    def _record_again(self, run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        """As `torch.cuda.graph`, which waits for the device and empties torch's cache, and for neither is there a
+        reason: weights that are on their way were queued before every replay."""
+        graph = torch.cuda.CUDAGraph()
+        with on_stream(self._stream):
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                vectors = run()
+            finally:
+                graph.capture_end()
+        return _replay(graph, vectors)
+
+
+def _replay(graph: torch.cuda.CUDAGraph, vectors: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Runs a graph that leaves vectors [S,H] where it always does."""
+
+    def replay() -> torch.Tensor:
+        graph.replay()
+        return vectors
+
+    return replay
 
 
 def fill(target: PackedTexts, texts: Sequence[Sequence[int]]) -> None:

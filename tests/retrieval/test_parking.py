@@ -244,6 +244,49 @@ def test_a_search_by_text_of_parked_rows_is_refused():
     check_same(held_by_a_cpu.search_ids(["one two"], 3), wanted)
 
 
+class ParkableEncoder(HashingEncoder):
+    """As one with weights on a GPU."""
+
+    def __init__(self, dimension: int) -> None:
+        super().__init__(dimension)
+        self.is_parked = False
+
+    def park(self) -> None:
+        self.is_parked = True
+
+    def unpark(self) -> None:
+        self.is_parked = False
+
+
+def test_an_encoder_is_parked_with_the_rows_or_neither(monkeypatch):
+    encoder = ParkableEncoder(64)
+    encoder.count([["one two three"]])
+    rows = DeviceRows([(0, np.tile(ROWS, (1, 4)))], "cpu")
+    search = DenseSearch(encoder, rows)
+    wanted = search.search_ids(["one two"], 3)
+    search.park()
+    assert encoder.is_parked and rows.is_parked
+    for refused in (lambda: search.search_ids(["one"], 3), lambda: search.prepare(["one"])):
+        with pytest.raises(RetrievalParked):
+            refused()
+    search.unpark()
+    assert not encoder.is_parked and not rows.is_parked
+    check_same(search.search_ids(["one two"], 3), wanted)
+
+    def refuse():
+        raise ValueError("could not be page-locked")
+
+    monkeypatch.setattr(rows, "park", refuse)
+    with pytest.raises(ValueError, match="page-locked"):
+        search.park()
+    assert not search.is_parked and not encoder.is_parked
+    check_same(search.search_ids(["one two"], 3), wanted)
+    beside_a_cpu_s_rows = DenseSearch(encoder, HostRows([(0, np.tile(ROWS, (1, 4)))]))
+    beside_a_cpu_s_rows.park()
+    assert encoder.is_parked and beside_a_cpu_s_rows.is_parked
+    beside_a_cpu_s_rows.unpark()
+
+
 def test_a_batcher_refuses_searches_while_it_is_parked_and_goes_on_after():
     backend = ParkableBackend()
     with BatchedRetriever(backend, Rows()) as retriever:

@@ -17,8 +17,10 @@ from hypothesis import strategies as st
 from live_bytes import LiveBytes
 from test_encoders import GIVEN, make_model, texts
 
-from searchr1_fast.retrieval import memory_plan
+from searchr1_fast.retrieval import memory_plan, parking
 from searchr1_fast.retrieval.encoder_bert import _SMALL_TILE, _TOKENS_AT_ONCE, BertEncoder, BertSettings
+from searchr1_fast.retrieval.parking import ParkedMemory
+from searchr1_fast.retrieval.protocol import Parks
 from searchr1_fast.retrieval.recorded_encoder import PackedTexts, RecordedForward, fill, num_numbers, num_places
 
 GPU = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")])
@@ -116,6 +118,71 @@ def test_a_pass_takes_what_the_plan_says(tmp_path, monkeypatch, pooling, changes
     with LiveBytes() as counted:
         model.pooled_packed(packed, pooling)
     assert work == pytest.approx(counted.peak, rel=0.05)
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+def test_an_encoder_that_was_parked_makes_the_same_bits(tmp_path, device):
+    make_model(tmp_path, **BERT)
+    encoder = recorded_encoder(tmp_path, device)
+    contents = texts(60)
+    wanted, num_sizes = encoder.encode_passages(contents), len(encoder._recorded)
+    assert isinstance(encoder, Parks) and not encoder.is_parked
+    if device == "cpu":
+        encoder.park()
+        assert not encoder.is_parked  # there is nothing to give, but by the twin of a GPU's memory
+        encoder._memory = ParkedMemory(encoder._model.tensors, [], torch.device("cpu"))
+    for _ in range(2):
+        encoder.park()
+        encoder.park()
+        assert encoder.is_parked and len(encoder._recorded) == 0
+        for tensor in encoder._model.tensors:
+            gone = tensor.untyped_storage().nbytes() == 0 if device == "cuda" else bool(tensor.isnan().all())
+            assert gone
+        encoder.unpark()
+        encoder.unpark()
+        assert not encoder.is_parked and len(encoder._recorded) == num_sizes
+        assert (encoder.encode_passages(contents) == wanted).all()
+        assert (encoder.encode_passages(contents[:1]) == wanted[:1]).all()
+
+
+def test_an_encoder_that_could_not_be_parked_is_as_it_was(tmp_path, monkeypatch):
+    make_model(tmp_path, **BERT)
+    encoder = recorded_encoder(tmp_path)
+    wanted, num_sizes = encoder.encode_passages(texts(9)), len(encoder._recorded)
+    encoder._memory = ParkedMemory(encoder._model.tensors, [], torch.device("cpu"))
+
+    def refuse(num_bytes, device, setting):
+        raise ValueError(f"{setting}: {num_bytes} bytes could not be page-locked")
+
+    monkeypatch.setattr(parking, "host_memory", refuse)
+    with pytest.raises(ValueError, match="could not be page-locked"):
+        encoder.park()
+    assert not encoder.is_parked and len(encoder._recorded) == num_sizes
+    assert (encoder.encode_passages(texts(9)) == wanted).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_has_an_encoder_s_memory_back(tmp_path):
+    """Weights, and what recorded passes work in; on the stream of a search, beside the default one."""
+    make_model(tmp_path, hidden_size=384, intermediate_size=1536, num_attention_heads=6, num_hidden_layers=6)
+    encoder = BertEncoder(tmp_path, GIVEN, "cuda")
+    stream, contents = torch.cuda.Stream(), texts(256)
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        wanted = encoder.encode_passages(contents)
+        weights = sum(tensor.nbytes for tensor in encoder._model.tensors)
+        for _ in range(2):
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            before, _ = torch.cuda.mem_get_info()
+            encoder.park()
+            after, _ = torch.cuda.mem_get_info()
+            assert after - before >= weights
+            others = torch.full((weights,), 7, dtype=torch.uint8, device="cuda")  # where the weights lay, perhaps
+            encoder.unpark()
+            assert (encoder.encode_passages(contents) == wanted).all()
+            assert bool((others == 7).all())
 
 
 def test_a_batch_takes_the_next_size_that_has_room():
