@@ -164,8 +164,8 @@ class RetrievalConfig(Section):
     sharded: bool = True
     """`dense` with an index: the ranks of a machine hold a part each. Off: every rank holds all of it."""
     park_during_update: bool = False
-    """`dense` on a GPU: rows and codes wait in page-locked host memory while the weights are updated, which then have
-    their memory. They come back beside the end of the step and the next rollout's first turns."""
+    """`dense` on a GPU: rows, codes and encoder wait in page-locked host memory while the weights are updated, which
+    then have their memory. They come back beside the end of the step and the next rollout's first turns."""
     url: str = "http://127.0.0.1:8000/retrieve"
     """`remote`: a server that speaks Search-R1's protocol."""
     token_variable: str = "SEARCHR1_TOKEN"

@@ -30,7 +30,7 @@ def advice(config: Config, decoder: DecoderConfig, plan: TrainingPlan, num_ranks
         if config.train.reshard_after != "forward":
             yield "train.reshard_after=forward: two blocks are gathered at a time, and each more often"
     yield from _offload(plan)
-    if plan.update > room and (index := plan.resident("index")):
+    if plan.update > room and (index := plan.resident("index", "index: encoder")):
         yield f"retrieval.park_during_update=true: the index gives {size_text(index)} to the update, a copy back a step"
     if plan.update > room:
         tokens, mode = config.train.tokens_per_microbatch, config.train.activation_checkpointing

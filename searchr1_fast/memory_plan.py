@@ -300,12 +300,14 @@ def _index(
         return
     num_parts = num_parts if retrieval.sharded else 1
     index = IndexPlan(-(-shape[0] // num_parts), shape[1], retrieval.scan)
-    yield Row("index", index.total, "rollout" if retrieval.park_during_update else "always", str(index))
-    if retrieval.park_during_update:
-        yield Row("index, parked", index.rows + index.codes + index.bounds, "host", "while weights are updated")
+    when, kept = "rollout" if retrieval.park_during_update else "always", index.rows + index.codes + index.bounds
+    yield Row("index", index.total, when, str(index))
     if encoder is not None:
         weights, work = encoder_bytes(encoder)
-        yield Row("index: encoder", weights + work, "always", f"fp32, {size_text(work)} of it for recorded passes")
+        kept += weights
+        yield Row("index: encoder", weights + work, when, f"fp32, {size_text(work)} of it for recorded passes")
+    if retrieval.park_during_update:
+        yield Row("index, parked", kept, "host", "while weights are updated")
 
 
 def _rollout(config: Config, decoder: DecoderConfig, num_ranks: int) -> Iterator[Row]:

@@ -402,17 +402,20 @@ def test_a_parked_index_is_the_update_s_memory_and_the_host_s():
 
 
 def test_an_index_has_its_encoder_beside_it():
-    """E5's, whole on every rank, and there when the index is parked."""
+    """E5's, whole on every rank, and parked with the index."""
     e5 = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "vocab_size": 30522}
     e5 |= {"max_position_embeddings": 512}
-    settings = ["retrieval={backend: dense, index: x, device: cuda, park_during_update: true}"]
-    config, shape = load_config("configs/search_r1_3b_grpo.yaml", settings), published_config("qwen2.5-3b")
-    options = {"num_ranks": 8, "index_shape": (21_015_324, 768)}
-    without, plan = (plan_training(config, shape, **options, encoder=encoder) for encoder in (None, e5))
-    size = rows_of(plan)["index: encoder"]
-    assert size == 4 * (30522 + 512 + 2) * 768 + 12 * 28_351_488 + 4 * 8448 * 9 * 768 + 12 * 768 * 511
-    assert (plan.update - without.update, plan.rollout - without.rollout) == (size, size)
-    assert "index: encoder" not in rows_of(without)
+    shape, options = published_config("qwen2.5-3b"), {"num_ranks": 8, "index_shape": (21_015_324, 768)}
+    weights = 4 * (30522 + 512 + 2) * 768 + 12 * 28_351_488
+    size = weights + 4 * 8448 * 9 * 768 + 12 * 768 * 511
+    for parks in (False, True):
+        settings = [f"retrieval={{backend: dense, index: x, device: cuda, park_during_update: {str(parks).lower()}}}"]
+        config = load_config("configs/search_r1_3b_grpo.yaml", settings)
+        without, plan = (plan_training(config, shape, **options, encoder=encoder) for encoder in (None, e5))
+        assert rows_of(plan)["index: encoder"] == size
+        assert (plan.update - without.update, plan.rollout - without.rollout) == (0 if parks else size, size)
+        assert plan.total("host") - without.total("host") == (weights if parks else 0)
+        assert "index: encoder" not in rows_of(without)
 
 
 @pytest.mark.parametrize("changes", [{}, {"offload": {"optimizer": True, "replica": True}}, {"lora": {"rank": 3}}])
