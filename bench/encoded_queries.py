@@ -6,8 +6,10 @@ shows that it runs); texts have about as many tokens as a policy's queries, pref
     recorded    one CUDA graph, replayed: what is used
     launched    the same kernels, launched by the host
     by length   attention by torch, for all texts of one length at once: what is used without Triton
+    unparked    recorded, from the call that takes the encoder's memory back (`retrieval.park_during_update`): weights
+                are copied, passes recorded once more
 
-The vectors of the first two must be the same bits, alone and in the batch, and those of the third close.
+The vectors of all but the third must be the same bits, alone and in the batch, and those of the third close.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import numpy as np
 import torch
 
 from searchr1_fast.retrieval.encoder_bert import _SMALL_TILE, _TOKENS_AT_ONCE, _Bert
+from searchr1_fast.retrieval.parking import ParkedMemory
 from searchr1_fast.retrieval.recorded_encoder import CudaRecordedForward, RecordedForward
 
 _VOCABULARY = 1000
@@ -34,13 +37,14 @@ def measure_encoder(device: torch.device, batches: Sequence[int], repetitions: i
     kind, step = (CudaRecordedForward if device.type == "cuda" else RecordedForward), _SMALL_TILE[device.type]
     recorded = kind(partial(model.pooled_packed, pooling="mean"), device, step, _TOKENS_AT_ONCE)
     recorded.record()
+    memory = ParkedMemory(model.tensors, [], device)
     generator = np.random.default_rng(0)
     lengths = generator.normal(20, 5, max(batches)).round().clip(8, 60).astype(int)
     texts = [generator.integers(0, _VOCABULARY, length).tolist() for length in lengths]
     rows, wrong = [], 0
     for count in batches:
         batch = sorted(texts[:count], key=len)
-        seconds, others = _measure_batch(model, recorded, batch, device, repetitions)
+        seconds, others = _measure_batch(model, recorded, memory, batch, device, repetitions)
         wrong += others
         rows += [
             {"way": name, "queries": count, "tokens": sum(map(len, batch)), "ms": float(np.median(times)) * 1e3}
@@ -50,26 +54,38 @@ def measure_encoder(device: torch.device, batches: Sequence[int], repetitions: i
 
 
 def _measure_batch(
-    model: _Bert, recorded: RecordedForward, batch: list[list[int]], device: torch.device, repetitions: int
+    model: _Bert,
+    recorded: RecordedForward,
+    memory: ParkedMemory,
+    batch: list[list[int]],
+    device: torch.device,
+    repetitions: int,
 ) -> tuple[dict[str, list[float]], int]:
     """(seconds by way, how many vectors are wrong)."""
 
     def run(name: str) -> torch.Tensor:
         if name == "by length":
             return model.pooled(batch, "mean").cpu()
-        recorded.enabled = name == "recorded"
+        if name == "unparked":
+            memory.unpark()
+            recorded.record_again()
+        recorded.enabled = name != "launched"
         return recorded.pooled(batch)
 
-    names = ("recorded", "launched", "by length")
+    before = run("recorded")
+    names = ("recorded", "launched", "by length", "unparked")
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for repetition, name in harness.interleaved(names, repetitions + 1):
+        if name == "unparked":
+            recorded.forget()
+            memory.park()
         elapsed = harness.timed(partial(run, name), device)
         if repetition:  # the first compiles, and takes its memory
             seconds[name].append(elapsed)
-    replayed, launched, by_length = (run(name) for name in names)
-    wrong = (replayed != launched).any(1).sum() + ((by_length - replayed).abs() > _CLOSE).any(1).sum()
+    replayed, launched, by_length = (run(name) for name in names[:3])
+    others = (replayed != launched) | (replayed != before) | ((by_length - replayed).abs() > _CLOSE)
     recorded.enabled = True
-    return seconds, int(wrong + (recorded.pooled(batch[:1]) != replayed[:1]).any())
+    return seconds, int(others.any(1).sum() + (recorded.pooled(batch[:1]) != replayed[:1]).any())
 
 
 def random_model(device: torch.device) -> _Bert:

@@ -12,7 +12,7 @@ upload   a file to the device: through the pinned ring, and as torch copies a me
 merge    the hits of 8 parts, which lie in host memory, as the sockets left them: C++, our kernel, torch
 link     what asking several ranks costs beside their searches, with parts that answer at once
 parking  giving the memory to an update and taking it back (parked_rows.py)
-encoder  queries to vectors, by batch size: recorded, launched, and attention by torch (encoded_queries.py)
+encoder  queries to vectors, by batch size: recorded, launched, by torch, and after parking (encoded_queries.py)
 
 Rows and queries are shaped like E5's: unit vectors around a common direction, cosines about 0.7. The last line is the
 row, as always; the exit status is 1 where a result differs from the CPU's, or a vector from what it was alone.

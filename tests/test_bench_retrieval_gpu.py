@@ -32,7 +32,7 @@ def test_it_measures_everything_and_finds_no_difference(bench, tmp_path, capsys)
     assert set(row["merge_seconds"]) >= {"c++", "torch"} and set(row["link_seconds"]) == {"2", "4", "8"}
     assert set(row["parking_seconds"]) == {"first_park", "park", "unpark", "unpark_to_hits", "search"}
     assert {(one["way"], one["queries"]) for one in row["encoder"]} == {
-        (way, queries) for way in ("recorded", "launched", "by length") for queries in (1, 3)
+        (way, queries) for way in ("recorded", "launched", "by length", "unparked") for queries in (1, 3)
     }
     assert row["wrong_vectors"] == 0
     assert not any("arithmetic" in key for key in row)  # nothing is scaled from a corpus as small as this
