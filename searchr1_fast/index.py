@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from searchr1_fast.retrieval.index_format import Progress, TextColumn
 
 HASHING = "hashing"
+_DIMENSION = 2048  # as `retrieval.hashing_dimension`
 _NUM_SAMPLES = 32  # rows that an import encodes again
 _LEAST_COSINE = 0.99  # fp16 arithmetic stays above 0.9999; a wrong prefix or pooling falls below 0.98
 
@@ -46,11 +47,11 @@ def _parser() -> argparse.ArgumentParser:
     actions = parser.add_subparsers(title="actions", required=True, metavar="build|import|verify|info|export")
     build = actions.add_parser("build", help="encode a JSONL corpus", allow_abbrev=False)
     _add_making(build)
-    build.add_argument("--dimension", type=int, default=2048, help="of the hashing encoder (default: %(default)s)")
-    build.add_argument("--device", default="cpu", help="where a model runs: cpu or cuda (default: %(default)s)")
+    build.add_argument("--dimension", type=int, help=f"of the hashing encoder (default: {_DIMENSION})")
+    build.add_argument("--device", help="where a model runs: cpu or cuda (default: cpu)")
     build.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
-        help="what a model computes passages in (default: %(default)s)",
+        "--dtype", choices=("float32", "bfloat16", "float16"),
+        help="what a model computes passages in (default: float32)",
     )  # fmt: skip
     build.set_defaults(action=_build)
     importing = actions.add_parser("import", help="take the vectors of a faiss flat file", allow_abbrev=False)
@@ -101,14 +102,18 @@ def _build(arguments: argparse.Namespace) -> int:
     if arguments.encoder == HASHING:
         from searchr1_fast.retrieval.encoder_hashing import HashingEncoder
 
-        given = [name for name, value in vars(encoder_settings(arguments)).items() if value is not None]
+        options = vars(encoder_settings(arguments)) | {"device": arguments.device, "dtype": arguments.dtype}
+        given = [name for name, value in options.items() if value is not None]
         if given:
             raise ValueError(f"--{given[0].replace('_', '-')} is for a model; the hashing encoder has no such thing")
-        encoder = HashingEncoder(arguments.dimension)
+        encoder = HashingEncoder(_DIMENSION if arguments.dimension is None else arguments.dimension)
     else:
         from searchr1_fast.retrieval.encoder_bert import BertEncoder
 
-        encoder = BertEncoder(arguments.encoder, encoder_settings(arguments), arguments.device, arguments.dtype)
+        if arguments.dimension is not None:
+            raise ValueError("--dimension is of the hashing encoder; a model's vectors have the size that it makes")
+        settings = encoder_settings(arguments)
+        encoder = BertEncoder(arguments.encoder, settings, arguments.device or "cpu", arguments.dtype or "float32")
     ui = Console()
     index = build_index(arguments.output, arguments.corpus, EncodingSource(encoder), ui, arguments.restart)
     ui.note(f"{arguments.output}: {len(index)} passages, {index.dimension} components")

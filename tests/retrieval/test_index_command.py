@@ -54,7 +54,12 @@ def test_the_command_from_end_to_end(run, tmp_path):
         (["build", "--corpus", "gone.jsonl", "--output", "i"], "there is no file gone.jsonl"),
         (["build", "--corpus", "c.jsonl", "--output", "i", "--encoder", "nowhere"], "there is no model folder nowhere"),
         (["build", "--corpus", "c.jsonl", "--output", "i", "--query-prefix", "q"], "--query-prefix is for a model"),
+        (["build", "--corpus", "c.jsonl", "--output", "i", "--device", "cuda"], "--device is for a model"),
         (["build", "--corpus", "c.jsonl", "--output", "i", "--dimension", "9"], "--dimension 9"),
+        (
+            ["build", "--corpus", "c.jsonl", "--output", "i", "--encoder", "x", "--dimension", "9"],
+            "--dimension is of the hashing encoder",
+        ),
         (["import", "x.index", "--corpus", "c.jsonl", "--output", "i"], "--encoder is missing"),
         (["import", "x.index", "--corpus", "c.jsonl", "--output", "i", "--encoder", "."], "there is no file x.index"),
         (["info", "c.jsonl"], "there is no index c.jsonl"),
