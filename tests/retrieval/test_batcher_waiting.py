@@ -135,6 +135,22 @@ def test_what_does_not_fit_waits_in_line_and_nothing_is_rejected(make, backend, 
     assert (statistics["blocked"], statistics["pending_bytes"]) == (0, 0)
 
 
+def test_a_small_search_does_not_overtake_a_large_one_that_waits_for_room(make, backend, pool):
+    """There is room for it: but with enough small ones the large one would never have its turn."""
+    retriever = make(max_pending_bytes=1500)
+    first = hold_with_one(retriever, backend, pool)
+    large = pool.submit(retriever.search, ["1", "2", "3", "4", "5"], 1)
+    eventually(lambda: retriever.statistics()["blocked"] == 1)
+    assert retriever.statistics()["pending_bytes"] < 1000  # of 340 for each query
+    small = pool.submit(retriever.search, ["6"], 1)
+    eventually(lambda: retriever.statistics()["num_searches"] == 3)
+    assert retriever.statistics()["blocked"] == 2
+    backend.let_go()
+    assert ids_of(large.result(PATIENCE)) == [[10], [20], [30], [40], [50]] and ids_of(small.result(PATIENCE)) == [[60]]
+    first.result(PATIENCE)
+    assert backend.searched == ["999", "1", "2", "3", "4", "5", "6"]
+
+
 def test_what_is_larger_than_the_bound_goes_alone(make, backend):
     retriever = make(max_pending_bytes=10)
     queries = [str(number) for number in range(500)]
