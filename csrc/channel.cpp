@@ -47,6 +47,11 @@ void Channel::expect_no_longer() {
   --num_expected_;
 }
 
+size_t Channel::num_expected() {
+  std::lock_guard lock(mutex_);
+  return num_expected_;
+}
+
 void Channel::push(uint64_t ticket_id) noexcept {
   std::lock_guard lock(mutex_);
   settled_.push_back(ticket_id);

@@ -26,6 +26,9 @@ class Channel {
   void expect_no_longer();
   void push(uint64_t ticket_id) noexcept;
 
+  // Tickets that are under way: what `push` has room for. For tests.
+  size_t num_expected();
+
   // The tickets that settled since the last call, in the order they did.
   std::vector<uint64_t> drain();
 

@@ -139,6 +139,7 @@ void produce(Batcher& batcher, int64_t operations, uint64_t seed, int32_t min_de
     count(*ticket, counts);
   }
   while (!open.empty()) settle_some(open, *channel, counts, min_depth, 100);
+  REQUIRE(channel->num_expected() == 0);
 }
 
 // What Python's worker does: whatever is thrown on the way to an answer ends the batcher.

@@ -117,6 +117,19 @@ def test_depths_are_not_mixed_and_the_oldest_goes_first(make, backend, pool):
     assert backend.depths == [2, 2, 8]
 
 
+def test_the_deepest_goes_first_where_it_has_waited_longest(make, backend, pool):
+    retriever = make(min_depth=2)
+    first = hold_with_one(retriever, backend, pool)
+    asked = []
+    for query, k in (("1", 6), ("2", 1), ("3", 3)):
+        asked.append(pool.submit(retriever.search, [query], k))
+        eventually(lambda: retriever.statistics()["queued"] == len(asked))
+    backend.let_go()
+    for future in [first, *asked]:
+        future.result(PATIENCE)
+    assert (backend.batches[1:], backend.depths) == ([["1"], ["2"], ["3"]], [2, 8, 2, 4])
+
+
 def test_equal_queries_under_way_are_searched_once(make, backend, pool):
     """Queued or in the backend, in one search or in many."""
     retriever = make(cache_bytes=0)

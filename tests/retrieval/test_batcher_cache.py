@@ -34,6 +34,16 @@ def test_a_result_larger_than_the_cache_is_not_kept(make, backend):
     assert retriever.statistics()["cache_entries"] == 0
 
 
+def test_a_result_larger_than_the_cache_drives_nothing_out(make, backend):
+    retriever = make(cache_bytes=1000, min_depth=16)  # 16 hits take 465 bytes, 64 take 1233
+    retriever.search(["1"], 1)
+    assert ids_of(retriever.search(["2"], 64))[0][:2] == [20, 21]
+    statistics = retriever.statistics()
+    assert (statistics["cache_entries"], statistics["cache_evicted"]) == (1, 0)
+    retriever.search(["1"], 1)
+    assert backend.searched == ["1", "2"]
+
+
 def test_saved_and_loaded(make, backend, tmp_path):
     path = tmp_path / "cache.bin"
     first = make(identity="index a")

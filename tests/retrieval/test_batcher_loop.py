@@ -12,7 +12,7 @@ import threading
 import weakref
 
 import pytest
-from batcher_fakes import PATIENCE, Rows, expected, hold_with_one, ids_of
+from batcher_fakes import PATIENCE, Rows, eventually, expected, hold_with_one, ids_of
 
 from searchr1_fast import _C
 from searchr1_fast.retrieval import RetrievalError
@@ -50,6 +50,36 @@ def test_a_cancelled_coroutine_cancels_its_search(make, backend, pool):
     assert backend.searched == ["999", "2"]
 
 
+def test_searches_that_ended_are_gone_however_they_did(make, backend, pool):
+    """What a coroutine awaited: found, cancelled, late."""
+
+    def num_searches() -> int:
+        gc.collect()
+        return sum(type(one) is _C.AwaitedSearch for one in gc.get_objects())
+
+    before = num_searches()
+    retriever = make()
+    first = hold_with_one(retriever, backend, pool)
+
+    async def end_some():
+        tasks = [asyncio.create_task(retriever.search_async([str(number)], 1)) for number in range(30)]
+        late = [asyncio.create_task(retriever.search_ids_async(["7"], 1, timeout=0.01)) for _ in range(10)]
+        while retriever.statistics()["num_searches"] < 41:
+            await asyncio.sleep(0)
+        for task in tasks[::3]:
+            task.cancel()
+        await asyncio.wait(late)
+        backend.let_go()
+        return [*(await asyncio.gather(*tasks, return_exceptions=True)), *(task.exception() for task in late)]
+
+    ended = asyncio.run(end_some())
+    assert [type(one) for one in ended[:30:3]] == [asyncio.CancelledError] * 10
+    assert [type(one) for one in ended[30:]] == [RetrievalTimeout] * 10
+    first.result(PATIENCE)
+    del ended
+    eventually(lambda: num_searches() <= before)
+
+
 def test_a_coroutine_is_told_of_its_deadline_while_the_backend_hangs(make, backend):
     retriever = make()
     backend.hold()
@@ -67,14 +97,15 @@ def test_loops_have_a_descriptor_each_and_give_it_back(make, backend, pool):
     async def search(number):
         return (await asyncio.gather(*(retriever.search_async([str(number)], 1) for _ in range(20))))[0]
 
+    def num_open() -> int:
+        gc.collect()  # which does nothing while another thread collects: ask again
+        return len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+
     asyncio.run(search(0))
-    gc.collect()
-    before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else None
+    before = num_open()
     results = list(pool.map(lambda number: asyncio.run(search(number)), range(30)))
     assert [ids_of(result) for result in results] == [[[10 * number]] for number in range(30)]
-    gc.collect()
-    if before is not None:
-        assert len(os.listdir("/proc/self/fd")) == before
+    eventually(lambda: num_open() <= before)
 
 
 def test_a_listener_is_readable_while_there_is_news():
