@@ -364,12 +364,12 @@ def test_searches_of_another_corpus_are_refused_and_that_is_said(make_config, ma
         assert sum(note.endswith("searches remembered from the checkpoint") for note in console.notes) == 1
 
 
-def test_the_demo_on_vectors_needs_nothing_but_what_is_here(tmp_path, monkeypatch):
-    """A few steps of the demo, dense: world hashed in memory, the batcher between, nothing downloaded."""
+def test_the_demo_searches_vectors_and_needs_nothing_but_what_is_here(tmp_path, monkeypatch):
+    """A few steps of the demo: world hashed in memory, the batcher between, nothing downloaded."""
     monkeypatch.setattr(socket.socket, "connect", no_network)
     monkeypatch.chdir(tmp_path)
     overrides = [
-        *("retrieval.backend=dense", "train.num_steps=2", "train.questions_per_step=4", "algorithm.group_size=4"),
+        *("train.num_steps=2", "train.questions_per_step=4", "algorithm.group_size=4"),
         *("data.world.num_entities=60", "data.world.num_questions=64", "run.tensorboard=false", "run.num_threads=1"),
         "eval.sets={unseen: {world: {split: eval, num_entities: 60, num_questions: 12}}}",
     ]
