@@ -151,6 +151,21 @@ def test_a_small_search_does_not_overtake_a_large_one_that_waits_for_room(make, 
     assert backend.searched == ["999", "1", "2", "3", "4", "5", "6"]
 
 
+def test_what_is_cancelled_makes_room_at_once(make, backend, pool):
+    """Not when a batch comes back: there may be none under way."""
+    retriever = make(max_pending_bytes=800)
+    first = hold_with_one(retriever, backend, pool)
+    second = retriever._batcher.submit(["1"], 1)
+    third = pool.submit(retriever.search, ["2"], 1)
+    eventually(lambda: retriever.statistics()["blocked"] == 1)
+    second.cancel()
+    statistics = retriever.statistics()
+    assert (statistics["blocked"], statistics["queued"]) == (0, 1)
+    backend.let_go()
+    assert ids_of(third.result(PATIENCE)) == [[20]]
+    first.result(PATIENCE)
+
+
 def test_what_is_larger_than_the_bound_goes_alone(make, backend):
     retriever = make(max_pending_bytes=10)
     queries = [str(number) for number in range(500)]
