@@ -75,7 +75,10 @@ archive() {
 has() { "$PYTHON" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$1') is None)" 2> /dev/null; }
 
 if [ -z "$DRY" ]; then
-    if ! "$PYTHON" -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
+    # One interpreter for both: the first to import torch on a fresh machine takes its time.
+    if ! MACHINE=$("$PYTHON" -c "import sys, torch, triton
+torch.cuda.is_available() or sys.exit(1)
+print(torch.cuda.get_device_name(), 'Python', sys.version.split()[0], 'torch', torch.__version__, 'triton', triton.__version__)"); then
         echo "gpu_session.sh: torch finds no CUDA device here; --dry-run lists the commands" >&2
         exit 2
     fi
@@ -86,14 +89,12 @@ if [ -z "$DRY" ]; then
     mkdir -p "$LOGS"
     if [ -n "$RESUME" ]; then
         MISSING=" $(sed -nE 's/^(cut short|left out) +([^:]+):.*/\2/p' "$SUMMARY" | tr '\n' ' ')"
-        grep -vE "^(cut short|left out|FAILED|ERROR) " "$SUMMARY" > "$SUMMARY.kept"
+        grep -vE "^(cut short|left out) " "$SUMMARY" > "$SUMMARY.kept"
         mv "$SUMMARY.kept" "$SUMMARY"
     else
         : > "$SUMMARY"
     fi
-    "$PYTHON" -c "import sys, torch, triton
-print(torch.cuda.get_device_name(), 'Python', sys.version.split()[0], 'torch', torch.__version__, 'triton', triton.__version__)" \
-        | tee -a "$SUMMARY"
+    echo "$MACHINE" | tee -a "$SUMMARY"
     git -C "$ROOT" rev-parse --short=12 HEAD 2> /dev/null | tee -a "$SUMMARY"
     has searchr1_fast._C || step build 120 "$PYTHON" setup.py -q build_ext --inplace
 fi
@@ -138,7 +139,9 @@ row saving 60 saving saving --model qwen2.5-0.5b --repetitions 2
 
 [ -n "$DRY" ] && exit 0
 echo "== after $SECONDS s, logs in $LOGS"
-grep -ahE "^(FAILED|ERROR) " "$LOGS"/test_*.log | cut -c1-200 | tee -a "$SUMMARY"
+grep -ahE "^(FAILED|ERROR) " "$LOGS"/test_*.log | cut -c1-200 > "$LOGS/failed_tests.txt"
+head -n 40 "$LOGS/failed_tests.txt"
+echo "$(wc -l < "$LOGS/failed_tests.txt") tests failed"
 cat "$SUMMARY"
 archive
 ! grep -qE "^(failed|too slow|cut short|left out)" "$SUMMARY"

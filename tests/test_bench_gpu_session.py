@@ -82,8 +82,9 @@ def test_it_goes_on_after_what_fails_and_says_what_did(tmp_path, stand_in):
     failed = {"test_cases", "test_gpu", "warm_decode", "decode", "adapter"}
     assert {name for name, state in steps.items() if state != "ok"} == failed
     assert steps["saving"] == "ok" and list(steps)[-1] == "saving"
-    assert summary.count("FAILED tests/test_one.py::test - AssertionError") == 2
-    assert done.stdout.endswith("\n".join(summary) + "\n")
+    failed = "FAILED tests/test_one.py::test - AssertionError\n"
+    assert (folder / "failed_tests.txt").read_text() == 2 * failed
+    assert done.stdout.endswith(2 * failed + "2 tests failed\n" + "\n".join(summary) + "\n")
 
 
 def test_what_there_is_no_time_for_is_left_out_and_resumed(tmp_path, stand_in):
@@ -94,7 +95,7 @@ def test_what_there_is_no_time_for_is_left_out_and_resumed(tmp_path, stand_in):
     (logs / "summary.txt").write_text("ok        topk: exit status 0 after 1 s\nleft out  saving: no time\n")
     done = run("--resume", cwd=tmp_path, PYTHON=stand_in, OUT="results")
     assert done.returncode == 0
-    assert {path.name for path in logs.iterdir()} == {"summary.txt", "saving.log"}
+    assert {path.name for path in logs.iterdir()} == {"summary.txt", "failed_tests.txt", "saving.log"}
     states = [line.split()[:2] for line in (logs / "summary.txt").read_text().splitlines() if "exit status" in line]
     assert states[0] == ["ok", "topk:"] and states[-1] == ["ok", "saving:"]
     done = run("--resume", OUT=str(tmp_path / "elsewhere"), PYTHON=stand_in)

@@ -48,6 +48,9 @@ class Candidate(NamedTuple):
 # Of `block_bounds`, queries per program -> warps, pipeline stages: at most half of an H100's shared memory where 128
 # queries or fewer, so that one program computes while another begins. Neither 64 queries nor 128 with 8 warps: Triton
 # 3.6 spills both on sm_100, and up to 128 the products take less time than the reading anyway.
+#
+# Of a width that 16 does not divide, which no encoder known here has, loads are of one number each, and most of these
+# spill (sm_90, Triton 3.6, 2026-11-27: 80 to 2,328 bytes): as exact, but slow.
 CONFIGURATIONS = {16: (4, 4), 32: (4, 4), 128: (4, 3), 256: (8, 3)}
 # The same with two digits, whose products take twice the registers.
 DIGITS_CONFIGURATIONS = {16: (4, 4), 32: (4, 4), 64: (4, 3)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from searchr1_fast.rollout.sampling import SamplingParams, sample, stream_keys, uniforms
@@ -107,6 +107,7 @@ def test_streams_are_uniform_and_unrelated():
         assert abs(neighbours) < 5 / np.sqrt(table.size)
 
 
+@settings(deadline=None)
 @given(seed=st.integers(-(2**70), 2**70), number=st.integers(0, 2**40))
 def test_any_integer_is_a_seed(seed, number):
     one, same = (uniforms(stream_keys([seed]), np.array([number], dtype=np.uint64)) for _ in range(2))

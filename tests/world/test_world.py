@@ -4,7 +4,7 @@ import itertools
 import tracemalloc
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from searchr1_fast.config import WorldConfig
@@ -98,6 +98,7 @@ def test_question_mix_is_exactly_the_weights():
     assert len({q.id for q in questions}) == 2000
 
 
+@settings(deadline=None)
 @given(st.integers(0, 500), st.lists(st.floats(0.01, 10), min_size=1, max_size=6))
 def test_shares_are_as_exact_as_whole_numbers_can_be(num_questions, weights):
     hops = apportion(num_questions, weights)
