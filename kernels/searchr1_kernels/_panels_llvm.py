@@ -11,6 +11,10 @@ Shape legend
 
 from __future__ import annotations
 
+import functools
+import sys
+
+import torch
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.core.codegen import get_host_cpu_features
@@ -25,10 +29,14 @@ _TILE_ROWS, _TILE_BYTES = 16, 64
 CONFIGURATION_BYTES = 64
 
 
+@functools.cache
 def takes(is_bf16: bool) -> bool:
-    """Whether the processor has the instructions."""
+    """Whether the processor has the instructions, and the process may use them: of AMX it has to ask the system."""
     features = get_host_cpu_features().split(",")
-    return LANES == 16 and (not is_bf16 or ("+amx-bf16" in features and "+amx-tile" in features))
+    if LANES != 16 or not is_bf16:
+        return LANES == 16
+    has_tiles = "+amx-bf16" in features and "+amx-tile" in features
+    return has_tiles and sys.platform == "linux" and torch.cpu._init_amx()
 
 
 # ------------------------------------------------------------------------------------------------------------ products

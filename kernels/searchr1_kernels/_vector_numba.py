@@ -136,6 +136,17 @@ def splat(typing_context, x):
     return FLOATS(types.float32), generate
 
 
+@intrinsic
+def where_larger(typing_context, a, b, x, y):
+    """`x` where a > b, elsewhere `y`."""
+
+    def generate(context, builder, signature, arguments):
+        first, second, *both = arguments
+        return builder.select(builder.fcmp_ordered(">", first, second), *both)
+
+    return FLOATS(FLOATS, FLOATS, FLOATS, FLOATS), generate
+
+
 larger = _of_two(code.larger)  # of a NaN and a number some
 smaller = _of_two(code.smaller_number)
 exp2 = _of_one(code.exp2)  # of numbers up to 0; below -126 it is 2^-126

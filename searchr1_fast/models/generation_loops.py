@@ -92,7 +92,7 @@ class Kept:
 # --------------------------------------------------------------------------------------------------------- what is kept
 
 
-class Weights(NamedTuple):
+class _Weights(NamedTuple):
     """Of one product: x @ weight + bias."""
 
     weight: torch.Tensor  # [what goes in, what comes out]
@@ -155,7 +155,7 @@ def _norms(model: Model) -> list[RMSNorm]:
     return [model.norm, *(norm for block in model.layers for norm in _norms_of(block))]
 
 
-def _weights(layers: Sequence[nn.Linear]) -> Weights | None:
+def _weights(layers: Sequence[nn.Linear]) -> _Weights | None:
     if any(isinstance(layer, LoraLinear) for layer in layers):
         return None
     weight, bias = side_by_side([layer.weight for layer in layers]), None
@@ -163,7 +163,7 @@ def _weights(layers: Sequence[nn.Linear]) -> Weights | None:
         bias = side_by_side([layer.bias for layer in layers])
         if bias is None:
             return None
-    return None if weight is None else Weights(weight.t(), bias)
+    return None if weight is None else _Weights(weight.t(), bias)
 
 
 class _Rows:

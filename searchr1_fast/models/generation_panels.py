@@ -8,8 +8,6 @@ Shape legend
 
 from __future__ import annotations
 
-import functools
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -46,7 +44,6 @@ def takes(model: Model, layers: Sequence[Layer], x: torch.Tensor, context: Cache
         and all(size % products.ROWS == 0 for size in (*sizes, attention.head_dim))
         and attention_block.takes(attention.head_dim, context.cache.block_size, is_bf16)
         and products.takes(is_bf16)
-        and (not is_bf16 or _may_use_tiles())
         and all(None not in layer.weights.values() for layer in layers)
     )
 
@@ -96,12 +93,6 @@ def run_panels(
     norm = as_array(model.norm.weight.detach())
     run_step(_packed(x), _packed(output), norm, addresses, *angles, panels, rows, sizes, num_parts, numbers)
     return output
-
-
-@functools.cache
-def _may_use_tiles() -> bool:
-    """Ask the system for AMX, which a process has to do once, and whether it may."""
-    return sys.platform == "linux" and torch.cpu._init_amx()
 
 
 def _packed(x: torch.Tensor) -> np.ndarray:
