@@ -1,4 +1,5 @@
 """`run_blocks` on a CPU, fp32 and bf16: the compiled loops of its operators and the products, on memory that stays.
+Steps of lone tokens go through generation_panels.py where it takes them, whose plain twin this is.
 
 Between two operations of a layer attention reads more keys and values than any cache holds, so whatever the interpreter
 needs comes from memory again: to check arguments and take tensors apart took longer than the loops themselves (256
