@@ -359,6 +359,8 @@ class Decoder(nn.Module):
         `host_lengths`: on a GPU, tokens that join a sequence together then share the loads of its keys. Without, each
         loads its own; neither waits for the device.
         """
+        if len(token_ids) == len(slots):  # one each
+            return self.decode_cached(token_ids, slots, start_positions, cache)
         cu_seqlens = cu_seqlens.long()
         lengths = cu_seqlens.diff()
         num_tokens = len(token_ids)  # given to repeat_interleave, which else would wait for the device

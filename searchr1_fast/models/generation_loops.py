@@ -73,9 +73,9 @@ class Kept:
         return self._layers
 
     def panel_room(self, num_tokens: int, model: Model, dtype: torch.dtype) -> PanelRoom:
-        """For a step of so many lone tokens."""
+        """For a step of so many lone tokens; as sequences end they become fewer."""
         room = self._panel_room
-        if room is None or room.shape != (num_tokens, dtype):
+        if room is None or room.dtype != dtype or room.num_tokens < num_tokens:
             room = self._panel_room = PanelRoom(num_tokens, model, dtype)
         return room
 
@@ -119,6 +119,7 @@ class Layer:
         self._pointers = self._read_pointers()
         self.weights = {layers: _weights(layers) for layers in (self.heads, self.output, self.gates, self.down)}
         self.norms = [(as_array(norm.weight.detach()), np.float32(norm.eps)) for norm in self._norms]
+        self.types = {parameter.dtype for parameter in self._parameters()}
         self.addresses = self._addresses() if None not in self.weights.values() else None
 
     def _addresses(self) -> list[int]:
@@ -141,9 +142,11 @@ class Layer:
         )
 
     def _read_pointers(self) -> list[int]:
+        return [parameter.data_ptr() for parameter in self._parameters()]
+
+    def _parameters(self) -> list[nn.Parameter]:
         parameters = [module.weight for module in (*self._linear, *self._norms)]
-        parameters += [layer.bias for layer in self._linear if layer.bias is not None]
-        return [parameter.data_ptr() for parameter in parameters]
+        return parameters + [layer.bias for layer in self._linear if layer.bias is not None]
 
 
 def _norms_of(block: Block) -> list[RMSNorm]:

@@ -44,15 +44,15 @@ def takes(model: Model, layers: Sequence[Layer], x: torch.Tensor, context: Cache
         and all(size % products.ROWS == 0 for size in (*sizes, attention.head_dim))
         and attention_block.takes(attention.head_dim, context.cache.block_size, is_bf16)
         and products.takes(is_bf16)
-        and all(None not in layer.weights.values() for layer in layers)
+        and all(layer.addresses is not None and layer.types == {x.dtype} for layer in layers)
     )
 
 
 class PanelRoom:
-    """What a step of so many tokens passes on."""
+    """What a step of so many tokens, or fewer, passes on."""
 
     def __init__(self, num_tokens: int, model: Model, dtype: torch.dtype) -> None:
-        attention, self.shape = model.layers[0].self_attn, (num_tokens, dtype)
+        attention, self.num_tokens, self.dtype = model.layers[0].self_attn, num_tokens, dtype
         head_dim, hidden = attention.head_dim, model.norm.weight.shape[0]
         width, inner = attention.num_heads * head_dim, model.layers[0].mlp.down_proj.in_features
         num_lanes = -(-num_tokens // LANES) * LANES
@@ -69,9 +69,10 @@ def run_panels(
     model: Model, layers: Sequence[Layer], room: PanelRoom, x: torch.Tensor, context: CachedContext
 ) -> torch.Tensor:  # [T, D] -> [T, D]
     """All blocks and the final norm."""
-    cache, attention, panels = context.cache, model.layers[0].self_attn, room.panels
+    cache, attention = context.cache, model.layers[0].self_attn
     head_dim, num_heads, num_kv_heads = attention.head_dim, attention.num_heads, attention.num_kv_heads
     tokens, share = context.chunks.alone.numpy(), 4 // x.dtype.itemsize
+    panels = room.panels._replace(tokens=room.panels.tokens[: -(-len(tokens) // LANES) * LANES])
     panels.tokens[: len(tokens)] = tokens  # those that share blocks are side by side, in one thread
     panels.tokens[len(tokens) :] = tokens[-1]
     places = context.blocks.numpy() * (num_kv_heads * cache.block_size) + context.places.numpy()

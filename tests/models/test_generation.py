@@ -94,11 +94,14 @@ def decoded(model: Decoder, num_tokens: int, num_steps: int = 10):
     token_ids = torch.cat([torch.arange(length) * (slot // 2 + 1) % 50 for length, slot in rows])
     ends = torch.cat((torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)))
     hidden = model.forward_cached(token_ids, ends, order, torch.zeros_like(order), cache)
-    found, tokens, ends = [], [], torch.arange(num_tokens + 1)
-    for _ in range(num_steps):
-        tokens.append(head_logits(hidden, model.head_weight).argmax(-1))
-        hidden = model.forward_cached(tokens[-1], ends, order, lengths, cache)
-        found.append(hidden)
+    found, tokens, kept = [], [], num_tokens - num_tokens // 7
+    for step in range(num_steps):
+        if step == num_steps // 2:  # some end
+            hidden, order, lengths = hidden[:kept], order[:kept], lengths[:kept]
+        token_ids = head_logits(hidden, model.head_weight).argmax(-1)
+        hidden = model.forward_cached(token_ids, torch.arange(len(order) + 1), order, lengths, cache)
+        found.append(hidden[:kept])
+        tokens.append(token_ids[:kept])
         lengths = lengths + 1
     return torch.stack(found), torch.stack(tokens), torch.cat([keys.flatten() for keys in (*cache.keys, *cache.values)])
 
