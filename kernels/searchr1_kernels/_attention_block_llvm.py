@@ -128,7 +128,7 @@ class _Block:
         memory = self.memory["queries"]
         queries = [[vectors.load(builder, vectors.at(builder, memory, at)) for at in own] for own in starts]
         lowest = ir.Constant(vectors.FLOATS, [float("-inf")] * LANES)
-        with _Loop(builder, self.whole, LANES, [lowest] * heads) as loop:
+        with vectors.Loop(builder, self.whole, LANES, [lowest] * heads) as loop:
             scores = self._tile(loop.index, queries)
             places = builder.add(vectors.splat(builder, builder.trunc(loop.index, vectors.NUMBER)), vectors.iota())
             counts = builder.icmp_signed(
@@ -212,7 +212,7 @@ class _Block:
             shrinks.append(vectors.exp2(builder, vectors.splat(builder, builder.fsub(peak, top))))
             tops.append(vectors.splat(builder, top))
             counts.append(ir.Constant(vectors.FLOATS, [0.0] * LANES))
-        with _Loop(builder, self.whole, LANES, counts) as loop:
+        with vectors.Loop(builder, self.whole, LANES, counts) as loop:
             totals = []
             for h in range(self.heads):
                 at = self._weight_at(h, loop.index)
@@ -230,7 +230,7 @@ class _Block:
         builder, parts = self.builder, self.parts
         places = [vectors.at(builder, self.memory["sums"], vectors.INDEX(i * LANES)) for i in range(self.heads * parts)]
         begin = [builder.fmul(vectors.load(builder, at), shrinks[i // parts]) for i, at in enumerate(places)]
-        with _Loop(builder, self.filled, 1, begin) as loop:
+        with vectors.Loop(builder, self.filled, 1, begin) as loop:
             self._prefetch(loop.index, is_second=True)
             row = self._row("values", loop.index)
             sums = []
@@ -249,39 +249,3 @@ class _Block:
             builder.mul(run, vectors.INDEX(self.heads)), builder.add(inside, vectors.INDEX(head * LANES))
         )
         return vectors.at(builder, self.memory["weights"], offset)
-
-
-class _Loop:
-    """`with _Loop(builder, end, step, initial) as loop: … loop.end(values)`: index from 0 to before `end`."""
-
-    def __init__(self, builder, end, step: int, initial) -> None:
-        self.builder, self.step, self.initial = builder, step, initial
-        self._end = end
-
-    def __enter__(self) -> _Loop:
-        builder = self.builder
-        before, self._body = builder.block, builder.append_basic_block("rows")
-        self._after = builder.append_basic_block("rows.end")
-        builder.branch(self._body)  # there is always a first one
-        builder.position_at_end(self._body)
-        self.index = builder.phi(vectors.INDEX)
-        self.index.add_incoming(vectors.INDEX(0), before)
-        self.values = []
-        for value in self.initial:
-            phi = builder.phi(value.type)
-            phi.add_incoming(value, before)
-            self.values.append(phi)
-        return self
-
-    def end(self, values) -> None:
-        """Go on with these values, if rows are left."""
-        builder = self.builder
-        following = builder.add(self.index, vectors.INDEX(self.step))
-        self.index.add_incoming(following, builder.block)
-        for phi, value in zip(self.values, values, strict=True):
-            phi.add_incoming(value, builder.block)
-        builder.cbranch(builder.icmp_signed("<", following, self._end), self._body, self._after)
-        self.results = values
-
-    def __exit__(self, *_: object) -> None:
-        self.builder.position_at_end(self._after)

@@ -35,7 +35,7 @@ from searchr1_kernels._attention_block_llvm import add_block, heads_together, lo
 from searchr1_kernels._numba_numbers import FAST_MATH, LOG2_E, as_array, exp2, narrow, prefetch, widen
 
 # Tokens that go through their blocks abreast: what a block of each takes has to stay in the first-level cache.
-_ABREAST = 8
+ABREAST = 8
 
 _LINE_BYTES = 64  # that a processor reads at once
 
@@ -53,7 +53,7 @@ def attend_blocks(
     """Tokens attend to places 0 … positions[t] of their slots; the result is rounded once."""
     assert query.dtype in (torch.float32, torch.bfloat16) and output.dtype == query.dtype
     num_heads, head_dim = query.shape[1:]
-    abreast = min(_ABREAST, -(-len(tokens) // numba.get_num_threads()))
+    abreast = min(ABREAST, -(-len(tokens) // numba.get_num_threads()))
     attend = _attend
     if takes(head_dim, keys.shape[2], query.dtype == torch.bfloat16):
         attend = _attend_by_vectors(head_dim, heads_together(num_heads // keys.shape[1], head_dim))
@@ -78,44 +78,53 @@ def _attend_by_vectors(head_dim: int, heads: int):
 
     @numba.njit(parallel=True, fastmath=FAST_MATH, cache=True)
     def attend(query, keys, values, table, slots, positions, tokens, output, abreast, scale):
-        num_heads, num_kv_heads, size = query.shape[1], keys.shape[1], keys.shape[2]
-        group, area = num_heads // num_kv_heads, size * head_dim
+        sizes = query.shape[1], keys.shape[1], keys.shape[2]
         flat = query.reshape(-1), keys.reshape(-1), values.reshape(-1), output.reshape(-1)
         for run in numba.prange(-(-len(tokens) // abreast)):
-            all_queries, all_keys, all_values, all_outputs = flat
             own = tokens[run * abreast : (run + 1) * abreast]
-            visits = _visits(own, positions, size)
-            weights = np.empty(heads * size, dtype=np.float32)
-            queries = np.empty(len(own) * group * head_dim, dtype=np.float32)
-            sums = np.empty(len(own) * group * head_dim, dtype=np.float32)
-            peaks = np.empty(len(own) * group, dtype=np.float32)
-            totals = np.empty(len(own) * group, dtype=np.float32)
-            for g in range(num_kv_heads):
-                sums[:] = np.float32(0.0)
-                peaks[:] = np.float32(-np.inf)
-                totals[:] = np.float32(0.0)
-                for j in range(len(own)):
-                    begin = (own[j] * num_heads + g * group) * head_dim
-                    for i in range(0, group * head_dim, heads * head_dim):
-                        row = j * group * head_dim + i
-                        load_queries(all_queries[begin + i :], scale, queries[row:], heads, head_dim)
-                for v in range(len(visits)):
-                    j, number, filled = visits[v]
-                    begin = (table[slots[own[j]], number] * num_kv_heads + g) * area
-                    following, next_number, next_filled = visits[(v + 1) % len(visits)]
-                    next_g = g if v + 1 < len(visits) else (g + 1) % num_kv_heads
-                    next_begin = (table[slots[own[following]], next_number] * num_kv_heads + next_g) * area
-                    for i in range(j * group, (j + 1) * group, heads):
-                        add_block(
-                            queries[i * head_dim :], all_keys[begin:], all_values[begin:], filled,
-                            all_keys[next_begin:], all_values[next_begin:], next_filled, weights,
-                            peaks[i:], totals[i:], sums[i * head_dim :], heads, head_dim,
-                        )  # fmt: skip
-                for i in range(len(own) * group):
-                    begin = (own[i // group] * num_heads + g * group + i % group) * head_dim
-                    store_sums(sums[i * head_dim :], np.float32(1.0) / totals[i], all_outputs[begin:], head_dim)
+            attend_abreast(own, flat, sizes, table, slots, positions, scale, heads, head_dim)
 
     return attend
+
+
+@numba.njit(fastmath=FAST_MATH, cache=True)
+def attend_abreast(own, memory, sizes, table, slots, positions, scale, heads, head_dim):
+    """Some tokens through their blocks. `memory`: queries, keys, values and outputs, of one dimension each. `sizes`:
+    H, G, B. `heads` of those that share keys at once; it and `head_dim` are constants where this is written."""
+    heads, head_dim = numba.literally(heads), numba.literally(head_dim)
+    all_queries, all_keys, all_values, all_outputs = memory
+    num_heads, num_kv_heads, size = sizes
+    group, area = num_heads // num_kv_heads, size * head_dim
+    visits = _visits(own, positions, size)
+    weights = np.empty(heads * size, dtype=np.float32)
+    queries = np.empty(len(own) * group * head_dim, dtype=np.float32)
+    sums = np.empty(len(own) * group * head_dim, dtype=np.float32)
+    peaks = np.empty(len(own) * group, dtype=np.float32)
+    totals = np.empty(len(own) * group, dtype=np.float32)
+    for g in range(num_kv_heads):
+        sums[:] = np.float32(0.0)
+        peaks[:] = np.float32(-np.inf)
+        totals[:] = np.float32(0.0)
+        for j in range(len(own)):
+            begin = (own[j] * num_heads + g * group) * head_dim
+            for i in range(0, group * head_dim, heads * head_dim):
+                row = j * group * head_dim + i
+                load_queries(all_queries[begin + i :], scale, queries[row:], heads, head_dim)
+        for v in range(len(visits)):
+            j, number, filled = visits[v]
+            begin = (table[slots[own[j]], number] * num_kv_heads + g) * area
+            following, next_number, next_filled = visits[(v + 1) % len(visits)]
+            next_g = g if v + 1 < len(visits) else (g + 1) % num_kv_heads
+            next_begin = (table[slots[own[following]], next_number] * num_kv_heads + next_g) * area
+            for i in range(j * group, (j + 1) * group, heads):
+                add_block(
+                    queries[i * head_dim :], all_keys[begin:], all_values[begin:], filled,
+                    all_keys[next_begin:], all_values[next_begin:], next_filled, weights,
+                    peaks[i:], totals[i:], sums[i * head_dim :], heads, head_dim,
+                )  # fmt: skip
+        for i in range(len(own) * group):
+            begin = (own[i // group] * num_heads + g * group + i % group) * head_dim
+            store_sums(sums[i * head_dim :], np.float32(1.0) / totals[i], all_outputs[begin:], head_dim)
 
 
 @numba.njit(cache=True)

@@ -82,6 +82,20 @@ def prefetch(typing_context, array, index):
     return types.void(array, types.intp), generate
 
 
+@intrinsic
+def _pointer(typing_context, address):
+    def generate(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[0], context.get_value_type(types.voidptr))
+
+    return types.voidptr(types.int64), generate
+
+
+@numba.njit
+def array_at(address, size, like):
+    """`size` numbers of the type of an array from an address on; none where that is 0."""
+    return numba.carray(_pointer(address), size if address else 0, like.dtype)
+
+
 # 2^f on [0, 1): the polynomial through the nodes of Chebyshev, of the degree that leaves fp32's own rounding.
 _NODES = 0.5 + 0.5 * np.cos(math.pi * (2 * np.arange(7) + 1) / 14)
 POLYNOMIAL_OF_EXP2 = np.polyfit(_NODES, 2.0**_NODES, 6)[::-1].astype(np.float32)

@@ -26,6 +26,11 @@ def data(context, builder, signature, arguments, place: int):
     return context.make_array(signature.args[place])(context, builder, arguments[place]).data
 
 
+def place(context, builder, signature, arguments, array: int, index: int):
+    """Where a number of an argument that is an array lies, whose index is another."""
+    return at(builder, data(context, builder, signature, arguments, array), arguments[index])
+
+
 def at(builder, pointer, offset):
     """The pointer, so many numbers further."""
     return builder.gep(pointer, [offset])
@@ -106,6 +111,11 @@ def larger(builder, a, b):
     return builder.select(builder.fcmp_ordered(">", a, b), a, b)
 
 
+def smaller_number(builder, a, b):
+    """As `larger`."""
+    return builder.select(builder.fcmp_ordered("<", a, b), a, b)
+
+
 def add_product(builder, a, b, c):
     """a * b + c, rounded once where the processor can."""
     return builder.fadd(builder.fmul(a, b, flags=CONTRACT), c, flags=CONTRACT)
@@ -130,6 +140,18 @@ def across(builder, name: str, vector):
         f"llvm.vector.reduce.fadd.v{LANES}f32", fnty=ir.FunctionType(FLOAT, [FLOAT, FLOATS])
     )
     return builder.call(function, [FLOAT(0.0), vector], fastmath=("reassoc",))
+
+
+def as_bf16(builder, x):
+    """fp32 rounded to bf16, as fp32."""
+    bits = builder.and_(rounded(builder, x), ir.Constant(NUMBERS, [0xFFFF0000] * LANES))
+    return builder.bitcast(bits, FLOATS)
+
+
+def square_root(builder, x):
+    """Of each number."""
+    function = builder.module.declare_intrinsic(f"llvm.sqrt.v{LANES}f32", fnty=ir.FunctionType(FLOATS, [FLOATS]))
+    return builder.call(function, [x])
 
 
 def exp2(builder, x):
@@ -179,6 +201,20 @@ def leaf_of_lanes(begin: int, end: int) -> list[int]:
     return [both[lane] for lane in halves(LANES // (end - begin))[0]]
 
 
+def transposed(builder, rows: list[ir.Value]) -> list[ir.Value]:
+    """LANES vectors -> number j of vector i in vector j, as number i."""
+    rows, step = list(rows), 1
+    while step < LANES:
+        low = [lane if not lane & step else LANES + lane - step for lane in range(LANES)]
+        high = [lane + step if not lane & step else LANES + lane for lane in range(LANES)]
+        for i in range(LANES):
+            if not i & step:
+                pair = rows[i], rows[i + step]
+                rows[i], rows[i + step] = shuffled(builder, *pair, low), shuffled(builder, *pair, high)
+        step *= 2
+    return rows
+
+
 def chosen(builder, vectors: list[ir.Value], lanes: list[int]):
     """The same lanes of each of 2^n vectors, end to end."""
     if len(vectors) == 1:
@@ -194,3 +230,42 @@ def chosen(builder, vectors: list[ir.Value], lanes: list[int]):
 def shuffled(builder, first, second, lanes: list[int]):
     """Some lanes of two vectors, end to end."""
     return builder.shuffle_vector(first, second, ir.Constant(ir.VectorType(NUMBER, len(lanes)), lanes))
+
+
+# --------------------------------------------------------------------------------------------------------------- loops
+
+
+class Loop:
+    """`with Loop(builder, end, step, initial) as loop: … loop.end(values)`: index from 0 to before `end`."""
+
+    def __init__(self, builder, end, step: int, initial) -> None:
+        self.builder, self.step, self.initial = builder, step, initial
+        self._end = end
+
+    def __enter__(self) -> Loop:
+        builder = self.builder
+        before, self._body = builder.block, builder.append_basic_block("rows")
+        self._after = builder.append_basic_block("rows.end")
+        builder.branch(self._body)  # there is always a first one
+        builder.position_at_end(self._body)
+        self.index = builder.phi(INDEX)
+        self.index.add_incoming(INDEX(0), before)
+        self.values = []
+        for value in self.initial:
+            phi = builder.phi(value.type)
+            phi.add_incoming(value, before)
+            self.values.append(phi)
+        return self
+
+    def end(self, values) -> None:
+        """Go on with these values, if rows are left."""
+        builder = self.builder
+        following = builder.add(self.index, INDEX(self.step))
+        self.index.add_incoming(following, builder.block)
+        for phi, value in zip(self.values, values, strict=True):
+            phi.add_incoming(value, builder.block)
+        builder.cbranch(builder.icmp_signed("<", following, self._end), self._body, self._after)
+        self.results = values
+
+    def __exit__(self, *_: object) -> None:
+        self.builder.position_at_end(self._after)

@@ -1,7 +1,7 @@
 """Attention of new tokens over a paged KV cache, for generation. No gradients; nothing is padded.
 
-On a CPU lone tokens read their blocks in place (`searchr1_kernels`, fp32 and bf16), and tokens that join a sequence
-together go through matrix products over a copy of its keys. On CUDA it is the Triton kernel of `searchr1_kernels`.
+On a CPU tokens read their blocks in place (`searchr1_kernels`, fp32 and bf16), and many that join a sequence together
+go through matrix products over a copy of its keys. On CUDA it is the Triton kernel of `searchr1_kernels`.
 `cached_attention_reference` is the plain twin of all, and the path of every other device and type.
 
 Shape legend
@@ -17,17 +17,35 @@ import numpy as np
 import searchr1_kernels
 import torch
 import torch.nn.functional as F
+from searchr1_kernels._attention_block_llvm import takes
 from searchr1_kernels._cached_attention_numba import attend_blocks, order_by_blocks
 
 from searchr1_fast.models.attention import suffix_masks
 
 GATHERED_TOKENS = 512  # bounds what the plain twin gathers: [512, H, length, d]
 
-# Tokens that join one sequence are faster through matrix products than one by one where they meet many keys: 2.4 times
-# for 210 tokens behind 300, 1.4 for 8 behind 500; 0.6 times for 40 at the beginning (4 heads of 32, one core of an AMD
-# EPYC, 2026-11-25).
-_MIN_CHUNK_TOKENS = 4
-_MIN_CHUNK_PAIRS = 4096
+
+class Least(NamedTuple):
+    """A run of tokens that goes through matrix products: how many at least, and how many times keys."""
+
+    tokens: int
+    pairs: int
+
+
+# Tokens that join one sequence are faster through matrix products than one by one where they meet many keys. Against
+# the compiled loop 2.4 times for 210 tokens behind 300, 1.4 for 8 behind 500; 0.6 times for 40 at the beginning (4
+# heads of 32, one core of an AMD EPYC, 2026-11-25). Against the vector code in fp32 0.4 to 0.7 times for 64 tokens, 0.6
+# to 1 for 128, and 0.6 to 1.2 for 256, at the beginning and behind 500; in bf16, which has AMX in its products, 0.5 to
+# 1.2 for 64 at the beginning and 1 to 1.6 behind 500, 0.8 to 1.4 for 128 at the beginning, 1.4 to 1.9 behind 500 (4
+# heads of 32 and of 64, 14 of 64, 16 of 128, 2 for keys; one core of an Intel Xeon, 2026-11-27).
+_LEAST = Least(4, 4096)
+_LEAST_OF_VECTORS = {torch.float32: Least(256, 0), torch.bfloat16: Least(4, 8192)}
+
+
+def least_chunk(keys: torch.Tensor) -> Least:  # [P, G, B, d]
+    """Of tokens whose keys these are."""
+    size, head_dim = keys.shape[2:]
+    return _LEAST_OF_VECTORS[keys.dtype] if takes(head_dim, size, keys.dtype == torch.bfloat16) else _LEAST
 
 
 class Chunk(NamedTuple):
@@ -51,6 +69,7 @@ def find_chunks(
     slots: torch.Tensor,  # [T] int64, on the CPU
     positions: torch.Tensor,  # [T] int64
     table: torch.Tensor,  # [C, W] int32
+    least: Least = _LEAST,
 ) -> Chunks:
     """Consecutive tokens at consecutive places of one slot, where they are many."""
     slot, position = slots.numpy(), positions.numpy()
@@ -60,7 +79,7 @@ def find_chunks(
     is_alone = np.ones(len(slot), dtype=bool)
     together = []
     counts, lengths = ends - begins, position[ends - 1] + 1
-    for i in np.flatnonzero((counts >= _MIN_CHUNK_TOKENS) & (counts * lengths >= _MIN_CHUNK_PAIRS)):
+    for i in np.flatnonzero((counts >= least.tokens) & (counts * lengths >= least.pairs)):
         begin, end, length = int(begins[i]), int(ends[i]), int(lengths[i])
         (mask,) = suffix_masks([end - begin], [length], slots.device)
         together.append(Chunk(begin, end, int(slot[begin]), length, mask))
@@ -98,7 +117,7 @@ def cached_attention(
         return searchr1_kernels.cached_attention(query, keys, values, slots, positions, **options)
     if query.device.type != "cpu" or query.dtype not in (torch.float32, torch.bfloat16):
         return cached_attention_reference(query, keys, values, table, slots, positions)
-    chunks = find_chunks(slots, positions, table) if chunks is None else chunks
+    chunks = find_chunks(slots, positions, table, least_chunk(keys)) if chunks is None else chunks
     query = query.contiguous()
     output = torch.empty_like(query)
     if len(chunks.alone):

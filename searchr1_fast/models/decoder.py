@@ -20,7 +20,7 @@ from torch import nn
 
 from searchr1_fast.models.attention import gather_rows
 from searchr1_fast.models.attention_backends import PackedLayout, choose_attention
-from searchr1_fast.models.cached_attention import cached_attention, find_chunks, make_tiles
+from searchr1_fast.models.cached_attention import cached_attention, find_chunks, least_chunk, make_tiles
 from searchr1_fast.models.decoder_config import DecoderConfig
 from searchr1_fast.models.generation import run_blocks
 from searchr1_fast.models.lora import base_parameters
@@ -198,8 +198,9 @@ class CachedContext:
         self.cos, self.sin = rotary_embedding(positions, config.head_dim, config.rope_theta, config.rope_scaling)
         self.slots, self.positions, self.cache = slots, positions, cache
         self.blocks, self.places = cache.locate(slots, positions)  # where the tokens' own keys and values go
-        on_cpu = slots.device.type == "cpu"
-        self.chunks = find_chunks(slots, positions, cache.table) if on_cpu else None  # once for all layers
+        self.chunks = None
+        if slots.device.type == "cpu" and cache.keys[0].dtype in (torch.float32, torch.bfloat16):
+            self.chunks = find_chunks(slots, positions, cache.table, least_chunk(cache.keys[0]))  # once for all layers
         self.tiles = None
         if lengths is not None and slots.device.type == "cuda":
             self.tiles = make_tiles(lengths, config.num_attention_heads // config.num_key_value_heads, slots.device)
@@ -358,6 +359,8 @@ class Decoder(nn.Module):
         `host_lengths`: on a GPU, tokens that join a sequence together then share the loads of its keys. Without, each
         loads its own; neither waits for the device.
         """
+        if len(token_ids) == len(slots):  # one each
+            return self.decode_cached(token_ids, slots, start_positions, cache)
         cu_seqlens = cu_seqlens.long()
         lengths = cu_seqlens.diff()
         num_tokens = len(token_ids)  # given to repeat_interleave, which else would wait for the device

@@ -1,4 +1,5 @@
 """`run_blocks` on a CPU, fp32 and bf16: the compiled loops of its operators and the products, on memory that stays.
+Steps of lone tokens go through generation_panels.py where it takes them, whose plain twin this is.
 
 Between two operations of a layer attention reads more keys and values than any cache holds, so whatever the interpreter
 needs comes from memory again: to check arguments and take tensors apart took longer than the loops themselves (256
@@ -22,6 +23,8 @@ from searchr1_kernels import _generation_numba as loops
 from searchr1_kernels._numba_numbers import as_array
 from torch import nn
 
+from searchr1_fast.models import generation_panels
+from searchr1_fast.models.generation_panels import PanelRoom
 from searchr1_fast.models.lora import LoraLinear
 from searchr1_fast.models.projections import project, side_by_side
 
@@ -47,6 +50,9 @@ def run_loops(
     kept = context.cache.kept
     if kept is None:
         kept = context.cache.kept = Kept()
+    layers = kept.layers(model)
+    if generation_panels.takes(model, layers, x, context) and (rows is None or len(rows) == len(x)):
+        return generation_panels.run_panels(model, layers, kept.panel_room(len(x), model, x.dtype), x, context)
     return _Step(kept, model, x, context).run(rows)
 
 
@@ -54,16 +60,24 @@ class Kept:
     """What steps leave behind for the next."""
 
     def __init__(self) -> None:
-        self._layers: list[_Layer] = []
+        self._layers: list[Layer] = []
         self._room: _Room | None = None
+        self._panel_room: PanelRoom | None = None
 
-    def layers(self, model: Model) -> list[_Layer]:
+    def layers(self, model: Model) -> list[Layer]:
         """Of every block, as its weights are now."""
         if len(self._layers) != len(model.layers) or not all(
             layer.is_of(block) for layer, block in zip(self._layers, model.layers, strict=True)
         ):
-            self._layers = [_Layer(block) for block in model.layers]
+            self._layers = [Layer(block) for block in model.layers]
         return self._layers
+
+    def panel_room(self, num_tokens: int, model: Model, dtype: torch.dtype) -> PanelRoom:
+        """For a step of so many lone tokens; as sequences end they become fewer."""
+        room = self._panel_room
+        if room is None or room.dtype != dtype or room.num_tokens < num_tokens:
+            room = self._panel_room = PanelRoom(num_tokens, model, dtype)
+        return room
 
     def room(self, num_tokens: int, model: Model, dtype: torch.dtype) -> _Room:
         """For a step of so many tokens."""
@@ -92,7 +106,7 @@ class _Weights(NamedTuple):
             torch.addmm(self.bias, x, self.weight, out=output)
 
 
-class _Layer:
+class Layer:
     """A block's linear layers and norms. Products whose weights lie apart, or that have an adapter, are None: the
     layers themselves are called."""
 
@@ -105,6 +119,16 @@ class _Layer:
         self._pointers = self._read_pointers()
         self.weights = {layers: _weights(layers) for layers in (self.heads, self.output, self.gates, self.down)}
         self.norms = [(as_array(norm.weight.detach()), np.float32(norm.eps)) for norm in self._norms]
+        self.types = {parameter.dtype for parameter in self._parameters()}
+        self.addresses = self._addresses() if None not in self.weights.values() else None
+
+    def _addresses(self) -> list[int]:
+        """As `_decode_numba` has them, but for the cache."""
+        heads, output, gates, down = (one.weight.data_ptr() for one in self.weights.values())
+        bias = self.weights[self.heads].bias
+        input_norm, mlp_norm, *of_heads = (norm.weight.data_ptr() for norm in self._norms)
+        bias_address = 0 if bias is None else bias.data_ptr()
+        return [input_norm, heads, bias_address, *(of_heads or (0, 0)), output, mlp_norm, gates, down]
 
     def is_of(self, block: Block) -> bool:
         """Whether the block has these layers still, and they their memory."""
@@ -118,9 +142,11 @@ class _Layer:
         )
 
     def _read_pointers(self) -> list[int]:
+        return [parameter.data_ptr() for parameter in self._parameters()]
+
+    def _parameters(self) -> list[nn.Parameter]:
         parameters = [module.weight for module in (*self._linear, *self._norms)]
-        parameters += [layer.bias for layer in self._linear if layer.bias is not None]
-        return [parameter.data_ptr() for parameter in parameters]
+        return parameters + [layer.bias for layer in self._linear if layer.bias is not None]
 
 
 def _norms_of(block: Block) -> list[RMSNorm]:
@@ -227,7 +253,7 @@ class _Step:
         self._turn ^= 1
         return total
 
-    def _attend(self, number: int, layer: _Layer) -> torch.Tensor:  # [T, H, d]
+    def _attend(self, number: int, layer: Layer) -> torch.Tensor:  # [T, H, d]
         heads = self._multiply(layer, layer.heads, self._normed, self._room.heads)
         cache = self._context.cache
         memory = as_array(cache.keys[number]), as_array(cache.values[number])
@@ -238,7 +264,7 @@ class _Step:
         loops.rotary_write_loop(*flat, *places, query_norm, key_norm, eps, as_array(query))
         return self._context.read(number, query)
 
-    def _multiply(self, layer: _Layer, layers: tuple[nn.Linear, ...], x: torch.Tensor, output: _Rows) -> list[Flat]:
+    def _multiply(self, layer: Layer, layers: tuple[nn.Linear, ...], x: torch.Tensor, output: _Rows) -> list[Flat]:
         """[T, n] -> what each of the layers gives."""
         weights = layer.weights[layers]
         if weights is None:

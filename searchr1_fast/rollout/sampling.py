@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from searchr1_kernels import sample_tokens
+from searchr1_kernels import _head_numba, sample_tokens
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
@@ -78,10 +78,13 @@ def sample_in_parts(
     params: SamplingParams,
     on_split: Callable[[], None],  # called for all rows that are taken again in two parts
 ) -> tuple[torch.Tensor, torch.Tensor]:  # token_ids [S] int64, logprobs [S] fp32
-    """`sample` of the head's logits: of all rows at once, or of as many as there is memory for.
+    """`sample` of the head's logits: of all rows at once, or of as many as there is memory for. Greedy on a CPU, the
+    likeliest tokens without the logits.
 
     torch.OutOfMemoryError where there is none for a single row.
     """
+    if params.is_greedy and _head_numba.takes(hidden, weight):
+        return _head_numba.likeliest(hidden, weight)
     try:
         return sample(head_logits(hidden, weight), uniforms, params)
     except torch.OutOfMemoryError as error:

@@ -188,11 +188,10 @@ def test_tokens_that_join_together_attend_as_they_would_alone(num_heads, num_kv_
         torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=tolerance)
 
 
-def test_neighbours_of_another_slot_or_place_are_no_chunk(monkeypatch):
-    monkeypatch.setattr(module, "_MIN_CHUNK_PAIRS", 1)
+def test_neighbours_of_another_slot_or_place_are_no_chunk():
     slots = torch.tensor([0] * 5 + [1] * 5 + [1] * 4 + [2] * 3)
     positions = torch.tensor([*range(5), *range(5, 10), *range(11, 15), *range(3)])
-    chunks = find_chunks(slots, positions, torch.arange(3, dtype=torch.int32)[:, None])
+    chunks = find_chunks(slots, positions, torch.arange(3, dtype=torch.int32)[:, None], module.Least(4, 1))
     assert [chunk[:4] for chunk in chunks.together] == [(0, 5, 0, 5), (5, 10, 1, 10), (10, 14, 1, 15)]
     assert chunks.alone.tolist() == [14, 15, 16]
 

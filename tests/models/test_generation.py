@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numba
 import pytest
 import torch
 from safetensors.torch import load_file
+from searchr1_kernels import _panels_llvm as panel_products
 
-from searchr1_fast.models import Decoder, DecoderConfig, KVCache, load_model, save_model
+from searchr1_fast.models import Decoder, DecoderConfig, KVCache, generation_panels, load_model, save_model
 from searchr1_fast.models.projections import side_by_side
 from searchr1_fast.rollout.sampling import head_logits
 
@@ -76,6 +78,77 @@ def test_loops_on_memory_that_stays_give_the_bits_of_the_operators(dtype, joined
     monkeypatch.setattr("searchr1_fast.models.generation.run_loops", lambda *_: None)
     want = appended(model, fused=True)
     assert torch.equal(have[0], want[0]) and torch.equal(have[1], want[1])
+
+
+PANELS = pytest.mark.skipif(not panel_products.takes(is_bf16=True), reason="needs AVX-512 and AMX")
+
+
+def decoded(model: Decoder, num_tokens: int, num_steps: int = 10):
+    """Prompts that begin alike in pairs, then greedy tokens of slots out of order -> hidden states, tokens, keys."""
+    cache = KVCache(model.config, num_tokens, 64, model.head_weight.dtype)
+    cache.table[1::2, 0] = cache.table[: num_tokens - num_tokens % 2 : 2, 0]  # a block in common
+    generator = torch.Generator().manual_seed(1)
+    order, lengths = torch.randperm(num_tokens, generator=generator), torch.full((num_tokens,), 33)
+    lengths += torch.arange(num_tokens) % 5
+    rows = zip(lengths.tolist(), order.tolist(), strict=True)
+    token_ids = torch.cat([torch.arange(length) * (slot // 2 + 1) % 50 for length, slot in rows])
+    ends = torch.cat((torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)))
+    hidden = model.forward_cached(token_ids, ends, order, torch.zeros_like(order), cache)
+    found, tokens, kept = [], [], num_tokens - num_tokens // 7
+    for step in range(num_steps):
+        if step == num_steps // 2:  # some end
+            hidden, order, lengths = hidden[:kept], order[:kept], lengths[:kept]
+        token_ids = head_logits(hidden, model.head_weight).argmax(-1)
+        hidden = model.forward_cached(token_ids, torch.arange(len(order) + 1), order, lengths, cache)
+        found.append(hidden[:kept])
+        tokens.append(token_ids[:kept])
+        lengths = lengths + 1
+    return torch.stack(found), torch.stack(tokens), torch.cat([keys.flatten() for keys in (*cache.keys, *cache.values)])
+
+
+@PANELS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "llama"])
+@pytest.mark.parametrize("num_tokens", [21, 69])
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_panels_equal_the_loops(dtype, model_type, num_tokens, num_threads, monkeypatch):
+    """In bf16 a sum of another order is rounded to the other side here and there."""
+    torch.manual_seed(0)
+    model = Decoder(DecoderConfig(50, 64, 96, 3, 4, 2, model_type=model_type, head_dim=32)).requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        parameter.normal_(std=0.2).add_(1.0 if "norm" in name else 0.0)
+    model.to(dtype).join_projections()
+    calls, run_panels = [], generation_panels.run_panels
+    monkeypatch.setattr(generation_panels, "run_panels", lambda *given: calls.append(1) or run_panels(*given))
+    before = numba.get_num_threads()
+    numba.set_num_threads(min(num_threads, numba.config.NUMBA_NUM_THREADS))
+    try:
+        have = decoded(model, num_tokens)
+    finally:
+        numba.set_num_threads(before)
+    assert len(calls) == 10
+    monkeypatch.setattr(generation_panels, "takes", lambda *_: False)
+    want = decoded(model, num_tokens)
+    if dtype == torch.float32:
+        assert torch.equal(have[1], want[1])
+        for left, right in zip(have, want, strict=True):
+            torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-4)
+    else:
+        same = (have[1] == want[1]).all(0)  # [T]: the sequences that have the same tokens to the end
+        assert same.float().mean() > 0.8
+        torch.testing.assert_close(have[0][:, same], want[0][:, same], rtol=0.05, atol=0.1)
+
+
+@PANELS
+def test_panels_leave_the_tiles_of_others_alone():
+    """torch's own products in bf16 have tiles of another shape, before and behind a step."""
+    torch.manual_seed(0)
+    model = Decoder(DecoderConfig(50, 64, 96, 1, 2, 1, head_dim=32)).requires_grad_(False).bfloat16()
+    model.join_projections()
+    x, weight = torch.randn(40, 96).bfloat16(), torch.randn(72, 96).bfloat16()
+    want = x @ weight.T
+    decoded(model, 16, num_steps=1)
+    assert torch.equal(x @ weight.T, want)
 
 
 def test_what_steps_keep_is_never_stale():
