@@ -66,9 +66,12 @@ def _parser() -> ArgumentParser:
 
 
 def _config(model: Path | str, arguments: Namespace) -> Config:
-    """The run's configuration where the model comes from one, with the retriever that was asked for."""
+    """The run's configuration where the model comes from one, with the retriever that was asked for. A world is
+    searched as the run searched its own, if that was such passages."""
     overrides = []
-    if arguments.corpus is not None or arguments.world:
+    own = load_config(run_config_path(model)).retrieval
+    searches_passages = own.backend == "bm25" or (own.backend == "dense" and own.index is None)
+    if arguments.corpus is not None or (arguments.world and not searches_passages):
         overrides.append("retrieval.backend=bm25")
     elif arguments.url is not None:
         overrides += ["retrieval.backend=remote", f"retrieval.url={arguments.url}"]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from commands import CORPUS, SMALL, one_sentence, write_jsonl
 
+from searchr1_fast import ask
+
 
 def small_settings() -> list[str]:
     return [word for setting in SMALL for word in ("--set", setting)]
@@ -51,3 +53,21 @@ def test_ask_needs_something_to_search(run):
     code, _, error = run("ask", "Who?")
     assert code == 2
     assert "one of the arguments --corpus --url --world is required" in error
+
+
+@pytest.mark.parametrize(
+    ("of_the_run", "source", "backend"),
+    [
+        ("{backend: dense}", ["--world"], "dense"),
+        ("{backend: bm25}", ["--world"], "bm25"),
+        ("{backend: none}", ["--world"], "bm25"),
+        ("{backend: dense, index: of_other_passages}", ["--world"], "bm25"),
+        ("{backend: dense}", ["--corpus", "corpus.jsonl"], "bm25"),
+        ("{backend: dense}", ["--url", "http://127.0.0.1:1/retrieve"], "remote"),
+    ],
+)
+def test_a_world_is_searched_as_the_run_searched_its_own(tmp_path, of_the_run, source, backend):
+    model = tmp_path / "checkpoints" / "step_000001" / "hf"
+    model.mkdir(parents=True)
+    (tmp_path / "config.yaml").write_text(f"retrieval: {of_the_run}\n")
+    assert ask._config(model, ask._parser().parse_args(source)).retrieval.backend == backend
