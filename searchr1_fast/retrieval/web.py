@@ -97,7 +97,7 @@ class WebRetriever:
         self._limits = HostLimits(per_host)
         self._remembered: OrderedDict[str, tuple[int, list[Result]]] = OrderedDict()  # with how many were asked for
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="web")
-        self._lock = threading.Lock()
+        self._lock, self._is_closed = threading.Lock(), False
         self._jitter, self._sleep = random.Random(), time.sleep
         self.counts = WebCounts()
 
@@ -111,10 +111,10 @@ class WebRetriever:
         try:
             results = self._threads.map(lambda query: self._results(query, k), unique)
             found = dict(zip(unique, results, strict=True))
-        except RetrievalError:
-            raise
-        except (RuntimeError, CancelledError) as error:  # it was shut down, before or meanwhile
-            raise RetrievalError("this web search was closed") from error
+        except (RuntimeError, CancelledError) as error:
+            if isinstance(error, RetrievalError) or not self._is_closed:
+                raise
+            raise RetrievalError("this web search was closed") from error  # before it began, or meanwhile
         return [
             [Passage(one.link, one.title, one.text, 1 / rank) for rank, one in enumerate(found[query][:k], 1)]
             for query in queries
@@ -132,6 +132,7 @@ class WebRetriever:
 
     def close(self) -> None:
         """Give the threads back; again, if you like."""
+        self._is_closed = True
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _results(self, query: str, k: int) -> list[Result]:

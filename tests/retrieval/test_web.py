@@ -233,6 +233,18 @@ def test_a_search_that_is_closed_meanwhile_is_a_named_error(web, open_web, monke
             search.result(30)
 
 
+def test_a_mistake_of_ours_is_not_called_a_closed_search(open_web, monkeypatch):
+    retriever = open_web()
+
+    def mistaken(query, k):
+        raise RuntimeError("dictionary changed size during iteration")
+
+    monkeypatch.setattr(retriever, "_results", mistaken)
+    with pytest.raises(RuntimeError, match="changed size") as failure:
+        retriever.search(["rome"], 1)
+    assert not isinstance(failure.value, RetrievalError)
+
+
 def test_a_host_is_not_asked_more_at_once_than_allowed(web, open_web):
     """Whoever's queries they are, the service's requests and pages alike."""
     retriever = open_web(per_host=3, pages=True)
