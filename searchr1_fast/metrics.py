@@ -14,7 +14,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -45,20 +45,22 @@ class MetricsLog:
         wandb_module = _import_wandb() if wandb else None
         writer_class = _import_tensorboard() if tensorboard else None
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(self.run_dir)
-        self._last_step = _truncate(self.run_dir, resume_step)
-        self._file = (self.run_dir / METRICS_FILE).open("ab", buffering=0)
-        self._tensorboard = None
-        if writer_class is not None:
-            purge = None if resume_step is None else resume_step + 1
-            self._tensorboard = writer_class(str(self.run_dir / "tensorboard"), purge_step=purge)
-        self._wandb = None
-        if wandb_module is not None:
-            # The folder's name as id lets a resumed run go on in its own wandb page.
-            self._wandb = wandb_module.init(
-                project="searchr1_fast", id=self.run_dir.name, name=self.run_dir.name, resume="allow",
-                dir=str(self.run_dir), config=dict(config or {}),
-            )  # fmt: skip
+        self._tensorboard, self._wandb = None, None
+        # Given up by whatever fails on the way too: this process may want the folder again, with other settings.
+        with ExitStack() as undo:
+            undo.enter_context(_lock(self.run_dir))
+            self._last_step = _truncate(self.run_dir, resume_step)
+            self._file = undo.enter_context((self.run_dir / METRICS_FILE).open("ab", buffering=0))
+            if writer_class is not None:
+                purge = None if resume_step is None else resume_step + 1
+                self._tensorboard = writer_class(str(self.run_dir / "tensorboard"), purge_step=purge)
+            if wandb_module is not None:
+                # The folder's name as id lets a resumed run go on in its own wandb page.
+                self._wandb = wandb_module.init(
+                    project="searchr1_fast", id=self.run_dir.name, name=self.run_dir.name, resume="allow",
+                    dir=str(self.run_dir), config=dict(config or {}),
+                )  # fmt: skip
+            self._open_files = undo.pop_all()
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append `row`; `row["step"]` is the step, and comes after every step before it."""
@@ -102,12 +104,11 @@ class MetricsLog:
 
     def close(self) -> None:
         """Flush and close everything."""
-        self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.finish()
-        self._lock.close()
+        with self._open_files:
+            if self._tensorboard is not None:
+                self._tensorboard.close()
+            if self._wandb is not None:
+                self._wandb.finish()
 
     def __enter__(self) -> MetricsLog:
         return self

@@ -302,8 +302,11 @@ def open_log(config: Config, resume_step: int) -> MetricsLog:
         resume_step=resume_step if config.run.resume else None,
         config=config.model_dump(mode="json"),
     )
-    with whole_file(config.run_directory / "config.yaml") as file:
-        file.write_text(config.to_yaml(), encoding="utf-8")
+    with ExitStack() as on_error:
+        on_error.callback(log.close)
+        with whole_file(config.run_directory / "config.yaml") as file:
+            file.write_text(config.to_yaml(), encoding="utf-8")
+        on_error.pop_all()
     return log
 
 

@@ -94,6 +94,26 @@ def test_two_runs_cannot_write_into_one_folder(tmp_path, resume_step):
         assert [row["step"] for row in read_metrics(tmp_path)] == [1]
 
 
+@pytest.mark.parametrize("fails", ["opening", "closing"])
+def test_a_folder_is_free_again_whatever_failed(tmp_path, monkeypatch, fails):
+    """Though the error is held, as by a notebook."""
+
+    class Writer:
+        def __init__(self, *arguments, **options):
+            if fails == "opening":
+                raise OSError("no space left")
+
+        def close(self):
+            raise OSError("no space left")
+
+    monkeypatch.setattr("searchr1_fast.metrics._import_tensorboard", lambda: Writer)
+    with pytest.raises(OSError, match="no space left") as held:
+        MetricsLog(tmp_path, tensorboard=True).close()
+    with MetricsLog(tmp_path) as log:
+        log.write({"step": 1})
+    assert held.value is not None and [row["step"] for row in read_metrics(tmp_path)] == [1]
+
+
 def test_a_step_cannot_appear_twice(tmp_path):
     with MetricsLog(tmp_path) as log:
         log.write({"step": 2})
