@@ -140,7 +140,7 @@ class DataSet(Section):
     @model_validator(mode="after")
     def _one_source(self) -> DataSet:
         if (self.world is None) == (self.questions is None):
-            raise ValueError("give exactly one of `world` and `questions`; data.world=null takes away a recipe's world")
+            raise ValueError("give exactly one of `world` and `questions`; to drop a recipe's world, set it to null")
         if self.world is not None and self.corpus is not None:
             raise ValueError("a world brings its own corpus; drop `corpus`")
         return self
