@@ -139,8 +139,8 @@ class TextTokenizer:
         """
         said = "what an assistant said"
         turns = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": said}]
-        behind = self._render(turns, add_generation_prompt=False).rpartition(said)[2].lstrip()
-        end = next((special for special in self._specials if behind.startswith(special)), None)
+        _, found, behind = self._render(turns, add_generation_prompt=False).rpartition(said)
+        end = next((special for special in self._specials if found and behind.lstrip().startswith(special)), None)
         return () if end is None else (self.backend.token_to_id(end),)
 
     def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:

@@ -108,7 +108,8 @@ LLAMA = (  # as published: what a user and an assistant said ends alike
 @pytest.mark.parametrize(
     ("template", "end"),
     [(QWEN, "<|im_end|>"), (LLAMA, "<|eot|>"), ("{{ messages[-1].content }} <|end|>", "<|end|>"),
-     ("{% for m in messages %}{{ m.content }}\n{% endfor %}", None), ("<|end|>{{ messages[-1].content }}", None)],
+     ("{% for m in messages %}{{ m.content }}\n{% endfor %}", None), ("<|end|>{{ messages[-1].content }}", None),
+     ("<|im_end|>{{ messages[0].content }}", None)],
 )  # fmt: skip
 def test_a_chat_ends_as_its_template_has_it(tokenizer, tmp_path, template, end):
     """Qwen2.5's base models have a template, and say of no file that its "<|im_end|>" ends anything."""
