@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import environment
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
@@ -57,12 +57,10 @@ def on_two_ranks():
     """script, arguments -> None: torchrun ran it on two ranks of the CPU (or `num_ranks`), and it came to its end."""
 
     def run(script: Path, *arguments: str | Path, num_ranks: int = 2) -> None:
-        root = Path(__file__).parents[1]
-        path = os.pathsep.join([str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")])
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
         child = subprocess.Popen(
             [*launcher, str(num_ranks), str(script), *map(str, arguments)],
-            env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            env=environment(OMP_NUM_THREADS="1"),
             stderr=subprocess.PIPE,
             text=True,
         )

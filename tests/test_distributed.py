@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from commands import environment
 from safetensors.torch import load_file
 
 from searchr1_fast.distributed import Ranks, process
@@ -169,11 +169,9 @@ with process("cpu", num_threads=1):
 
 def test_a_rank_has_the_threads_it_was_given_and_no_denormals():
     """In a process of its own: numba's threads start once, and it is their start that would undo torch's setting."""
-    root = Path(__file__).parent.parent
-    path = os.pathsep.join([str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")])
     result = subprocess.run(
         [sys.executable, "-c", ARITHMETIC],
-        env=os.environ | {"PYTHONPATH": path, "NUMBA_NUM_THREADS": "2"},
+        env=environment(NUMBA_NUM_THREADS="2"),
         capture_output=True,
         text=True,
         timeout=120,

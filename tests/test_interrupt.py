@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from commands import environment
 
 from searchr1_fast.metrics import read_metrics
 
@@ -48,12 +49,11 @@ def test_an_interrupted_run_leaves_nobody_behind(make_config, tmp_path, launcher
         rollout={"overlap": True},
         retrieval={"backend": "dense", "topk": 1, "hashing_dimension": 64, "timeout_seconds": 60.0},
     )
-    yaml, root = tmp_path / "run.yaml", Path(__file__).parent.parent
+    yaml = tmp_path / "run.yaml"
     yaml.write_text(config.to_yaml())
-    path = os.pathsep.join([str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")])
     child = subprocess.Popen(
         [sys.executable, *launcher, "-m", "searchr1_fast.train", str(yaml)],
-        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "INTERRUPTED": str(tmp_path)},
+        env=environment(OMP_NUM_THREADS="1", INTERRUPTED=str(tmp_path)),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import environment
 from safetensors.torch import load_file
 
 from searchr1_fast.checkpoint import Checkpoint, latest_checkpoint
@@ -39,10 +40,9 @@ def start(tmp_path):
     def run(config, step: int, moment: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen:
         yaml, file, root = tmp_path / "child.yaml", tmp_path / f"{step}{moment}", Path(__file__).parent
         yaml.write_text(config.to_yaml())
-        path = os.pathsep.join([str(root.parent), str(root.parent / "kernels"), os.environ.get("PYTHONPATH", "")])
         child = subprocess.Popen(
             [sys.executable, *launcher, str(root / "killed_run.py"), str(yaml), str(step), moment, str(file)],
-            env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            env=environment(OMP_NUM_THREADS="1"),
             stderr=subprocess.PIPE,
             text=True,
         )

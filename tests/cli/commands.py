@@ -21,10 +21,10 @@ QUESTIONS = [
 SMALL = ("rollout.max_turn_tokens=8", "rollout.max_searches=1", "rollout.max_sequence_tokens=400", "run.device=cpu")
 
 
-def environment() -> dict[str, str]:
-    """Where packages are found beside the interpreter's own, they stay found."""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
-    return os.environ | {"PYTHONPATH": path}
+def environment(**changes: str) -> dict[str, str]:
+    """Of a process that finds this package; packages that are found beside the interpreter's own stay found."""
+    folders = (str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH"))
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, folders))} | changes
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> Path:

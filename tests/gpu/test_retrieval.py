@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from commands import environment
 
 from searchr1_fast.config import RetrievalConfig, WorldConfig
 from searchr1_fast.retrieval import open_retriever
@@ -59,8 +58,6 @@ def test_a_rank_that_searches_opens_no_other_gpu(device):
     """Its threads begin with the first one, where every rank would take memory for a context."""
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    root = Path(__file__).parents[2]
-    path = os.pathsep.join([str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")])
-    command, environment = [sys.executable, "-c", SECOND_RANK, device], os.environ | {"PYTHONPATH": path}
-    done = subprocess.run(command, env=environment, timeout=300, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", SECOND_RANK, device]
+    done = subprocess.run(command, env=environment(), timeout=300, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]

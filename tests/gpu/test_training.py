@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import environment
 
 from searchr1_fast import replay
 from searchr1_fast.bad_updates import BadUpdate, MicroBatch, write_bad_update
@@ -149,12 +149,10 @@ def test_one_rank_under_torchrun(tmp_path):
     config = demo(tmp_path, "grpo", "bfloat16")
     file = tmp_path / "config.yaml"
     file.write_text(config.to_yaml())
-    root = Path(__file__).parents[2]
-    path = os.pathsep.join([str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")])
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
     done = subprocess.run(
         [*launcher, "-m", "searchr1_fast.train", str(file)],
-        env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=300, check=False,
+        env=environment(), capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     assert [row["step"] for row in rows(config)] == [0, 1, 2]

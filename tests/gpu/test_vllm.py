@@ -6,15 +6,14 @@ python -m pytest -q tests/gpu/test_vllm.py          # in an environment with vLL
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from contextlib import ExitStack
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from commands import environment
 from trajectories import check_same
 from vllm_cases import ROLLOUT, only_with_vllm, requests_for, search_letters, short_demo
 from vllm_stand_in import GREEDY, check_logprobs
@@ -126,12 +125,10 @@ def test_the_demo_trains(tmp_path, dtype, keep_cache):
 def test_two_ranks_train_with_an_engine_each(tmp_path):
     config = short_demo(tmp_path, "run.device=cuda", "model.dtype=bfloat16", "rollout.keep_cache=false")
     (tmp_path / "demo.yaml").write_text(config.to_yaml())
-    root = Path(__file__).parents[2]
-    path = os.pathsep.join([str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")])
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     result = subprocess.run(
         [*launcher, "-m", "searchr1_fast.train", str(tmp_path / "demo.yaml")],
-        env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=500, check=False,
+        env=environment(), capture_output=True, text=True, timeout=500, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-4000:]
     check_rows(config, 0.05)

@@ -7,7 +7,6 @@ The ranks of most tests are threads of one process, which the sockets and the sh
 from __future__ import annotations
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -20,6 +19,8 @@ import numpy as np
 import pytest
 
 pytest.importorskip("searchr1_fast._C", reason="the batcher is not compiled")
+
+from commands import environment
 
 from searchr1_fast.retrieval import sharded_rows
 from searchr1_fast.retrieval.memory_plan import MAX_QUERIES
@@ -383,14 +384,15 @@ def test_two_processes(tmp_path):
     build_index(tmp_path / "index", tmp_path / "corpus.jsonl", EncodingSource(HashingEncoder(64)), Silent())
     (tmp_path / "queries.json").write_text(json.dumps([question.text for question in world.questions]))
     (tmp_path / "questions.jsonl").write_text('{"id": "a", "question": "Who?", "golden_answers": ["x"]}\n')
-    root = Path(__file__).parents[2]
-    path = os.pathsep.join([str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2",
-                                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}  # fmt: skip
+    shared = {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     command = [sys.executable, str(Path(__file__).with_name("two_searchers.py")), str(tmp_path)]
     processes = [
         subprocess.Popen(
-            command, env=environment | {"RANK": str(rank)}, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            command,
+            env=environment(**shared, RANK=str(rank)),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )  # fmt: skip
         for rank in range(2)
     ]
