@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from searchr1_fast.retrieval.encoder_bert import BertSettings
     from searchr1_fast.retrieval.encoders import Encoder
     from searchr1_fast.retrieval.index_faiss import FlatFile
-    from searchr1_fast.retrieval.index_format import Progress, TextColumn
+    from searchr1_fast.retrieval.index_format import TextColumn
+    from searchr1_fast.types import Progress
 
 HASHING = "hashing"
 _DIMENSION = 2048  # as `retrieval.hashing_dimension`

@@ -27,14 +27,14 @@ from searchr1_fast.retrieval.device_rows import DeviceRows
 from searchr1_fast.retrieval.encoder_hashing import HashingEncoder
 from searchr1_fast.retrieval.encoders import Encoder, check_device, open_encoder
 from searchr1_fast.retrieval.hit_merge import Merge, choose_merge
-from searchr1_fast.retrieval.index_format import Index, Progress, combine, digest_bytes, open_index
+from searchr1_fast.retrieval.index_format import Index, combine, digest_bytes, open_index
 from searchr1_fast.retrieval.memory_plan import MemoryPlan, Scan
 from searchr1_fast.retrieval.protocol import Mode, Parks, RetrievalParked, check_k
 from searchr1_fast.retrieval.rows import HostRows, Part, RowSearch, cut
 from searchr1_fast.retrieval.shard_link import Peers
 from searchr1_fast.retrieval.sharded_rows import open_sharded
 from searchr1_fast.retrieval.streams import on_stream
-from searchr1_fast.types import Passage
+from searchr1_fast.types import Passage, Progress
 
 _QUERIES_AT_ONCE = 256
 

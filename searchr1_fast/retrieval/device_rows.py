@@ -27,7 +27,6 @@ import numpy as np
 import torch
 from searchr1_kernels import Hits, Settled, TopKIndex, open_search, topk_inner_product
 
-from searchr1_fast.retrieval.index_format import Progress
 from searchr1_fast.retrieval.memory_plan import MAX_QUERIES, MemoryPlan, Scan, free_bytes
 from searchr1_fast.retrieval.parking import ParkedMemory, ParkingTimes
 from searchr1_fast.retrieval.protocol import Mode
@@ -35,6 +34,7 @@ from searchr1_fast.retrieval.recorded_search import SIZES, CudaRecordedSearches,
 from searchr1_fast.retrieval.rows import Part
 from searchr1_fast.retrieval.staging import HostBuffer, StagingRing, copies_of
 from searchr1_fast.retrieval.streams import on_stream
+from searchr1_fast.types import Progress
 
 _BYTES_BETWEEN_SIGNS = 2**28  # of progress
 _MAX_HITS = 192  # of a search that can be recorded; more are searched as one that cannot

@@ -52,9 +52,10 @@ from searchr1_fast.retrieval.encoder_folder import (
 )
 from searchr1_fast.retrieval.encoder_weights import Taker
 from searchr1_fast.retrieval.encoders import check_device
-from searchr1_fast.retrieval.index_format import Progress, TextColumn
+from searchr1_fast.retrieval.index_format import TextColumn
 from searchr1_fast.retrieval.parking import ParkedMemory
 from searchr1_fast.retrieval.recorded_encoder import CudaRecordedForward, PackedTexts, RecordedForward
+from searchr1_fast.types import Progress
 
 DType = Literal["float32", "bfloat16", "float16"]
 

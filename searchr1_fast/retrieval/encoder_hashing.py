@@ -30,7 +30,8 @@ import numba
 import numpy as np
 
 from searchr1_fast.retrieval.bm25 import STOP_TERMS, term_of, words_of
-from searchr1_fast.retrieval.index_format import Progress, TextColumn, digest_bytes
+from searchr1_fast.retrieval.index_format import TextColumn, digest_bytes
+from searchr1_fast.types import Progress
 
 FILE = "encoder-hashing.bin"
 _SCHEME = 1  # of words, hashes and weights; vectors of different schemes must not meet

@@ -15,7 +15,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from searchr1_fast.retrieval.index_format import Progress, TextColumn
+from searchr1_fast.retrieval.index_format import TextColumn
+from searchr1_fast.types import Progress
 
 
 class Encoder(Protocol):

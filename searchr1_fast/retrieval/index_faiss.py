@@ -27,7 +27,8 @@ from pathlib import Path
 
 import numpy as np
 
-from searchr1_fast.retrieval.index_format import Index, Progress, sync
+from searchr1_fast.retrieval.index_format import Index, sync
+from searchr1_fast.types import Progress
 
 _HEADER = struct.Struct("<4siqqqBiQ")
 _INNER_PRODUCT, _SQUARED_DISTANCE = 0, 1
