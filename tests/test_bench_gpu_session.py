@@ -105,7 +105,7 @@ def test_what_there_is_no_time_for_is_left_out_and_resumed(tmp_path, stand_in):
 def test_a_step_that_the_end_cuts_short_is_resumed_and_all_is_in_the_archive(tmp_path, stand_in):
     (tmp_path / "gpu_session").mkdir()
     (tmp_path / "gpu_session" / "summary.txt").write_text("left out  saving: no time\n")
-    done = run("--resume", "--seconds", "17", "--archive", str(tmp_path / "all.tgz"),
+    done = run("--resume", "--seconds", "20", "--archive", str(tmp_path / "all.tgz"),
                PYTHON=stand_in, OUT=str(tmp_path), SAVING_SECONDS="100")  # fmt: skip
     assert done.returncode == 1 and "cut short saving: exit status 124" in done.stdout
     with tarfile.open(tmp_path / "all.tgz") as archive:
