@@ -30,7 +30,7 @@ import torch
 from searchr1_kernels.cached_attention import tile_tokens
 
 from searchr1_fast.retrieval.staging import HostBuffer, copies_of
-from searchr1_fast.retrieval.streams import on_stream
+from searchr1_fast.retrieval.streams import on_stream, recording_again
 
 _MULTIPLES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 _ROWS_OF_A_TEXT = 4  # a size has places for a quarter as many texts, and tiles; shorter texts take a larger one
@@ -180,15 +180,9 @@ class CudaRecordedForward(RecordedForward):
         self._pool = torch.cuda.graph_pool_handle()
 
     def _record_again(self, run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-        """As `torch.cuda.graph`, which waits for the device and empties torch's cache, and for neither is there a
-        reason: weights that are on their way were queued before every replay."""
         graph = torch.cuda.CUDAGraph()
-        with on_stream(self._stream):
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
-                vectors = run()
-            finally:
-                graph.capture_end()
+        with on_stream(self._stream), recording_again(graph, pool=self._pool):
+            vectors = run()
         return _replay(graph, vectors)
 
 

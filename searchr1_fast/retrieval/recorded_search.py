@@ -27,6 +27,7 @@ import torch
 from searchr1_kernels import TopKSearch
 
 from searchr1_fast.retrieval.memory_plan import MAX_QUERIES
+from searchr1_fast.retrieval.streams import recording_again
 
 # A pass over the rows takes as long for 1 query as for 16; beyond, what is scored for a query that nobody asks counts.
 SIZES = (1, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, MAX_QUERIES)
@@ -101,12 +102,7 @@ class CudaRecordedSearches(RecordedSearches):
         return graph.replay
 
     def _record_again(self, launch: Callable[[], object]) -> Callable[[], object]:
-        """As `torch.cuda.graph`, which waits for the device and empties torch's cache, and for neither is there a
-        reason: copies that are queued on this stream come before every replay."""
         graph = torch.cuda.CUDAGraph()
-        graph.capture_begin(capture_error_mode="thread_local")
-        try:
+        with recording_again(graph):
             launch()
-        finally:
-            graph.capture_end()
         return graph.replay

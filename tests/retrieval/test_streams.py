@@ -4,7 +4,7 @@ keeps the books. A rank's searches run in threads, and all threads begin with de
 from __future__ import annotations
 
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,6 +17,7 @@ from searchr1_fast.retrieval.dense import DenseSearch
 from searchr1_fast.retrieval.device_rows import DeviceRows
 from searchr1_fast.retrieval.encoder_hashing import HashingEncoder
 from searchr1_fast.retrieval.recorded_encoder import CudaRecordedForward
+from searchr1_fast.retrieval.recorded_search import CudaRecordedSearches
 from searchr1_fast.retrieval.rows import HostRows
 from searchr1_fast.retrieval.staging import CpuCopies
 from searchr1_fast.retrieval.streams import on_stream
@@ -167,3 +168,38 @@ def test_an_encoder_is_recorded_with_its_device_selected(driver, monkeypatch):
     assert waited == [2]
     assert driver.log == [(2, recorded._stream), (2, driver.current_stream(device))]  # the warm-up, the recording
     assert driver.device == 0
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("kind", ["encoder", "search"])
+def test_what_is_recorded_again_is_recorded_on_its_stream_and_ended_whatever_happens(driver, monkeypatch, kind, fails):
+    """Neither run, nor waited for: of `torch.cuda` nothing else is asked."""
+
+    class Graph:
+        def capture_begin(self, **options):
+            driver.log.append((driver.device, driver.current_stream(), options))
+
+        def capture_end(self):
+            driver.log.append("end")
+
+        def replay(self):
+            driver.log.append("replay")
+
+    def run():
+        driver.queue()
+        if fails:
+            raise torch.OutOfMemoryError("no memory for a pass")
+        return "vectors"
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    stream, options = driver.stream(2), {"capture_error_mode": "thread_local"}
+    if kind == "encoder":
+        recorded = CudaRecordedForward.__new__(CudaRecordedForward)
+        recorded._stream, recorded._pool, options = stream, "pool", options | {"pool": "pool"}
+        around = on_stream(None)
+    else:
+        recorded, around = CudaRecordedSearches(None, stream), on_stream(stream)
+    with around, pytest.raises(torch.OutOfMemoryError) if fails else nullcontext():
+        replay = recorded._record_again(run)
+        assert replay() == ("vectors" if kind == "encoder" else None)
+    assert driver.log == [(2, stream, options), (2, stream), "end", *([] if fails else ["replay"])]
