@@ -51,12 +51,12 @@ def assert_equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]
 
 
 def test_grpo_learns_which_letter_answers_which_question(make_config, make_console):
-    """From one in four, by nothing but the reward. Some seeds end at three letters of four, 0.75; this one does not."""
+    """From one in four, by nothing but the reward. Of 16 seeds all end at four letters of four, so another machine's
+    rounding may have its way; in groups of 8 at a rate of 4e-3 two of 14 ended at two."""
     config = make_config(
-        run={"seed": 3},
         rollout={"max_searches": 0},
-        algorithm={"group_size": 8},
-        optimizer={"learning_rate": 4e-3, "warmup_steps": 0, "betas": (0.9, 0.95)},
+        algorithm={"group_size": 16},
+        optimizer={"learning_rate": 3e-3, "warmup_steps": 0, "betas": (0.9, 0.95)},
         train={"num_steps": 80, "questions_per_step": 8, "tokens_per_microbatch": 4000},
     )
     result = train(config, make_console())
