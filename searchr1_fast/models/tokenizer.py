@@ -52,7 +52,7 @@ class TextTokenizer:
         self.eos_ids = tuple(dict.fromkeys(i for i in (*own, *more_eos_ids) if i is not None))
         self.eos_id = self.eos_ids[0] if self.eos_ids else None
         self.chat_template = chat_template
-        self._settings, self._generation = settings, generation
+        self._settings, self._generation = dict(settings), dict(generation)  # what is kept can be copied, and pickled
         self._is_byte_level = '"ByteLevel"' in json.dumps(json.loads(tokenizer.to_str()).get("decoder"))
         self._added = {i: token.content.encode() for i, token in tokenizer.get_added_tokens_decoder().items()}
 
@@ -164,7 +164,7 @@ class TextTokenizer:
         """Write tokenizer.json, tokenizer_config.json, and generation_config.json where something ends a turn; what the
         directory that was read said there beside (a token that pads, say) is said again."""
         self.backend.save(str(directory / "tokenizer.json"))
-        settings = {"tokenizer_class": "PreTrainedTokenizerFast"} | dict(self._settings)
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast"} | self._settings
         settings.pop("auto_map", None)  # names code in files that are not copied
         settings["eos_token"] = self._settings.get("eos_token") or self.eos_token
         if self.start_text:
@@ -173,7 +173,7 @@ class TextTokenizer:
             settings["chat_template"] = self.chat_template
         _write_json(directory / SETTINGS, settings)
         if self.eos_ids:
-            _write_json(directory / GENERATION, dict(self._generation) | {"eos_token_id": list(self.eos_ids)})
+            _write_json(directory / GENERATION, self._generation | {"eos_token_id": list(self.eos_ids)})
 
 
 def _raise_template_error(message: str) -> None:

@@ -1,6 +1,7 @@
 """Token bytes are exact, special tokens are read only where they are meant, and a directory round-trips."""
 
 import json
+import pickle
 import re
 
 import pytest
@@ -144,6 +145,11 @@ def test_a_template_that_does_not_render_is_one_sentence(tokenizer, template, sa
 def test_a_template_is_given_the_names_that_transformers_gives(tokenizer):
     template = "{% if tools is not none or documents is not none %}?{% endif %}{{ messages[0].content + eos_token }}"
     assert TextTokenizer(tokenizer.backend, "<|end|>", template).apply_chat_template("hi") == "hi<|end|>"
+
+
+def test_it_can_be_sent_to_another_process(tokenizer):
+    again = pickle.loads(pickle.dumps(TextTokenizer(tokenizer.backend, "<|end|>")))
+    assert (again.encode("the cat"), again.eos_ids) == (tokenizer.encode("the cat"), tokenizer.eos_ids)
 
 
 def test_one_of_several_templates_is_the_default(tokenizer, tmp_path):
