@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from searchr1_fast.cli import command_parser
+from searchr1_fast.config import RetrievalConfig
 from searchr1_fast.console import Console
 from searchr1_fast.errors import entry_point
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from searchr1_fast.types import Progress
 
 HASHING = "hashing"
-_DIMENSION = 2048  # as `retrieval.hashing_dimension`
+_DIMENSION = RetrievalConfig().hashing_dimension
 _NUM_SAMPLES = 32  # rows that an import encodes again
 _LEAST_COSINE = 0.99  # fp16 arithmetic stays above 0.9999; a wrong prefix or pooling falls below 0.98
 
