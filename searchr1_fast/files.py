@@ -57,6 +57,11 @@ def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
+def write_object(path: Path, values: Mapping[str, Any]) -> None:
+    """One object, for people too."""
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
 def read_object(path: Path) -> dict[str, Any]:
     """The object that a JSON file holds. ValueError where it is no JSON, or holds something else."""
     try:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from searchr1_fast.files import write_object
 from searchr1_fast.models.decoder import Decoder
 from searchr1_fast.models.lora import PARTS, adapted_layers, adapter_parameters, add_adapter, is_adapters
 from searchr1_fast.models.own_rows import own_rows
@@ -65,7 +66,7 @@ def write_adapter(weights: Mapping[str, torch.Tensor], alpha: float, directory: 
         "modules_to_save": None,
         "inference_mode": True,
     }
-    (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_object(directory / CONFIG, config)
 
 
 def adapter_base(directory: str | Path) -> str | None:

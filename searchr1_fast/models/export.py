@@ -5,16 +5,16 @@ An adapter (lora.py) is merged into the weights there; adapter_files.py writes i
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 
+from searchr1_fast.files import write_object
 from searchr1_fast.models.decoder import Decoder
 from searchr1_fast.models.decoder_config import DecoderConfig
 from searchr1_fast.models.lora import adapter_scale, is_adapters, merged
 from searchr1_fast.models.tensor_files import save_tensors
-from searchr1_fast.models.weights import INDEX, SINGLE
+from searchr1_fast.models.weights import HEAD, INDEX, SINGLE
 
 MAX_SHARD_BYTES = 5 * 10**9  # what transformers wrote for years, and every loader copes with
 
@@ -48,7 +48,7 @@ def save_weights(
     directory.mkdir(parents=True, exist_ok=True)
     state = {name: weight for name, weight in weights.items() if not is_adapters(name)}
     if config.tie_word_embeddings:
-        state.pop("lm_head.weight", None)  # tied by the configuration, though not in memory
+        state.pop(HEAD, None)  # tied by the configuration, though not in memory
     stored = dtype or next(iter(state.values())).dtype
     shards = _split(state, stored, max_shard_bytes)
     names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
@@ -60,11 +60,11 @@ def save_weights(
     if len(shards) > 1:
         weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
         total = sum(tensor.numel() for tensor in state.values()) * stored.itemsize
-        _write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_object(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     for old in (*directory.glob("model-*-of-*.safetensors"), directory / SINGLE, directory / INDEX):
         if old.name not in (names if len(shards) == 1 else (*names, INDEX)):
             old.unlink(missing_ok=True)
-    _write_json(directory / "config.json", config.to_hf() | {"torch_dtype": str(stored).removeprefix("torch.")})
+    write_object(directory / "config.json", config.to_hf() | {"torch_dtype": str(stored).removeprefix("torch.")})
 
 
 def _split(state: dict[str, torch.Tensor], dtype: torch.dtype, max_bytes: int) -> list[list[str]]:
@@ -79,7 +79,3 @@ def _split(state: dict[str, torch.Tensor], dtype: torch.dtype, max_bytes: int) -
         shards[-1].append(name)
         size += num_bytes
     return shards
-
-
-def _write_json(path: Path, values: dict) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

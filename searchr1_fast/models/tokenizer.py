@@ -15,7 +15,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from searchr1_fast.files import read_object
+from searchr1_fast.files import read_object, write_object
 from searchr1_fast.models.weights import resolve
 
 SETTINGS, GENERATION = "tokenizer_config.json", "generation_config.json"
@@ -171,9 +171,9 @@ class TextTokenizer:
             settings["bos_token"] = self._settings.get("bos_token") or self.start_text
         if self.chat_template is not None:
             settings["chat_template"] = self.chat_template
-        _write_json(directory / SETTINGS, settings)
+        write_object(directory / SETTINGS, settings)
         if self.eos_ids:
-            _write_json(directory / GENERATION, self._generation | {"eos_token_id": list(self.eos_ids)})
+            write_object(directory / GENERATION, self._generation | {"eos_token_id": list(self.eos_ids)})
 
 
 def _raise_template_error(message: str) -> None:
@@ -223,7 +223,3 @@ def _chat_template(directory: Path, settings: Mapping[str, Any]) -> str | None:
 def _read_if_there(path: Path) -> dict[str, Any]:
     """An object; an empty one where there is no file."""
     return read_object(path) if path.is_file() else {}
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -94,18 +94,16 @@ class BertEncoder:
             "tokenizer": file_digest(self.folder / "tokenizer.json"),
             "config": file_digest(self.folder / "config.json"),
         }
-        check_device(device)
-        self._model = _Bert(
-            self._config, read_weights(weights), torch.device(device), getattr(torch, dtype), self.folder
-        )
+        place = torch.device(check_device(device))  # with its number: threads that search have another current device
+        self._model = _Bert(self._config, read_weights(weights), place, getattr(torch, dtype), self.folder)
         self.dimension = self._model.hidden_size
         self._recorded: RecordedForward | None = None
         self._memory: ParkedMemory | None = None  # a CPU has nothing to give
-        if torch.device(device).type == "cuda":
-            self._memory = ParkedMemory(self._model.tensors, [], torch.device(device))
-        if torch.device(device).type == "cuda" and find_spec("triton"):
+        if place.type == "cuda":
+            self._memory = ParkedMemory(self._model.tensors, [], place)
+        if place.type == "cuda" and find_spec("triton"):
             forward = partial(self._model.pooled_packed, pooling=self.settings.pooling)
-            self._recorded = CudaRecordedForward(forward, torch.device(device), _SMALL_TILE["cuda"], _TOKENS_AT_ONCE)
+            self._recorded = CudaRecordedForward(forward, place, _SMALL_TILE["cuda"], _TOKENS_AT_ONCE)
             self._recorded.record()
 
     @property

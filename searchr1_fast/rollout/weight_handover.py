@@ -28,6 +28,7 @@ import torch
 
 from searchr1_fast.models import Decoder, TextTokenizer
 from searchr1_fast.models.lora import adapter_scale, base_parameters, merged
+from searchr1_fast.models.weights import HEAD
 from searchr1_fast.protocol import INVALID_ACTION_MESSAGE, format_observation
 from searchr1_fast.rollout.sampling import head_logits
 
@@ -57,7 +58,7 @@ class HandedWeights(Mapping[str, torch.Tensor]):
         self._all, self._scale = dict(model.named_parameters()), adapter_scale(model)
         self._own = base_parameters(model)
         if model.config.tie_word_embeddings:
-            self._all["lm_head.weight"] = self._own["lm_head.weight"] = model.head_weight
+            self._all[HEAD] = self._own[HEAD] = model.head_weight
 
     @property
     def shapes(self) -> dict[str, torch.Size]:
