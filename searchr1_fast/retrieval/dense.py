@@ -14,6 +14,7 @@ Shape legend
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Sequence, Sized
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
@@ -56,6 +57,7 @@ class DenseSearch:
         """`device`: where the encoder computes."""
         self.encoder = encoder
         self._rows = rows
+        self._news = threading.Condition()  # the encoder is back
         self.num_rows = len(rows)
         if not self.num_rows:
             raise ValueError("dense search needs at least one row of vectors")
@@ -98,7 +100,8 @@ class DenseSearch:
     def park(self) -> None:
         """Give the GPU memory of encoder and rows to others. Nothing where they lie on no GPU, or again. ValueError,
         and nothing is parked, where the machine does not lock so much host memory."""
-        with on_stream(self._stream), ExitStack() as undo:
+        with self._news, on_stream(self._stream), ExitStack() as undo:
+            undo.callback(self._news.notify_all)
             for part in self._parkable():
                 part.park()
                 undo.callback(part.unpark)
@@ -106,14 +109,18 @@ class DenseSearch:
 
     def unpark(self) -> None:
         """Take it back: searches may begin at once. What finds no memory (torch.OutOfMemoryError) stays parked."""
-        with on_stream(self._stream):
-            for part in self._parkable():
-                part.unpark()
+        with self._news, on_stream(self._stream):
+            try:
+                for part in self._parkable():
+                    part.unpark()
+            finally:  # the encoder may be back where the rows are not
+                self._news.notify_all()
 
     def prepare(self, queries: Sequence[str]) -> np.ndarray:
-        """The first stage: vectors [Q,D] fp32. RetrievalParked where the encoder is parked."""
-        if isinstance(self.encoder, Parks) and self.encoder.is_parked:
-            raise RetrievalParked
+        """The first stage: vectors [Q,D] fp32. Where the encoder is parked, when it is back: an error would be the end
+        of a batcher whose search began as another thread parked."""
+        with self._news:
+            self._news.wait_for(lambda: not (isinstance(self.encoder, Parks) and self.encoder.is_parked))
         with on_stream(self._stream):
             return self.encoder.encode_queries(queries)
 

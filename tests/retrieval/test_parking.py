@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -266,10 +267,14 @@ def test_an_encoder_is_parked_with_the_rows_or_neither(monkeypatch):
     wanted = search.search_ids(["one two"], 3)
     search.park()
     assert encoder.is_parked and rows.is_parked
-    for refused in (lambda: search.search_ids(["one"], 3), lambda: search.prepare(["one"])):
-        with pytest.raises(RetrievalParked):
-            refused()
-    search.unpark()
+    with pytest.raises(RetrievalParked):
+        search.search_ids(["one"], 3)
+    with ThreadPoolExecutor(1) as pool:
+        early = pool.submit(search.prepare, ["one two"])  # of a batcher, by a thread that saw nothing of the parking
+        with pytest.raises(TimeoutError):
+            early.result(0.05)
+        search.unpark()
+        assert (early.result(30) == encoder.encode_queries(["one two"])).all()
     assert not encoder.is_parked and not rows.is_parked
     check_same(search.search_ids(["one two"], 3), wanted)
 
