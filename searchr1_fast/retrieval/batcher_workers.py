@@ -11,6 +11,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from queue import Queue
 from typing import Any, Protocol
 
@@ -26,7 +27,8 @@ class SearchBackend(Protocol):
     """What finds rows. Called from one thread at a time, with different queries, at most `max_batch_rows` of them.
 
     One that also has `prepare(queries) -> prepared` and `search_prepared(prepared, k)` works in two stages, each in a
-    thread: the next batch is prepared (tokenised, encoded) while the last is searched.
+    thread: the next batch is prepared (tokenised, encoded) while the last is searched. One that has `is_small`, and it
+    is true, is called from threads that compute by themselves (`lone_thread.py`).
     """
 
     def search_ids(self, queries: list[str], k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -73,6 +75,8 @@ def start_workers(batcher: _C.Batcher, backend: Any, failure: Failure) -> list[t
             lambda: _prepare_batches(batcher, backend, failure, prepared),
             lambda: _search_prepared(batcher, backend, failure, prepared),
         ]
+    if getattr(backend, "is_small", False):
+        steps = [partial(_run_alone, step) for step in steps]
     threads = [threading.Thread(target=step, name="retrieval", daemon=True) for step in steps]
     for thread in threads:
         thread.start()
@@ -93,6 +97,13 @@ def close_workers(batcher: _C.Batcher, threads: list[threading.Thread]) -> None:
             sentence = f"the search backend did not come back within {CLOSING_SECONDS:g} s of closing; left behind"
             print(f"searchr1: {sentence}", file=sys.stderr, flush=True)
             return  # the other one waits for it
+
+
+def _run_alone(step: Callable[[], None]) -> None:
+    from searchr1_fast.retrieval.lone_thread import work_alone  # torch, which not every backend needs
+
+    work_alone()
+    step()
 
 
 def _search_batches(batcher: _C.Batcher, backend: SearchBackend, failure: Failure) -> None:
