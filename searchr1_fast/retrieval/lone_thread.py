@@ -1,7 +1,7 @@
 """A thread that calls torch and numba and keeps others out of it.
 
 Each thread that runs a parallel loop of OpenMP gets a pool of its own, which stays. As soon as all pools together have
-more threads than the machine has cores, GNU's OpenMP stops to spin at the end of a loop and sleeps, in every pool: so
+more threads than the machine has cores, GNU's OpenMP no longer spins at the end of a loop but sleeps, in every pool: so
 a search that takes a millisecond makes the trainer's loops wait for the system from then on. The demo's rollouts took
 1.7 times as long with it (two cores of an Intel Xeon, 2026-11-27).
 """
