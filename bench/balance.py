@@ -142,11 +142,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=5)
     harness.add_output_argument(parser, "balance")
     options = parser.parse_args(argv)
-    for name in ("questions", "group_size", "prompt_tokens", "seeds"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: give at least 1")
-    if min(options.ranks) < 1:
-        raise ValueError(f"--ranks {min(options.ranks)}: give at least 1")
+    harness.refuse_below_one(options, "questions", "group_size", "prompt_tokens", "seeds", "ranks")
     return options
 
 

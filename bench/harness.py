@@ -139,6 +139,15 @@ def refuse_ranks() -> None:
         raise ValueError("this benchmark runs in one process; start it with python, not torchrun")
 
 
+def refuse_below_one(options: argparse.Namespace, *names: str) -> None:
+    """ValueError for the first of these numbers that is not at least 1, or that has such a one in it."""
+    for name in names:
+        value = getattr(options, name)
+        least = min(value) if isinstance(value, list) else value
+        if least < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {least}: give at least 1")
+
+
 def add_output_argument(parser: argparse.ArgumentParser, name: str) -> None:
     """`--output [FILE]`."""
     default = RESULTS / f"{name}.jsonl"

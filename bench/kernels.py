@@ -268,8 +268,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     unknown = [name for name in arguments.kernels if name not in known]
     if unknown:
         raise ValueError(f"{unknown[0]!r} is none of {', '.join(known)}")
-    if arguments.repetitions < 1:
-        raise ValueError(f"--repetitions {arguments.repetitions}: give at least 1")
+    harness.refuse_below_one(arguments, "repetitions")
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device not in ("cpu", "cuda"):
         raise ValueError(f"--device {device}: give cpu or cuda")

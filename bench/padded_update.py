@@ -141,9 +141,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     harness.add_output_argument(parser, "padded_update")
     options = parser.parse_args(argv)
     harness.refuse_ranks()
-    for name in ("questions", "group_size", "prompt_tokens", "tokens_per_microbatch", "repetitions"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: give at least 1")
+    harness.refuse_below_one(
+        options, "questions", "group_size", "prompt_tokens", "tokens_per_microbatch", "repetitions"
+    )
     return options
 
 

@@ -335,9 +335,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     harness.refuse_ranks()
     if not 0 < options.scale <= 1:
         raise ValueError(f"--scale {options.scale}: give a share above 0, up to 1")
-    for name in ("steps", "max_num_seqs", "tokens_per_microbatch"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: give at least 1")
+    harness.refuse_below_one(options, "steps", "max_num_seqs", "tokens_per_microbatch")
     return options
 
 

@@ -99,9 +99,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         raise ValueError(f"--unique {arguments.unique}: a share lies between 0 and 1")
     if arguments.parts != ["bursts"] and (arguments.index is None or arguments.questions is None):
         raise ValueError("--index and --questions are missing: what is searched, and what for")
-    for name in ("queries", "repetitions", "clients", "plain_requests", "requests"):
-        if getattr(arguments, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: give at least 1")
+    harness.refuse_below_one(arguments, "queries", "repetitions", "clients", "plain_requests", "requests")
     return arguments
 
 

@@ -336,9 +336,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     harness.add_output_argument(parser, "retrieval_gpu")
     arguments = parser.parse_args(argv)
     arguments.batches = [int(part) for part in arguments.batches.split(",")]
-    for name in ("rows", "dimension", "k", "repetitions"):
-        if getattr(arguments, name) < 1:
-            raise ValueError(f"--{name} {getattr(arguments, name)}: give at least 1")
+    harness.refuse_below_one(arguments, "rows", "dimension", "k", "repetitions")
     if min(arguments.batches) < 1 or arguments.k > arguments.rows // 2:
         raise ValueError("--batches, --k: give at least one query, and rows for more than twice the hits")
     return arguments

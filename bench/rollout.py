@@ -226,10 +226,17 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     unknown = [part for part in arguments.parts if part not in PARTS]
     if unknown:
         raise ValueError(f"{unknown[0]!r} is none of {', '.join(PARTS)}")
-    for name in ("prompts", "prompt_tokens", "new_tokens", "trajectories", "max_num_seqs", "searches",
-                 "observation_tokens", "repetitions"):  # fmt: skip
-        if getattr(arguments, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: give at least 1")
+    harness.refuse_below_one(
+        arguments,
+        "prompts",
+        "prompt_tokens",
+        "new_tokens",
+        "trajectories",
+        "max_num_seqs",
+        "searches",
+        "observation_tokens",
+        "repetitions",
+    )
     if 0 < arguments.run_on < 2 * arguments.turn_tokens or arguments.run_on < 0:
         raise ValueError(
             f"--run-on {arguments.run_on}: give 0, or at least {2 * arguments.turn_tokens}, as long as turns may be"

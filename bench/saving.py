@@ -121,8 +121,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--directory", metavar="DIR", help="on the disk to measure; room for two checkpoints and more")
     harness.add_output_argument(parser, "saving")
     options = parser.parse_args(argv)
-    if options.repetitions < 1:
-        raise ValueError(f"--repetitions {options.repetitions}: give at least 1")
+    harness.refuse_below_one(options, "repetitions")
     return options
 
 

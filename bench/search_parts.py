@@ -140,9 +140,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     arguments.batches = [int(part) for part in arguments.batches.split(",")]
     arguments.scans = arguments.scans.split(",")
-    for name in ("rows", "dimension", "k", "repetitions"):
-        if getattr(arguments, name) < 1:
-            raise ValueError(f"--{name} {getattr(arguments, name)}: give at least 1")
+    harness.refuse_below_one(arguments, "rows", "dimension", "k", "repetitions")
     if min(arguments.batches) < 1 or arguments.k > arguments.rows or not set(arguments.scans) <= set(SCANS):
         raise ValueError(f"--batches, --k, --scans: give at least one query, no more hits than rows, and {SCANS}")
     return arguments

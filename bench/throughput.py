@@ -252,8 +252,7 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Con
     harness.add_output_argument(parser, "throughput")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="settings over the recipe's")
     arguments = parser.parse_intermixed_args(argv)
-    if arguments.steps < 1:
-        raise ValueError(f"--steps {arguments.steps}: give at least 1")
+    harness.refuse_below_one(arguments, "steps")
     given = {
         "model.path": model_directory(arguments.model) if arguments.model else None,
         "train.questions_per_step": arguments.questions,

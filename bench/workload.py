@@ -352,13 +352,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     harness.add_output_argument(parser, "workload")
     options = parser.parse_args(argv)
     harness.refuse_ranks()
-    for name in ("tokens", "sequence_length", "tokens_per_microbatch", "group_size", "repetitions", "prompt_tokens"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: give at least 1")
+    harness.refuse_below_one(
+        options, "tokens", "sequence_length", "tokens_per_microbatch", "group_size", "repetitions", "prompt_tokens"
+    )
     if options.lora_rank < 0:
         raise ValueError(f"--lora-rank {options.lora_rank}: give 0 or more")
-    if min(options.num_seqs) < 1:
-        raise ValueError(f"--num-seqs {min(options.num_seqs)}: give at least 1")
+    harness.refuse_below_one(options, "num_seqs")
     if options.new_tokens < 4:
         raise ValueError(f"--new-tokens {options.new_tokens}: give at least 4, or no step only decodes")
     return options

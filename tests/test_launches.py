@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from gpu_operators import OPERATORS
 from searchr1_kernels import Hits, PolicyLoss
 from searchr1_kernels._objective_operator import arguments
 from searchr1_kernels.policy_objective import PolicyRows
@@ -37,13 +38,6 @@ H200 = SimpleNamespace(shared_memory_per_block_optin=232_448, multi_processor_co
 MOST_PROGRAMS = (2**31 - 1, 65_535, 65_535)
 ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LAYER = ["normalise", "rotate_and_write", "attend", "combine", "normalise", "multiply"]
-# By module: operators, which for such tensors would run their fakes, and what a GPU runs.
-OPERATORS = {
-    "generation": {"_NORM": "_rms_norm", "_ADD_NORM": "_add_rms_norm", "_ROTARY_WRITE": "_rotary_write",
-                   "_SILU_MUL": "_silu_mul"},
-    "cached_attention": {"_OPERATOR": "_cached_attention"},
-    "sampling": {"_OPERATOR": "_sample"},
-}  # fmt: skip
 
 
 class SayGpu(TorchFunctionMode):

@@ -8,6 +8,7 @@ import contextlib
 import importlib
 
 import torch
+from gpu_operators import OPERATORS
 from searchr1_kernels import _cached_attention_triton
 from torch.overrides import TorchFunctionMode
 from trajectories import check_same
@@ -17,13 +18,6 @@ from searchr1_fast.rollout.decode_graph import DecodeGraphs
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 COOL = SamplingParams(temperature=0.5)
-# By module: operators, and what they run on a GPU.
-OPERATORS = {
-    "generation": {"_NORM": "_rms_norm", "_ADD_NORM": "_add_rms_norm", "_ROTARY_WRITE": "_rotary_write",
-                   "_SILU_MUL": "_silu_mul"},
-    "cached_attention": {"_OPERATOR": "_cached_attention"},
-    "sampling": {"_OPERATOR": "_sample"},
-}  # fmt: skip
 
 
 class SayGpu(TorchFunctionMode):
