@@ -227,7 +227,7 @@ def test_the_head(launches, dtype, rows, size, vocabulary):
     )
     sides = tensor(rows, size, dtype=dtype), tensor(vocabulary, size, dtype=dtype), places(rows)
     logprob._forward(*sides, 1.0, None, True, False)
-    without_logits = ["scan_vocabulary", "merge_spans"]
+    without_logits = ["scan_vocabulary", "target_logits", "merge_spans"]
     assert (launches == without_logits) == (dtype != torch.float32)
     *scores, saved = logprob._forward(*sides, 0.7, None, True, True)
     for by_entropy in (None, tensor(rows)):

@@ -1,13 +1,18 @@
 """Log-probability and entropy without logits in memory: the matrix product folds each tile into running statistics.
 
 `scan_vocabulary` gives each program some rows and one span of the vocabulary, and writes three numbers per row and
-span. `merge_spans` joins the spans in order and computes the target's logit by a dot product of its own. No locks and
-no atomics. Spans and tiles do not depend on N or on where a row stands, and a row of a tile does not see its
-neighbours; so a row's result has the same bits alone and in any batch.
+span. `merge_spans` joins the spans in order, against the target's logit. No locks and no atomics. Spans and tiles do
+not depend on N or on where a row stands, and a row of a tile does not see its neighbours; so a row's result has the
+same bits alone and in any batch.
 
 For passes without a gradient: a reference, a scorer; and for `linear_logprob`'s forward pass where its backward pass
 has products of our own too (`_linear_gradient_triton`) and wants a row's normalizer alone. Weights beyond V never
 count: what the last tile reads past the end is replaced by the identity of the maximum before any exponential.
+
+`target_logits` computes the target's logit, by the same matrix instructions in the same order as a tile's. A tensor
+core cuts off what a sum in fp32 would round (of logits of 50 some 5e-5, nearly always to the same side), which is gone
+from the difference to the log-sum-exp where the target is likely. With a more exact logit it would stay: more than the
+whole log-probability of a target that is all but certain.
 
 Shape legend: N rows, D hidden size, V vocabulary, S spans of it.
 """
@@ -35,8 +40,10 @@ _SPAN = 2048
 _GROUP = 32
 # Rows of one launch; bounds the partial results.
 _MAX_ROWS = 32768
-# Rows and depth of a program of `merge_spans`.
-_MERGE_ROWS, _MERGE_DEPTH = 16, 128
+# Rows, depth, warps and stages of a program of `target_logits`: the fewest rows that sm_90 has an instruction for.
+_OWN = (64, 64, 4, 3)
+# Rows of a program of `merge_spans`, one to a lane.
+_MERGE_ROWS = 32
 
 
 @triton.jit
@@ -100,25 +107,54 @@ def scan_vocabulary(
 
 
 @triton.jit(do_not_specialize=["N"])
-def merge_spans(
-    partial_ptr,  # [S, 3, N] fp32
+def target_logits(
     hidden_ptr,  # [N, D]
     weight_ptr,  # [V, D]
+    targets_ptr,  # [N] int64
+    logits_ptr,  # [N] fp32: gets the result; 0 where the target is no token
+    N,
+    V,
+    D,
+    hidden_stride,
+    weight_stride,
+    softcap,
+    ROWS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
+    """The diagonal of a product of ROWS rows with the weights of their targets."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    target = tl.load(targets_ptr + rows, mask=rows < N, other=-1)
+    known = (target >= 0) & (target < V)
+    left_ptr = hidden_ptr + rows.to(tl.int64)[:, None] * hidden_stride
+    right_ptr = weight_ptr + target[:, None] * weight_stride
+    z = tl.zeros([ROWS, ROWS], tl.float32)
+    for depth in range(0, D, DEPTH):
+        columns = depth + tl.arange(0, DEPTH)
+        mask = known[:, None] & (columns < D)[None, :]
+        left = tl.load(left_ptr + columns[None, :], mask=mask, other=0.0)
+        right = tl.load(right_ptr + columns[None, :], mask=mask, other=0.0)
+        z = tl.dot(left, right.T, z, input_precision="ieee")
+    own = tl.arange(0, ROWS)[:, None] == tl.arange(0, ROWS)[None, :]
+    logit = tl.sum(tl.where(own, z, 0.0), 1)
+    if SOFTCAP:
+        logit = softcap * tanh(logit / softcap)
+    tl.store(logits_ptr + rows, logit, mask=rows < N)
+
+
+@triton.jit(do_not_specialize=["N"])
+def merge_spans(
+    partial_ptr,  # [S, 3, N] fp32
+    logits_ptr,  # [N] fp32 of `target_logits`
     targets_ptr,  # [N] int64
     logprobs_ptr,  # [N] fp32
     entropy_ptr,  # [N] fp32
     normalizer_ptr,  # [N, 2] fp32 as of `score_rows`, written if NORMALIZERS
     N,
     V,
-    D,
     spans,
-    hidden_stride,
-    weight_stride,
     scale,
-    softcap,
     ROWS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    SOFTCAP: tl.constexpr,
     ENTROPY: tl.constexpr,
     NORMALIZERS: tl.constexpr,
 ):
@@ -141,19 +177,10 @@ def merge_spans(
         partial_ptr += 3 * N
     target = tl.load(targets_ptr + rows, mask=inside, other=0)
     known = inside & (target >= 0) & (target < V)
-    products = tl.zeros([ROWS, DEPTH], tl.float32)
-    for depth in range(0, D, DEPTH):
-        columns = depth + tl.arange(0, DEPTH)
-        mask = known[:, None] & (columns < D)[None, :]
-        left = tl.load(hidden_ptr + rows.to(tl.int64)[:, None] * hidden_stride + columns[None, :], mask=mask, other=0.0)
-        right = tl.load(weight_ptr + target[:, None] * weight_stride + columns[None, :], mask=mask, other=0.0)
-        products += left.to(tl.float32) * right.to(tl.float32)
-    logit = tl.sum(products, 1)
-    if SOFTCAP:
-        logit = softcap * tanh(logit / softcap)
+    logit = tl.load(logits_ptr + rows, mask=inside, other=0.0)
     log_total = tl.log2(total)
-    # This dot product adds in another order than the tiles: rounding must not make a probability exceed 1. A NaN stays
-    # one; by default the smaller of NaN and 0 is 0 on a GPU, a certainty.
+    # Rounding must not make a probability exceed 1. A NaN stays one; by default the smaller of NaN and 0 is 0 on a GPU,
+    # a certainty.
     logprob = ((logit - highest) * scale - log_total) * _LN_2
     logprob = tl.minimum(logprob, 0.0, propagate_nan=tl.PropagateNan.ALL)
     tl.store(logprobs_ptr + rows, tl.where(known, logprob, float("nan")), mask=inside)
@@ -177,8 +204,8 @@ def score_without_logits(
     num_rows, vocabulary = hidden.shape[0], weight.shape[0]
     logprobs = hidden.new_empty(num_rows, dtype=torch.float32)
     entropy = torch.empty_like(logprobs) if return_entropy else None
-    spans = triton.cdiv(vocabulary, _SPAN)
-    partial = logprobs.new_empty(spans * 3 * min(num_rows, _MAX_ROWS))
+    spans, most = triton.cdiv(vocabulary, _SPAN), min(num_rows, _MAX_ROWS)
+    partial, logits, targets = logprobs.new_empty(spans * 3 * most), logprobs.new_empty(most), targets.contiguous()
     for begin in range(0, num_rows, _MAX_ROWS):
         where = slice(begin, begin + _MAX_ROWS)
         chunk = hidden[where]
@@ -186,8 +213,9 @@ def score_without_logits(
             *descriptors(chunk, weight), partial, len(chunk), vocabulary, hidden.shape[1],
             **launch_options(temperature, softcap),
         )  # fmt: skip
+        find_targets(chunk, weight, targets[where], softcap, logits)
         merge(
-            partial, chunk, weight, targets[where], temperature, softcap, logprobs[where],
+            partial, logits, targets[where], vocabulary, temperature, logprobs[where],
             None if entropy is None else entropy[where], None if normalizers is None else normalizers[where],
         )  # fmt: skip
     return logprobs, entropy
@@ -214,25 +242,37 @@ def launch_options(temperature: float, softcap: float | None) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def merge(
-    partial: torch.Tensor,  # [S, 3, N] fp32
+def find_targets(
     hidden: torch.Tensor,  # [N, D]
     weight: torch.Tensor,  # [V, D]
-    targets: torch.Tensor,  # [N] int64
-    temperature: float,
+    targets: torch.Tensor,  # [N] int64, contiguous
     softcap: float | None,
+    logits: torch.Tensor,  # [N] fp32 or more: gets the result
+) -> None:
+    """`target_logits` of all rows."""
+    rows, depth, warps, stages = _OWN
+    target_logits[(triton.cdiv(len(hidden), rows),)](
+        hidden, weight, targets, logits, len(hidden), *weight.shape, hidden.stride(0), weight.stride(0),
+        softcap=softcap or 1.0, ROWS=rows, DEPTH=depth, SOFTCAP=softcap is not None, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+
+
+def merge(
+    partial: torch.Tensor,  # [S, 3, N] fp32
+    logits: torch.Tensor,  # [N] fp32 or more: of the targets
+    targets: torch.Tensor,  # [N] int64, contiguous
+    vocabulary: int,
+    temperature: float,
     logprobs: torch.Tensor,  # [N] fp32: gets the result
     entropy: torch.Tensor | None,  # [N] fp32, likewise
     normalizers: torch.Tensor | None,  # [N, 2] fp32, likewise
 ) -> None:
     """`merge_spans` of all rows."""
-    vocabulary, depth = weight.shape
-    merge_spans[(triton.cdiv(len(hidden), _MERGE_ROWS),)](
-        partial, hidden, weight, targets.contiguous(), logprobs, logprobs if entropy is None else entropy,
-        logprobs if normalizers is None else normalizers, len(hidden), vocabulary, depth,
-        triton.cdiv(vocabulary, _SPAN), hidden.stride(0), weight.stride(0), scale=_LOG2_E / temperature,
-        softcap=softcap or 1.0, SOFTCAP=softcap is not None, ROWS=_MERGE_ROWS, DEPTH=_MERGE_DEPTH,
-        ENTROPY=entropy is not None, NORMALIZERS=normalizers is not None, num_warps=4,
+    merge_spans[(triton.cdiv(len(targets), _MERGE_ROWS),)](
+        partial, logits, targets, logprobs, logprobs if entropy is None else entropy,
+        logprobs if normalizers is None else normalizers, len(targets), vocabulary, triton.cdiv(vocabulary, _SPAN),
+        scale=_LOG2_E / temperature, ROWS=_MERGE_ROWS, ENTROPY=entropy is not None,
+        NORMALIZERS=normalizers is not None, num_warps=1,
     )  # fmt: skip
 
 
@@ -261,19 +301,23 @@ def compile_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int,
         "hidden_desc": f"tensordesc<bf16[{rows},{depth}]>", "weight_desc": f"tensordesc<bf16[{columns},{depth}]>",
         "partial_ptr": "*fp32", "N": "i32", "V": "i32", "D": "i32", "scale": "fp32", "softcap": "fp32",
     }  # fmt: skip
-    merge = {
-        "partial_ptr": "*fp32", "hidden_ptr": "*bf16", "weight_ptr": "*bf16", "targets_ptr": "*i64",
-        "logprobs_ptr": "*fp32", "entropy_ptr": "*fp32", "normalizer_ptr": "*fp32",
-        "N": "i32", "V": "i32", "D": "i32", "spans": "i32",
-        "hidden_stride": "i32", "weight_stride": "i32", "scale": "fp32", "softcap": "fp32",
+    own = {
+        "hidden_ptr": "*bf16", "weight_ptr": "*bf16", "targets_ptr": "*i64", "logits_ptr": "*fp32",
+        "N": "i32", "V": "i32", "D": "i32", "hidden_stride": "i32", "weight_stride": "i32", "softcap": "fp32",
     }  # fmt: skip
-    aligned = {name for name in merge if name.endswith("_ptr")} | {"V", "D", "hidden_stride", "weight_stride"}
+    merge = {
+        "partial_ptr": "*fp32", "logits_ptr": "*fp32", "targets_ptr": "*i64", "logprobs_ptr": "*fp32",
+        "entropy_ptr": "*fp32", "normalizer_ptr": "*fp32", "N": "i32", "V": "i32", "spans": "i32", "scale": "fp32",
+    }  # fmt: skip
+    aligned = {*scan, *own, *merge} - {"N", "spans", "scale", "softcap"}
     for suffix, softcap in (("", False), ("_softcap", True)):
         constants = {"ROWS": rows, "COLUMNS": columns, "DEPTH": depth, "SPAN": _SPAN, "GROUP": _GROUP}
         constants["SOFTCAP"] = softcap
         name = f"scan_vocabulary{suffix}"
         cases.append((name, scan_vocabulary, scan, constants, warps, stages, aligned & set(scan)))
-    constants = {"ROWS": _MERGE_ROWS, "DEPTH": _MERGE_DEPTH, "SOFTCAP": True, "ENTROPY": True}
-    constants["NORMALIZERS"] = True
-    cases.append(("merge_spans", merge_spans, merge, constants, 4, 3, aligned))
+        rows_of_own, depth_of_own, *rest = _OWN
+        constants = {"ROWS": rows_of_own, "DEPTH": depth_of_own, "SOFTCAP": softcap}
+        cases.append((f"target_logits{suffix}", target_logits, own, constants, *rest, aligned & set(own)))
+    constants = {"ROWS": _MERGE_ROWS, "ENTROPY": True, "NORMALIZERS": True}
+    cases.append(("merge_spans", merge_spans, merge, constants, 1, 3, aligned & set(merge)))
     return cases

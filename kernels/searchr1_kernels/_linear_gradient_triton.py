@@ -5,7 +5,7 @@ the operand's type, 2 bytes a logit for bf16; fp32 logits that a library writes,
 move 10.
 
 Where it is not yet known (`linear_policy_loss`, which goes through the head once), `keep_probabilities` writes
-probabilities times an unknown factor, 2^((z - m) scale), m being the logit of the row's target, which `target_logits`
+probabilities times an unknown factor, 2^((z - m) scale), m being the logit of the row's target, which `find_targets`
 finds first. A tile in which a logit is above that by more than `_HEADROOM` takes its maximum for m, and so do the
 span's later tiles; a sampler's choice is seldom so unlikely. What the factor was is known afterwards, and
 `normalize_rows` does what remains:
@@ -42,8 +42,6 @@ ARCHITECTURES = forward.ARCHITECTURES
 # Tiles of a row that a program of `normalize_rows` holds at a time, and its warps.
 _TILES_AT_ONCE = 32
 _ROW_WARPS = 8
-# Columns and warps of a program of `target_logits`.
-_DEPTH, _DEPTH_WARPS = 1024, 4
 # By how many powers of two a probability may exceed the target's before it is related to a maximum. All of them are in
 # the range of bf16 and of fp32 sums, and a row's entropy, a difference of two numbers about as large, is good to 1e-5.
 # Of 151,936 tokens those this unlikely are together 4e-5 at the most, so a sampler finds one in 28,000 tokens or none.
@@ -104,31 +102,6 @@ def differentiate_products(
             gradient = p * -g[:, None]
             gradient = tl.where(hit, gradient + g[:, None], gradient)
         gradient_desc.store([row, column], gradient.to(gradient_desc.dtype))
-
-
-@triton.jit
-def target_logits(
-    hidden_ptr,  # [N, D]
-    weight_ptr,  # [V, D]
-    targets_ptr,  # [N] int64
-    logits_ptr,  # [N] fp32: 0 where the target is no token
-    V,
-    D,
-    hidden_stride,
-    weight_stride,
-    DEPTH: tl.constexpr,
-):
-    """A row's dot product."""
-    row = tl.program_id(0).to(tl.int64)
-    target = tl.load(targets_ptr + row)
-    readable = tl.where((target >= 0) & (target < V), D, 0)
-    products = tl.zeros([DEPTH], tl.float32)
-    for depth in range(0, D, DEPTH):
-        columns = depth + tl.arange(0, DEPTH)
-        left = tl.load(hidden_ptr + row * hidden_stride + columns, mask=columns < readable, other=0.0)
-        right = tl.load(weight_ptr + target * weight_stride + columns, mask=columns < readable, other=0.0)
-        products += left.to(tl.float32) * right.to(tl.float32)
-    tl.store(logits_ptr + row, tl.sum(products, 0))
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -298,11 +271,8 @@ class KeptRows:
     def scores(self, rows, targets, logprobs, entropy, saved=None) -> None:
         """rows [C,D], targets [C] -> fills logprobs [C] and entropy [C]."""
         self.logprobs, (vocabulary, depth) = logprobs, self.weight.shape
-        self.chunk = aligned_rows(self.kept, len(rows), vocabulary)
-        target_logits[(len(rows),)](
-            rows, self.weight, targets.contiguous(), self.references, vocabulary, depth, rows.stride(0),
-            self.weight.stride(0), DEPTH=_DEPTH, num_warps=_DEPTH_WARPS,
-        )  # fmt: skip
+        self.chunk, targets = aligned_rows(self.kept, len(rows), vocabulary), targets.contiguous()
+        forward.find_targets(rows, self.weight, targets, None, self.references)
         keep_probabilities[forward.grid(rows, vocabulary)](
             *forward.descriptors(rows, self.weight),
             TensorDescriptor.from_tensor(self.chunk, list(forward._TILE[:2])), self.references, self.partial,
@@ -310,7 +280,7 @@ class KeptRows:
             **forward.launch_options(self.temperature, None),
         )  # fmt: skip
         forward.merge(
-            self.partial, rows, self.weight, targets, self.temperature, None, logprobs, entropy, self.normalizers
+            self.partial, self.references, targets, vocabulary, self.temperature, logprobs, entropy, self.normalizers
         )
 
     def gradient(self, targets, g, e, entropy) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -346,17 +316,13 @@ def compile_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int,
     keep |= dict.fromkeys(("references_ptr", "partial_ptr", "peaks_ptr"), "*fp32")
     normalize = vectors | {"kept_ptr": "*bf16"}
     normalize |= dict.fromkeys(("peaks_ptr", "logprobs_ptr", "references_ptr", "scales_ptr"), "*fp32")
-    dots = {"hidden_ptr": "*bf16", "weight_ptr": "*bf16", "targets_ptr": "*i64", "logits_ptr": "*fp32"}
-    aligned = {*vectors, *normalize, *dots, "partial_ptr", "V", "W", "D", "stride", "hidden_stride", "weight_stride"}
-    dots |= dict.fromkeys(("V", "D", "hidden_stride", "weight_stride"), "i32")
+    aligned = {*vectors, *normalize, "partial_ptr", "V", "W", "D", "stride"}
     normalize |= {"N": "i32", "V": "i32", "stride": "i32", "scale": "fp32"}
     cases = []
     for suffix, entropy in (("", False), ("_entropy", True)):
         more = constants | {"ENTROPY": entropy, "SOFTCAP": False}
         name = f"differentiate_products{suffix}"
         cases.append((name, differentiate_products, slab, more, warps, stages, aligned & set(slab)))
-    more = {"DEPTH": _DEPTH}
-    cases.append(("target_logits", target_logits, dots, more, _DEPTH_WARPS, 3, aligned & set(dots)))
     more = constants | {"SOFTCAP": False, "HEADROOM": _HEADROOM}
     cases.append(("keep_probabilities", keep_probabilities, keep, more, warps, stages, aligned & set(keep)))
     for suffix, entropy, scales in (("", False, False), ("_scales", False, True), ("_entropy", True, False)):

@@ -40,11 +40,10 @@ def small_tiles():
         patch.setattr(_linear_chunks, "_TILE_ROWS", 1)
         patch.setattr(gradient_kernels, "_TILES_AT_ONCE", 2)
         patch.setattr(gradient_kernels, "_HEADROOM", 3.0)  # for fp16, and rows on both sides of it
-        patch.setattr(gradient_kernels, "_DEPTH", 8)
         patch.setattr(row_kernels, "_BLOCK", 16)
         for name, value in (("_TILE", (16, 16, 16, 4, 2)), ("_SPAN", 32), ("_GROUP", 2), ("_MAX_ROWS", 48)):
             patch.setattr(forward_kernels, name, value)
-        for name, value in (("_MERGE_ROWS", 8), ("_MERGE_DEPTH", 8)):
+        for name, value in (("_OWN", (16, 16, 4, 2)), ("_MERGE_ROWS", 8)):
             patch.setattr(forward_kernels, name, value)
         yield
 
@@ -391,7 +390,9 @@ def test_whatever_probabilities_are_relative_to(monkeypatch, headroom, scale):
         loss, metrics = function(*sides, *known, loss=PolicyLoss(kind="cispo"), denominator=30.0)
         loss.backward()
         results.append((loss.detach(), torch.as_tensor(metrics["entropy"]) / 30, sides[0].grad, sides[1].grad))
-    assert_close(results[0], results[1], 1e-5)
+    # Not 1e-5: a rounding of an unlikely target's logit, some hundreds, comes into the ratio, and from there into the
+    # loss times its log-probability.
+    assert_close(results[0], results[1], 5e-5)
     related = torch.cat(related)
     assert related[1] and not related[0]
 
