@@ -201,10 +201,10 @@ def apply_carries(
     last = end - 1 - number.to(tl.int64) * B
     if (last >= begin) & (number > 0):
         maps += tl.program_id(0) - number
+        reward, value, kept = _load(rewards, values, mask, begin, last, end, B, MASKED)  # arrives during the loop
         carry = tl.full((), 0.0, tl.float64)
         for done in tl.range(0, number, loop_unroll_factor=8):  # loads that do not wait for each other
             carry = tl.load(maps + tl.num_programs(0) + done) + tl.load(maps + done) * carry
-        reward, value, kept = _load(rewards, values, mask, begin, last, end, B, MASKED)
         a, b = _scan(
             reward, value, kept, begin, last, end, gamma, gamma_rest, decay, decay_rest, B, MASKED
         )  # fmt: skip

@@ -37,6 +37,10 @@ class Copies(Protocol):
         """Return when that copy has been made."""
         ...
 
+    def finish(self) -> None:
+        """Return when everything has been made that was queued where copies are, copies or not."""
+        ...
+
 
 class CpuCopies:
     """At once."""
@@ -51,6 +55,9 @@ class CpuCopies:
 
     def wait(self, handle: None) -> None:
         """Nothing is left to wait for."""
+
+    def finish(self) -> None:
+        """Nor here."""
 
 
 class CudaCopies:
@@ -72,6 +79,10 @@ class CudaCopies:
     def wait(self, handle: torch.cuda.Event) -> None:
         """Without the GIL, which an event's `synchronize` gives up."""
         handle.synchronize()
+
+    def finish(self) -> None:
+        """Without the GIL, as before."""
+        self._stream.synchronize()
 
 
 def copies_of(device: torch.device, stream: torch.cuda.Stream | None = None) -> Copies:

@@ -72,7 +72,7 @@ def test_targets_that_are_all_but_certain(dtype, softcap):
     if softcap is not None:
         plain = softcap * torch.tanh(plain / softcap)
     plain = F.log_softmax(plain, dim=-1).gather(1, targets[:, None])[:, 0]
-    allowed = 3 * (plain.double() - exact).abs() + 2e-6
+    allowed = 3 * (plain.double() - exact).abs() + 4e-6  # two roundings of a logit of 30
     rows, head = hidden.requires_grad_(), weight.requires_grad_()
     ours = {"scores": linear_logprob(rows.detach(), head.detach(), targets, softcap=softcap)}
     ours["training"] = linear_logprob(rows, head, targets, softcap=softcap)
