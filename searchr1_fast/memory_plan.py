@@ -387,9 +387,11 @@ def head_bytes(decoder: DecoderConfig, size: int, num_scored: int, is_learned: b
     rows, _ = _head_chunks(num_scored, CHUNK_BYTES // row)
     ways = [(rows * row, _FP32 * weight, 0)]
     if size != _FP32:  # which way a GPU takes, its architecture says
-        rows, chunks = _head_chunks(num_scored, KEPT_BYTES // (decoder.vocab_size * size))
+        rows, chunks = _head_chunks(num_scored, KEPT_BYTES // 2 // (decoder.vocab_size * size))
+        if chunks > 2:
+            rows, chunks = _head_chunks(num_scored, KEPT_BYTES // (decoder.vocab_size * size))
         product = _FP32 * rows * decoder.hidden_size  # a chunk's gradient of hidden states, before it is scaled
-        ways.append((rows * decoder.vocab_size * size, (size if chunks == 1 else _FP32) * weight, product))
+        ways.append((rows * decoder.vocab_size * size, (size if chunks <= 2 else _FP32) * weight, product))
     logits, gradient, product = max(ways, key=sum)
     return [
         ("logits of a chunk", max(logits, size * weight)),

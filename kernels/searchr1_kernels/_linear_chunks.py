@@ -29,8 +29,8 @@ from searchr1_kernels._scaling import scale_rows
 # Bytes of one chunk's logits and their gradient. CPU: small enough for the cache. CUDA: large enough for the matrix
 # products, but at most a quarter of the free memory.
 _CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 1 << 30}
-# Bytes of a chunk of `KeptRows`, which has 2 a logit: 4,096 rows of a vocabulary of 151,936 at a time for 16,384, and
-# 5,300 without a second chunk, whose fp32 sum would be written and read.
+# Bytes of a chunk of `KeptRows`, which has 2 a logit: 4,096 rows of a vocabulary of 151,936 at a time for 16,384. Half
+# of it where that makes no more than two chunks, up to 5,300 rows: they need no fp32 sum of the weight's gradient.
 _KEPT_BYTES = 3 << 29
 # Whether matrix products of our own, with the passes over logits inside, may take the place of a library's.
 OWN_PRODUCTS = True
@@ -298,8 +298,9 @@ class Gradients:
         if self._weight is not None:
             multiply_add(gradient.t(), rows, out=self._weight)
         else:
-            # One chunk is a sum that the product makes, and rounds once.
-            dtype = self._weight_dtype if len(rows) == self._num_rows else self._compute
+            # One chunk is a sum that the product makes, and rounds once. Of two the first one's is rounded as well: by
+            # half as much, as it is of half the rows, so the sum is off by 1.2 times as much. More would add up.
+            dtype = self._weight_dtype if 2 * len(rows) >= self._num_rows else self._compute
             self._weight = rows.new_empty(self._shape, dtype=dtype)
             multiply(gradient.t(), rows, out=self._weight)
 
@@ -363,9 +364,12 @@ def chunk_ranges(
 ) -> list[slice]:  # fmt: skip
     """Slices that cover [0, N), of equal size but for the last. `weight` as an operand; `kept`: for `KeptRows`."""
     if kept:
-        fitting = memory_budget(hidden.device, _KEPT_BYTES) // (weight.shape[0] * weight.dtype.itemsize)
-        size = chunk_size(hidden.shape[0], max(_MIN_CHUNK_ROWS, fitting))
-        return ranges(hidden.shape[0], whole_tiles(size))
+        for most in (_KEPT_BYTES // 2, _KEPT_BYTES):
+            fitting = memory_budget(hidden.device, most) // (weight.shape[0] * weight.dtype.itemsize)
+            chunks = ranges(hidden.shape[0], whole_tiles(chunk_size(hidden.shape[0], max(_MIN_CHUNK_ROWS, fitting))))
+            if len(chunks) <= 2:
+                break
+        return chunks
     compute = compute_dtype(hidden)
     bytes_per_logit = compute.itemsize
     if for_gradient and weight.dtype != compute:

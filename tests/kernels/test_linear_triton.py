@@ -129,9 +129,9 @@ def test_bf16_policy_loss_at_real_width(monkeypatch, kind, scale, entropy_coeffi
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("function", ["linear_logprob", "linear_policy_loss, recompute"])
+@pytest.mark.parametrize("function", ["linear_logprob", "linear_policy_loss, recompute", "linear_policy_loss, 30 %"])
 def test_memory_at_real_width(function):
-    """16k rows by 151,936 in no more than 1.5 GB, both gradients included."""
+    """16k rows by 151,936 in no more than 1.5 GB, both gradients included; folded in one pass, if few of them count."""
     hidden = torch.randn(16_384, 2048, device="cuda").bfloat16().requires_grad_()
     weight = (torch.randn(151_936, 2048, device="cuda") * 0.03).bfloat16().requires_grad_()
     targets, zeros = torch.randint(151_936, (16_384,), device="cuda"), torch.zeros(16_384, device="cuda")
@@ -139,6 +139,9 @@ def test_memory_at_real_width(function):
     before = torch.cuda.memory_allocated()
     if function == "linear_logprob":
         linear_logprob(hidden, weight, targets).sum().backward()
+    elif function == "linear_policy_loss, 30 %":
+        rows, some = torch.arange(0, 16_384, 10, device="cuda").repeat_interleave(3), zeros[:4917]
+        linear_policy_loss(hidden[rows], weight, targets[rows], some, some + 1, denominator=1)[0].backward()
     else:
         linear_policy_loss(hidden, weight, targets, zeros, zeros + 1, denominator=1, recompute=True)[0].backward()
     assert torch.cuda.max_memory_allocated() - before <= 1.5e9
@@ -156,7 +159,7 @@ def test_own_products_agree_with_a_library_s(monkeypatch, function, rows, vocabu
     targets = torch.randint(vocabulary, (rows,), device="cuda", generator=generator)
     g = torch.randn(rows, device="cuda", generator=generator)
     g[::3] = 0.0
-    monkeypatch.setattr(_linear_chunks, "_KEPT_BYTES", 512 * vocabulary)  # 256 rows
+    monkeypatch.setattr(_linear_chunks, "_KEPT_BYTES", 512 * vocabulary)  # 256 rows at a time
     for coefficient in (0.0, 0.1):
         results = []
         for own in (True, False):
@@ -172,6 +175,31 @@ def test_own_products_agree_with_a_library_s(monkeypatch, function, rows, vocabu
             results.append([tensor.detach().double() for tensor in (loss, *(side.grad for side in sides))])
         for have, want in zip(*results, strict=True):
             assert float((have - want).norm()) <= 6e-3 * float(want.norm())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("rows", [256, 512, 768])  # one chunk; two, whose sum is rounded twice; three, of an fp32 sum
+def test_a_weight_s_gradient_in_chunks(monkeypatch, rows):
+    """Not twice as far off as plain torch's in bf16."""
+    monkeypatch.setattr(_linear_chunks, "_KEPT_BYTES", 2 * 512 * 151_936)
+    generator = torch.Generator("cuda").manual_seed(0)
+    hidden = torch.randn(rows, 1024, device="cuda", generator=generator).bfloat16()
+    weight = (torch.randn(151_936, 1024, device="cuda", generator=generator) * 0.1).bfloat16()
+    targets = torch.randint(151_936, (rows,), device="cuda", generator=generator)
+    advantages = torch.randn(rows, device="cuda", generator=generator)
+    options, gradients = {"loss": PolicyLoss(kind="reinforce"), "denominator": 1.0}, {}
+    for name, function, dtype in (
+        ("ours", linear_policy_loss, torch.bfloat16),
+        ("torch", reference.linear_policy_loss, torch.bfloat16),
+        ("exact", reference.linear_policy_loss, torch.float64),
+    ):
+        head = weight.to(dtype).requires_grad_()
+        known = advantages.double() if dtype == torch.float64 else advantages
+        function(hidden.to(dtype), head, targets, 0 * known, known, **options)[0].backward()
+        gradients[name] = head.grad.double()
+    off = {name: float((gradients[name] - gradients["exact"]).norm()) for name in ("ours", "torch")}
+    assert off["ours"] <= 2 * off["torch"]
 
 
 @pytest.mark.gpu
