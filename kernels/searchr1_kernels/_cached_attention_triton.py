@@ -28,6 +28,7 @@ from searchr1_kernels.cached_attention import tile_tokens
 
 PART = 512  # places; a multiple of every block of keys
 _TOKENS_AT_ONCE = 1024  # lone ones: bounds the partial sums, [1024, H, P, d] fp32
+_COMBINED = 1024  # numbers that a program of `combine` adds a part's to
 
 
 @triton.jit
@@ -135,6 +136,16 @@ def attend(
             write_lines(output, line, sum_ / total[:, None], inside, D)
 
 
+@triton.jit
+def read_part(sums, peaks, totals, line, inside, D: tl.constexpr, BD: tl.constexpr):
+    """The lines [BH] that are inside: sums [BH, BD], peaks and totals [BH]."""
+    component = tl.arange(0, BD)
+    mask = inside[:, None] & (component < D)[None, :]
+    peak = tl.load(peaks + line, mask=inside, other=0.0)
+    total = tl.load(totals + line, mask=inside, other=0.0)
+    return tl.load(sums + line[:, None] * D + component[None, :], mask=mask, other=0.0), peak, total
+
+
 @triton.jit(do_not_specialize=["first_tile", "num_parts"])
 def combine(
     positions,  # [T] int64
@@ -145,34 +156,39 @@ def combine(
     totals,  # [U, H, P] fp32
     first_tile,
     num_parts,
+    H: tl.constexpr,
     D: tl.constexpr,
+    BH: tl.constexpr,
     BD: tl.constexpr,
     SPLIT_PLACES: tl.constexpr,
     TABLE: tl.constexpr,
 ):
-    """Adds up the parts that a token has, in their order."""
+    """Adds up the parts that a token has, in their order, for BH of its heads."""
     tile = tl.program_id(0)
-    head = tl.program_id(1)
+    head = tl.program_id(1) * BH + tl.arange(0, BH)
+    inside = head < H
     token = (first_tile + tile).to(tl.int64)
     if TABLE:
         token = tl.load(tiles + token * 2).to(tl.int64)
     parts = (tl.load(positions + token) // SPLIT_PLACES + 1).to(tl.int32)
-    line = (tile.to(tl.int64) * tl.num_programs(1) + head) * num_parts
-    component = tl.arange(0, BD)
-    known = component < D
-    peak = tl.load(peaks + line)
-    total = tl.load(totals + line)
-    sum_ = tl.load(sums + line * D + component, mask=known, other=0.0)
-    for part in range(1, parts):
-        other = tl.load(peaks + line + part)
+    line = (tile.to(tl.int64) * H + head) * num_parts
+    sum_, peak, total = read_part(sums, peaks, totals, line, inside, D, BD)
+    # A part is read while those before it are added, the second before the position is known: it may hold anything.
+    ahead = line + 1
+    follows = inside & (ahead < line + num_parts)
+    next_sum, next_peak, next_total = read_part(sums, peaks, totals, ahead, follows, D, BD)
+    for _ in range(1, parts):
+        other_sum, other, other_total = next_sum, next_peak, next_total
+        ahead += 1
+        follows = inside & (ahead < line + parts)
+        next_sum, next_peak, next_total = read_part(sums, peaks, totals, ahead, follows, D, BD)
         higher = tl.maximum(peak, other)
         shrink = tl.exp2(peak - higher)
         grow = tl.exp2(other - higher)
-        total = total * shrink + tl.load(totals + line + part) * grow
-        sum_ = sum_ * shrink + tl.load(sums + (line + part) * D + component, mask=known, other=0.0) * grow
+        total = total * shrink + other_total * grow
+        sum_ = sum_ * shrink[:, None] + other_sum * grow[:, None]
         peak = higher
-    result = (sum_ / total).to(output.dtype.element_ty)
-    tl.store(output + (token * tl.num_programs(1) + head) * D + component, result, mask=known)
+    write_lines(output, token * H + head, sum_ / total[:, None], inside, D)
 
 
 def configuration(group: int, head_dim: int, itemsize: int, split: bool) -> dict[str, int]:
@@ -189,6 +205,13 @@ def configuration(group: int, head_dim: int, itemsize: int, split: bool) -> dict
         "num_warps": num_warps,
         "num_stages": 2,
     }
+
+
+def combining_configuration(num_heads: int, head_dim: int) -> dict[str, int]:
+    """Meta-parameters of `combine`. A thread has 8 numbers, 16 bytes of bf16 to store."""
+    components = max(16, triton.next_power_of_2(head_dim))
+    heads = min(max(1, _COMBINED // components), triton.next_power_of_2(num_heads))
+    return {"BH": heads, "BD": components, "num_warps": min(8, max(1, heads * components // 256))}
 
 
 def run(query, keys, values, slots, positions, table, tiles, num_alone, output) -> None:
@@ -219,10 +242,10 @@ def _run_alone(query, keys, values, slots, positions, table, tiles, output, begi
     tensors, numbers, options = _arguments(*inputs, split=True)
     partial, has_tiles = (sums, peaks, totals, begin, num_parts), tiles is not None
     attend[(size, keys.shape[1], num_parts)](*tensors, *partial, *numbers, **options, TABLE=has_tiles, SPLIT=True)
-    combine[(size, num_heads)](
-        positions, tensors[6], output, *partial,
-        D=head_dim, BD=options["BD"], SPLIT_PLACES=PART, TABLE=has_tiles, num_warps=1,
-    )  # fmt: skip
+    options = combining_configuration(num_heads, head_dim)
+    constants = {"H": num_heads, "D": head_dim, "SPLIT_PLACES": PART, "TABLE": has_tiles}
+    grid = (size, triton.cdiv(num_heads, options["BH"]))
+    combine[grid](positions, tensors[6], output, *partial, **constants, **options)
 
 
 def _arguments(
@@ -248,11 +271,21 @@ def compile_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int,
     encoders = [("fp32", 1, 64), ("fp32", 1, 32), ("bf16", 1, 64)]  # texts end to end, no table: E5 and BGE, MiniLM
     cases = [_attend_case(*shape, split) for shape in [*shapes, *encoders] for split in (True, False)]
     cases += [_attend_case(*shape, split, paged=True) for shape in shapes for split in (True, False)]
-    pointers = {"positions": "*i64", "tiles": "*i32", "output": "*bf16"}
+    sizes = (("bf16", 16, 128), ("bf16", 14, 64), ("bf16", 8, 80), ("fp16", 8, 256), ("fp32", 12, 64))
+    sums = [*(_combine_case(*size) for size in sizes), _combine_case(*sizes[0], table=True)]
+    return [*cases, *sums]
+
+
+def _combine_case(element: str, num_heads: int, head_dim: int, table: bool = False) -> tuple:
+    """One of `compile_cases`."""
+    constants = combining_configuration(num_heads, head_dim)
+    num_warps = constants.pop("num_warps")
+    constants |= {"H": num_heads, "D": head_dim, "SPLIT_PLACES": PART, "TABLE": table}
+    pointers = {"positions": "*i64", "tiles": "*i32" if table else "*i64", "output": f"*{element}"}
     pointers |= dict.fromkeys(("sums", "peaks", "totals"), "*fp32")
-    constants = {"D": 128, "BD": 128, "SPLIT_PLACES": PART, "TABLE": False}
     signature = pointers | {"first_tile": "i32", "num_parts": "i32"}
-    return [*cases, ("cached_attention_combine", combine, signature, constants, 1, 3, set(pointers))]
+    name = f"cached_attention_combine_{element}_{num_heads}x{head_dim}" + ("_table" if table else "")
+    return name, combine, signature, constants, num_warps, 3, set(pointers)
 
 
 def _attend_case(element: str, group: int, head_dim: int, split: bool, paged: bool = False) -> tuple:

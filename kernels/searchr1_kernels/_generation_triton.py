@@ -1,8 +1,10 @@
-"""Norms, rotation with the write to the cache, and SwiGLU on a GPU: a program per row, per token and head, per piece of
-a row. Each reads its inputs once and writes its outputs once, so memory bounds them where there are many tokens, and
-the launch where there are few.
+"""Norms, rotation with the write to the cache, and SwiGLU on a GPU: a program per row, per token and block of heads,
+per piece of a row. Each reads its inputs once and writes its outputs once, so memory bounds them where there are many
+tokens, and the launch where there are few. At some hundred tokens it is how many programs there are to start: they are
+as large as leaves a thread one or two loads from each input.
 
-Shape legend: T tokens, D hidden size, I MLP size, H query heads, G key/value heads, d head size, P blocks of M places.
+Shape legend: T tokens, D hidden size, I MLP size, H query heads, G key/value heads, d head size, P blocks of M places,
+BH heads of a program, BP pairs of a head.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-_PIECE = 1024  # components of a row of `multiply`
+_PAIRS = 1024  # of components, that a program of `rotate_and_write` rotates
 
 
 @triton.jit
@@ -34,34 +36,50 @@ def normalise(
     column = tl.arange(0, BD)
     known = column < D
     value = tl.load(x + row * x_row + column, mask=known, other=0.0).to(tl.float32)
+    scale = tl.load(weight + column, mask=known, other=0.0).to(tl.float32)  # on its way while the sum is made
     if ADD:
         value += tl.load(residual + row * residual_row + column, mask=known, other=0.0).to(tl.float32)
         rounded = value.to(total.dtype.element_ty)
         tl.store(total + row * D + column, rounded, mask=known)
         value = rounded.to(tl.float32)
     root = tl.rsqrt(tl.sum(value * value, 0) / D + eps)
-    scale = tl.load(weight + column, mask=known, other=0.0).to(tl.float32)
     tl.store(normed + row * D + column, (value * root * scale).to(normed.dtype.element_ty), mask=known)
 
 
 @triton.jit
-def rotate_head(source, target, norm, cos, sin, eps, D: tl.constexpr, BP: tl.constexpr, NORM: tl.constexpr):
-    """d components from `source` to `target`, normalised if NORM, then rotated; cos, sin: this token's [d]."""
-    pair = tl.arange(0, BP)
+def rotate_heads(
+    source,  # [BH, 1] pointers to heads
+    target,  # [BH, 1] pointers to heads
+    inside,  # [BH, 1]
+    norm,  # [d], read if NORM
+    cos,  # [d] fp32
+    sin,  # [d] fp32
+    eps,
+    D: tl.constexpr,
+    BP: tl.constexpr,
+    NORM: tl.constexpr,
+):  # fmt: skip
+    """The heads of one token that are inside, normalised if NORM, then rotated."""
+    pair = tl.arange(0, BP)[None, :]
     known = pair < D // 2
-    first = tl.load(source + pair, mask=known, other=0.0).to(tl.float32)
-    second = tl.load(source + D // 2 + pair, mask=known, other=0.0).to(tl.float32)
+    mask = inside & known
+    first = tl.load(source + pair, mask=mask, other=0.0).to(tl.float32)
+    second = tl.load(source + D // 2 + pair, mask=mask, other=0.0).to(tl.float32)
+    cos_first = tl.load(cos + pair, mask=known, other=0.0)
+    sin_first = tl.load(sin + pair, mask=known, other=0.0)
+    cos_second = tl.load(cos + D // 2 + pair, mask=known, other=0.0)
+    sin_second = tl.load(sin + D // 2 + pair, mask=known, other=0.0)
     if NORM:
-        root = tl.rsqrt((tl.sum(first * first, 0) + tl.sum(second * second, 0)) / D + eps)
-        first = first * root * tl.load(norm + pair, mask=known, other=0.0).to(tl.float32)
-        second = second * root * tl.load(norm + D // 2 + pair, mask=known, other=0.0).to(tl.float32)
-        first = first.to(target.dtype.element_ty).to(tl.float32)
-        second = second.to(target.dtype.element_ty).to(tl.float32)
-    left = first * tl.load(cos + pair, mask=known, other=0.0) - second * tl.load(sin + pair, mask=known, other=0.0)
-    right = second * tl.load(cos + D // 2 + pair, mask=known, other=0.0)
-    right += first * tl.load(sin + D // 2 + pair, mask=known, other=0.0)
-    tl.store(target + pair, left.to(target.dtype.element_ty), mask=known)
-    tl.store(target + D // 2 + pair, right.to(target.dtype.element_ty), mask=known)
+        weight_first = tl.load(norm + pair, mask=known, other=0.0).to(tl.float32)
+        weight_second = tl.load(norm + D // 2 + pair, mask=known, other=0.0).to(tl.float32)
+        root = tl.rsqrt((tl.sum(first * first, 1) + tl.sum(second * second, 1)) / D + eps)[:, None]
+        first = (first * root * weight_first).to(target.dtype.element_ty).to(tl.float32)
+        second = (second * root * weight_second).to(target.dtype.element_ty).to(tl.float32)
+    left = first * cos_first - second * sin_first
+    right = second * cos_second
+    right += first * sin_second
+    tl.store(target + pair, left.to(target.dtype.element_ty), mask=mask)
+    tl.store(target + D // 2 + pair, right.to(target.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -84,31 +102,35 @@ def rotate_and_write(
     H: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
+    BH: tl.constexpr,
+    BG: tl.constexpr,
     BP: tl.constexpr,
     NORM: tl.constexpr,
 ):  # fmt: skip
-    """A head of a token: of the query to `output`, of key and value to their place."""
+    """BH heads of a token's query to `output`, or BG of its key and value to their place."""
     token = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
+    part = tl.program_id(1)
     cos += token * angle_token
     sin += token * angle_token
-    if head < H:
-        target = output + (token * H + head) * D
-        rotate_head(query + token * query_token + head * D, target, query_norm, cos, sin, eps, D, BP, NORM)
+    query_parts: tl.constexpr = (H + BH - 1) // BH
+    if part < query_parts:
+        head = part * BH + tl.arange(0, BH)[:, None]
+        query_source = query + token * query_token + head * D
+        query_target = output + token * (H * D) + head * D
+        rotate_heads(query_source, query_target, head < H, query_norm, cos, sin, eps, D, BP, NORM)
     else:
         block = tl.load(blocks + token)
         place = tl.load(places + token)
-        if head < H + G:
-            head = head - H
-            target = keys + block * key_block + head.to(tl.int64) * key_head + place * key_place
-            rotate_head(key + token * key_token + head * D, target, key_norm, cos, sin, eps, D, BP, NORM)
-        else:
-            head = head - H - G
-            component = tl.arange(0, 2 * BP)
-            known = component < D
-            written = tl.load(value + token * value_token + head * D + component, mask=known)
-            target = values + block * value_block + head.to(tl.int64) * value_head + place * value_place
-            tl.store(target + component, written, mask=known)
+        kv_head = (part - query_parts) * BG + tl.arange(0, BG)[:, None]
+        inside = kv_head < G
+        component = tl.arange(0, 2 * BP)[None, :]
+        mask = inside & (component < D)
+        written = tl.load(value + token * value_token + kv_head * D + component, mask=mask)
+        key_source = key + token * key_token + kv_head * D
+        key_target = keys + block * key_block + place * key_place + kv_head.to(tl.int64) * key_head
+        rotate_heads(key_source, key_target, inside, key_norm, cos, sin, eps, D, BP, NORM)
+        value_target = values + block * value_block + place * value_place + kv_head.to(tl.int64) * value_head
+        tl.store(value_target + component, written, mask=mask)
 
 
 @triton.jit
@@ -160,9 +182,11 @@ def rotary_write(query, key, value, cos, sin, keys, values, blocks, places, quer
     strides = [tensor.stride(0) for tensor in (query, key, value, cos)]
     strides += [*keys.stride()[:3], *values.stride()[:3]]
     tensors = (query, key, value, cos, sin, keys, values, blocks.contiguous(), places.contiguous(), *norms, output)
-    options = {"H": num_heads, "G": num_kv_heads, "D": head_dim, "NORM": has_norm} | rotary_configuration(head_dim)
+    sizes = {"H": num_heads, "G": num_kv_heads, "D": head_dim, "NORM": has_norm}
+    options = rotary_configuration(num_heads, num_kv_heads, head_dim)
+    num_parts = triton.cdiv(num_heads, options["BH"]) + triton.cdiv(num_kv_heads, options["BG"])
     with torch.cuda.device_of(query):
-        rotate_and_write[(num_tokens, num_heads + 2 * num_kv_heads)](*tensors, *strides, eps, **options)
+        rotate_and_write[(num_tokens, num_parts)](*tensors, *strides, eps, **sizes, **options)
     return output
 
 
@@ -173,21 +197,30 @@ def silu_mul(gate, up):
     if gate.numel() == 0:
         return output
     num_tokens, size = gate.shape
+    options = product_configuration()
     with torch.cuda.device_of(gate):
-        grid = (num_tokens, triton.cdiv(size, _PIECE))
-        multiply[grid](gate, up, output, gate.stride(0), up.stride(0), size, PIECE=_PIECE, num_warps=4)
+        grid = (num_tokens, triton.cdiv(size, options["PIECE"]))
+        multiply[grid](gate, up, output, gate.stride(0), up.stride(0), size, **options)
     return output
 
 
 def norm_configuration(size: int) -> dict[str, int]:
     """Meta-parameters of `normalise`."""
     block = triton.next_power_of_2(size)
-    return {"BD": block, "num_warps": min(16, max(1, block // 512))}
+    return {"BD": block, "num_warps": min(16, max(1, block // 256))}
 
 
-def rotary_configuration(head_dim: int) -> dict[str, int]:
-    """Meta-parameters of `rotate_and_write`."""
-    return {"BP": triton.next_power_of_2(head_dim // 2), "num_warps": 1}
+def rotary_configuration(num_heads: int, num_kv_heads: int, head_dim: int) -> dict[str, int]:
+    """Meta-parameters of `rotate_and_write`. A thread has 4 pairs of a query: with 8 the cosines and sines need so many
+    registers that they are loaded one after the other."""
+    pairs = triton.next_power_of_2(head_dim // 2)
+    heads, kv_heads = (min(max(1, _PAIRS // pairs), triton.next_power_of_2(n)) for n in (num_heads, num_kv_heads))
+    return {"BH": heads, "BG": kv_heads, "BP": pairs, "num_warps": min(8, max(1, heads * pairs // 128))}
+
+
+def product_configuration() -> dict[str, int]:
+    """Meta-parameters of `multiply`. A thread has 16 components, two loads of 16 bytes of bf16 from either input."""
+    return {"PIECE": 2048, "num_warps": 4}
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
@@ -208,12 +241,14 @@ def compile_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int,
     pointers = dict.fromkeys(("gate", "up", "output"), "*bf16")
     integers = ("gate_row", "up_row", "size")
     signature = pointers | dict.fromkeys(integers, "i32")
-    product = ("silu_mul_bf16", multiply, signature, {"PIECE": _PIECE}, 4, 3, {*pointers, *integers})
+    constants = product_configuration()
+    num_warps = constants.pop("num_warps")
+    product = ("silu_mul_bf16", multiply, signature, constants, num_warps, 3, {*pointers, *integers})
     return [*norms, *rotations, product]
 
 
 _NORM_SIZES = (("bf16", 2048), ("bf16", 3584), ("fp32", 2048), ("bf16", 16384))
-_ROTARY_SHAPES = ((16, 2, 128, False), (16, 8, 128, True))
+_ROTARY_SHAPES = ((16, 2, 128, False), (16, 8, 128, True), (14, 2, 64, False), (8, 2, 80, False), (8, 4, 256, True))
 
 
 def _norm_case(element: str, size: int, add: bool) -> tuple:
@@ -228,7 +263,8 @@ def _norm_case(element: str, size: int, add: bool) -> tuple:
 
 def _rotary_case(element: str, num_heads: int, num_kv_heads: int, head_dim: int, has_norm: bool) -> tuple:
     """One of `compile_cases`."""
-    constants = {"H": num_heads, "G": num_kv_heads, "D": head_dim, "NORM": has_norm} | rotary_configuration(head_dim)
+    constants = {"H": num_heads, "G": num_kv_heads, "D": head_dim, "NORM": has_norm}
+    constants |= rotary_configuration(num_heads, num_kv_heads, head_dim)
     num_warps = constants.pop("num_warps")
     names = ("query", "key", "value", "keys", "values", "query_norm", "key_norm", "output")
     pointers = dict.fromkeys(names, f"*{element}") | {"cos": "*fp32", "sin": "*fp32"}

@@ -17,9 +17,10 @@ TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 @pytest.fixture(autouse=True, scope="module")
 def small_parts():
-    """Several parts, and several launches of lone tokens, in a short cache."""
+    """Several parts, several launches of lone tokens and several blocks of heads to combine, in a short cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_cached_attention_triton, "PART", 64)
+        patch.setattr(_cached_attention_triton, "_COMBINED", 256)
         patch.setattr(_cached_attention_triton, "_TOKENS_AT_ONCE", 3)
         yield
 
@@ -120,6 +121,15 @@ def test_a_longer_cache_changes_no_bit():
     longer = (torch.nn.functional.pad(cache, (0, 0, 0, 200), value=torch.nan) for cache in (keys, values))
     have = attend(query, *longer, slots, positions)
     assert torch.equal(have, attend(query, keys, values, slots, positions))
+
+
+@pytest.mark.parametrize("combined", [16, 64, 1024])
+def test_blocks_of_heads_change_no_bit_and_what_is_read_ahead_may_be_anything(combined, monkeypatch):
+    *tensors, _ = problem(LONE, 14, 2, 32)
+    want = attend(*tensors)
+    monkeypatch.setattr(_cached_attention_triton, "_COMBINED", combined)
+    monkeypatch.setattr(torch, "empty", lambda *shape, **options: torch.full(shape, torch.nan, **options))
+    assert torch.equal(attend(*tensors), want)
 
 
 def test_any_strides():
