@@ -207,7 +207,7 @@ def silu_mul(gate, up):
 def norm_configuration(size: int) -> dict[str, int]:
     """Meta-parameters of `normalise`."""
     block = triton.next_power_of_2(size)
-    return {"BD": block, "num_warps": min(16, max(1, block // 256))}
+    return {"BD": block, "num_warps": min(16, max(1, block // 512))}
 
 
 def rotary_configuration(num_heads: int, num_kv_heads: int, head_dim: int) -> dict[str, int]:
@@ -219,8 +219,8 @@ def rotary_configuration(num_heads: int, num_kv_heads: int, head_dim: int) -> di
 
 
 def product_configuration() -> dict[str, int]:
-    """Meta-parameters of `multiply`. A thread has 16 components, two loads of 16 bytes of bf16 from either input."""
-    return {"PIECE": 2048, "num_warps": 4}
+    """Meta-parameters of `multiply`. A thread has 8 components, a load of 16 bytes of bf16 from either input."""
+    return {"PIECE": 1024, "num_warps": 4}
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:

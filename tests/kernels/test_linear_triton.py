@@ -194,7 +194,7 @@ def test_a_weight_s_gradient_in_chunks(monkeypatch, rows):
         ("torch", reference.linear_policy_loss, torch.bfloat16),
         ("exact", reference.linear_policy_loss, torch.float64),
     ):
-        head = weight.to(dtype).requires_grad_()
+        head = weight.to(dtype, copy=True).requires_grad_()
         known = advantages.double() if dtype == torch.float64 else advantages
         function(hidden.to(dtype), head, targets, 0 * known, known, **options)[0].backward()
         gradients[name] = head.grad.double()
