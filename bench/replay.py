@@ -8,19 +8,20 @@ the observation's tokens as the trainer does it.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
 import rollout_engines as engines
+import torch
 from timeline import Timeline
 
 from searchr1_fast.config import RetrievalConfig, RolloutConfig, WorldConfig
 from searchr1_fast.models import Decoder, TextTokenizer
 from searchr1_fast.retrieval import open_retriever
 from searchr1_fast.rollout import Engine, VllmEngine
-from searchr1_fast.rollout.observation import fit_observation
+from searchr1_fast.rollout.observation import Text, fit_observation
 from searchr1_fast.rollout.plain import PlainEngine
 from searchr1_fast.rollout.sequence import Sequence as Rollout
 from searchr1_fast.rollout.statistics import RolloutStatistics
@@ -85,11 +86,16 @@ class Script:
         """Of a trajectory."""
         return self.queries.shape[1]
 
+    def search(self, places: Sequence[int], turns: Sequence[int]) -> list[Text]:
+        """What trajectories are told that ask at the end of these turns."""
+        queries = [str(self.queries[place, turn]) for place, turn in zip(places, turns, strict=True)]
+        found = self.retriever.search(queries, TOPK)
+        return [fit_observation(passages, self.tokenizer, self.observation_tokens) for passages in found]
+
     def observe(self, asking: list[tuple[Rollout, int, int]]) -> None:
         """Search for sequences, each given with its place and the number of its turn; they have their next turn."""
-        queries = [str(self.queries[place, turn]) for _, place, turn in asking]
-        for (sequence, place, turn), passages in zip(asking, self.retriever.search(queries, TOPK), strict=True):
-            text = fit_observation(passages, self.tokenizer, self.observation_tokens)
+        sequences, places, turns = zip(*asking, strict=True)
+        for sequence, place, turn, text in zip(sequences, places, turns, self.search(places, turns), strict=True):
             sequence.append_observation(text.token_ids, text.text)
             sequence.turn_limit = int(self.limits[place, turn + 1])
 
@@ -136,6 +142,48 @@ def play(engine: Engine | VllmEngine, script: Script) -> tuple[list[np.ndarray],
     return [sequence.tokens_from(0) for sequence in sequences], work | timeline.summary(), timeline
 
 
+class Generate:
+    """transformers' `generate` in lock-step: every turn all contexts again, padded on the left, until the longest turn
+    ends. `max_num_seqs` trajectories at a time."""
+
+    def __init__(self, model: Decoder, dtype: torch.dtype, script: Script) -> None:
+        self._other, self._script = engines.transformers_model(model, dtype), script
+        self.num_computed = 0  # tokens of the last run, padding included
+
+    def run(self) -> list[np.ndarray]:
+        """-> the tokens of every trajectory."""
+        self.num_computed, size = 0, self._script.config.max_num_seqs
+        everyone = range(len(self._script.prompts))
+        return [tokens for begin in everyone[::size] for tokens in self._play(everyone[begin : begin + size])]
+
+    def _play(self, places: range) -> list[np.ndarray]:
+        contexts = list(self._script.prompts[places.start : places.stop])
+        for turn in range(self._script.num_searches + 1):
+            written = self._write(contexts, self._script.limits[places.start : places.stop, turn])
+            contexts = [np.concatenate(pair) for pair in zip(contexts, written, strict=True)]
+            if turn < self._script.num_searches:
+                told = self._script.search(places, [turn] * len(places))
+                contexts = [np.append(tokens, text.token_ids) for tokens, text in zip(contexts, told, strict=True)]
+        return contexts
+
+    def _write(self, contexts: list[np.ndarray], limits: np.ndarray) -> list[np.ndarray]:
+        """A turn of so many tokens each."""
+        from transformers import StoppingCriteriaList
+
+        width, most, device = max(map(len, contexts)), int(limits.max()), self._other.device
+        ids, mask = (torch.zeros(len(contexts), width, dtype=torch.int64) for _ in range(2))
+        for row, tokens in enumerate(contexts):
+            ids[row, width - len(tokens) :] = torch.from_numpy(tokens)
+            mask[row, width - len(tokens) :] = 1
+        ends = width + torch.from_numpy(limits).to(device)
+        output = self._other.generate(
+            ids.to(device), attention_mask=mask.to(device), do_sample=True, top_k=0, max_new_tokens=most,
+            use_cache=True, stopping_criteria=StoppingCriteriaList([lambda ids, _, **__: ids.shape[1] >= ends]),
+        )  # fmt: skip
+        self.num_computed += len(contexts) * (width + most - 1)
+        return [tokens[width : width + limit].cpu().numpy() for tokens, limit in zip(output, limits, strict=True)]
+
+
 def replay_providers(
     model: Decoder,
     tokenizer: TextTokenizer,
@@ -144,8 +192,8 @@ def replay_providers(
     timelines: dict[str, Timeline],
     stack: ExitStack,
 ) -> dict[str, engines.Provider]:
-    """The native engine, its lock-step twin, and vLLM where it is installed. Of the last run of each, `work` gets what
-    it computed, and what vLLM's hand-over before it took, and `timelines` when; `stack` ends them."""
+    """The native engine, its lock-step twin, transformers, and vLLM where it is installed. Of the last run of each,
+    `work` gets what it computed, and what vLLM's hand-over before it took, and `timelines` when; `stack` ends them."""
     script = Script(options, model.config.vocab_size, tokenizer)
 
     def player(name: str, engine: Engine | VllmEngine) -> engines.Provider:
@@ -170,6 +218,8 @@ def replay_providers(
     for dtype in engines.other_types(model)[1:]:
         name, other = f"{engines.OURS}, {engines.type_name(dtype)}", engines.in_type(model, dtype)
         providers[name] = player(name, engines.native_engine(Engine, other, tokenizer, script.config, temperature=1.0))
+    for dtype in engines.other_types(model):
+        providers[f"transformers generate, {engines.type_name(dtype)}"] = generate_provider(model, dtype, script, work)
     for dtype in engines.other_types(model) if engines.HAS_VLLM else ():
         name = f"vLLM, {engines.type_name(dtype)}"
         other = engines.vllm_engine(engines.in_type(model, dtype), tokenizer, script.config, 1.0, stack)
@@ -177,11 +227,28 @@ def replay_providers(
     return providers
 
 
+def generate_provider(model: Decoder, dtype: torch.dtype, script: Script, work: dict[str, Any]) -> engines.Provider:
+    """`Generate`. `work` gets what the last run computed."""
+    generate = Generate(model, dtype, script)
+
+    def run() -> list[np.ndarray]:
+        tokens = generate.run()
+        exist = sum(len(one) - 1 for one in tokens)
+        work[f"transformers generate, {engines.type_name(dtype)}"] = {
+            "tokens_computed": generate.num_computed, "tokens_that_exist": exist,
+        }  # fmt: skip
+        return tokens
+
+    return engines.Provider(run)
+
+
 def describe(name: str, one: dict[str, Any]) -> str:
     """A line about the work of one provider."""
     share = one["tokens_computed"] / one["tokens_that_exist"]
+    computed = f"{name}: {one['tokens_computed']:,} tokens computed, {share:.2f} of those that exist"
+    if "cache_hit_share" not in one:  # no engine of ours
+        return computed
     return (
-        f"{name}: {one['tokens_computed']:,} tokens computed, {share:.2f} of those that exist; "
-        f"{one['cache_hit_share']:.3f} of the contexts were cached; {one['search_seconds']:.2f} s of searching; a "
-        f"trajectory took {one['latency_p50']:.1f} s (99 %: {one['latency_p99']:.1f} s), {one['idle_share']:.0%} idle"
+        f"{computed}; {one['cache_hit_share']:.3f} of the contexts were cached; {one['search_seconds']:.2f} s of "
+        f"searching; a trajectory took {one['latency_p50']:.1f} s (99 %: {one['latency_p99']:.1f} s), {one['idle_share']:.0%} idle"
     )

@@ -10,11 +10,13 @@ generate   prompts of one length, greedy, so many new tokens each: the engine an
            has the installation). Ids of the fp32 ways are compared.
 replay     trajectories of several turns with a search behind each (replay.py): the engine, which keeps its cache and
            lets every sequence go on by itself, against the lock-step twin (`PlainEngine`), which waits for the slowest
-           turn and prefills whole contexts again, and against `VllmEngine` in fp32 and bf16, which finds them in its
-           prefix cache. `--run-on 500` adds the twin as the original generates: without stop tags, every turn to 500
-           tokens, and cut then. Turns are as long as a seed says and ask what it says: all run the same, and the share
-           of their contexts that was cached is in the row, and how long they took and waited for others (timeline.py;
-           drawn with `--plot`). Ids are compared with the twin's; vLLM draws in a way of its own.
+           turn and prefills whole contexts again; against transformers' `generate` in fp32 and bf16, called for every
+           turn with all contexts, padded on the left, until the longest turn ends; and against `VllmEngine` in both,
+           which finds them in its prefix cache. `--run-on 500` adds the twin as the original generates: without stop
+           tags, every turn to 500 tokens, and cut then. Turns are as long as a seed says and ask what it says: all run
+           the same, and the share of their contexts that was cached is in the row, and how long they took and waited
+           for others (timeline.py; drawn with `--plot`). Ids are compared with the twin's; vLLM and transformers draw
+           in ways of their own.
 
 The model's parameters are random, and its tokens end no turn. Providers run in turn, repetition by repetition; times
 are medians. With one thread, `cpu_seconds` is what a quiet machine would take.
@@ -45,6 +47,7 @@ from rollout_engines import (
     make_sequences,
     native_engine,
     other_types,
+    transformers_model,
     type_name,
 )
 from timeline import Timeline, draw
@@ -134,21 +137,8 @@ def vllm_provider(
 
 def generator(model: Decoder, prompts: np.ndarray, new_tokens: int, dtype: torch.dtype) -> Callable:
     """transformers' own model of the same weights, behind `generate`."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    shape, device = model.config, model.head_weight.device
-    config = Qwen2Config(
-        vocab_size=shape.vocab_size, hidden_size=shape.hidden_size, intermediate_size=shape.intermediate_size,
-        num_hidden_layers=shape.num_hidden_layers, num_attention_heads=shape.num_attention_heads,
-        num_key_value_heads=shape.num_key_value_heads, rms_norm_eps=shape.rms_norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
-        tie_word_embeddings=True, pad_token_id=0, eos_token_id=None, bos_token_id=None,
-    )  # fmt: skip
-    with device:
-        other = Qwen2ForCausalLM(config).eval()
-    other.load_state_dict(model.state_dict())
-    other = other.to(dtype)
-    ids = torch.from_numpy(prompts).to(device)
+    other = transformers_model(model, dtype)
+    ids = torch.from_numpy(prompts).to(other.device)
 
     def run() -> list[np.ndarray]:
         output = other.generate(

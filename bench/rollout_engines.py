@@ -6,6 +6,7 @@ import importlib.util
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,6 +74,24 @@ def in_type(model: Decoder, dtype: torch.dtype) -> Decoder:
     copy.load_state_dict(model.state_dict())
     copy.requires_grad_(False).join_projections()
     return copy
+
+
+def transformers_model(model: Decoder, dtype: torch.dtype) -> Any:
+    """transformers' own, of the same weights. Nothing ends its sequences."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    shape = model.config
+    config = Qwen2Config(
+        vocab_size=shape.vocab_size, hidden_size=shape.hidden_size, intermediate_size=shape.intermediate_size,
+        num_hidden_layers=shape.num_hidden_layers, num_attention_heads=shape.num_attention_heads,
+        num_key_value_heads=shape.num_key_value_heads, rms_norm_eps=shape.rms_norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
+        tie_word_embeddings=True, pad_token_id=0, eos_token_id=None, bos_token_id=None,
+    )  # fmt: skip
+    with model.head_weight.device:
+        other = Qwen2ForCausalLM(config).eval()
+    other.load_state_dict(model.state_dict())
+    return other.to(dtype)
 
 
 def native_engine(
