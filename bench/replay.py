@@ -250,5 +250,6 @@ def describe(name: str, one: dict[str, Any]) -> str:
         return computed
     return (
         f"{computed}; {one['cache_hit_share']:.3f} of the contexts were cached; {one['search_seconds']:.2f} s of "
-        f"searching; a trajectory took {one['latency_p50']:.1f} s (99 %: {one['latency_p99']:.1f} s), {one['idle_share']:.0%} idle"
+        f"searching; a trajectory took {one['latency_p50']:.1f} s (99 %: {one['latency_p99']:.1f} s), "
+        f"{one['idle_share']:.0%} idle"
     )
