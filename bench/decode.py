@@ -5,6 +5,7 @@ launched kernel by kernel.
     python bench/decode.py --shape tiny --rows 8 --context 50
     python bench/decode.py --rows 256,64,1 --top-p 0.95 --output
     python bench/decode.py --lora-rank 32 --output       # with an adapter, and what it costs
+    python bench/decode.py --engines graphs --parts      # where the time goes, kernel by kernel
 
 The engine is the trainer's. Its sequences are said to have `--context` tokens in the cache (zeros, which cost as much
 as any), so no prompt is computed; then they decode, and each step is timed whole: schedule, one copy in, layers, head,
@@ -65,6 +66,7 @@ SHAPES = {
 }
 ASSETS = Path(__file__).resolve().parent.parent / "searchr1_fast" / "assets" / "base"  # for its tokenizer
 WARM_UP_STEPS, STEPS_IN_A_ROW = 4, 10
+PROFILED_STEPS = 10
 ENGINES = ("graphs", "waiting", "base", "modules", "single")
 
 
@@ -99,7 +101,7 @@ class Decoding:
         self, model: Decoder, tokenizer: TextTokenizer, arguments: argparse.Namespace, num_rows: int, name: str
     ) -> None:
         graphs = name != "single"
-        num_steps = WARM_UP_STEPS + arguments.steps + 1
+        num_steps = WARM_UP_STEPS + arguments.steps + 1 + arguments.parts * (PROFILED_STEPS + 1)
         config = RolloutConfig(
             max_num_seqs=num_rows,
             max_turn_tokens=num_steps,
@@ -150,6 +152,9 @@ def measure(
     seconds = {name: statistics.median(one.seconds) for name, one in engines.items()}
     graphs = engines["graphs"].engine
     assert graphs.statistics.num_replayed_steps == graphs.statistics.num_steps - 1  # the first one hands out blocks
+    parts = {}
+    if arguments.parts:  # behind the clock: to profile takes time
+        parts = harness.device_parts(lambda: engines["graphs"].run(1), model.head_weight.device, PROFILED_STEPS)
     floor = step_bytes(model, num_rows, arguments.context + WARM_UP_STEPS + arguments.steps // 2) / bandwidth
     return {
         "rows": num_rows,
@@ -157,6 +162,7 @@ def measure(
         "tokens_per_second": {name: num_rows / value for name, value in seconds.items()},
         "floor_milliseconds": 1e3 * floor,
         "recording_milliseconds": 1e3 * graphs.statistics.time_recording,
+        "parts": parts,
     }
 
 
@@ -184,6 +190,19 @@ def table(results: list[dict[str, Any]]) -> Table:
     return shown
 
 
+def parts_table(one: dict[str, Any]) -> Table:
+    """What takes more than a thousandth of a step on the device, of one batch size."""
+    busy = sum(part["ms"] for part in one["parts"].values())
+    title = f"{one['rows']:,} sequences: the device is at work for {busy:.2f} ms of a step"
+    shown = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    for name, justify in (("part", "left"), ("ms", "right"), ("launches", "right")):
+        shown.add_column(name, justify=justify)
+    for name, part in one["parts"].items():
+        if part["ms"] > busy / 1000:
+            shown.add_row(name, f"{part['ms']:.3f}", f"{part['launches']:.0f}")
+    return shown
+
+
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The arguments."""
     parser = argparse.ArgumentParser(prog="decode.py", description="One decode step, with CUDA graphs and without.")
@@ -193,6 +212,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=900, help="tokens in the cache at the start (default: 900)")
     parser.add_argument("--steps", type=int, default=50, help="timed steps of each, a multiple of 10 (default: 50)")
     parser.add_argument("--engines", default=",".join(ENGINES), help=f"which of {', '.join(ENGINES)} (default: all)")
+    parser.add_argument("--parts", action="store_true", help="each kernel of a step of `graphs`, on a GPU")
     parser.add_argument("--compile", action="store_true", help="the modules around attention by torch.compile")
     parser.add_argument("--lora-rank", type=int, default=0, help="of an adapter on all layers (default: 0, none)")
     parser.add_argument("--temperature", type=float, default=1.0)
@@ -235,7 +255,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = ("steps", "compile", "lora_rank", "temperature", "top_p", "top_k")
         row |= {name: getattr(arguments, name) for name in settings}
         row |= harness.circumstances(device) | {"copy_gigabytes_per_second": bandwidth / 1e9, "results": results}
-    make_console().print(table(results))
+    make_console().print(table(results), *(parts_table(one) for one in results if one["parts"]))
     harness.emit(row, arguments.output)
     return 0
 

@@ -129,7 +129,7 @@ row() { # NAME LIMIT FILE SCRIPT ARGUMENTS...: a step that leaves rows
 row search_parts 90 search_parts search_parts --batches 1,32,128,256 --repetitions 10
 row ways 80 kernels kernels head_ways gae_ways --repetitions 5
 row topk 80 kernels kernels topk --repetitions 3
-row decode 60 decode decode --rows 256,64,1 --steps 20 --engines graphs,waiting,modules
+row decode 60 decode decode --rows 256,64,1 --steps 20 --engines graphs,waiting,modules --parts
 row replayed_step 120 replayed_step replayed_step --model qwen2.5-3b --workload A --scale 0.125
 row retrieval 100 retrieval_gpu retrieval_gpu --batches 1,32,128,256 --repetitions 5
 row generation 60 kernels kernels cached generation sample --repetitions 3

@@ -171,3 +171,21 @@ def emit(row: Mapping[str, Any], output: Path | None = None) -> None:
 def _git(*arguments: str) -> str:
     command = ["git", "-C", str(Path(__file__).parent), *arguments]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def device_parts(run: Callable[[], Any], device: torch.device, num_runs: int = 10) -> dict[str, dict[str, float]]:
+    """By kernel or copy: milliseconds and launches of one run, the longest first. Empty without a GPU."""
+    if device.type != "cuda":
+        return {}
+    run()
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        for _ in range(num_runs):
+            run()
+        torch.cuda.synchronize(device)
+    parts = {
+        event.key: {"ms": event.self_device_time_total / 1e3 / num_runs, "launches": event.count / num_runs}
+        for event in profile.key_averages()
+        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
+    }
+    return dict(sorted(parts.items(), key=lambda part: -part[1]["ms"]))

@@ -22,7 +22,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import harness
@@ -38,27 +38,6 @@ from searchr1_fast.retrieval.device_rows import DeviceRows
 from searchr1_fast.retrieval.rows import HostRows
 
 SCANS = ("float16", "int8")
-_PROFILED_SEARCHES = 10
-
-
-def device_parts(run: Callable[[], Any], device: torch.device) -> dict[str, dict[str, float]]:
-    """By kernel or copy: milliseconds and launches of one run. Empty without a GPU."""
-    if device.type != "cuda":
-        return {}
-    run()
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
-        for _ in range(_PROFILED_SEARCHES):
-            run()
-        torch.cuda.synchronize(device)
-    return {
-        event.key: {
-            "ms": event.self_device_time_total / 1e3 / _PROFILED_SEARCHES,
-            "launches": event.count / _PROFILED_SEARCHES,
-        }
-        for event in profile.key_averages()
-        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
-    }
 
 
 def wrong_hits(found: Sequence[np.ndarray], wanted: Sequence[np.ndarray]) -> int:
@@ -79,7 +58,7 @@ def measure(rows: DeviceRows, vectors: np.ndarray, k: int, repetitions: int, dev
             seconds[name].append(time.perf_counter() - started)
     rows.recorded.enabled = True
     settled = [(now - then) / (2 * (repetitions + 1)) for now, then in zip(rows.settled, before, strict=True)]
-    parts = device_parts(lambda: rows.search(vectors, k), device)
+    parts = harness.device_parts(lambda: rows.search(vectors, k), device)
     times = {name: float(np.median(values)) * 1e3 for name, values in seconds.items()}
     busy = sum(part["ms"] for part in parts.values())
     return {

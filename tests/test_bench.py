@@ -229,7 +229,7 @@ def test_decode_steps_are_timed_with_graphs_and_without(bench, capsys):
     assert [one["rows"] for one in row["results"]] == [3, 1]
     for one in row["results"]:
         assert one["milliseconds"].keys() == one["tokens_per_second"].keys() == engines
-    assert bench("decode").main([*arguments, "--engines", "graphs"]) == 0
+    assert bench("decode").main([*arguments, "--engines", "graphs", "--parts"]) == 0
     row = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert row["results"][0]["milliseconds"].keys() == {"graphs"}
     assert bench("decode").main([*arguments, "--lora-rank", "2", "--engines", "graphs,base"]) == 0
