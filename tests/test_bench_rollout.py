@@ -6,7 +6,9 @@ import importlib
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 BENCH = Path(__file__).parent.parent / "bench"
 SMALL = ["--prompts", "3", "--new-tokens", "5", "--prompt-tokens", "8", "--trajectories", "4", "--max-num-seqs", "4"]
@@ -50,10 +52,30 @@ def test_replay_counts_what_each_computes(measure):
     assert twin["cache_hit_share"] == 0 < native["cache_hit_share"] < 1
     assert twin["tokens_computed"] > native["tokens_computed"]
     assert native["search_seconds"] > 0 < twin["search_seconds"]
+    others = [row["work"].pop(f"transformers generate, {dtype}") for dtype in ("float32", "bfloat16")]
+    assert others[0] == others[1] and others[0]["tokens_that_exist"] == native["tokens_that_exist"]
+    assert twin["tokens_computed"] < others[0]["tokens_computed"] < run_on["tokens_computed"]  # padding, to 9 at most
     for one in row["work"].values():
         assert 0 < one["latency_p50"] <= one["latency_p99"]
         assert sum(one[f"{what}_share"] for what in ("generate", "search", "idle")) == pytest.approx(1)
     assert twin["idle_share"] > native["idle_share"]  # in lock step everybody waits for the longest turn
+
+
+def test_generate_in_lock_step_goes_on_behind_every_context(monkeypatch):
+    """Greedily, each turn is what the model would write behind its context alone: nothing of the padding is seen."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    engines, replay = importlib.import_module("rollout_engines"), importlib.import_module("replay")
+    generate = replay.Generate.__new__(replay.Generate)
+    generate.num_computed = 0
+    model = engines.build_model("small", torch.device("cpu"))
+    generate._other = engines.transformers_model(model, torch.float32)
+    written = generate._other.generate
+    generate._other.generate = lambda ids, **options: written(ids, **options | {"do_sample": False})
+    contexts = [np.arange(5, 5 + length) for length in (3, 17, 9)]
+    turns = generate._write(contexts, np.array([4, 2, 6]))
+    assert [len(turn) for turn in turns] == [4, 2, 6] and generate.num_computed == 3 * (17 + 6 - 1)
+    for context, turn in zip(contexts, turns, strict=True):
+        assert np.array_equal(turn, generate._write([context], np.array([len(turn)]))[0])
 
 
 def test_a_timeline_is_what_happened(monkeypatch, tmp_path):
