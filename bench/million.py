@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,20 +23,22 @@ from searchr1_fast.retrieval.passages import PassageStore
 
 K = 3
 BATCHES = (32, 64, 128, 256)
+ROUNDS = 64  # searches of a caller at most: one alone may take a tenth of a second
 
 
 def end_to_end(
-    search: DenseSearch, folder: Path, queries: Sequence[str], callers: Sequence[int]
+    search: DenseSearch, folder: Path, queries: Sequence[str], callers: Sequence[int], say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
     """A row per number of callers, as far as there are queries for them, and way of calling; no query comes twice in
-    one of them."""
+    one of them. Each is said when it is there."""
     rows = []
     store = PassageStore(folder)
     for count in sorted({min(count, len(queries)) for count in callers}):
         for way in ("one list", "coroutines"):
             with BatchedRetriever(search, store, cache_bytes=0) as retriever:
-                asked = queries[: len(queries) // count * count]
+                asked = queries[: min(len(queries) // count, ROUNDS) * count]
                 rows.append({"callers": count, "way": way} | _measure(retriever, way, count, asked))
+                say(f"{count:,} callers, {way}: {rows[-1]['queries_per_second']:,.1f} queries/s")
     return rows
 
 

@@ -172,7 +172,7 @@ def measure_million(arguments: argparse.Namespace, console: Any) -> dict[str, An
     search = million.open_search(arguments.index)
     if "million" in arguments.parts:
         queries = different_questions(arguments, arguments.requests)
-        found["million"] = million.end_to_end(search, arguments.index, queries, (1, 32, 256, 2560))
+        found["million"] = million.end_to_end(search, arguments.index, queries, (1, 32, 256, 2560), console.print)
         console.print(table(f"text in, passages out, {len(search):,} passages", found["million"]))
     if "faiss" in arguments.parts:
         queries = different_questions(arguments, max(million.BATCHES))
