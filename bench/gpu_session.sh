@@ -126,6 +126,15 @@ row() { # NAME LIMIT FILE SCRIPT ARGUMENTS...: a step that leaves rows
     step "$name" "$limit" "$PYTHON" "bench/$script.py" "$@" --output "$RESULTS/$file.jsonl"
 }
 
+# Accesses out of bounds, and races in shared memory. Without torch's cache of memory what lies behind a tensor is nobody's.
+sanitized() { # TOOL LIMIT CASES...
+    local tool=$1 limit=$2
+    shift 2
+    set -- "${@/#/tests/kernels/}"
+    step "$tool" "$limit" env OMP_NUM_THREADS=1 PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+        compute-sanitizer --tool "$tool" --error-exitcode 9 "${TESTS[@]:2}" "${@/%/_interpreted.py}"
+}
+
 row search_parts 90 search_parts search_parts --batches 1,32,128,256 --repetitions 10
 row ways 80 kernels kernels head_ways gae_ways --repetitions 5
 row topk 80 kernels kernels topk --repetitions 3
@@ -135,6 +144,10 @@ row retrieval 100 retrieval_gpu retrieval_gpu --batches 1,32,128,256 --repetitio
 row generation 60 kernels kernels cached generation sample --repetitions 3
 row adapter 45 decode decode --rows 256,1 --steps 20 --engines graphs,base --lora-rank 32
 row offload 60 workload workload --model qwen2.5-3b --checkpointing selective --phases update --offload optimizer replica --repetitions 1
+if [ -n "$DRY" ] || command -v compute-sanitizer > /dev/null; then
+    sanitized memcheck 120 gae generation cached_attention
+    sanitized racecheck 120 gae generation cached_attention
+fi
 row saving 60 saving saving --model qwen2.5-0.5b --repetitions 2
 
 [ -n "$DRY" ] && exit 0

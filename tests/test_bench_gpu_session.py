@@ -56,7 +56,7 @@ def test_commands_are_those_of_the_benchmarks(monkeypatch):
     done = run("--dry-run")
     assert done.returncode == 0 and done.stderr == ""
     commands = {line.partition(" (")[0]: shlex.split(line.partition("): ")[2]) for line in done.stdout.splitlines()}
-    assert list(commands)[-10:-4] == ["search_parts", "ways", "topk", "decode", "replayed_step", "retrieval"]
+    assert list(commands)[-12:-6] == ["search_parts", "ways", "topk", "decode", "replayed_step", "retrieval"]
     for name, (_, script, *arguments) in commands.items():
         if script.startswith("bench/"):
             load(script).parse_arguments(arguments)
