@@ -48,8 +48,7 @@ _TUNED_QUERIES = (16, 32, 64, 128, 256)
 
 
 class _Lane(NamedTuple):
-    """The way of a search of Q queries for K hits, there and back. Torch's tensors and numpy's arrays of one name are
-    the same memory."""
+    """The way of a search of Q queries for K hits, there and back. Numpy's arrays are views of the pinned tensors."""
 
     staged: torch.Tensor  # [Q, D] fp32, pinned
     vectors: np.ndarray  # of `staged`
@@ -164,7 +163,7 @@ class DeviceRows:
         """The results are views of memory that the next search overwrites; rows counted from the first."""
         num_queries, size = len(vectors), bucket_size(len(vectors))
         if not self._search.can_launch(size, k):
-            queries = torch.from_numpy(np.ascontiguousarray(vectors)).to(self._device)
+            queries = torch.tensor(vectors, dtype=torch.float32, device=self._device)
             return tuple(tensor.cpu().numpy() for tensor in topk_inner_product(queries, self._index, k))
         lane = self._lanes.get((size, k)) or self._lane(size, k)
         lane.vectors[:num_queries] = vectors
@@ -178,6 +177,8 @@ class DeviceRows:
         return lane.scores[:num_queries], lane.rows[:num_queries]
 
     def _lane(self, size: int, k: int) -> _Lane:
+        """Named for good. Lanes have pinned memory in common, as one search at a time is under way; where it had to
+        grow, those named before keep what they have."""
         staged = self._queries.view((size, self._index.corpus.shape[1]), torch.float32)
         packed = self._search.packed_hits(size, k)
         landed = self._results.view((packed.numel(),), torch.uint8)

@@ -5,6 +5,8 @@ All of it runs on a CPU, where `DeviceRows` is its own twin; `test_on_a_gpu` doe
 
 from __future__ import annotations
 
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -185,7 +187,7 @@ def test_hits_that_are_not_proven_are_settled(device, monkeypatch):
     rows, host = DeviceRows([(0, vectors)], device), HostRows([(0, vectors)])
     queries = np.random.default_rng(3).standard_normal((5, 24)).astype(np.float32)
     search, launch = rows._search, rows.recorded.launch
-    left, asked = [4], []
+    left, asked, waits, finish = [4], [], [], rows._copies.finish
 
     def leave_unproven(num_queries, k):
         launch(num_queries, k)
@@ -199,12 +201,50 @@ def test_hits_that_are_not_proven_are_settled(device, monkeypatch):
 
     monkeypatch.setattr(rows.recorded, "launch", leave_unproven)
     monkeypatch.setattr(search, "settle", settle)
+    monkeypatch.setattr(rows._copies, "finish", lambda: waits.append(finish()))
     for one, other in zip(host.search(queries, 16), rows.search(queries, 16), strict=True):
         np.testing.assert_array_equal(one, other)
-    assert asked == [(8, 16, 5)] and rows.settled == Settled(1, 0, 3)
+    assert asked == [(8, 16, 5)] and rows.settled == Settled(1, 0, 3) and len(waits) == 2
     left[0] = 6
     rows.search(queries, 16)
-    assert len(asked) == 1
+    assert len(asked) == 1 and len(waits) == 3
+
+
+KINDS = ((3, 2), (1, 192), (MAX_QUERIES, 192), (3, 2), (5, 193), (1, 192), (MAX_QUERIES + 1, 2), (3, 2))
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+def test_searches_of_many_kinds_in_turn(device):
+    """What a search writes and reads is named once, and memory grows meanwhile: hits are those of its own queries, and
+    stay when others follow. 193 are more than can be recorded. Queries may be read-only, and of another type."""
+    vectors = vectors_of(700)
+    rows, host = DeviceRows([(0, vectors)], device), HostRows([(0, vectors)])
+    found, wanted = [], []
+    for number, (num_queries, k) in enumerate(KINDS):
+        queries = np.random.default_rng(number).integers(-2, 3, (num_queries, 24)).astype(np.float32)
+        wanted += host.search(queries, k)
+        queries = queries.astype(np.float64) if number % 2 else queries
+        queries.setflags(write=False)
+        with warnings.catch_warnings(action="error"):
+            found += rows.search(queries, k)
+    for one, other in zip(found, wanted, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+def test_threads_take_turns(device):
+    vectors = vectors_of(700)
+    rows, host = DeviceRows([(0, vectors)], device), HostRows([(0, vectors)])
+
+    def search(number):
+        num_queries, k = KINDS[number % len(KINDS)]
+        queries = np.random.default_rng(number).standard_normal((num_queries, 24)).astype(np.float32)
+        return zip(host.search(queries, k), rows.search(queries, k), strict=True)
+
+    with ThreadPoolExecutor(4) as pool:
+        for pairs in pool.map(search, range(24)):
+            for one, other in pairs:
+                np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize("device", ["cpu", GPU])
