@@ -387,9 +387,7 @@ def head_bytes(decoder: DecoderConfig, size: int, num_scored: int, is_learned: b
     rows, _ = _head_chunks(num_scored, CHUNK_BYTES // row)
     ways = [(rows * row, _FP32 * weight, 0)]
     if size != _FP32:  # which way a GPU takes, its architecture says
-        rows, chunks = _head_chunks(num_scored, KEPT_BYTES // 2 // (decoder.vocab_size * size))
-        if chunks > 2:
-            rows, chunks = _head_chunks(num_scored, KEPT_BYTES // (decoder.vocab_size * size))
+        rows, chunks = _kept_chunks(num_scored, decoder.vocab_size * size)
         product = _FP32 * rows * decoder.hidden_size  # a chunk's gradient of hidden states, before it is scaled
         ways.append((rows * decoder.vocab_size * size, (size if chunks <= 2 else _FP32) * weight, product))
     logits, gradient, product = max(ways, key=sum)
@@ -398,6 +396,12 @@ def head_bytes(decoder: DecoderConfig, size: int, num_scored: int, is_learned: b
         ("weight's gradient", gradient),
         ("hidden states and gradient", 2 * num_scored * decoder.hidden_size * size + product),
     ]
+
+
+def _kept_chunks(num_scored: int, row: int) -> tuple[int, int]:
+    """As `_head_chunks`, where a row's probabilities are so many bytes: half the room is enough if two chunks are."""
+    rows, chunks = _head_chunks(num_scored, KEPT_BYTES // 2 // row)
+    return (rows, chunks) if chunks <= 2 else _head_chunks(num_scored, KEPT_BYTES // row)
 
 
 def _head_chunks(num_scored: int, most: int) -> tuple[int, int]:
