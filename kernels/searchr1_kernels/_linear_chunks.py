@@ -30,7 +30,8 @@ from searchr1_kernels._scaling import scale_rows
 # products, but at most a quarter of the free memory.
 _CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 1 << 30}
 # Bytes of a chunk of `KeptRows`, which has 2 a logit: 4,096 rows of a vocabulary of 151,936 at a time for 16,384. Half
-# of it where that makes no more than two chunks, up to 5,300 rows: they need no fp32 sum of the weight's gradient.
+# of it where that makes no more than two chunks, up to 5,300 rows. Two chunks of any size, here up to 10,600 rows, need
+# no fp32 sum of the weight's gradient.
 _KEPT_BYTES = 3 << 29
 # Whether matrix products of our own, with the passes over logits inside, may take the place of a library's.
 OWN_PRODUCTS = True
@@ -259,8 +260,8 @@ def live_rows(slope: torch.Tensor, entropy_slope: torch.Tensor | None, share: fl
 
 class Gradients:
     """The sums that the two matrix products of every chunk add to: grad_hidden [N,D], in fp32 where hidden is fp16,
-    whose range ends at 6e-8; grad_weight [V,D], summed in fp32 (fp64 for fp64), of the type `weight_gradient_dtype`
-    says."""
+    whose range ends at 6e-8; grad_weight [V,D], of the type `weight_gradient_dtype` says, and of more than two chunks
+    summed in fp32 (fp64 for fp64)."""
 
     def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, want_hidden: bool, want_weight: bool) -> None:
         self.operand = operand(weight)
@@ -298,8 +299,9 @@ class Gradients:
         if self._weight is not None:
             multiply_add(gradient.t(), rows, out=self._weight)
         else:
-            # One chunk is a sum that the product makes, and rounds once. Of two the first one's is rounded as well: by
-            # half as much, as it is of half the rows, so the sum is off by 1.2 times as much. More would add up.
+            # One chunk is a sum that the product makes, and rounds once. Of two the first one's is rounded as well: the
+            # square of that error is half as large, as half the rows are in it, so both together are off by 1.2 times
+            # as much (the root of 1.5). More would add up.
             dtype = self._weight_dtype if 2 * len(rows) >= self._num_rows else self._compute
             self._weight = rows.new_empty(self._shape, dtype=dtype)
             multiply(gradient.t(), rows, out=self._weight)

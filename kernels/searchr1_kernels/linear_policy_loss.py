@@ -8,10 +8,10 @@ begins with 1, has nothing left to do: it hands them out as they lie there (`_sc
 
 The price is the sum of the weight's gradient over chunks in fp32: of V 151,936, D 2,048 that is 1.24 GB, beside a
 chunk of 1.17 on CUDA. bf16 rows on sm_90 and sm_100 without a softcap have chunks of probabilities in bf16
-(`_linear_gradient_triton`): 1.25 GB for 16k rows, which are four chunks, and up to 5,300 rows are two of 0.8, which
-need no fp32 sum. `recompute` takes the two passes of `linear_logprob` instead: 8 N D V operations, and for 16k bf16
-rows at most 1.36 GB with both gradients (`_linear_slabs`). So does GSPO, whose ratio is known only after the last row
-of a sequence.
+(`_linear_gradient_triton`): 1.25 GB for 16k rows, which are four chunks; up to 5,300 rows are two of 0.8 GB at the
+most, up to 10,600 two of 1.6. One chunk or two of bf16 rows on CUDA need no sum in fp32: it is in bf16, 0.62 GB.
+`recompute` takes the two passes of `linear_logprob` instead: 8 N D V operations, and for 16k bf16 rows at most 1.36 GB
+with both gradients (`_linear_slabs`). So does GSPO, whose ratio is known only after the last row of a sequence.
 
 A row without gradient (zero advantage and no KL, or clipped) is left out of the matrix products on a CPU. On CUDA it is
 not, see `_linear_chunks`: leave out before the call what the host knows to be zero, such as groups of equal rewards.
