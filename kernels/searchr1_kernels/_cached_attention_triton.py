@@ -8,8 +8,9 @@ those past a token's position end at once, so no position is read on the host. T
 themselves and go through all their keys. Nothing in a row's arithmetic depends on other rows: blocks that it does not
 see multiply its sums by 1 and add 0.
 
-A paged slot's keys are loaded from one block of its table at a time, with one more load of a number that is the same
-for the whole program; what is multiplied, and in which order, is the same as without a table.
+A paged slot's keys are loaded from one block of its table at a time. Its number is one more load before them; a lone
+token's program, which has few, loads the numbers of all its blocks first. What is multiplied, and in which order, is
+the same as without a table.
 
 Shape legend: T tokens, U lone tokens, N tiles, P parts, H query heads, G key/value heads, C slots of M places, or with
 a table C slots of W blocks of M places, d head size.

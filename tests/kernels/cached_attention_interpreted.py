@@ -89,6 +89,23 @@ def test_blocks_in_any_order_are_as_good_as_one_piece(pieces, tiled, size):
         assert torch.equal(have, attend(query, keys, values, slots, positions, lengths if tiled else None))
 
 
+@pytest.mark.parametrize("size", [16, 48, 64])
+def test_lone_tokens_find_the_blocks_of_every_part(monkeypatch, size):
+    """Four blocks of keys in a part, of a type whose blocks of keys are as long as a GPU's; the first and last place
+    of a part, and of a block. Entries behind a position lead nowhere."""
+    monkeypatch.setattr(_cached_attention_triton, "PART", 256)
+    ends = (0, 15, 16, 47, 48, 255, 256, 257, 511, 599)
+    pieces = [(slot, position, 1) for slot, position in enumerate(ends)]
+    query, keys, values, slots, positions, _ = problem(pieces, 4, 2, 32, torch.float16, places=600)
+    (memory, table), (others, _) = paged(keys, size), paged(values, size)
+    for slot, position in enumerate(ends):
+        table[slot, position // size + 1 :] = 2**30
+    have = attend(query, memory, others, slots, positions, table=table)
+    close(have, query, keys, values, slots, positions)
+    if size == 64:
+        assert torch.equal(have, attend(query, keys, values, slots, positions))
+
+
 def test_slots_may_have_blocks_in_common():
     query, keys, values, slots, positions, lengths = problem([(0, 70, 3), (1, 70, 3)], 4, 2, 32)
     keys[1, :, :64], values[1, :, :64] = keys[0, :, :64], values[0, :, :64]
@@ -124,7 +141,7 @@ def test_a_longer_cache_changes_no_bit():
 
 
 @pytest.mark.parametrize("combined", [16, 64, 1024])
-def test_blocks_of_heads_change_no_bit_and_what_is_read_ahead_may_be_anything(combined, monkeypatch):
+def test_blocks_of_heads_change_no_bit_and_parts_that_nobody_wrote_are_not_read(combined, monkeypatch):
     *tensors, _ = problem(LONE, 14, 2, 32)
     want = attend(*tensors)
     monkeypatch.setattr(_cached_attention_triton, "_COMBINED", combined)
