@@ -154,7 +154,8 @@ def measure(
     assert graphs.statistics.num_replayed_steps == graphs.statistics.num_steps - 1  # the first one hands out blocks
     parts = {}
     if arguments.parts:  # behind the clock: to profile takes time
-        parts = harness.device_parts(lambda: engines["graphs"].run(1), model.head_weight.device, PROFILED_STEPS)
+        with mode(model, "graphs"):
+            parts = harness.device_parts(lambda: engines["graphs"].run(1), model.head_weight.device, PROFILED_STEPS)
     floor = step_bytes(model, num_rows, arguments.context + WARM_UP_STEPS + arguments.steps // 2) / bandwidth
     return {
         "rows": num_rows,

@@ -117,7 +117,7 @@ else
 fi
 # Not measured: that kernels are compiled. The fewest rows that are worth finding the fastest way for are 174,763.
 step warm_search 150 "$PYTHON" bench/search_parts.py --rows 180000 --batches 1,512 --repetitions 1 &
-step warm_decode 100 "$PYTHON" bench/decode.py --rows 256 --steps 10 --engines graphs,modules &
+step warm_decode 100 "$PYTHON" bench/decode.py --rows 256,1 --steps 10 --engines graphs,modules &
 wait
 
 row() { # NAME LIMIT FILE SCRIPT ARGUMENTS...: a step that leaves rows

@@ -157,22 +157,6 @@ def add_output_argument(parser: argparse.ArgumentParser, name: str) -> None:
     )  # fmt: skip
 
 
-def emit(row: Mapping[str, Any], output: Path | None = None) -> None:
-    """The row as the last line of stdout, and at the end of `output`."""
-    line = json.dumps(row, ensure_ascii=False, allow_nan=False)
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with output.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
-    print(line, flush=True)
-    sys.stdout.flush()
-
-
-def _git(*arguments: str) -> str:
-    command = ["git", "-C", str(Path(__file__).parent), *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-
-
 def device_parts(run: Callable[[], Any], device: torch.device, num_runs: int = 10) -> dict[str, dict[str, float]]:
     """By kernel or copy: milliseconds and launches of one run, the longest first. Empty without a GPU."""
     if device.type != "cuda":
@@ -189,3 +173,19 @@ def device_parts(run: Callable[[], Any], device: torch.device, num_runs: int = 1
         if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
     }
     return dict(sorted(parts.items(), key=lambda part: -part[1]["ms"]))
+
+
+def emit(row: Mapping[str, Any], output: Path | None = None) -> None:
+    """The row as the last line of stdout, and at the end of `output`."""
+    line = json.dumps(row, ensure_ascii=False, allow_nan=False)
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with output.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+    print(line, flush=True)
+    sys.stdout.flush()
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()

@@ -47,12 +47,14 @@ def head_ways_case(hidden, weight, targets, rows, bare: Callable[[], None], shap
     copied: Switch = (_scaling, "IN_PLACE", False)
     normalized: Switch = (_linear_gradient_triton, "SCALE_ROWS", False)
     library: Switch = (_linear_chunks, "OWN_PRODUCTS", False)
+    longer: Switch = (_linear_chunks, "_KEPT_BYTES", 2 * _linear_chunks._KEPT_BYTES)
     ways = {
         OURS: (),
         "gradients copied by the backward pass": (copied,),
         "every row normalized": (normalized,),
         "both": (copied, normalized),
         "both, a library's products": (copied, library),
+        "chunks twice as long": (longer,),
     }
     providers = {name: Provider(switched(run, *switches)) for name, switches in ways.items()}
     providers["ours, the loss times 3"] = Provider(

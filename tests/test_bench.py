@@ -231,7 +231,7 @@ def test_decode_steps_are_timed_with_graphs_and_without(bench, capsys):
         assert one["milliseconds"].keys() == one["tokens_per_second"].keys() == engines
     assert bench("decode").main([*arguments, "--engines", "graphs", "--parts"]) == 0
     row = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert row["results"][0]["milliseconds"].keys() == {"graphs"}
+    assert row["results"][0]["milliseconds"].keys() == {"graphs"} and row["results"][0]["parts"] == {}
     assert bench("decode").main([*arguments, "--lora-rank", "2", "--engines", "graphs,base"]) == 0
     row = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (row["lora_rank"], row["results"][0]["milliseconds"].keys()) == (2, {"graphs", "base"})
@@ -239,3 +239,26 @@ def test_decode_steps_are_timed_with_graphs_and_without(bench, capsys):
     model = bench("decode").build_model(config, torch.float32, torch.device("cpu"))
     weights = 4 * sum(parameter.numel() for parameter in model.parameters())
     assert bench("decode").step_bytes(model, 3, 10) == weights + 4 * 2 * 3 * 10 * 2 * 2 * 16  # layers, heads, head size
+
+
+def test_parts_of_a_decode_step_are_shown(bench, monkeypatch, capsys):
+    """The longest, of as many steps as there is room for, by the way that is profiled."""
+    parts = {"attend": {"ms": 1.999, "launches": 36.0}, "a copy": {"ms": 0.001, "launches": 2.0}}
+    fused = []
+
+    def device_parts(run, device, num_runs):
+        fused.append([module for module in models if module.fused_generation])
+        for _ in range(1 + num_runs):
+            run()
+        return parts
+
+    models, build_model = [], bench("decode").build_model
+    monkeypatch.setattr(bench("decode"), "build_model", lambda *given: models.append(build_model(*given)) or models[0])
+    monkeypatch.setattr(bench("harness"), "device_parts", device_parts)
+    arguments = ["--shape", "tiny", "--device", "cpu", "--rows", "3", "--context", "5", "--steps", "10", "--parts"]
+    assert bench("decode").main([*arguments, "--engines", "graphs,modules"]) == 0
+    *printed, row = capsys.readouterr().out.splitlines()
+    assert json.loads(row)["results"][0]["parts"] == parts and fused == [models]
+    assert "3 sequences: the device is at work for 2.00 ms of a step" in " ".join(" ".join(printed).split())
+    assert [line.split() for line in printed if "attend" in line] == [["attend", "1.999", "36"]]
+    assert not any("a copy" in line for line in printed)
