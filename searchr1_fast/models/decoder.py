@@ -26,7 +26,7 @@ from searchr1_fast.models.generation import run_blocks
 from searchr1_fast.models.lora import base_parameters
 from searchr1_fast.models.projections import join_projections
 from searchr1_fast.models.recompute import Recompute, recomputed
-from searchr1_fast.models.rope import apply_rotary, rotary_embedding
+from searchr1_fast.models.rope import apply_rotary, rotary_embedding, rotary_rows
 from searchr1_fast.types import PackedBatch, SharedPrefixes
 
 if TYPE_CHECKING:
@@ -195,7 +195,7 @@ class CachedContext:
         config: DecoderConfig,
         lengths: np.ndarray | None = None,  # [S], on the host
     ) -> None:
-        self.cos, self.sin = rotary_embedding(positions, config.head_dim, config.rope_theta, config.rope_scaling)
+        self.cos, self.sin = rotary_rows(positions, config.head_dim, config.rope_theta, config.rope_scaling)
         self.slots, self.positions, self.cache = slots, positions, cache
         self.blocks, self.places = cache.locate(slots, positions)  # where the tokens' own keys and values go
         self.chunks = None

@@ -5,11 +5,11 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from searchr1_fast.models import Decoder, DecoderConfig, KVCache, load_model
+from searchr1_fast.models import Decoder, DecoderConfig, KVCache, load_model, rope
 from searchr1_fast.models import cached_attention as module
 from searchr1_fast.models.cached_attention import cached_attention, cached_attention_reference, find_chunks
 from searchr1_fast.models.decoder_config import Llama3Scaling
-from searchr1_fast.models.rope import rotary_embedding
+from searchr1_fast.models.rope import rotary_embedding, rotary_rows
 
 
 def assert_within(actual: torch.Tensor, expected: torch.Tensor, relative: float, what: str) -> None:
@@ -244,6 +244,28 @@ def test_parameters_are_begun_anew_whatever_the_memory_held(model_type):
         assert parameter.isfinite().all(), name
         if "norm" in name:
             assert (parameter == 1).all(), name
+
+
+@pytest.mark.parametrize("scaling", [None, Llama3Scaling(8.0, 1.0, 4.0, 8192)])
+def test_angles_from_a_table_are_those_computed_for_each_position(monkeypatch, scaling):
+    """In any order, beyond the table, in inference mode or not; a table is made again only where it is too short."""
+    monkeypatch.setattr(rope, "_tables", {})
+    made, real = [], rope.rotary_embedding
+    monkeypatch.setattr(
+        rope, "rotary_embedding", lambda positions, *kind: made.append(positions) or real(positions, *kind)
+    )
+    generator = torch.Generator().manual_seed(0)
+    for longest, inference in ((900, True), (1024, False), (40_000, False), (3, True), (0, False)):
+        positions = torch.randint(longest + 1, (70 if longest else 0,), generator=generator)
+        with torch.inference_mode(inference):
+            for have, want in zip(
+                rotary_rows(positions, 22, 1e6, scaling), rotary_embedding(positions, 22, 1e6, scaling), strict=True
+            ):
+                assert have.shape == want.shape == (len(positions), 1, 22)
+                torch.testing.assert_close(
+                    have, want, rtol=0, atol=1.2e-7
+                )  # a library may round a row's ends otherwise
+    assert [len(positions) for positions in made] == [1024, 65_536, 0]
 
 
 def test_angles_that_were_traced_are_not_kept_for_others():
