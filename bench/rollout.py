@@ -4,6 +4,7 @@
     python bench/rollout.py generate --prompts 256 --new-tokens 128 --output
     python bench/rollout.py replay --threads 1 --plot
     python bench/rollout.py --device cuda --shape 3b   both parts, on a GPU, all in bf16
+    python bench/rollout.py generate --threads 2 --leave-out transformers      beside vLLM, in its environment
 
 generate   prompts of one length, greedy, so many new tokens each: the engine and transformers' `generate` in fp32
            and in bf16, over the whole batch at once; and where vLLM is installed, vLLM in both (docs/architecture.md
@@ -173,6 +174,11 @@ def measure(providers: dict[str, Provider], repetitions: int, compared: Sequence
     return {"repetitions": repetitions, "same_tokens": same, "providers": systems}
 
 
+def without(names: Sequence[str], providers: dict[str, Provider]) -> dict[str, Provider]:
+    """Those of no other project that is named."""
+    return {name: one for name, one in providers.items() if name.partition(" ")[0].rstrip(",") not in names}
+
+
 def table(title: str, row: dict[str, Any], count: int, unit: str) -> Table:
     """A line per provider."""
     shown = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
@@ -203,6 +209,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--observation-tokens", type=int, default=500, help="replay: behind a turn at most (default: 500)"
     )
     parser.add_argument("--run-on", type=int, default=0, help="replay: tokens of a turn without stop tags (0: not run)")
+    parser.add_argument("--leave-out", choices=("transformers", "vLLM"), nargs="+", default=[], help="do not run these")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: cpu)")
     parser.add_argument("--shape", choices=SHAPES, default="small", help="decoder, random weights (default: small)")
     parser.add_argument("--threads", type=int, default=0, help="of torch and numba (default: torch's choice)")
@@ -250,7 +257,7 @@ def measure_parts(options: argparse.Namespace, device: torch.device) -> None:
         settings_of = {name: getattr(options, name) for name in ("prompts", "prompt_tokens", "new_tokens")}
         row = {"benchmark": "rollout", "part": "generate", **circumstances, **settings, **settings_of}
         with ExitStack() as stack:
-            providers = generate_providers(model, tokenizer, options, stack)
+            providers = without(options.leave_out, generate_providers(model, tokenizer, options, stack))
             compared = [name for name in providers if name.endswith("float32")]
             row |= measure(providers, options.repetitions, compared)
         title = f"generate: {options.prompts} prompts of {options.prompt_tokens}, {options.new_tokens} new tokens each"
@@ -271,7 +278,8 @@ def measure_parts(options: argparse.Namespace, device: torch.device) -> None:
         row = {"benchmark": "rollout", "part": "replay", **circumstances, **settings, "topk": replay.TOPK}
         row |= {name: getattr(options, name) for name in names}
         with ExitStack() as stack:
-            providers = replay.replay_providers(model, tokenizer, options, work, timelines, stack)
+            made = replay.replay_providers(model, tokenizer, options, work, timelines, stack)
+            providers = without(options.leave_out, made)
             twins = [name for name in (replay.LOCK_STEP, replay.RUN_ON) if name in providers]
             compared = twins if device.type == "cpu" else []  # in bf16 two tokens are often as likely
             row |= measure(providers, options.repetitions, compared)

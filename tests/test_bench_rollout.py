@@ -37,6 +37,11 @@ def test_generate_compares_the_tokens(measure):
     assert all(one["seconds"] > 0 for one in row["providers"].values())
 
 
+def test_others_can_be_left_out(measure):
+    row = measure("generate", "--leave-out", "transformers")
+    assert list(row["providers"]) == ["native", "native, bfloat16"] and row["same_tokens"] == {}
+
+
 def test_replay_counts_what_each_computes(measure):
     row = measure("replay", "--run-on", "20")
     native, twin = row["work"]["native"], row["work"]["lock-step, re-prefilled"]
