@@ -48,6 +48,7 @@ def head_ways_case(hidden, weight, targets, rows, bare: Callable[[], None], shap
     normalized: Switch = (_linear_gradient_triton, "SCALE_ROWS", False)
     library: Switch = (_linear_chunks, "OWN_PRODUCTS", False)
     longer: Switch = (_linear_chunks, "_KEPT_BYTES", 2 * _linear_chunks._KEPT_BYTES)
+    summed: Switch = (_linear_chunks, "_ROUNDED_SUMS", 1)  # and so twice as long too, where they are more than one
     ways = {
         OURS: (),
         "gradients copied by the backward pass": (copied,),
@@ -55,6 +56,7 @@ def head_ways_case(hidden, weight, targets, rows, bare: Callable[[], None], shap
         "both": (copied, normalized),
         "both, a library's products": (copied, library),
         "chunks twice as long": (longer,),
+        "the same, summed in fp32": (summed,),
     }
     providers = {name: Provider(switched(run, *switches)) for name, switches in ways.items()}
     providers["ours, the loss times 3"] = Provider(

@@ -29,10 +29,13 @@ from searchr1_kernels._scaling import scale_rows
 # Bytes of one chunk's logits and their gradient. CPU: small enough for the cache. CUDA: large enough for the matrix
 # products, but at most a quarter of the free memory.
 _CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 1 << 30}
-# Bytes of a chunk of `KeptRows`, which has 2 a logit: 4,096 rows of a vocabulary of 151,936 at a time for 16,384. Half
-# of it where that makes no more than two chunks, up to 5,300 rows. Two chunks of any size, here up to 10,600 rows, need
-# no fp32 sum of the weight's gradient.
-_KEPT_BYTES = 3 << 29
+# Bytes of a chunk of `KeptRows`, which has 2 a logit: 2,048 rows of a vocabulary of 151,936 at a time for 16,384, whose
+# gradient, of 2,048 columns, is 128 tiles of 128 by 256: one for nearly every multiprocessor of an H200. Twice as many
+# where it would be more than `_ROUNDED_SUMS` chunks, here from 17,664 rows on.
+_KEPT_BYTES = 5 << 27
+# Up to so many chunks, here 35,000 rows, the weight's gradient is summed in the type it will have, and rounded as
+# often; of more in fp32, which takes twice the memory.
+_ROUNDED_SUMS = 8
 # Whether matrix products of our own, with the passes over logits inside, may take the place of a library's.
 OWN_PRODUCTS = True
 # Below this many rows the weight and its gradient would be re-read too often to be worth a smaller workspace.
@@ -260,8 +263,8 @@ def live_rows(slope: torch.Tensor, entropy_slope: torch.Tensor | None, share: fl
 
 class Gradients:
     """The sums that the two matrix products of every chunk add to: grad_hidden [N,D], in fp32 where hidden is fp16,
-    whose range ends at 6e-8; grad_weight [V,D], of the type `weight_gradient_dtype` says, and of more than two chunks
-    summed in fp32 (fp64 for fp64)."""
+    whose range ends at 6e-8; grad_weight [V,D], of the type `weight_gradient_dtype` says, and of more than
+    `_ROUNDED_SUMS` chunks summed in fp32 (fp64 for fp64)."""
 
     def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, want_hidden: bool, want_weight: bool) -> None:
         self.operand = operand(weight)
@@ -299,10 +302,12 @@ class Gradients:
         if self._weight is not None:
             multiply_add(gradient.t(), rows, out=self._weight)
         else:
-            # One chunk is a sum that the product makes, and rounds once. Of two the first one's is rounded as well: the
-            # square of that error is half as large, as half the rows are in it, so both together are off by 1.2 times
-            # as much (the root of 1.5). More would add up.
-            dtype = self._weight_dtype if 2 * len(rows) >= self._num_rows else self._compute
+            # The sum with a chunk is made in fp32 by its product, and rounded. The square of that error is as large as
+            # the rows' share that is in it, so n chunks are off by the root of (n + 1) / 2 times as much as one, 8 by
+            # 2.1. Plain torch is off by its logits in bf16 and their gradient too: simulated (16,384 rows, V 1,500,
+            # D 64), 8 chunks are off by 0.14 times as much where logits are spread by 10, 0.6 by 4, 1.9 by 1, and 2.0
+            # where all are nearly 0 and all rows pull the same way.
+            dtype = self._weight_dtype if _ROUNDED_SUMS * len(rows) >= self._num_rows else self._compute
             self._weight = rows.new_empty(self._shape, dtype=dtype)
             multiply(gradient.t(), rows, out=self._weight)
 
@@ -366,10 +371,10 @@ def chunk_ranges(
 ) -> list[slice]:  # fmt: skip
     """Slices that cover [0, N), of equal size but for the last. `weight` as an operand; `kept`: for `KeptRows`."""
     if kept:
-        for most in (_KEPT_BYTES // 2, _KEPT_BYTES):
+        for most in (_KEPT_BYTES, 2 * _KEPT_BYTES):
             fitting = memory_budget(hidden.device, most) // (weight.shape[0] * weight.dtype.itemsize)
             chunks = ranges(hidden.shape[0], whole_tiles(chunk_size(hidden.shape[0], max(_MIN_CHUNK_ROWS, fitting))))
-            if len(chunks) <= 2:
+            if len(chunks) <= _ROUNDED_SUMS:
                 break
         return chunks
     compute = compute_dtype(hidden)

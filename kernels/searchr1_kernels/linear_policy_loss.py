@@ -6,10 +6,10 @@ chunk's logits can be formed as soon as its log-probabilities are, while the log
 What autograd sees is a loss with two ready gradients. The denominator is in them, so the usual backward pass, which
 begins with 1, has nothing left to do: it hands them out as they lie there (`_scaling`).
 
-The price is the sum of the weight's gradient over chunks in fp32: of V 151,936, D 2,048 that is 1.24 GB, beside a
-chunk of 1.17 on CUDA. bf16 rows on sm_90 and sm_100 without a softcap have chunks of probabilities in bf16
-(`_linear_gradient_triton`): 1.25 GB for 16k rows, which are four chunks; up to 5,300 rows are two of 0.8 GB at the
-most, up to 10,600 two of 1.6. One chunk or two of bf16 rows on CUDA need no sum in fp32: it is in bf16, 0.62 GB.
+The price is the weight's gradient from the forward pass on, beside a chunk of logits. Of V 151,936, D 2,048 and bf16
+that is 0.62 GB where up to eight chunks are summed in bf16, rounded with each, and 1.24 where more are summed in fp32.
+A chunk is 1.17 GB on CUDA, and on sm_90 and sm_100 without a softcap, where it is of probabilities in bf16
+(`_linear_gradient_triton`), up to 0.7: eight of these are 17,600 rows, and 35,000 are eight of 1.4 at the most.
 `recompute` takes the two passes of `linear_logprob` instead: 8 N D V operations, and for 16k bf16 rows at most 1.36 GB
 with both gradients (`_linear_slabs`). So does GSPO, whose ratio is known only after the last row of a sequence.
 
@@ -97,7 +97,7 @@ def linear_policy_loss(
     lists what counts.
 
     `recompute`: form the gradients in the backward pass, from logits computed again: a third more operations, and on
-    CUDA half the memory.
+    CUDA the weight's gradient is never in fp32 as a whole, however many rows there are.
 
     Metrics are sums over tokens, so that those of micro-batches and ranks add up, except `logprob_difference_max`,
     `ratio_max` and `ratio_min`: policy_loss (weighted, not divided), clip_fraction (tokens whose gradient the clip
