@@ -138,7 +138,7 @@ def test_threads_share_the_sequences(monkeypatch):
     inputs = (torch.randn(sum(lengths)), torch.randn(sum(lengths)), offsets(lengths))
     options = {"gamma": 0.9, "lam": 0.8, "mask": torch.rand(sum(lengths)) < 0.5}
     alone = gae(*inputs, **options)
-    monkeypatch.setattr(sys.modules["searchr1_kernels.gae"], "_TOKENS_PER_THREAD", 100)
+    monkeypatch.setattr(sys.modules["searchr1_kernels.gae"], "_PART_TOKENS", 100)
     for threads in (2, 3, 50):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         shared = gae(*inputs, **options)

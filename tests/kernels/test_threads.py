@@ -1,0 +1,107 @@
+"""Work shared out over threads: all of it, once, whoever comes in time."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from searchr1_kernels import _threads
+
+
+@pytest.fixture(autouse=True)
+def three_threads(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+
+
+@pytest.mark.parametrize("cuts", [[], [0], [0, 5], [0, 5, 5, 9], list(range(101))])
+def test_every_part_is_done_once(cuts):
+    done = []
+    _threads.run_parts(lambda begin, end: done.append((begin, end)), cuts)
+    assert sorted(done) == list(zip(cuts[:-1], cuts[1:], strict=True))
+
+
+def test_parts_run_at_the_same_time():
+    """Three wait for one another, which no two threads could get past."""
+    barrier = threading.Barrier(3, timeout=60)
+    threads = set()
+
+    def meet(begin: int, end: int) -> None:
+        barrier.wait()
+        threads.add(threading.get_ident())
+
+    _threads.run_parts(meet, [0, 1, 2, 3])
+    assert len(threads) == 3
+
+
+def test_nobody_waits_for_helpers_that_do_not_come():
+    """All are busy for as long as it takes: the caller does the work alone. What they find later is over."""
+    asked, release = threading.Semaphore(0), threading.Event()
+
+    def hold() -> None:
+        asked.release()
+        release.wait(60)
+
+    _threads._HELPERS.ask(hold, 2)
+    for _ in range(_threads._HELPERS._number):
+        _threads._HELPERS.ask(hold, 1)
+    asked.acquire()
+    try:
+        done = []
+        _threads.run_parts(lambda begin, end: done.append(threading.get_ident()), list(range(9)))
+        assert done == [threading.get_ident()] * 8
+    finally:
+        release.set()
+
+
+def test_an_error_is_raised_when_all_is_over():
+    done = []
+
+    def fail(begin: int, end: int) -> None:
+        done.append(begin)
+        if begin in (2, 5):
+            raise ValueError(f"part {begin}")
+
+    with pytest.raises(ValueError, match="part 2"):
+        _threads.run_parts(fail, list(range(9)))
+    assert sorted(done) == list(range(8))
+
+
+def test_work_within_work():
+    done = []
+
+    def outer(begin: int, end: int) -> None:
+        _threads.run_parts(lambda inner, _: done.append((begin, inner)), [0, 1, 2])
+
+    _threads.run_parts(outer, list(range(6)))
+    assert sorted(done) == [(begin, inner) for begin in range(5) for inner in range(2)]
+
+
+def test_a_part_has_enough_to_do(monkeypatch):
+    assert _threads.num_parts(1 << 20, 1 << 16) == 12  # four a thread
+    assert _threads.num_parts(5 << 16, 1 << 16) == 5
+    assert _threads.num_parts(1, 1 << 16) == 1
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert _threads.num_parts(1 << 20, 1 << 16) == 1
+
+
+FORK = """
+import os, threading, torch
+from searchr1_kernels import _threads
+torch.set_num_threads(2)
+def meet():
+    barrier = threading.Barrier(2, timeout=30)
+    _threads.run_parts(lambda begin, end: barrier.wait(), [0, 1, 2])
+meet()
+child = os.fork()
+if child == 0:
+    meet()  # with threads of its own, or it would time out
+    os._exit(7)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+"""
+
+
+def test_a_forked_child_has_helpers_of_its_own():
+    subprocess.run([sys.executable, "-W", "ignore", "-c", FORK], check=True, timeout=120)
