@@ -316,9 +316,11 @@ def test_the_scan_and_what_scales_of_any_number(launches, monkeypatch):
 
     def run(tokens: int) -> None:
         for sequences in (1 + tokens // 244, 1):  # a tile each, and many
-            vectors, ends = (tensor(tokens), tensor(tokens)), tensor(sequences + 1, dtype=torch.int32)
+            vectors = tensor(tokens), tensor(tokens)
             for mask in (None, tensor(tokens, dtype=torch.bool)):
-                scan.scan(*vectors, ends, 0.99, 0.94, mask, tensor(2, tokens))
+                for offsets in (torch.int32, torch.int64):
+                    ends = tensor(sequences + 1, dtype=offsets)
+                    scan.scan(*vectors, ends, 0.99, 0.94, mask, tensor(2, tokens))
 
     one_set_of_kernels(launches, run, (1_000_000, 20_001))
     assert set(launches) == {"scan_sequences", "scan_tiles", "apply_carries"}
@@ -327,7 +329,7 @@ def test_the_scan_and_what_scales_of_any_number(launches, monkeypatch):
             scaling.scale(tensor(*shape, dtype=dtype), tensor())
 
 
-@pytest.mark.parametrize("vocabulary", [151_936, 128_256, 32_001, 500])
+@pytest.mark.parametrize("vocabulary", [151_936, 128_256, 50_257, 32_001, 500])
 def test_sampling_of_any_number_of_rows(launches, vocabulary):
     def run(rows: int) -> None:
         for options in ({}, {"temperature": 0.0}, {"top_p": 0.9}, {"top_k": 20}, {"top_p": 0.9, "top_k": 20}):
@@ -357,13 +359,22 @@ def test_an_encoder_of_any_number_of_texts(launches, heads, size, dtype):
     one_set_of_kernels(launches, run, (4096, 64))
 
 
-@pytest.mark.parametrize(("size", "dtype"), [(400, torch.float16), (768, torch.float32), (768, torch.int8)])
-def test_a_search_of_other_rows(launches, size, dtype):
-    """400 numbers fill no whole number of steps; 8-bit rows have their scales."""
+@pytest.mark.parametrize("coarse", ["float", "int8"])
+@pytest.mark.parametrize(
+    ("size", "dtype"),
+    [(400, torch.float16), (768, torch.float32), (768, torch.int8)]
+    + [(size, dtype) for size in (200, 75) for dtype in (torch.float16, torch.float32, torch.int8)],
+)
+def test_a_search_of_other_rows(launches, size, dtype, coarse):
+    """400 numbers fill no whole number of steps, 200 are read by descriptors alone in vectors, 75 by nothing; 8-bit
+    rows have their scales."""
     rows, num_blocks = 200_000, 1563
     memory, queries = tensor(Hits.nbytes(512, 100), dtype=torch.uint8), tensor(512, size)
     scales = tensor(rows) if dtype == torch.int8 else None
-    corpus = _topk_passes.Corpus(tensor(rows, size, dtype=dtype), scales, [tensor(num_blocks)])
+    parts = [tensor(num_blocks)]
+    if coarse == "int8":
+        parts += [tensor(size), tensor(rows, size, dtype=torch.int8), tensor(rows), tensor(rows), tensor(num_blocks)]
+    corpus = _topk_passes.Corpus(tensor(rows, size, dtype=dtype), scales, parts)
     searches = _topk_passes.Passes(corpus, 512, 100)
     for count in (1, 128, 512):
         searches.launch(queries[:count], 16, Hits.views(memory, count, 16))

@@ -25,7 +25,7 @@ import triton.language as tl
 PART = 4096  # tokens
 BLOCK = 64  # tokens of which the largest logit is kept, where it bounds what top-k and top-p leave
 NUM_WARPS = 8
-VOCABULARIES = (500, 151_936, 1_000_000)  # of `compile_cases`
+VOCABULARIES = (500, 50_257, 151_936, 1_000_000)  # of `compile_cases`
 
 
 @triton.jit
@@ -174,13 +174,13 @@ def compile_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int,
     are multiples of 16."""
     blocks = {"BLOCKS": PART // BLOCK, "BLOCK_SIZE": BLOCK}
     cases = [
-        case(f"summarise{'_bounded' if bounded else ''}", summarise, blocks | {"BOUNDED": bounded}, NUM_WARPS)
+        case(f"summarise{'_bounded' if bounded else ''}", summarise, blocks | {"BOUNDED": bounded})
         for bounded in (False, True)
     ]
     for vocabulary in VOCABULARIES:
         for greedy in (False, True):
             constants = {"GREEDY": greedy, "PART_SIZE": PART, "PARTS": room(triton.cdiv(vocabulary, PART))}
-            cases.append(case(f"draw_{vocabulary}{'_greedy' if greedy else ''}", draw, constants, NUM_WARPS))
+            cases.append(case(f"draw_{vocabulary}{'_greedy' if greedy else ''}", draw, constants, vocabulary))
     return cases
 
 
@@ -192,8 +192,10 @@ _TYPES = (
 )
 
 
-def case(name: str, kernel: Any, constants: dict[str, Any], num_warps: int) -> tuple:
-    """One of `compile_cases`."""
+def case(name: str, kernel: Any, constants: dict[str, Any], vocabulary: int = 0) -> tuple:
+    """One of `compile_cases`, of a vocabulary that 16 divides or not."""
     signature = {argument: _TYPES[argument] for argument in kernel.arg_names if argument not in constants}
-    pointers = {argument for argument, kind in signature.items() if kind.startswith("*")}
-    return f"sample_tokens_{name}", kernel, signature, constants, num_warps, 3, pointers | {"vocabulary"}
+    divided = {argument for argument, kind in signature.items() if kind.startswith("*")}
+    if vocabulary % 16 == 0:
+        divided.add("vocabulary")
+    return f"sample_tokens_{name}", kernel, signature, constants, NUM_WARPS, 3, divided

@@ -40,7 +40,9 @@ from searchr1_kernels._sampling_draw_triton import (
     write_row,
 )
 
-AT_ONCE = 8192  # packed weights of a row that `choose` looks at together
+# Packed weights of a row that `choose` looks at together. With 16 warps it spills (sm_90, Triton 3.9: 16 bytes of a
+# vocabulary that 16 does not divide).
+AT_ONCE = 8192
 _ONE = tl.constexpr(0x3F800000)  # bits of the weight 1, the largest
 # What a bound may be wrong by: sums of weights round at about 1e-6 of their total.
 _SLACK = tl.constexpr(1e-5)
@@ -293,30 +295,28 @@ def _choose(tensors, block_peaks, outputs, numbers, top_k, top_p) -> None:
     )
     choose[(num_rows,)](
         *tensors, cuts, weights, counts, *outputs, *numbers, top_k, top_p,
-        COUNTED=counted, WEIGHTED=top_p < 1, **part, **options,
+        COUNTED=counted, WEIGHTED=top_p < 1, **part, **options, num_warps=drawing.NUM_WARPS,
     )  # fmt: skip
 
 
 def configuration(num_parts: int) -> dict[str, int]:
-    """Of `choose`: room for parts, how many weights of each it looks at together, and warps."""
+    """Of `choose`: room for parts, and how many weights of each it looks at together."""
     parts = drawing.room(num_parts)
-    width = max(1, min(drawing.PART, AT_ONCE // parts))
-    return {"PARTS": parts, "WIDTH": width, "num_warps": 16 if parts * width > 4096 else 8}
+    return {"PARTS": parts, "WIDTH": max(1, min(drawing.PART, AT_ONCE // parts))}
 
 
 def compile_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int, int, set[str]]]:
     """What is shipped, for the compile test: name, kernel, signature, constants, warps, stages, and the arguments that
     are multiples of 16."""
-    part, num_warps = {"PART_SIZE": drawing.PART}, drawing.NUM_WARPS
-    cases = [drawing.case("collect", collect, part, num_warps)]
+    part = {"PART_SIZE": drawing.PART}
+    cases = [drawing.case("collect", collect, part)]
     for vocabulary in drawing.VOCABULARIES:
         sizes = configuration(triton.cdiv(vocabulary, drawing.PART))
-        warps = sizes.pop("num_warps")
         for counted, weighted in ((True, False), (False, True), (True, True)):
             name = f"{vocabulary}" + ("_top_k" if counted else "") + ("_top_p" if weighted else "")
             constants = {"COUNTED": counted, "WEIGHTED": weighted, **part, **sizes}
-            cases.append(drawing.case(f"choose_{name}", choose, constants, warps))
+            cases.append(drawing.case(f"choose_{name}", choose, constants, vocabulary))
             if not (counted and weighted):
                 constants = {"COUNTED": counted, "PARTS": sizes["PARTS"], "BLOCKS": drawing.PART // drawing.BLOCK}
-                cases.append(drawing.case(f"bound_{name}", bound, constants, num_warps))
+                cases.append(drawing.case(f"bound_{name}", bound, constants, vocabulary))
     return cases

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 BLOCK_ROWS = 128
-# A stage holds so many bytes of every row and query.
+# A stage holds so many bytes of every row and query; where 16 divides their width, and they are read in vectors.
 STAGE_BYTES = 128
 # Arguments that are fp32 vectors, whatever rows and queries are.
 VECTORS = ("row_scales", "scales", "norms", "residual_norms", "residuals", "magnitudes", "out")
@@ -37,6 +37,7 @@ class Candidate(NamedTuple):
     queries: int
     num_warps: int
     num_stages: int
+    stage_bytes: int = STAGE_BYTES
 
     @property
     def name(self) -> str:
@@ -48,12 +49,13 @@ class Candidate(NamedTuple):
 # Of `block_bounds`, queries per program -> warps, pipeline stages: at most half of an H100's shared memory where 128
 # queries or fewer, so that one program computes while another begins. Neither 64 queries nor 128 with 8 warps: Triton
 # 3.6 spills both on sm_100, and up to 128 the products take less time than the reading anyway.
-#
-# Of a width that 16 does not divide, which no encoder known here has, loads are of one number each, and most of these
-# spill (sm_90, Triton 3.6, 2026-11-27: 80 to 2,328 bytes): as exact, but slow.
 CONFIGURATIONS = {16: (4, 4), 32: (4, 4), 128: (4, 3), 256: (8, 3)}
 # The same with two digits, whose products take twice the registers.
 DIGITS_CONFIGURATIONS = {16: (4, 4), 32: (4, 4), 64: (4, 3)}
+# Both, of a width that 16 does not divide: a number has a pointer of its own, which are so many registers that the
+# above spill, up to 6,864 bytes. As exact, and slow.
+SCALAR_CONFIGURATIONS = {16: (8, 2), 32: (8, 2)}
+_SCALAR_STAGE_BYTES = 64
 
 
 @triton.jit
@@ -154,21 +156,25 @@ def digit_base(size: int) -> int:
     return base
 
 
-def candidates(num_queries: int, digits: bool, shared_memory: int, walks: bool) -> list[Candidate]:
-    """What to try for so many queries, in so much shared memory per program; the first is what is taken untried.
+def candidates(num_queries: int, size: int, digits: bool, shared_memory: int, walks: bool) -> list[Candidate]:
+    """What to try for so many queries of D `size`, in so much shared memory per program; the first is what is taken
+    untried.
 
     `digits`: rows and queries are 8-bit codes. `walks`: descriptors can be had, for these rows on this device."""
     from searchr1_kernels._topk_walk_triton import DIGITS_WALKS, WALKS
 
-    table = DIGITS_CONFIGURATIONS if digits else CONFIGURATIONS
+    table, stage_bytes = DIGITS_CONFIGURATIONS if digits else CONFIGURATIONS, STAGE_BYTES
+    if size % 16:
+        table, stage_bytes = SCALAR_CONFIGURATIONS, _SCALAR_STAGE_BYTES
     tile = _tile(num_queries, table)
     num_warps, num_stages = table[tile]
-    fitting = shared_memory // ((BLOCK_ROWS + tile * (1 + digits)) * STAGE_BYTES)
-    found = [Candidate(0, BLOCK_ROWS, tile, num_warps, max(1, min(num_stages, fitting)))]
+    fitting = shared_memory // ((BLOCK_ROWS + tile * (1 + digits)) * stage_bytes)
+    found = [Candidate(0, BLOCK_ROWS, tile, num_warps, max(1, min(num_stages, fitting)), stage_bytes)]
     if walks:
         ways = DIGITS_WALKS if digits else WALKS
         tile = _tile(num_queries, ways)
-        found += [Candidate(programs, rows, tile, *rest) for programs, rows, *rest in ways[tile]]
+        walking = [Candidate(programs, rows, tile, *rest) for programs, rows, *rest in ways[tile]]
+        found = [*walking, *found] if size % 16 else [*found, *walking]
     return found
 
 
@@ -180,7 +186,7 @@ def _tile(num_queries: int, table: dict[int, Any]) -> int:
 def block_constants(way: Candidate, itemsize: int) -> dict[str, int]:
     """Meta-parameters of a kernel for rows and queries of `itemsize` bytes."""
     return {
-        "BM": way.rows, "BN": way.queries, "BK": STAGE_BYTES // itemsize,
+        "BM": way.rows, "BN": way.queries, "BK": way.stage_bytes // itemsize,
         "num_warps": way.num_warps, "num_stages": way.num_stages,
     }  # fmt: skip
 
@@ -191,19 +197,21 @@ def compile_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int,
     cases = [_case("fp16", "fp16", tile) for tile in CONFIGURATIONS]
     cases += [_case("i8", "i8", tile) for tile in DIGITS_CONFIGURATIONS]
     cases += [_case(element, element, 256) for element in ("bf16", "fp32")]
-    return [*cases, _case("i8", "fp16", 256), _case("fp16", "fp16", 256, even=False)]
+    cases += [_case(*both, 32, size=100) for both in (("fp16", "fp16"), ("fp32", "fp32"), ("i8", "i8"), ("i8", "fp16"))]
+    return [*cases, _case("i8", "fp16", 256), _case("fp16", "fp16", 256, size=80)]
 
 
-def _case(rows: str, queries: str, tile: int, even: bool = True) -> tuple:
-    """One of `compile_cases`: element types of rows and queries, queries per program."""
+def _case(rows: str, queries: str, tile: int, size: int = 256) -> tuple:
+    """One of `compile_cases`: element types of rows and queries, queries per program, components."""
     itemsize = {"fp32": 4, "fp16": 2, "bf16": 2, "i8": 1}[queries]
-    (way, *_) = candidates(tile, queries == "i8", 1 << 20, walks=False)
+    (way, *_) = candidates(tile, size, queries == "i8", 1 << 20, walks=False)
     constants = block_constants(way, itemsize)
+    even = size % constants["BK"] == 0
     constants |= {"SCALED": rows == "i8", "EVEN": even, "BASE": 128 if queries == "i8" else 0}
     num_warps, num_stages = constants.pop("num_warps"), constants.pop("num_stages")
     signature = {"rows": f"*{rows}", "queries": f"*{queries}", **dict.fromkeys(VECTORS, "*fp32")}
-    divisible = {*signature, "size"}
+    divisible = {*signature, *(() if size % 16 else ("size",))}
     signature |= dict.fromkeys(("num_rows", "num_queries", "size", "num_blocks"), "i32")
     kind = rows if rows == queries else f"{rows}_{queries}"
-    name = f"block_bounds_{kind}_{tile}" + ("" if even else "_uneven")
+    name = f"block_bounds_{kind}_{tile}" + ("_scalar" if size % 16 else "" if even else "_uneven")
     return name, block_bounds, signature, constants, num_warps, num_stages, divisible

@@ -274,7 +274,7 @@ def _candidates(device, dtype, size, digits, named, num_queries) -> list[Candida
     """For this device and kind of rows; `named`: a descriptor can name them (whole 16 bytes, numbers of 31 bits)."""
     limits = _device(device)
     walks = limits.walks and named and (digits or dtype.is_floating_point)  # and the operand is of their type
-    return candidates(num_queries, digits, limits.shared_memory, walks)
+    return candidates(num_queries, size, digits, limits.shared_memory, walks)
 
 
 class _Limits(NamedTuple):
