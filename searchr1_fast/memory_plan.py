@@ -44,6 +44,7 @@ import torch
 from searchr1_fast.activation_counts import block_kept, block_working, norm_kept
 from searchr1_fast.cache_plan import plan_cache
 from searchr1_fast.config import Config
+from searchr1_fast.head_counts import head_bytes
 from searchr1_fast.memory_advice import advice
 from searchr1_fast.models import DecoderConfig
 from searchr1_fast.models.attention_backends import repeats_key_heads
@@ -66,10 +67,6 @@ from searchr1_fast.rollout.scheduler import MAX_PREFILL_TOKENS
 
 RESERVE = 1 << 30  # CUDA context, NCCL, what the allocator cannot use: an estimate
 _FP32 = 4
-CHUNK_BYTES = 1 << 30  # searchr1_kernels: logits of a chunk and their gradient, on CUDA
-KEPT_BYTES = 5 << 27  # likewise, where a product of its own keeps 16 bits a logit
-ROUNDED_SUMS = 8  # up to so many chunks, the weight's gradient is summed in the compute type
-TILE_ROWS = 128  # a chunk is a multiple of so many rows
 ATTENTION_PLACES, ATTENTION_TOKENS = 512, 1024  # searchr1_kernels: places of a part, lone tokens at a time, on CUDA
 # What the arithmetic may be off by where `auto` keeps the cache. To be wrong ends a run; recording again costs seconds.
 KEEPING_SHARE = 0.1
@@ -377,43 +374,6 @@ def _update(config: Config, decoder: DecoderConfig, num_ranks: int, batch: Batch
     else:
         yield Row("a block's backward pass", in_block, "update", f"{batch.num_rows} rows x {working / 1e3:.1f} kB")
         yield Row("head's gradient", head_gradient, "update", config.model.dtype)
-
-
-def head_bytes(decoder: DecoderConfig, size: int, num_scored: int, is_learned: bool = True) -> list[tuple[str, int]]:
-    """`linear_policy_loss` on CUDA at its peak: both gradients of the head (of one that is frozen, the hidden states'
-    alone), and a chunk of logits with its gradient; or if that is more, the weight's gradient of fp32 once more, in the
-    compute type."""
-    weight = decoder.vocab_size * decoder.hidden_size if is_learned else 0
-    row = decoder.vocab_size * (_FP32 + (size if size != _FP32 else 0))
-    rows, chunks = _head_chunks(num_scored, CHUNK_BYTES // row)
-    ways = [(rows * row, chunks, 0)]
-    if size != _FP32:  # which way a GPU takes, its architecture says
-        rows, chunks = _kept_chunks(num_scored, decoder.vocab_size * size)
-        product = _FP32 * rows * decoder.hidden_size  # a chunk's gradient of hidden states, before it is scaled
-        ways.append((rows * decoder.vocab_size * size, chunks, product))
-    peaks = []
-    for logits, chunks, product in ways:
-        rounded = size if chunks <= ROUNDED_SUMS else _FP32
-        peaks.append((max(logits, size * weight) if rounded > size else logits, rounded * weight, product))
-    logits, gradient, product = max(peaks, key=sum)
-    return [
-        ("logits of a chunk", logits),
-        ("weight's gradient", gradient),
-        ("hidden states and gradient", 2 * num_scored * decoder.hidden_size * size + product),
-    ]
-
-
-def _kept_chunks(num_scored: int, row: int) -> tuple[int, int]:
-    """As `_head_chunks`, where a row's probabilities are so many bytes: of too many chunks, half as many."""
-    rows, chunks = _head_chunks(num_scored, KEPT_BYTES // row)
-    return (rows, chunks) if chunks <= ROUNDED_SUMS else _head_chunks(num_scored, 2 * KEPT_BYTES // row)
-
-
-def _head_chunks(num_scored: int, most: int) -> tuple[int, int]:
-    """-> rows of a chunk where about `most` fit, and the number of chunks."""
-    longest = -(-num_scored // max(1, -(-num_scored // max(256, most))))
-    rows = longest + -longest % TILE_ROWS
-    return rows, -(-num_scored // max(1, rows))
 
 
 def memory_size(text: str) -> int:

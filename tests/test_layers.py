@@ -31,7 +31,7 @@ LAYERS = (
     },
     {
         *("train", "run", "memory_plan", "memory_advice", "cache_plan", "parameter_counts", "dry_run", "evaluate"),
-        *("environment", "pretraining", "examination", "activation_counts", "agreement", "step_metrics"),
+        *("environment", "pretraining", "examination", "activation_counts", "head_counts", "agreement", "step_metrics"),
         *("cli", "eval", "ask", "serve", "report", "index", "prepare_data", "replay"),  # commands, as are the next
         *("pretrain_base", "__main__", "world.__main__"),
         *("console", "curves", "metrics", "errors"),  # what a person sees

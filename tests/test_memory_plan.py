@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-from searchr1_fast import memory_plan
+from searchr1_fast import head_counts, memory_plan
 from searchr1_fast import policy as policy_module
 from searchr1_fast.checkpoint_writer import CheckpointWriter
 from searchr1_fast.config import load_config
@@ -165,8 +165,8 @@ def test_an_adapter_s_numbers_by_hand():
     all_learned = rows_of(plan_training(load_config("configs/search_r1_7b_grpo.yaml"), published_config("qwen2.5-7b")))
     thin = 28 * 4596 * 2 * 64 * 7
     assert rows["activations"] == all_learned["activations"] + thin
-    head = dict(memory_plan.head_bytes(published_config("qwen2.5-7b"), 2, 4096, is_learned=False))
-    learned = dict(memory_plan.head_bytes(published_config("qwen2.5-7b"), 2, 4096))
+    head = dict(head_counts.head_bytes(published_config("qwen2.5-7b"), 2, 4096, is_learned=False))
+    learned = dict(head_counts.head_bytes(published_config("qwen2.5-7b"), 2, 4096))
     assert head["weight's gradient"] == 0 and learned["weight's gradient"] > 0
     assert sum(head.values()) == sum(learned.values()) - 2 * 152_064 * 3584
 
