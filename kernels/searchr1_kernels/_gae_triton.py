@@ -36,6 +36,9 @@ TILE = 512
 NUM_WARPS = 4
 # Tokens per sequence from which on every tile gets a program: a program would scan 16 tiles or more in a row.
 _LONG = 16 * TILE
+# Maps that `apply_carries` loads together. Past a sequence's own it reads others, or memory behind the last, and uses
+# none of them: with a mask, or where a rest was loaded one by one, every load would wait for the one before.
+_AHEAD = tl.constexpr(8)
 # Whether to remember compiled kernels by the types of their arguments.
 LAUNCH_DIRECTLY = True
 _kernels: dict[tuple, Any] = {}
@@ -54,12 +57,17 @@ def _compose(a1, b1, a2, b2):
 def _place(cu_seqlens, num_sequences, search_steps, B: tl.constexpr):
     """-> first token, end and number c of this program's tile; the tile is empty where end - c * B <= first token."""
     tile = tl.program_id(0)
-    low, high = 0, num_sequences
-    for _ in range(search_steps):  # the last sequence whose tiles begin here or before
-        middle = (low + high) // 2
-        before = (tl.load(cu_seqlens + middle) // B).to(tl.int32) + middle <= tile
-        low = tl.where(before, middle, low)
-        high = tl.where(before, high, middle)
+    # The last sequence whose tiles begin here or before: one of `span` from `low` on. So many places are looked at
+    # together that one load, or two, take the place of one for every bit of their number.
+    low, span = 0, num_sequences
+    for _ in range(search_steps):
+        step = tl.cdiv(span, B)
+        place = tl.arange(0, B) * step
+        inside = (place < span) & (low + place < num_sequences)
+        offset = tl.load(cu_seqlens + low + place, mask=inside, other=0)
+        before = inside & ((offset // B).to(tl.int32) + low + place <= tile)
+        low += (tl.sum(before.to(tl.int32), 0) - 1) * step
+        span = step
     begin = tl.load(cu_seqlens + low).to(tl.int64)
     end = tl.load(cu_seqlens + low + 1).to(tl.int64)
     return begin, end, tile - (begin // B).to(tl.int32) - low
@@ -173,7 +181,7 @@ def scan_sequences(
 @triton.jit(do_not_specialize=["num_tokens", "num_sequences", "search_steps"], **_ANY)
 def scan_tiles(
     rewards, values, mask, cu_seqlens, outputs,
-    maps,  # [2, T] fp64: slopes, shifts
+    maps,  # [2 * T + _AHEAD] fp64: slopes, shifts, room
     num_tokens, gamma, gamma_rest, decay, decay_rest, num_sequences, search_steps,
     B: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -204,8 +212,13 @@ def apply_carries(
         maps += tl.program_id(0) - number
         reward, value, kept = _load(rewards, values, mask, begin, last, end, B, MASKED)  # arrives during the loop
         carry = tl.full((), 0.0, tl.float64)
-        for done in tl.range(0, number, loop_unroll_factor=8):  # loads that do not wait for each other
-            carry = tl.load(maps + tl.num_programs(0) + done) + tl.load(maps + done) * carry
+        for first in range(0, number, _AHEAD):
+            slopes, shifts = (), ()
+            for done in tl.static_range(_AHEAD):
+                slopes += (tl.load(maps + first + done),)
+                shifts += (tl.load(maps + tl.num_programs(0) + first + done),)
+            for done in tl.static_range(_AHEAD):
+                carry = tl.where(first + done < number, shifts[done] + slopes[done] * carry, carry)
         a, b = _scan(
             reward, value, kept, begin, last, end, gamma, gamma_rest, decay, decay_rest, B, MASKED
         )  # fmt: skip
@@ -228,10 +241,18 @@ def scan(rewards, values, cu_seqlens, gamma, decay, mask, outputs) -> None:
         _launch(scan_sequences, num_sequences, types, tensors, numbers)
         return
     num_tiles = num_tokens // TILE + num_sequences
-    tensors = (*tensors, torch.empty(2, num_tiles, dtype=torch.float64, device=rewards.device))
-    numbers = (*numbers, num_sequences, num_sequences.bit_length())
+    tensors = (*tensors, torch.empty(2 * num_tiles + _AHEAD.value, dtype=torch.float64, device=rewards.device))
+    numbers = (*numbers, num_sequences, _search_steps(num_sequences))
     _launch(scan_tiles, num_tiles, types, tensors, numbers)
     _launch(apply_carries, num_tiles, types, tensors, numbers)
+
+
+def _search_steps(num_sequences: int) -> int:
+    """In how many steps `_place` finds one of them."""
+    steps = 0
+    while num_sequences > 1:
+        num_sequences, steps = -(-num_sequences // TILE), steps + 1
+    return steps
 
 
 def _launch(kernel: Any, programs: int, types: tuple, tensors: tuple, numbers: tuple) -> None:

@@ -45,7 +45,7 @@ def scan(rewards, values, cu_seqlens, mask, gamma=0.97, lam=0.9):
 
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(
-    lengths=st.lists(st.sampled_from([0, 1, 2, 15, 16, 17, 40, 150]), max_size=6),
+    lengths=st.lists(st.sampled_from([0, 1, 2, 15, 16, 17, 40, 150, 300]), max_size=6),
     gamma=st.sampled_from([0.0, 0.9, 1.0]),
     lam=st.sampled_from([0.0, 0.95, 1.0]),
     policy_share=st.sampled_from([None, 0.0, 0.1, 0.5, 1.0]),
@@ -82,6 +82,19 @@ def test_programs_per_sequence_and_per_tile_agree_to_the_bit(monkeypatch, policy
     assert torch.equal(*outputs)
 
 
+@pytest.mark.parametrize("num_sequences", [15, 16, 17, 255, 256, 257, 300])
+def test_a_tile_finds_its_sequence_among_many(monkeypatch, num_sequences):
+    """In as many steps as their number has digits to a base of the tile's length."""
+    monkeypatch.setattr(_gae_triton, "_LONG", 0)
+    lengths = [
+        (0, 3, 1, 40, 0, 17, 16)[i % 7] if i % 5 == 0 or num_sequences < 20 else i % 2 for i in range(num_sequences)
+    ]
+    rewards, values, cu_seqlens, mask = problem(lengths, 0.7)
+    wanted = reference.gae(rewards, values, cu_seqlens, gamma=0.97, lam=0.9, mask=mask)
+    for have, want in zip(scan(rewards, values, cu_seqlens, mask), wanted, strict=True):
+        torch.testing.assert_close(have, want, rtol=1e-11, atol=1e-11)
+
+
 class Compiled:
     """In place of a compiled kernel: runs the interpreter on the numbers that lie where the pointers say."""
 
@@ -99,7 +112,8 @@ class Compiled:
         pointers, numbers = arguments[: len(self.types)], arguments[len(self.types) :]
         assert len(arguments) + 2 == len(self.kernel.arg_names)
         num_tokens, num_sequences = numbers[0], programs if len(numbers) == 5 else numbers[5]
-        lengths = [num_tokens, num_tokens, num_tokens, num_sequences + 1, num_tokens, programs]
+        room = 2 * programs + _gae_triton._AHEAD.value
+        lengths = [num_tokens, num_tokens, num_tokens, num_sequences + 1, num_tokens, room]
         tensors = []
         for pointer, (dtype, dimensions), length in zip(pointers, self.types, lengths, strict=False):
             size = dimensions * length  # [2, N] of two dimensions
