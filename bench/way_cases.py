@@ -34,7 +34,7 @@ def switched(run: Callable[[], Any], *switches: Switch) -> Callable[[], Any]:
 
 def head_ways_case(hidden, weight, targets, rows, bare: Callable[[], None], shape: dict[str, Any]) -> Case:
     """`linear_policy_loss` and both gradients: hidden [N,H], weight [V,H], targets [N], rows [n] that count."""
-    from searchr1_kernels import _linear_chunks, _linear_gradient_triton, _scaling
+    from searchr1_kernels import _linear_chunks, _linear_gradient_triton, _linear_sums, _scaling
 
     objective, zeros = PolicyLoss(kind="reinforce"), torch.zeros(len(rows), device=hidden.device)
 
@@ -48,7 +48,7 @@ def head_ways_case(hidden, weight, targets, rows, bare: Callable[[], None], shap
     normalized: Switch = (_linear_gradient_triton, "SCALE_ROWS", False)
     library: Switch = (_linear_chunks, "OWN_PRODUCTS", False)
     longer: Switch = (_linear_chunks, "_KEPT_BYTES", 2 * _linear_chunks._KEPT_BYTES)
-    summed: Switch = (_linear_chunks, "_ROUNDED_SUMS", 1)  # and so twice as long too, where they are more than one
+    summed: Switch = (_linear_sums, "ROUNDED_SUMS", 1)  # and so twice as long too, where they are more than one
     ways = {
         OURS: (),
         "gradients copied by the backward pass": (copied,),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from searchr1_kernels import _linear_chunks
+from searchr1_kernels import _linear_chunks, _linear_sums
 
 from searchr1_fast import head_counts
 from searchr1_fast.models.published import published_config
@@ -14,7 +14,7 @@ def test_the_head_s_chunks_are_the_kernel_s():
     assert _linear_chunks._CHUNK_BYTES["cuda"] == head_counts.CHUNK_BYTES
     assert _linear_chunks._KEPT_BYTES == head_counts.KEPT_BYTES
     assert head_counts.TILE_ROWS == _linear_chunks._TILE_ROWS
-    assert head_counts.ROUNDED_SUMS == _linear_chunks._ROUNDED_SUMS
+    assert head_counts.ROUNDED_SUMS == _linear_sums.ROUNDED_SUMS
     head = dict(head_counts.head_bytes(published_config("qwen2.5-3b"), 2, 4096))
     row = 151_936 * 6  # logits in fp32, their gradient in bf16: 1177 rows are a GiB, 4096 rows four chunks of 1024
     assert head == {

@@ -23,19 +23,17 @@ from typing import Any
 
 import torch
 
+from searchr1_kernels import _linear_sums as sums
 from searchr1_kernels._installed import has_triton
-from searchr1_kernels._scaling import scale_rows
+from searchr1_kernels._linear_sums import Gradients, compute_dtype, multiply, operand
 
 # Bytes of one chunk's logits and their gradient. CPU: small enough for the cache. CUDA: large enough for the matrix
 # products, but at most a quarter of the free memory.
 _CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 1 << 30}
 # Bytes of a chunk of `KeptRows`, which has 2 a logit: 2,048 rows of a vocabulary of 151,936 at a time for 16,384, whose
 # gradient, of 2,048 columns, is 128 tiles of 128 by 256: one for nearly every multiprocessor of an H200. Twice as many
-# where it would be more than `_ROUNDED_SUMS` chunks, here from 17,664 rows on.
+# where it would be more than `_linear_sums.ROUNDED_SUMS` chunks, here from 17,664 rows on.
 _KEPT_BYTES = 5 << 27
-# Up to so many chunks, here 35,000 rows, the weight's gradient is summed in the type it will have, and rounded as
-# often; of more in fp32, which takes twice the memory.
-_ROUNDED_SUMS = 8
 # Whether matrix products of our own, with the passes over logits inside, may take the place of a library's.
 OWN_PRODUCTS = True
 # Below this many rows the weight and its gradient would be re-read too often to be worth a smaller workspace.
@@ -261,111 +259,6 @@ def live_rows(slope: torch.Tensor, entropy_slope: torch.Tensor | None, share: fl
     return None if int(live.sum()) >= share * live.numel() else live.nonzero().squeeze(1)
 
 
-class Gradients:
-    """The sums that the two matrix products of every chunk add to: grad_hidden [N,D], in fp32 where hidden is fp16,
-    whose range ends at 6e-8; grad_weight [V,D], of the type `weight_gradient_dtype` says, and of more than
-    `_ROUNDED_SUMS` chunks summed in fp32 (fp64 for fp64)."""
-
-    def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, want_hidden: bool, want_weight: bool) -> None:
-        self.operand = operand(weight)
-        self._hidden = hidden.new_zeros(hidden.shape, dtype=gradient_dtype(hidden)) if want_hidden else None
-        self._num_rows, self._shape, self._want_weight = hidden.shape[0], weight.shape, want_weight
-        self._weight_dtype, self._compute = weight_gradient_dtype(weight), compute_dtype(hidden)
-        self._weight: torch.Tensor | None = None
-
-    def add(
-        self, gradient: torch.Tensor, scales: torch.Tensor | None, rows: torch.Tensor, where: slice | torch.Tensor
-    ) -> None:  # fmt: skip
-        """gradient [C,V], its rows times scales [C] or None, of the logits of rows [C,D], as `operand` gives them,
-        which are those `where` in N."""
-        if self._hidden is not None:
-            self._add_hidden(gradient, scales, where)
-        if self._want_weight:
-            if scales is not None:
-                unscaled, rows = rows, torch.empty_like(rows, memory_format=torch.contiguous_format)
-                scale_rows(unscaled, scales, out=rows)
-            self._add_weight(gradient, rows)
-
-    def _add_hidden(self, gradient, scales, where) -> None:
-        if scales is not None:  # of an fp32 product, so that it is rounded once
-            part = self._hidden.new_empty(len(gradient), self._shape[1], dtype=self._compute)
-            multiply(gradient, self.operand, out=part)
-            scale_rows(part, scales, out=self._hidden[where])
-        elif isinstance(where, slice):
-            multiply(gradient, self.operand, out=self._hidden[where])
-        else:
-            part = self._hidden.new_empty(len(gradient), self._shape[1])
-            multiply(gradient, self.operand, out=part)
-            self._hidden[where] = part
-
-    def _add_weight(self, gradient, rows) -> None:
-        if self._weight is not None:
-            multiply_add(gradient.t(), rows, out=self._weight)
-        else:
-            # The sum with a chunk is made in fp32 by its product, and rounded. The square of that error is as large as
-            # the rows' share that is in it, so n chunks are off by the root of (n + 1) / 2 times as much as one, 8 by
-            # 2.1. Plain torch is off by its logits in bf16 and their gradient too: simulated (16,384 rows, V 1,500,
-            # D 64), 8 chunks are off by 0.14 times as much where logits are spread by 10, 0.6 by 4, 1.9 by 1, and 2.0
-            # where all are nearly 0 and all rows pull the same way.
-            dtype = self._weight_dtype if _ROUNDED_SUMS * len(rows) >= self._num_rows else self._compute
-            self._weight = rows.new_empty(self._shape, dtype=dtype)
-            multiply(gradient.t(), rows, out=self._weight)
-
-    def results(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """grad_hidden, grad_weight; None where not wanted."""
-        if not self._want_weight:
-            return self._hidden, None
-        if self._weight is None:
-            return self._hidden, self.operand.new_zeros(self._shape, dtype=self._weight_dtype)
-        return self._hidden, self._weight.to(self._weight_dtype)
-
-
-def multiply(left: torch.Tensor, right: torch.Tensor, *, out: torch.Tensor, scale: float = 1.0) -> None:
-    """out = scale * left @ right, summed in at least fp32 and rounded at most once. Products into a given tensor are
-    left alone by autocast, which would round the operands of all others."""
-    if left.dtype == out.dtype:
-        torch.addmm(out, left, right, beta=0, alpha=scale, out=out)  # beta 0: `out` is not read
-    elif out.dtype == torch.float32:
-        torch.mm(left, right, out_dtype=out.dtype, out=out)
-        if scale != 1.0:
-            out.mul_(scale)
-    else:
-        out.copy_(torch.mm(left, right, out=left.new_empty(out.shape)).mul_(scale))
-
-
-def multiply_add(left: torch.Tensor, right: torch.Tensor, *, out: torch.Tensor) -> None:
-    """out += left @ right."""
-    if left.dtype == out.dtype:
-        out.addmm_(left, right)
-    else:
-        torch.addmm(out, left, right, out_dtype=out.dtype, out=out)
-
-
-def compute_dtype(tensor: torch.Tensor) -> torch.dtype:
-    """Of everything but the operands of matrix products."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
-def gradient_dtype(hidden: torch.Tensor) -> torch.dtype:
-    """Of `Gradients`' grad_hidden."""
-    return torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
-
-
-def weight_gradient_dtype(weight: torch.Tensor) -> torch.dtype:
-    """Of `Gradients`' grad_weight."""
-    if weight.device.type == "cuda" and weight.dtype == torch.bfloat16:
-        return weight.dtype
-    return compute_dtype(weight)
-
-
-def operand(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor as the matrix products take it: bf16 stays so on CUDA, which multiplies it with fp32 results. A CPU
-    would round the logits to bf16, and fp16 cannot hold gradients divided by a large number of tokens."""
-    if tensor.device.type == "cuda" and tensor.dtype == torch.bfloat16:
-        return tensor
-    return tensor.to(compute_dtype(tensor))
-
-
 def chunk_ranges(
     hidden: torch.Tensor, weight: torch.Tensor, *, for_gradient: bool, kept: bool = False
 ) -> list[slice]:  # fmt: skip
@@ -374,7 +267,7 @@ def chunk_ranges(
         for most in (_KEPT_BYTES, 2 * _KEPT_BYTES):
             fitting = memory_budget(hidden.device, most) // (weight.shape[0] * weight.dtype.itemsize)
             chunks = ranges(hidden.shape[0], whole_tiles(chunk_size(hidden.shape[0], max(_MIN_CHUNK_ROWS, fitting))))
-            if len(chunks) <= _ROUNDED_SUMS:
+            if len(chunks) <= sums.ROUNDED_SUMS:
                 break
         return chunks
     compute = compute_dtype(hidden)

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from searchr1_kernels._linear_chunks import compute_dtype, multiply
+from searchr1_kernels._linear_sums import compute_dtype, multiply
 
 # Columns that a program holds at a time, and its warps: 40 to 120 registers, no spill (Triton 3.6 and 3.9, 2026-11-24).
 _BLOCK = 8192

@@ -26,19 +26,9 @@ from collections.abc import Callable
 
 import torch
 
-from searchr1_kernels._linear_chunks import (
-    chunk_size,
-    compute_dtype,
-    longest,
-    memory_budget,
-    multiply,
-    multiply_add,
-    operand,
-    ranges,
-    runs_products,
-    whole_tiles,
-)
+from searchr1_kernels._linear_chunks import chunk_size, longest, memory_budget, ranges, runs_products, whole_tiles
 from searchr1_kernels._linear_rows_triton import differentiate, launch_options
+from searchr1_kernels._linear_sums import compute_dtype, multiply, multiply_add, operand
 
 # Workspace at the most; on a GPU also a quarter of the free memory.
 _SLAB_BYTES = 512 << 20

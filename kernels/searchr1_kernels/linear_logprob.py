@@ -41,7 +41,8 @@ from torch.autograd.function import once_differentiable
 
 from searchr1_kernels import checks
 from searchr1_kernels._installed import has_triton
-from searchr1_kernels._linear_chunks import compute_dtype, head_gradients, rows_class, runs_products, score_chunks
+from searchr1_kernels._linear_chunks import head_gradients, rows_class, runs_products, score_chunks
+from searchr1_kernels._linear_sums import compute_dtype
 from searchr1_kernels.registration import register
 
 

@@ -30,18 +30,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from searchr1_kernels import checks
-from searchr1_kernels._linear_chunks import (
-    Gradients,
-    chunk_ranges,
-    compute_dtype,
-    gradient_dtype,
-    live_rows,
-    longest,
-    operand,
-    rows_class,
-    runs_products,
-    weight_gradient_dtype,
-)
+from searchr1_kernels._linear_chunks import chunk_ranges, live_rows, longest, rows_class, runs_products
+from searchr1_kernels._linear_sums import Gradients, compute_dtype, gradient_dtype, operand, weight_gradient_dtype
 from searchr1_kernels._objective_operator import NUM_METRICS, OBJECTIVE, SCHEMA, Objective, arguments
 from searchr1_kernels._scaling import scaled
 from searchr1_kernels.linear_logprob import check_head, score_all

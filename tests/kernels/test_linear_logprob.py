@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from searchr1_kernels import _installed, _linear_chunks, linear_logprob, reference
+from searchr1_kernels import _installed, _linear_chunks, _linear_sums, linear_logprob, reference
 
 
 @pytest.fixture(autouse=True)
@@ -138,7 +138,7 @@ def test_what_masked_rows_hold_does_not_matter():
 
 def heights_agree(hidden, weight):
     """Whether the library gives rows the same bits in products of 16 and of more rows: what the promise is built on."""
-    hidden, weight = (tensor.to(_linear_chunks.compute_dtype(tensor)) for tensor in (hidden, weight))
+    hidden, weight = (tensor.to(_linear_sums.compute_dtype(tensor)) for tensor in (hidden, weight))
     together = hidden @ weight.T
     return all(torch.equal(hidden[i : i + 16] @ weight.T, together[i : i + 16]) for i in range(0, len(hidden), 16))
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.utils.checkpoint
 from policy_loss_problems import KINDS, assert_close, problem, run
-from searchr1_kernels import PolicyLoss, _linear_chunks, linear_policy_loss, reference
+from searchr1_kernels import PolicyLoss, _linear_chunks, _linear_sums, linear_policy_loss, reference
 
 pytestmark = pytest.mark.usefixtures("small_chunks")
 
@@ -29,13 +29,13 @@ def test_fp16_gradients_below_its_range_survive_until_they_are_scaled():
 def test_rows_without_gradient_are_not_multiplied(monkeypatch, kind, recompute):
     """Zero advantages and no KL: their rows take no part in the products of the backward pass."""
     multiplied = []
-    add = _linear_chunks.Gradients.add
+    add = _linear_sums.Gradients.add
 
     def record(self, gradient, *rest):
         multiplied.append(len(gradient))
         add(self, gradient, *rest)
 
-    monkeypatch.setattr(_linear_chunks.Gradients, "add", record)
+    monkeypatch.setattr(_linear_sums.Gradients, "add", record)
     inputs, _ = problem(40, spread=0.0)
     inputs[4][::2] = 0.0
     inputs[4][20:] = 0.0
@@ -57,15 +57,15 @@ def test_the_weight_s_gradient_is_rounded_with_each_of_eight_chunks_and_of_more_
         out.copy_(out.float() + left.float() @ right.float())
 
     for name, value in (("multiply", multiply), ("multiply_add", multiply_add), ("operand", lambda tensor: tensor)):
-        monkeypatch.setattr(_linear_chunks, name, value)
-    monkeypatch.setattr(_linear_chunks, "weight_gradient_dtype", lambda weight: weight.dtype)
+        monkeypatch.setattr(_linear_sums, name, value)
+    monkeypatch.setattr(_linear_sums, "weight_gradient_dtype", lambda weight: weight.dtype)
     generator = torch.Generator().manual_seed(0)
     gradient, rows, weight = (
         torch.randn(*shape, generator=generator).bfloat16() for shape in ((768, 200), (768, 64), (200, 64))
     )
     exact, errors = gradient.double().T @ rows.double(), {}
     for size, dtype in ((768, torch.bfloat16), (500, torch.bfloat16), (96, torch.bfloat16), (90, torch.float32)):
-        sums = _linear_chunks.Gradients(rows, weight, False, True)
+        sums = _linear_sums.Gradients(rows, weight, False, True)
         for where in _linear_chunks.ranges(768, size):
             sums.add(gradient[where], None, rows[where], where)
         assert sums._weight.dtype == dtype
@@ -106,14 +106,14 @@ def test_backward_passes_of_any_factor(dtype):
 
 def test_the_backward_pass_copies_no_gradient(monkeypatch):
     """The parameter has the memory that the forward pass filled; a second micro-batch adds to it."""
-    formed, results = [], _linear_chunks.Gradients.results
+    formed, results = [], _linear_sums.Gradients.results
 
     def record(self):
         gradients = results(self)
         formed[:] = [gradient.data_ptr() for gradient in gradients]
         return gradients
 
-    monkeypatch.setattr(_linear_chunks.Gradients, "results", record)
+    monkeypatch.setattr(_linear_sums.Gradients, "results", record)
     inputs, _ = problem(20, dtype=torch.float32)
     weight = inputs[1].clone().requires_grad_()
     single = []
