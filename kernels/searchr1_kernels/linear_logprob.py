@@ -34,7 +34,7 @@ Shape legend: N rows, D hidden size, V vocabulary, K rows kept for the backward 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -43,6 +43,33 @@ from searchr1_kernels import checks
 from searchr1_kernels._installed import has_triton
 from searchr1_kernels._linear_chunks import compute_dtype, head_gradients, rows_class, runs_products, score_chunks
 from searchr1_kernels.registration import register
+
+
+# For type checkers: with `return_entropy` two tensors, else one.
+@overload
+def linear_logprob(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    temperature: float = ...,
+    softcap: float | None = ...,
+    mask: torch.Tensor | None = ...,
+    return_entropy: Literal[False] = ...,
+) -> torch.Tensor: ...
+
+
+@overload
+def linear_logprob(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    temperature: float = ...,
+    softcap: float | None = ...,
+    mask: torch.Tensor | None = ...,
+    return_entropy: Literal[True],
+) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
 def linear_logprob(
