@@ -89,7 +89,9 @@ def linear_logprob(
     waits for the GPU once, so select before the call where the selection is known to the host.
     fp64 inputs give fp64 outputs. Any strides will do.
 
-    Raises ValueError for shapes, types, devices or options that do not fit, and on a CPU for targets outside [0, V).
+    Raises ValueError for shapes, types, devices or options that do not fit, and on a CPU for targets outside [0, V). On
+    a GPU, whose values nobody reads, Triton's passes give such a row a log-probability of NaN: targets of -100, which
+    other losses ignore, want `mask=targets != -100`, or better their rows left out.
     """
     check_head(hidden, weight, targets, temperature, softcap, mask)
     if mask is None:
