@@ -111,6 +111,20 @@ def test_samplers_agree(bench, cases):
         assert other[0].shape == ours[0].shape and other[1].isfinite().all()
 
 
+def test_plots_want_matplotlib_before_anything_is_measured(bench, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(bench, "copy_rate", None)
+    assert bench.main(["kl", "--device", "cpu", "--plot"]) != 0
+    assert "--plot: matplotlib is not installed" in capsys.readouterr().err
+
+
+def test_help_says_what_each_kernel_is(bench, capsys):
+    with pytest.raises(SystemExit):
+        bench.main(["--help"])
+    told = capsys.readouterr().out.partition("kernels:")[2]
+    assert all(name in told for name in bench.KERNELS + bench.WAYS)
+
+
 def test_wrong_arguments_are_one_sentence(bench, capsys):
     for arguments, sentence in (
         (["flash"], f"'flash' is none of {', '.join(bench.KERNELS + bench.WAYS)}"),
