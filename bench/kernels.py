@@ -202,8 +202,9 @@ def measure(case: Case, clock: Clock, repetitions: int, rates: dict[str, float])
 
 def table(case: Case, row: dict[str, Any]) -> Table:
     """One case for a person."""
-    shown = Table(title=f"{case.kernel}: {case.label}", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
-    shown.add_column("")
+    shown = Table(title=f"{case.kernel}: {case.label}", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD,
+                  caption_justify="left")  # fmt: skip
+    shown.add_column("", no_wrap=True)
     for heading in ("time", "over ours", "CPU time", "over ours", "roofline", "peak memory", "difference"):
         shown.add_column(heading, justify="right", no_wrap=True)
     for name, system in row["providers"].items():
@@ -219,8 +220,8 @@ def table(case: Case, row: dict[str, Any]) -> Table:
             "" if apart is None else f"{apart:.0e}",
             style="bold" if name == OURS else None,
         )
-    for name, reason in case.left_out.items():
-        shown.add_row(name, reason, style="dim")
+    if case.left_out:  # below: in a column a sentence would take the width that names need
+        shown.caption = "\n".join(f"left out: {name}: {reason}" for name, reason in case.left_out.items())
     return shown
 
 
