@@ -11,7 +11,8 @@
 # Steps have a limit each, and one that fails or takes too long stops no other. While tests run, of which none keeps
 # time, what is measured later runs once: its kernels are compiled then, and lie in Triton's cache when time counts.
 # PYTHON picks the interpreter. At the end: each step's exit status and seconds, and the tests that failed. The exit
-# status is 1 where any did, 2 where there is no GPU. It ends 20 seconds after its time at the latest.
+# status is 1 where a step failed, took too long or was left out, 2 where there is no GPU or an option is wrong. It ends
+# 20 seconds after its time at the latest.
 set -uo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -20,14 +21,22 @@ SECONDS_IN_ALL=720
 DRY=
 RESUME=
 ARCHIVE=
+refuse() { echo "gpu_session.sh: $1" >&2; exit 2; }
 absolute() { case $1 in /*) echo "$1" ;; *) echo "$PWD/$1" ;; esac; }
 while [ $# -gt 0 ]; do
     case $1 in
         --dry-run) DRY=1 ;;
         --resume) RESUME=1 ;;
-        --seconds) SECONDS_IN_ALL=${2:?--seconds: give a number}; shift ;;
-        --archive) ARCHIVE=$(absolute "${2:?--archive: give a file}"); shift ;;
-        *) echo "gpu_session.sh: $1 is none of --dry-run, --resume, --seconds N, --archive FILE" >&2; exit 2 ;;
+        --seconds)
+            SECONDS_IN_ALL=${2:-}
+            [[ $SECONDS_IN_ALL =~ ^[1-9][0-9]*$ ]] || refuse "--seconds: give a whole number, got '$SECONDS_IN_ALL'"
+            shift ;;
+        --archive)
+            [ -n "${2:-}" ] || refuse "--archive: give a file"
+            ARCHIVE=$(absolute "$2")
+            shift ;;
+        -h | --help) sed -nE '2,/^$/{/^set /d; s/^# ?//; p}' "${BASH_SOURCE[0]}"; exit 0 ;;
+        *) refuse "$1 is none of --dry-run, --resume, --seconds N, --archive FILE, --help" ;;
     esac
     shift
 done
@@ -79,12 +88,10 @@ if [ -z "$DRY" ]; then
     if ! MACHINE=$("$PYTHON" -c "import sys, torch, triton
 torch.cuda.is_available() or sys.exit(1)
 print(torch.cuda.get_device_name(), 'Python', sys.version.split()[0], 'torch', torch.__version__, 'triton', triton.__version__)"); then
-        echo "gpu_session.sh: torch finds no CUDA device here; --dry-run lists the commands" >&2
-        exit 2
+        refuse "$PYTHON has no torch and Triton, or torch finds no CUDA device here; --dry-run lists the commands"
     fi
     if [ -n "$RESUME" ] && [ ! -f "$SUMMARY" ]; then
-        echo "gpu_session.sh: --resume goes on with $SUMMARY, which is not there" >&2
-        exit 2
+        refuse "--resume goes on with $SUMMARY, which is not there"
     fi
     mkdir -p "$LOGS"
     if [ -n "$RESUME" ]; then

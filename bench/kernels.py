@@ -29,6 +29,7 @@ Peak memory is what a call adds at its highest: the allocator's count on a GPU, 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import math
 import statistics
 import sys
@@ -49,6 +50,20 @@ from searchr1_fast.errors import entry_point
 
 KERNELS = ("head", "score", "gae", "group", "kl", "cached", "generation", "sample", "topk")
 WAYS = ("head_ways", "gae_ways")
+_EPILOG = """\
+kernels:
+  head        loss and gradients from hidden states
+  score       log-probabilities without gradients
+  gae, group  advantages
+  kl          k3 with its gradient
+  cached      attention over the KV cache
+  generation  norm, rotation and SwiGLU of a decoding step
+  sample      its next tokens
+  topk        exact search, beside faiss where it is installed
+  head_ways, gae_ways   on a GPU: ours with each of its switches turned
+
+example:
+  python bench/kernels.py gae topk --output --plot"""
 _FILL_SECONDS = 2e-3
 _FILL_CYCLES = 4_000_000  # of a GPU at 2 GHz
 _SLOW_SECONDS = 1.0  # of a call that is not repeated
@@ -187,8 +202,9 @@ def measure(case: Case, clock: Clock, repetitions: int, rates: dict[str, float])
 
 def table(case: Case, row: dict[str, Any]) -> Table:
     """One case for a person."""
-    shown = Table(title=f"{case.kernel}: {case.label}", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
-    shown.add_column("")
+    shown = Table(title=f"{case.kernel}: {case.label}", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD,
+                  caption_justify="left")  # fmt: skip
+    shown.add_column("", no_wrap=True)
     for heading in ("time", "over ours", "CPU time", "over ours", "roofline", "peak memory", "difference"):
         shown.add_column(heading, justify="right", no_wrap=True)
     for name, system in row["providers"].items():
@@ -204,8 +220,8 @@ def table(case: Case, row: dict[str, Any]) -> Table:
             "" if apart is None else f"{apart:.0e}",
             style="bold" if name == OURS else None,
         )
-    for name, reason in case.left_out.items():
-        shown.add_row(name, reason, style="dim")
+    if case.left_out:  # below: in a column a sentence would take the width that names need
+        shown.caption = "\n".join(f"left out: {name}: {reason}" for name, reason in case.left_out.items())
     return shown
 
 
@@ -214,30 +230,41 @@ def milliseconds(seconds: float) -> str:
     return f"{1e3 * seconds:,.{max(0, 2 - math.floor(math.log10(max(1e3 * seconds, 1e-6))))}f} ms"
 
 
-def plot(kernel: str, rows: Sequence[dict[str, Any]], folder: Path) -> Path:
-    """Bars of time by shape and provider, in a file of its own; CPU time where no GPU is: a clock also sees others."""
+def plot(kernel: str, rows: Sequence[dict[str, Any]], folder: Path, on_gpu: bool) -> Path:
+    """Time by shape and provider, in a file of its own; CPU time where no GPU is: a clock also sees others. Points, as
+    the axis is logarithmic: a bar would begin at no particular time, and its length say nothing."""
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     names = list(dict.fromkeys(name for row in rows for name in row["providers"]))
-    on_gpu = rows[0]["providers"][OURS]["device_seconds"] is not None
     key, label = ("seconds", "ms per call") if on_gpu else ("cpu_seconds", "ms of CPU time per call")
-    figure, axes = pyplot.subplots(figsize=(2 + 1.6 * len(rows), 4.5), layout="constrained")
-    width = 0.85 / len(names)
+    figure, axes = pyplot.subplots(figsize=(max(6.4, 2 + 1.6 * len(rows)), 4.5), layout="constrained")
     for place, name in enumerate(names):
         drawn = [(i, row["providers"][name][key]) for i, row in enumerate(rows) if name in row["providers"]]
-        where = [i + (place - len(names) / 2 + 0.5) * width for i, _ in drawn]
-        axes.bar(where, [1e3 * seconds for _, seconds in drawn], width, label=name)
+        where = [i + 0.7 * ((place + 0.5) / len(names) - 0.5) for i, _ in drawn]
+        marker, size = ("D", 9) if name == OURS else ("o", 7)
+        axes.plot(where, [1e3 * seconds for _, seconds in drawn], marker, markersize=size, label=name)
     varied = [key for key in rows[0]["shape"] if len({str(row["shape"].get(key)) for row in rows}) > 1]
     labels = ["\n".join(f"{key} {row['shape'][key]}" for key in varied) for row in rows]
     axes.set_xticks(range(len(rows)), labels, fontsize=8)
+    axes.set_xlim(-0.5, len(rows) - 0.5)
     axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.set_ylim(low / 1.5, high * 1.5)
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(ticker.NullFormatter())
+    axes.grid(axis="y", alpha=0.3)
+    for border in range(1, len(rows)):
+        axes.axvline(border - 0.5, color="0.85", linewidth=0.8)
     axes.set_ylabel(label)
     fixed = ", ".join(f"{key} {value}" for key, value in rows[0]["shape"].items() if key not in varied)
-    axes.set_title(f"{kernel} ({fixed})\n{rows[0]['device']}, {rows[0]['threads']} threads, {rows[0]['date'][:10]}")
-    axes.legend(fontsize=8)
+    threads = f"{rows[0]['threads']} thread{'s' if rows[0]['threads'] > 1 else ''}"
+    title = f"{kernel} ({fixed})" if fixed else kernel
+    axes.set_title(f"{title}\n{rows[0]['device']}, {threads}, {rows[0]['date'][:10]}", fontsize=11)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"kernels_{kernel}{'_gpu' if on_gpu else ''}.png"
     figure.savefig(path, dpi=120)
@@ -252,11 +279,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The arguments."""
     parser = argparse.ArgumentParser(
         prog="kernels.py", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Each kernel beside other ways to the same result.",
-        epilog="example:\n  python bench/kernels.py gae topk --output --plot",
+        description="Each kernel beside other ways to the same result.", epilog=_EPILOG,
     )  # fmt: skip
     known = KERNELS + WAYS
-    parser.add_argument("kernels", nargs="*", metavar="KERNEL", help=f"{', '.join(known)} (default: all)")
+    parser.add_argument("kernels", nargs="*", metavar="KERNEL", help="one of those below (default: all)")
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     parser.add_argument("--repetitions", type=int, default=5, help="of every provider (default: 5)")
     parser.add_argument(
@@ -269,6 +295,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if unknown:
         raise ValueError(f"{unknown[0]!r} is none of {', '.join(known)}")
     harness.refuse_below_one(arguments, "repetitions")
+    if arguments.plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--plot: matplotlib is not installed: pip install matplotlib")
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device not in ("cpu", "cuda"):
         raise ValueError(f"--device {device}: give cpu or cuda")
@@ -306,7 +334,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.compiler.reset()  # a new shape is compiled for itself, not for any shape
     if arguments.plot is not None:
         for kernel in dict.fromkeys(row["kernel"] for row in rows):
-            path = plot(kernel, [row for row in rows if row["kernel"] == kernel], arguments.plot)
+            found = [row for row in rows if row["kernel"] == kernel]
+            path = plot(kernel, found, arguments.plot, arguments.device.type == "cuda")
             print(path, file=sys.stderr)
     return 0
 

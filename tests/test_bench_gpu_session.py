@@ -118,3 +118,17 @@ def test_a_step_that_the_end_cuts_short_is_resumed_and_all_is_in_the_archive(tmp
 def test_arguments_that_it_does_not_know():
     done = run("--dry")
     assert done.returncode == 2 and "--dry is none of --dry-run, --resume, --seconds N" in done.stderr
+
+
+@pytest.mark.parametrize("wrong", [["--seconds"], ["--seconds", "soon"], ["--seconds", "0"], ["--archive"]])
+def test_options_without_what_they_want(wrong):
+    done = run(*wrong, "--dry-run") if len(wrong) > 1 else run("--dry-run", *wrong)
+    assert done.returncode == 2 and done.stderr.startswith(f"gpu_session.sh: {wrong[0]}: give a")
+    assert done.stderr.count("\n") == 1 and not done.stdout
+
+
+def test_help_is_its_head():
+    done = run("--help")
+    assert done.returncode == 0 and done.stdout.startswith("Every check and every row that wants a GPU")
+    assert "  bench/gpu_session.sh --seconds 540 " in done.stdout
+    assert "#" not in done.stdout and "set " not in done.stdout

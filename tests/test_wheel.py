@@ -44,7 +44,7 @@ def test_what_is_in_it(wheel):
         for path in (root / package).rglob("*.py")
     }
     assert expected <= names, sorted(expected - names)
-    assert "searchr1_fast/py.typed" in names
+    assert {"searchr1_fast/py.typed", "searchr1_kernels/py.typed"} <= names
     sources = {path.name for path in (ROOT / "csrc").glob("*.cu")}
     assert sources and {f"searchr1_fast/csrc/{name}" for name in sources} <= names
     for variant in ("base", "instruct"):

@@ -9,7 +9,32 @@ from __future__ import annotations
 import importlib
 import sys
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:  # the names below for editors and type checkers, which run nothing; `as` says that they are given on
+    from searchr1_kernels import reference as reference
+    from searchr1_kernels.cached_attention import attention_tiles as attention_tiles
+    from searchr1_kernels.cached_attention import cached_attention as cached_attention
+    from searchr1_kernels.gae import gae as gae
+    from searchr1_kernels.generation import rms_norm as rms_norm
+    from searchr1_kernels.generation import rotary_write as rotary_write
+    from searchr1_kernels.generation import silu_mul as silu_mul
+    from searchr1_kernels.group import group_advantages as group_advantages
+    from searchr1_kernels.group import masked_moments as masked_moments
+    from searchr1_kernels.group import masked_whiten as masked_whiten
+    from searchr1_kernels.linear_logprob import linear_logprob as linear_logprob
+    from searchr1_kernels.linear_policy_loss import linear_policy_loss as linear_policy_loss
+    from searchr1_kernels.masked_kl import masked_kl as masked_kl
+    from searchr1_kernels.policy_objective import PolicyLoss as PolicyLoss
+    from searchr1_kernels.sampling import sample_tokens as sample_tokens
+    from searchr1_kernels.topk import TopKIndex as TopKIndex
+    from searchr1_kernels.topk import topk_inner_product as topk_inner_product
+    from searchr1_kernels.topk_search import Hits as Hits
+    from searchr1_kernels.topk_search import Settled as Settled
+    from searchr1_kernels.topk_search import TopKSearch as TopKSearch
+    from searchr1_kernels.topk_search import open_search as open_search
 
 _HOME = {
     "linear_logprob": "linear_logprob",
@@ -47,18 +72,20 @@ class _Package(ModuleType):
             super().__setattr__(name, value)
 
 
-def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return importlib.import_module(f"{__name__}.{name}")
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # a checker would take it for a promise of any name
+
+    def __getattr__(name: str) -> Any:
+        if name in _MODULES:
+            return importlib.import_module(f"{__name__}.{name}")
+        if name not in _HOME:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
+        value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted({*__all__, *(name for name in globals() if name.startswith("_"))})
 
 
 sys.modules[__name__].__class__ = _Package

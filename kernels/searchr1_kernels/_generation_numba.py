@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from searchr1_kernels._numba_numbers import FAST_MATH, LOG2_E, as_array, exp2, narrow, prefetch, widen
+from searchr1_kernels._threads import numba_as_torch
 
 _LOG2_E = np.float32(LOG2_E)
 _LINE_BYTES = 64  # that a processor reads at once
@@ -43,6 +44,7 @@ def norm(
     total = output if residual is None else torch.empty_like(output)
     other = x if residual is None else residual
     rows = (*flat(x), *flat(other))
+    numba_as_torch()
     norm_loop(*rows, as_array(weight), as_array(output), as_array(total), np.float32(eps), residual is not None)
     return output, x if residual is None else total
 
@@ -51,6 +53,7 @@ def rotary_write(query, key, value, cos, sin, keys, values, blocks, places, quer
     """Shapes as `generation.rotary_write` -> [T, H, d]; `keys` and `values` [P, G, M, d] contiguous."""
     output = torch.empty(query.shape, dtype=query.dtype)
     norms = [key.new_empty(0) if weight is None else weight for weight in (query_norm, key_norm)]
+    numba_as_torch()
     rotary_write_loop(
         *flat(query), *flat(key), *flat(value), cos[:, 0].numpy(), sin[:, 0].numpy(), as_array(keys),
         as_array(values), blocks.numpy(), places.numpy(), *(as_array(weight) for weight in norms), np.float32(eps),
@@ -62,6 +65,7 @@ def rotary_write(query, key, value, cos, sin, keys, values, blocks, places, quer
 def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """[T, I] each -> [T, I]."""
     output = torch.empty(gate.shape, dtype=gate.dtype)
+    numba_as_torch()
     silu_mul_loop(*flat(gate), *flat(up), as_array(output))
     return output
 

@@ -144,7 +144,9 @@ def _attend_triton(query, keys, values, slots, positions, table, tiles, num_alon
 def _attend_numba(query, keys, values, slots, positions, table):
     """Shapes as `cached_attention`."""
     from searchr1_kernels import _cached_attention_numba
+    from searchr1_kernels._threads import numba_as_torch
 
+    numba_as_torch()
     query, keys, values, table = (x.contiguous() for x in (query, keys, values, table))
     tokens = _cached_attention_numba.order_by_blocks(table, slots, torch.arange(len(query)))
     output = torch.empty_like(query)

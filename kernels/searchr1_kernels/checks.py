@@ -10,8 +10,15 @@ from collections.abc import Sequence
 import torch
 
 
+def check_tensor(name: str, tensor: object) -> None:
+    """No list, no array, no module, no None."""
+    if not isinstance(tensor, torch.Tensor):
+        raise ValueError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+
+
 def check_shape(name: str, tensor: torch.Tensor, expected: Sequence[int | str]) -> None:
-    """`expected` holds a size, or a letter where any size will do: `("N", 128)`."""
+    """A tensor; `expected` holds a size, or a letter where any size will do: `("N", 128)`."""
+    check_tensor(name, tensor)
     shape = tensor.shape
     fits = len(shape) == len(expected)
     if fits:

@@ -52,7 +52,9 @@ def gae(
     themselves are read on the CPU only.
     """
     # One after the other the checks that follow take a fifth of a call on a GPU.
-    fits = rewards.dim() == cu_seqlens.dim() == 1 and rewards.shape == values.shape and cu_seqlens.shape[0] > 0
+    fits = isinstance(rewards, torch.Tensor) and isinstance(values, torch.Tensor)
+    fits = fits and isinstance(cu_seqlens, torch.Tensor) and (mask is None or isinstance(mask, torch.Tensor))
+    fits = fits and rewards.dim() == cu_seqlens.dim() == 1 and rewards.shape == values.shape and cu_seqlens.shape[0] > 0
     fits = fits and rewards.is_floating_point() and values.is_floating_point() and cu_seqlens.dtype in _OFFSETS
     fits = fits and rewards.device == values.device == cu_seqlens.device and 0.0 <= gamma <= 1.0 and 0.0 <= lam <= 1.0
     if fits and mask is not None:

@@ -32,6 +32,7 @@ def group_advantages(
     has one sample or many, and rounding in the mean must not become a direction. A group's outputs are the same bits
     whatever other groups there are. ValueError where a shape, type or device is not as above.
     """
+    checks.check_tensor("rewards", rewards)
     return _GROUP_ADVANTAGES(rewards.detach(), groups, normalize_std, eps)
 
 
@@ -75,6 +76,7 @@ def masked_moments(values: torch.Tensor, mask: torch.Tensor | None = None) -> to
 
     ValueError where a shape, type or device is not as above.
     """
+    checks.check_tensor("values", values)
     return _MASKED_MOMENTS(values.detach(), mask)
 
 
@@ -106,6 +108,7 @@ def masked_whiten(
     The variance is unbiased. Fewer than two values have none; they become 0. ValueError where a shape, type or device
     is not as above.
     """
+    checks.check_tensor("values", values)
     return _MASKED_WHITEN(values.detach(), mask, moments, eps)
 
 

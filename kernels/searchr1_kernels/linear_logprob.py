@@ -34,7 +34,7 @@ Shape legend: N rows, D hidden size, V vocabulary, K rows kept for the backward 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -44,6 +44,33 @@ from searchr1_kernels._installed import has_triton
 from searchr1_kernels._linear_chunks import head_gradients, rows_class, runs_products, score_chunks
 from searchr1_kernels._linear_sums import compute_dtype
 from searchr1_kernels.registration import register
+
+
+# For type checkers: with `return_entropy` two tensors, else one.
+@overload
+def linear_logprob(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    temperature: float = ...,
+    softcap: float | None = ...,
+    mask: torch.Tensor | None = ...,
+    return_entropy: Literal[False] = ...,
+) -> torch.Tensor: ...
+
+
+@overload
+def linear_logprob(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    temperature: float = ...,
+    softcap: float | None = ...,
+    mask: torch.Tensor | None = ...,
+    return_entropy: Literal[True],
+) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
 def linear_logprob(
@@ -63,7 +90,9 @@ def linear_logprob(
     waits for the GPU once, so select before the call where the selection is known to the host.
     fp64 inputs give fp64 outputs. Any strides will do.
 
-    Raises ValueError for shapes, types, devices or options that do not fit, and on a CPU for targets outside [0, V).
+    Raises ValueError for shapes, types, devices or options that do not fit, and on a CPU for targets outside [0, V). On
+    a GPU, whose values nobody reads, Triton's passes give such a row a log-probability of NaN: targets of -100, which
+    other losses ignore, want `mask=targets != -100`, or better their rows left out.
     """
     check_head(hidden, weight, targets, temperature, softcap, mask)
     if mask is None:

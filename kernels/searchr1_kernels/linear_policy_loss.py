@@ -140,8 +140,10 @@ def _check(hidden, rows: PolicyRows, loss: PolicyLoss, denominator, on_policy: b
     num_tokens = hidden.shape[0]
     if token_rows is not None:
         num_tokens = _check_token_rows(token_rows, hidden, mask)
+    if not isinstance(loss, PolicyLoss):
+        raise ValueError(f"loss: expected a PolicyLoss, got {type(loss).__name__}")
     for name, tensor in rows._asdict().items():
-        if tensor is not None:
+        if tensor is not None or name in ("rollout_logprobs", "advantages"):
             checks.check_shape(name, tensor, (num_tokens,))
             checks.check_floating(name, tensor)
             checks.check_device(name, tensor, "hidden", hidden)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import io
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from searchr1_kernels import TopKIndex
 
 BENCH = Path(__file__).parents[2] / "bench"
@@ -109,6 +111,32 @@ def test_samplers_agree(bench, cases):
         ours, plain, other = (provider.run() for provider in case.providers.values())
         assert torch.equal(ours[0], plain[0]) and bench.difference(ours[1:], plain[1:]) < 1e-5
         assert other[0].shape == ours[0].shape and other[1].isfinite().all()
+
+
+def test_names_and_what_is_left_out_can_be_read(bench, cases):
+    """On a terminal of 120 columns, as where the output is no terminal."""
+    case = cases.group_case(CPU, 64, 8)
+    case.left_out["faiss"] = "faiss is not installed: pip install --no-deps faiss-cpu"
+    row = bench.measure(case, bench.Clock(CPU), 1, {"matmul_flops": 1e9, "copy_bytes": 1e9})
+    told = io.StringIO()
+    Console(file=told, width=120).print(bench.table(case, row))
+    lines = told.getvalue().splitlines()
+    assert all(any(line.strip().startswith(f"{name}  ") for line in lines) for name in case.providers)
+    assert any("left out: faiss: faiss is not installed" in line for line in lines) and "\u2026" not in told.getvalue()
+
+
+def test_plots_want_matplotlib_before_anything_is_measured(bench, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(bench, "copy_rate", None)
+    assert bench.main(["kl", "--device", "cpu", "--plot"]) != 0
+    assert "--plot: matplotlib is not installed" in capsys.readouterr().err
+
+
+def test_help_says_what_each_kernel_is(bench, capsys):
+    with pytest.raises(SystemExit):
+        bench.main(["--help"])
+    told = capsys.readouterr().out.partition("kernels:")[2]
+    assert all(name in told for name in bench.KERNELS + bench.WAYS)
 
 
 def test_wrong_arguments_are_one_sentence(bench, capsys):

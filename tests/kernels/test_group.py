@@ -106,6 +106,8 @@ def test_too_few_values_become_zero(values):
 
 def test_wrong_arguments_are_named():
     groups = torch.zeros(3, dtype=torch.int64)
+    with pytest.raises(ValueError, match="rewards: expected a tensor, got list"):
+        group_advantages([1.0, 0.0, 1.0], groups)
     with pytest.raises(ValueError, match="groups: expected shape"):
         group_advantages(torch.zeros(2), groups)
     with pytest.raises(ValueError, match="groups: expected .*int64"):

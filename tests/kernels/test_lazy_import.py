@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -46,8 +47,21 @@ def test_star_and_dir_offer_every_name():
     run(
         "import searchr1_kernels\nfrom searchr1_kernels import *\n"
         "assert callable(gae) and callable(group_advantages) and callable(reference.gae)\n"
-        "assert set(searchr1_kernels.__all__) <= set(dir(searchr1_kernels))"
+        "offered = dir(searchr1_kernels)\n"
+        "assert sorted(searchr1_kernels.__all__) == [name for name in offered if name[0] != '_'], offered"
     )
+
+
+def test_type_checkers_see_every_name_and_no_other():
+    """They run nothing, so the names are written out for them a second time."""
+    tree = ast.parse(Path(searchr1_kernels.__file__).read_text(encoding="utf-8"))
+    (block,) = (node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    seen = {}
+    for line in block.body:
+        (alias,) = line.names
+        assert alias.asname == alias.name, f"{alias.name}: without `as` it is no name of the package to them"
+        seen[alias.name] = line.module.removeprefix("searchr1_kernels").removeprefix(".")
+    assert seen == searchr1_kernels._HOME | dict.fromkeys(searchr1_kernels._MODULES, "")
 
 
 def test_unknown_names_are_attribute_errors():

@@ -101,3 +101,9 @@ def test_grpo_advantages_are_the_groups_own(verl):
     want = torch.cat([(scores - scores.mean()) / scores.std(), torch.zeros(2)])
     torch.testing.assert_close(advantages, want[:, None] * mask, rtol=1e-4, atol=1e-5)
     assert returns is advantages
+    rewards = torch.eye(3)[:, :2] * 4  # two of one group, and one alone
+    unscaled, _ = verl.compute_grpo_outcome_advantage(rewards, torch.ones(3, 2), np.array([3, 3, 8]), 1e-6, False)
+    torch.testing.assert_close(unscaled, torch.zeros(3, 2))
+    rewards[1] = 0
+    unscaled, _ = verl.compute_grpo_outcome_advantage(rewards, torch.ones(3, 2), np.array([3, 3, 8]), 1e-6, False)
+    torch.testing.assert_close(unscaled, torch.tensor([[2.0, 2], [-2, -2], [0, 0]]))

@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import searchr1_kernels
 
 import searchr1_fast
 
@@ -53,9 +54,13 @@ def wheel(tmp_path_factory) -> Path:
 
 def test_it_holds_the_kernels_and_asks_for_little(wheel):
     files = zipfile.ZipFile(wheel)
-    modules = {name for name in files.namelist() if name.endswith(".py")}
-    assert modules == {f"searchr1_kernels/{path.name}" for path in (KERNELS / "searchr1_kernels").glob("*.py")}
+    have = {name for name in files.namelist() if ".dist-info/" not in name}
+    modules = {f"searchr1_kernels/{path.name}" for path in (KERNELS / "searchr1_kernels").glob("*.py")}
+    assert have == modules | {"searchr1_kernels/py.typed"}
+    (licence,) = (files.read(name) for name in files.namelist() if name.endswith("/LICENSE"))
+    assert licence == (KERNELS.parent / "LICENSE").read_bytes(), "kernels/LICENSE is to be a copy of LICENSE"
     (metadata,) = (files.read(name).decode() for name in files.namelist() if name.endswith(".dist-info/METADATA"))
+    assert searchr1_kernels.__version__ == searchr1_fast.__version__
     assert f"\nVersion: {searchr1_fast.__version__}\n" in metadata
     needs = re.findall(r"^Requires-Dist: ([\w-]+)((?:(?!extra ==).)*)$", metadata, re.MULTILINE)
     assert {name for name, _ in needs} == {"torch", "numpy", "numba"}

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 from searchr1_kernels import _threads
+
+ROOT = Path(_threads.__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -105,3 +109,38 @@ assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 
 def test_a_forked_child_has_helpers_of_its_own():
     subprocess.run([sys.executable, "-W", "ignore", "-c", FORK], check=True, timeout=120)
+
+
+COUNT_THREADS = """
+import numba, torch
+from searchr1_kernels import cached_attention, rms_norm, rotary_write, silu_mul
+x, cache = torch.ones(2, 8), torch.zeros(2, 1, 6, 8)
+slots, table = torch.arange(2), torch.arange(2, dtype=torch.int32)[:, None]
+heads, angles = x.view(2, 1, 8), torch.ones(2, 1, 8)
+calls = (
+    lambda: rms_norm(x, x[0], 1e-6),
+    lambda: silu_mul(x, x),
+    lambda: rotary_write(heads, heads, heads, angles, angles, cache, cache.clone(), slots, slots),
+    lambda: cached_attention(heads, cache, cache, slots, slots, table=table),
+)
+for number in (1, 2, 1):
+    torch.set_num_threads(number)
+    for call in calls:
+        numba.set_num_threads(3 - number)
+        torch.set_num_threads(number)
+        call()
+        assert (torch.get_num_threads(), numba.get_num_threads()) == (number, number)
+"""
+FIRST_CALL = """
+import torch
+from searchr1_kernels import silu_mul
+silu_mul(torch.ones(2, 8), torch.ones(2, 8))
+assert torch.get_num_threads() == 1, torch.get_num_threads()
+"""
+
+
+@pytest.mark.parametrize("code", [COUNT_THREADS, FIRST_CALL])
+def test_numba_takes_as_many_threads_as_torch_and_leaves_torchs_alone(code):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "2", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

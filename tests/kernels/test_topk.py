@@ -259,6 +259,7 @@ QUERIES, CORPUS = torch.zeros(2, 3), torch.zeros(5, 3)
         ({"corpus": torch.zeros(5, 0), "queries": torch.zeros(2, 0)}, "corpus: expected at least one component"),
         ({"corpus": torch.tensor([[0.0] * 3, [torch.nan] * 3])}, "corpus: expected finite numbers, row 1 has others"),
         ({"queries": torch.zeros(2, 3, device="meta")}, r"queries: expected the device of corpus \(cpu\), got meta"),
+        ({"queries": QUERIES.numpy()}, "queries: expected a tensor, got ndarray"),
         ({"k": 0}, "k: expected from 1 to 5, the rows of corpus, got 0"),
         ({"k": 6}, "k: expected from 1 to 5"),
         ({"scales": torch.ones(5)}, "scales: they are for an int8 corpus"),
