@@ -71,12 +71,23 @@ def gae_ways_case(inputs: tuple[torch.Tensor, ...], options: dict[str, Any], sha
     """`gae` of rewards [N], values [N], cu_seqlens [S+1]."""
     from searchr1_kernels import _gae_triton
 
+    def warps(number: int) -> Switch:
+        return _gae_triton, "NUM_WARPS", number
+
     launcher: Switch = (_gae_triton, "LAUNCH_DIRECTLY", False)
+    longer: Switch = (_gae_triton, "TILE", 1024)
+    early: Switch = (_gae_triton, "OVERLAP", True)
     ways = {
         OURS: (),
         "through Triton's launcher": (launcher,),
         "a program per tile": ((_gae_triton, "_LONG", 0),),
         "a program per sequence": ((_gae_triton, "_LONG", 1 << 40),),
+        "2 warps": (warps(2),),
+        "8 warps": (warps(8),),
+        "tiles of 1,024": (longer,),
+        "tiles of 1,024, 8 warps": (longer, warps(8)),
+        "the second launch begins early": (early,),
+        "the same, tiles of 1,024": (early, longer),
     }
     providers = {
         name: Provider(switched(lambda: gae(*inputs, **options), *switches)) for name, switches in ways.items()

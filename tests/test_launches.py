@@ -30,9 +30,10 @@ from searchr1_fast.rollout.decode_graph import _decode_step
 from searchr1_fast.rollout.sampling import SamplingParams, head_logits, sample
 
 jit = pytest.importorskip("triton.runtime.jit", reason="needs Triton")
-launch_forms = importlib.import_module("launch_forms")
+launch_forms, compile_report = (importlib.import_module(name) for name in ("launch_forms", "compile_report"))
 LiveBytes = importlib.import_module("live_bytes").LiveBytes
 _topk_passes = importlib.import_module("searchr1_kernels._topk_passes")
+_gae_triton = importlib.import_module("searchr1_kernels._gae_triton")
 
 GPU, META = torch.device("cuda", 0), torch.device("meta")
 H200 = SimpleNamespace(shared_memory_per_block_optin=232_448, multi_processor_count=132, major=9, minor=0)
@@ -102,7 +103,7 @@ def launches(monkeypatch):
         values = dict(zip(kernel.arg_names, given, strict=False)) | named
         missing = parameters.keys() - values.keys()
         assert not missing, f"{kernel.__name__} is not given {missing}"
-        unknown = values.keys() - parameters.keys() - {"num_warps", "num_stages"}
+        unknown = values.keys() - parameters.keys() - {"num_warps", "num_stages", "launch_pdl"}
         assert not unknown, f"{kernel.__name__} does not know {unknown}"
         for name, value in values.items():
             constant = isinstance(value, bool | int | float)
@@ -140,7 +141,7 @@ def launches(monkeypatch):
 
 def forget() -> None:
     """What is remembered of a device, which is not this one's."""
-    for remembered in (rope._frequencies, choose_attention, _topk_passes._device):
+    for remembered in (rope._frequencies, choose_attention, _topk_passes._device, _gae_triton._can_overlap):
         remembered.cache_clear()
 
 
@@ -342,10 +343,35 @@ def test_the_head_of_any_number_of_rows(launches, dtype, softcap, counts):
     one_set_of_kernels(launches, run, counts)
 
 
-def test_the_scan_and_what_scales_of_any_number(launches, monkeypatch):
-    scan, scaling = (importlib.import_module(f"searchr1_kernels._{name}_triton") for name in ("gae", "scaling"))
+@pytest.mark.parametrize("name", ["qwen2.5-0.5b", "qwen2.5-3b"])
+def test_steps_of_any_number_of_sequences(launches, name):
+    """As the engine sends their numbers: arrays of 8 bytes each, end to end, so that every other begins at a multiple
+    of 16. 14 heads are no whole 16 bytes of fp32."""
+    model, cache = build(name, torch.bfloat16)
+    params = SamplingParams(0.8, top_p=0.9)
+
+    def decode(rows: int) -> None:
+        *inputs, uniforms = places(5 * rows).split(rows)
+        outputs = tensor(2 * rows, dtype=torch.int32)
+        _decode_step(model, cache, places(257), [*inputs, uniforms.view(torch.float64)], outputs, params)()
+        sample(tensor(rows, 151_936), uniforms.view(torch.float64), SamplingParams())
+
+    def join(rows: int) -> None:
+        lengths = np.array([70, *[1] * rows])
+        _, slots, starts = places(2 * rows + 3).split([1, rows + 1, rows + 1])
+        model.forward_cached(places(lengths.sum()), places(rows + 2), slots, starts, cache, lengths)
+
+    one_set_of_kernels(launches, decode, (64, 2, 1))
+    one_set_of_kernels(launches, join, (64, 2, 1))
+
+
+@pytest.mark.parametrize("ways", [{}, {"OVERLAP": True}])
+def test_the_scan_and_what_scales_of_any_number(launches, monkeypatch, ways):
+    scan, scaling = _gae_triton, importlib.import_module("searchr1_kernels._scaling_triton")
     monkeypatch.setattr(scan, "driver", SimpleNamespace(active=SimpleNamespace(get_current_device=lambda: 0)))
     monkeypatch.setattr(scan, "LAUNCH_DIRECTLY", False)
+    for name, value in ways.items():
+        monkeypatch.setattr(scan, name, value)
 
     def run(tokens: int) -> None:
         for sequences in (1 + tokens // 244, 1):  # a tile each, and many
@@ -360,6 +386,19 @@ def test_the_scan_and_what_scales_of_any_number(launches, monkeypatch):
     for shape in ((151_936, 2048), (152_064, 18_000), (5,)):  # more than 31 bits count, and few
         for dtype in (torch.bfloat16, torch.float32):
             scaling.scale(tensor(*shape, dtype=dtype), tensor())
+
+
+def test_a_launch_that_begins_early_waits_for_what_it_reads():
+    """In the code of both kernels: the maps are read behind the wait, and a program without a tile waits too."""
+    for name, kernel, types, constants, *numbers, _ in _gae_triton.compile_cases()[1:]:
+        constants = constants | {"OVERLAPS": True}
+        signature = {argument: types.get(argument, "constexpr") for argument in kernel.arg_names}
+        code = compile_report.compiled(kernel, signature, constants, {}, *numbers, 90).asm["ptx"]
+        read, begins = code.find("ld.global.b64"), code.find("griddepcontrol.launch_dependents")
+        if name == "gae_scan_tiles":
+            assert 0 <= begins < code.find("ld.global") and "griddepcontrol.wait" not in code
+        else:
+            assert 0 <= code.find("griddepcontrol.wait") < read and code.count("griddepcontrol.wait") == 2 > begins
 
 
 @pytest.mark.parametrize("vocabulary", [151_936, 128_256, 50_257, 32_001, 500])
@@ -413,3 +452,16 @@ def test_a_search_of_other_rows(launches, size, dtype, coarse):
         searches.launch(queries[:count], 16, Hits.views(memory, count, 16))
         for way in _topk_passes._candidates(*searches._kind(count)):
             searches.bounds(queries[:count], way)
+
+
+def test_a_search_of_rows_anywhere_in_memory_and_of_many_queries(launches):
+    """Where rows of whole 16 numbers begin would choose the order in which exact scores are summed."""
+    memory = tensor(20_000 * 64 + 8, dtype=torch.float16)
+
+    def run(first: int) -> None:
+        rows = memory[first : first + 20_000 * 64].view(20_000, 64)
+        searches = _topk_passes.Passes(_topk_passes.Corpus(rows, None, [tensor(157)]), 70_000, 1)
+        for count in (1, 70_000):
+            searches.launch(tensor(count, 64), 1, Hits.views(tensor(1 << 21, dtype=torch.uint8), count, 1))
+
+    one_set_of_kernels(launches, run, (0, 1, 8))

@@ -34,6 +34,9 @@ _TOKENS_AT_ONCE = 1024  # lone ones: bounds the partial sums, [1024, H, P, d] fp
 # H200, 2026-11-27: 13.5 -> 12.1 us for 1 token, 25.5 -> 22.7 for 64, 69.8 -> 73.2 for 256. The same bits.
 _FEW_TOKENS, _FEW_STAGES = 64, 3
 _COMBINED = 1024  # numbers that a program of `combine` adds a part's to
+# Loaded and stored number by number: where they begin, which differs from step to step (end to end in one memory, or
+# of 14 heads), would choose between two kernels that are alike, and compile the other in the middle of a rollout.
+_ANYWHERE = ["slots", "positions", "blocks", "tiles", "peaks", "totals"]
 
 
 @triton.jit
@@ -44,7 +47,7 @@ def write_lines(target, line, values, inside, D: tl.constexpr):
     tl.store(pointers, values.to(target.dtype.element_ty), mask=inside[:, None] & (component < D)[None, :])
 
 
-@triton.jit(do_not_specialize=["first_tile", "num_parts", "num_blocks"])
+@triton.jit(do_not_specialize=["first_tile", "num_parts", "num_blocks"], do_not_specialize_on_alignment=_ANYWHERE)
 def attend(
     query,  # [T, H, d]
     keys,  # [C, G, M, d]
@@ -157,7 +160,7 @@ def read_part(sums, peaks, totals, line, inside, D: tl.constexpr, BD: tl.constex
     return tl.load(sums + line[:, None] * D + component[None, :], mask=mask, other=0.0), peak, total
 
 
-@triton.jit(do_not_specialize=["first_tile", "num_parts"])
+@triton.jit(do_not_specialize=["first_tile", "num_parts"], do_not_specialize_on_alignment=_ANYWHERE)
 def combine(
     positions,  # [T] int64
     tiles,  # [N, 2] int32, read if TABLE
@@ -202,13 +205,19 @@ def configuration(group: int, head_dim: int, itemsize: int, split: bool) -> dict
     if itemsize == 4 and not split:
         # With 8, sm_80 spills 32 bytes at a head size of 128 (Triton 3.6 and 3.9), sm_100 8 bytes at 64 (3.6).
         num_warps = 16 if head_dim > 64 else 4
+    wide = head_dim > 128 and itemsize == 4  # with a stage more, 100 to 146 KB: sm_86 and sm_89 have 99
     return {
         "BM": max(16, triton.next_power_of_2(rows)),
         "BN": 64 if head_dim <= 128 and itemsize < 4 else 32 if split or itemsize < 4 else 16,
         "BD": max(16, triton.next_power_of_2(head_dim)),
         "num_warps": num_warps,
-        "num_stages": 2,
+        "num_stages": 1 if wide and not split else 2,
     }
+
+
+def stages_for_few(head_dim: int, itemsize: int) -> int:
+    """Of `attend` for few lone tokens of a paged cache."""
+    return 2 if head_dim > 128 and itemsize == 4 else _FEW_STAGES
 
 
 def combining_configuration(num_heads: int, head_dim: int) -> dict[str, int]:
@@ -245,7 +254,7 @@ def _run_alone(query, keys, values, slots, positions, table, tiles, output, begi
     inputs = (query, keys, values, slots, positions, table, tiles, output)
     tensors, numbers, options = _arguments(*inputs, split=True)
     if table is not None and size <= _FEW_TOKENS:
-        options["num_stages"] = _FEW_STAGES
+        options["num_stages"] = stages_for_few(head_dim, query.element_size())
     partial, has_tiles = (sums, peaks, totals, begin, num_parts), tiles is not None
     attend[(size, keys.shape[1], num_parts)](*tensors, *partial, *numbers, **options, TABLE=has_tiles, SPLIT=True)
     options = combining_configuration(num_heads, head_dim)
@@ -274,9 +283,10 @@ def compile_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int,
     """What is shipped, for the compile test: name, kernel, signature, constants, warps, stages, and the arguments that
     are multiples of 16."""
     shapes = [("bf16", 8, 128), ("bf16", 7, 64), ("bf16", 2, 80), ("bf16", 4, 256), ("fp16", 8, 128), ("fp32", 2, 128)]
+    widest = ("fp32", 8, 256)
     encoders = [("fp32", 1, 64), ("fp32", 1, 32), ("bf16", 1, 64)]  # texts end to end, no table: E5 and BGE, MiniLM
-    cases = [_attend_case(*shape, split) for shape in [*shapes, *encoders] for split in (True, False)]
-    cases += [_attend_case(*shape, split, paged=True) for shape in shapes for split in (True, False)]
+    cases = [_attend_case(*shape, split) for shape in [*shapes, widest, *encoders] for split in (True, False)]
+    cases += [_attend_case(*shape, split, paged=True) for shape in [*shapes, widest] for split in (True, False)]
     cases += [_attend_case(*shape, split=True, paged=True, stages=_FEW_STAGES) for shape in shapes]
     sizes = (("bf16", 16, 128), ("bf16", 14, 64), ("bf16", 8, 80), ("fp16", 8, 256), ("fp32", 12, 64))
     sums = [*(_combine_case(*size) for size in sizes), _combine_case(*sizes[0], table=True)]
@@ -292,7 +302,7 @@ def _combine_case(element: str, num_heads: int, head_dim: int, table: bool = Fal
     pointers |= dict.fromkeys(("sums", "peaks", "totals"), "*fp32")
     signature = pointers | {"first_tile": "i32", "num_parts": "i32"}
     name = f"cached_attention_combine_{element}_{num_heads}x{head_dim}" + ("_table" if table else "")
-    return name, combine, signature, constants, num_warps, 3, set(pointers)
+    return name, combine, signature, constants, num_warps, 3, set(pointers) - {*_ANYWHERE}
 
 
 def _attend_case(
@@ -308,7 +318,7 @@ def _attend_case(
     signature |= dict.fromkeys(("sums", "peaks", "totals"), "*fp32")
     strides = [f"{name}_{axis}" for name in ("key", "value") for axis in ("slot", "head", "place")]
     strides += ["query_token", "query_head"]
-    divisible = {*signature, *strides, "block_places"}
+    divisible = {*signature, *strides, "block_places"} - {*_ANYWHERE}
     numbers = ("first_tile", "num_parts", "num_blocks", "block_places", *strides)
     signature |= dict.fromkeys(numbers, "i32") | {"scale": "fp32"}
     name = f"cached_attention_{element}_{group}x{head_dim}" + ("_paged" if paged else "") + ("_alone" if split else "")

@@ -28,6 +28,7 @@ import torch
 import triton
 import triton.language as tl
 from triton import knobs
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.runtime import driver
 
 # 4,096 sequences of 244 tokens are one tile each; by their registers 6 programs of `scan_sequences` fit on a
@@ -39,6 +40,8 @@ _LONG = 16 * TILE
 # Maps that `apply_carries` loads together. Past a sequence's own it reads others, or memory behind the last, and uses
 # none of them: with a mask, or where a rest was loaded one by one, every load would wait for the one before.
 _AHEAD = tl.constexpr(8)
+# Whether `apply_carries` begins while `scan_tiles` ends, where a GPU can (sm_90 on). Not yet measured.
+OVERLAP = False
 # Whether to remember compiled kernels by the types of their arguments.
 LAUNCH_DIRECTLY = True
 _kernels: dict[tuple, Any] = {}
@@ -183,9 +186,11 @@ def scan_tiles(
     rewards, values, mask, cu_seqlens, outputs,
     maps,  # [2 * T + _AHEAD] fp64: slopes, shifts, room
     num_tokens, gamma, gamma_rest, decay, decay_rest, num_sequences, search_steps,
-    B: tl.constexpr, MASKED: tl.constexpr,
+    B: tl.constexpr, MASKED: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Advantages and returns of every sequence's last tile, to which nothing comes in; the map of every whole tile."""
+    if OVERLAPS:
+        gdc_launch_dependents()  # when all programs have come so far
     begin, end, number = _place(cu_seqlens, num_sequences, search_steps, B)
     last = end - 1 - number.to(tl.int64) * B
     if last >= begin:
@@ -203,7 +208,7 @@ def scan_tiles(
 def apply_carries(
     rewards, values, mask, cu_seqlens, outputs, maps, num_tokens,
     gamma, gamma_rest, decay, decay_rest, num_sequences, search_steps,
-    B: tl.constexpr, MASKED: tl.constexpr,
+    B: tl.constexpr, MASKED: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Advantages and returns of all other tiles."""
     begin, end, number = _place(cu_seqlens, num_sequences, search_steps, B)
@@ -211,6 +216,8 @@ def apply_carries(
     if (last >= begin) & (number > 0):
         maps += tl.program_id(0) - number
         reward, value, kept = _load(rewards, values, mask, begin, last, end, B, MASKED)  # arrives during the loop
+        if OVERLAPS:
+            gdc_wait()  # for the maps, of which none is read before
         carry = tl.full((), 0.0, tl.float64)
         for first in range(0, number, _AHEAD):
             slopes, shifts = (), ()
@@ -223,6 +230,9 @@ def apply_carries(
             reward, value, kept, begin, last, end, gamma, gamma_rest, decay, decay_rest, B, MASKED
         )  # fmt: skip
         _write(rewards, values, mask, outputs, num_tokens, begin, last, b + a * carry, B, MASKED)
+    else:
+        if OVERLAPS:
+            gdc_wait()  # or the next launch would follow on this one, and not on the maps' too
 
 
 def scan(rewards, values, cu_seqlens, gamma, decay, mask, outputs) -> None:
@@ -238,13 +248,20 @@ def scan(rewards, values, cu_seqlens, gamma, decay, mask, outputs) -> None:
     tensors = (rewards, values, rewards if mask is None else mask, cu_seqlens, outputs)
     numbers = (num_tokens, *_split(gamma, decay))
     if num_tokens <= _LONG * num_sequences:
-        _launch(scan_sequences, num_sequences, types, tensors, numbers)
+        _launch(scan_sequences, num_sequences, types, tensors, numbers, (TILE, mask is not None))
         return
     num_tiles = num_tokens // TILE + num_sequences
     tensors = (*tensors, torch.empty(2 * num_tiles + _AHEAD.value, dtype=torch.float64, device=rewards.device))
     numbers = (*numbers, num_sequences, _search_steps(num_sequences))
-    _launch(scan_tiles, num_tiles, types, tensors, numbers)
-    _launch(apply_carries, num_tiles, types, tensors, numbers)
+    constants = (TILE, mask is not None, OVERLAP and _can_overlap(device))
+    _launch(scan_tiles, num_tiles, types, tensors, numbers, constants)
+    _launch(apply_carries, num_tiles, types, tensors, numbers, constants)
+
+
+@functools.cache
+def _can_overlap(device: int) -> bool:
+    """Not in the interpreter."""
+    return device >= 0 and torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def _search_steps(num_sequences: int) -> int:
@@ -255,23 +272,24 @@ def _search_steps(num_sequences: int) -> int:
     return steps
 
 
-def _launch(kernel: Any, programs: int, types: tuple, tensors: tuple, numbers: tuple) -> None:
+def _launch(kernel: Any, programs: int, types: tuple, tensors: tuple, numbers: tuple, constants: tuple) -> None:
     """From the second call on without what Triton does on the host: to find the kernel that fits the arguments, where
     here their types say which, and to ask CUDA for each pointer whose it is. Not where a profiler has hooks in it.
 
     With checks in one expression and nothing imported on the way that makes 11 us of Python a call of 18, Triton's C
     and CUDA not counted (one core of an Intel Xeon, 2026-11-27).
     """
-    key = (id(kernel), types, TILE, NUM_WARPS)  # a kernel hashes its source
+    key = (id(kernel), types, constants, NUM_WARPS)  # a kernel hashes its source
     compiled = _kernels.get(key)
     if compiled is None or not LAUNCH_DIRECTLY or _has_hooks():
         tensors = (tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor for tensor in tensors)
-        options = {"B": TILE, "MASKED": not types[3], "num_warps": NUM_WARPS}
-        _kernels[key] = kernel[(programs,)](*tensors, *numbers, **options)  # None in the interpreter
+        early = {"launch_pdl": True} if kernel is apply_carries and constants[2] else {}
+        # None in the interpreter.
+        _kernels[key] = kernel[(programs,)](*tensors, *numbers, *constants, num_warps=NUM_WARPS, **early)
         return
     compiled.run(
         programs, 1, 1, driver.active.get_current_stream(types[0]), compiled.function, compiled.packed_metadata,
-        None, None, None, *[tensor.data_ptr() for tensor in tensors], *numbers, TILE, not types[3],
+        None, None, None, *[tensor.data_ptr() for tensor in tensors], *numbers, *constants,
     )  # fmt: skip
 
 
@@ -295,8 +313,9 @@ def compile_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int,
     numbers = dict.fromkeys(("gamma", "gamma_rest", "decay", "decay_rest"), "fp32") | {"num_tokens": "i32"}
     tiled = pointers | numbers | {"maps": "*fp64", "num_sequences": "i32", "search_steps": "i32"}
     constants = {"B": TILE, "MASKED": True}
+    of_tiles = constants | {"OVERLAPS": False}  # which sm_80 does not know
     return [
         ("gae_scan_sequences", scan_sequences, pointers | numbers, constants, NUM_WARPS, 3, set()),
-        ("gae_scan_tiles", scan_tiles, tiled, constants, NUM_WARPS, 3, set()),
-        ("gae_apply_carries", apply_carries, tiled, constants, NUM_WARPS, 3, set()),
+        ("gae_scan_tiles", scan_tiles, tiled, of_tiles, NUM_WARPS, 3, set()),
+        ("gae_apply_carries", apply_carries, tiled, of_tiles, NUM_WARPS, 3, set()),
     ]

@@ -82,7 +82,8 @@ def rotate_heads(
     tl.store(target + D // 2 + pair, right.to(target.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+# Of a token there is one block and one place: where those of a step begin must not choose the kernel.
+@triton.jit(do_not_specialize_on_alignment=["blocks", "places"])
 def rotate_and_write(
     query,  # [T, H, d]
     key,  # [T, G, d]
@@ -273,4 +274,4 @@ def _rotary_case(element: str, num_heads: int, num_kv_heads: int, head_dim: int,
     strides += [f"{name}_{axis}" for name in ("key", "value") for axis in ("block", "head", "place")]
     signature = pointers | dict.fromkeys(strides, "i32") | {"eps": "fp32"}
     name = f"rotary_write_{element}_{num_heads}x{num_kv_heads}x{head_dim}" + ("_norm" if has_norm else "")
-    return name, rotate_and_write, signature, constants, num_warps, 3, {*pointers, *strides}
+    return name, rotate_and_write, signature, constants, num_warps, 3, {*pointers, *strides} - {"blocks", "places"}

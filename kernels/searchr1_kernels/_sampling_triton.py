@@ -30,6 +30,7 @@ import triton.language as tl
 
 from searchr1_kernels import _sampling_draw_triton as drawing
 from searchr1_kernels._sampling_draw_triton import (
+    ANYWHERE,
     bits_of,
     draw,
     draw_token,
@@ -177,7 +178,7 @@ def collect(
     tl.store(counts + entry, count)
 
 
-@triton.jit(do_not_specialize=["top_k"])
+@triton.jit(do_not_specialize=["top_k"], do_not_specialize_on_alignment=ANYWHERE)
 def choose(
     logits,  # [S, V]
     uniforms,  # [S]

@@ -39,6 +39,7 @@ from searchr1_kernels._topk_triton import (
     MAX_PLACES,
     PARTS,
     PREPARE_CONFIGURATION,
+    SCALAR_EXACT_CONFIGURATION,
     TAKE_CONFIGURATION,
     best_blocks,
     best_hits,
@@ -93,8 +94,11 @@ class Passes:
     """Searches of up to `max_queries` queries for up to `max_k` hits, one at a time."""
 
     def __init__(self, corpus: Corpus, max_queries: int, max_k: int) -> None:
-        self.corpus = corpus
         size = corpus.rows.shape[1]
+        if size % 16 == 0 and corpus.rows.data_ptr() % 16:  # read number by number, sums would have another order
+            address, rows = corpus.rows.data_ptr(), corpus.rows.clone()
+            corpus = Corpus(rows, corpus.scales, [rows if x.data_ptr() == address else x for x in corpus.parts])
+        self.corpus = corpus
         num_blocks, max_places = corpus.num_blocks, self.num_places(max_k)
         self._num_groups = -(-num_blocks // group_constants(num_blocks)["GROUP"])
         new = functools.partial(torch.empty, device=corpus.device)
@@ -145,7 +149,7 @@ class Passes:
             return
         constants = group_constants(self.corpus.num_blocks)
         tile = maxima_tile(constants["GROUP"])
-        group_maxima[(-(-self._num_groups // tile), num_queries)](
+        group_maxima[(num_queries, -(-self._num_groups // tile))](
             bounds, self._maxima, self.corpus.num_blocks, self._num_groups, GROUP=constants["GROUP"], TILE=tile
         )
         first = min(k, num_places)
@@ -250,9 +254,10 @@ def score_places(
 ) -> None:
     """Exact scores of the blocks in places from `begin` to `end`."""
     scales = corpus.parts[0] if corpus.scales is None else corpus.scales
+    options = SCALAR_EXACT_CONFIGURATION if corpus.rows.shape[1] % 16 else EXACT_CONFIGURATION
     exact_keys[(len(queries) * (end - begin) * PARTS,)](
         corpus.rows, scales, queries, blocks, keys, maxima, *corpus.rows.shape, num_places, begin, end - begin,
-        SCALED=corpus.scales is not None, **EXACT_CONFIGURATION,
+        SCALED=corpus.scales is not None, **options,
     )  # fmt: skip
 
 

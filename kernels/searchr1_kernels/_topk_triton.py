@@ -138,8 +138,8 @@ def group_maxima(
     TILE: tl.constexpr,  # groups of a program
 ):
     """The largest key of each group of blocks."""
-    query = tl.program_id(1).to(tl.int64)
-    group = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    query = tl.program_id(0).to(tl.int64)  # of the other axis there are 65,535 at most
+    group = tl.program_id(1) * TILE + tl.arange(0, TILE)
     block = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     inside = block < num_blocks
     keys = make_key(tl.load(bounds + query * num_blocks + block, mask=inside, other=0), block)
@@ -302,6 +302,8 @@ def maxima_tile(group: int) -> int:
 
 # Of `exact_keys`: 16 rows by 128 components in fp64 are 32 registers of a thread (32 by 64 spill in Triton 3.6, sm_80).
 EXACT_CONFIGURATION = {"PART": PART_ROWS, "BR": 16, "BD": 128, "num_warps": 4}
+# Of a width that 16 does not divide, read number by number: the above would spill 8 bytes (Triton 3.9, sm_80).
+SCALAR_EXACT_CONFIGURATION = EXACT_CONFIGURATION | {"BD": 64}
 PREPARE_CONFIGURATION = {"BD": 256, "num_warps": 4}
 TAKE_CONFIGURATION = {"num_warps": 1}  # a step waits for no other warp
 
@@ -338,7 +340,11 @@ def compile_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int,
         pointers = {"rows": f"*{element}", "row_scales": "*fp32", "queries": "*fp32"}
         pointers |= dict.fromkeys(("blocks", "keys", "maxima"), "*i64")
         numbers = ("num_rows", "size", "num_places", "begin", "count")
-        add(f"exact_keys_{element}", exact_keys, pointers, numbers, EXACT_CONFIGURATION | {"SCALED": scaled}, ("size",))
+        for suffix, options, divisible in (
+            ("", EXACT_CONFIGURATION, ("size",)), ("_scalar", SCALAR_EXACT_CONFIGURATION, ())
+        ):  # fmt: skip
+            constants = options | {"SCALED": scaled}
+            add(f"exact_keys_{element}{suffix}", exact_keys, pointers, numbers, constants, divisible)
     for groups in (64, MAX_GROUPS):
         pointers = {"keys": "*i64", "maxima": "*i64", "offsets": "*fp64", "rest": "*fp32", "scores": "*fp32",
                     "ids": "*i64", "unproven": "*i32"}  # fmt: skip

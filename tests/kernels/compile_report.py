@@ -60,6 +60,21 @@ def compile_source(
     architecture: int,
 ) -> dict[str, int]:
     """What a kernel needs that is compiled for these."""
+    made = compiled(kernel, signature, constants, attributes, num_warps, num_stages, architecture)
+    registers, stack = usage(made.asm["cubin"])
+    return {"registers": registers, "shared": made.metadata.shared, "stack": stack}
+
+
+def compiled(
+    kernel: Any,
+    signature: dict[str, str],
+    constants: dict[Any, Any],
+    attributes: dict[tuple[int, ...], Any],
+    num_warps: int,
+    num_stages: int,
+    architecture: int,
+) -> Any:
+    """What Triton makes of it."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -68,9 +83,7 @@ def compile_source(
     options: dict[str, Any] = {"num_warps": num_warps, "num_stages": num_stages}
     if version() >= (3, 9):
         options["enable_fp_fusion"] = True  # what a launch sets; a compilation by hand does not
-    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
-    registers, stack = usage(compiled.asm["cubin"])
-    return {"registers": registers, "shared": compiled.metadata.shared, "stack": stack}
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
 
 def usage(cubin: bytes) -> tuple[int, int]:

@@ -73,13 +73,20 @@ def test_a_sequence_alone_equals_the_sequence_in_a_batch():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("policy_share", [None, 0.7])
-def test_programs_per_sequence_and_per_tile_agree_to_the_bit(monkeypatch, policy_share, dtype):
+@pytest.mark.parametrize(("tile", "warps"), [(16, 1), (64, 2)])
+def test_programs_per_sequence_and_per_tile_agree_to_the_bit(monkeypatch, tile, warps, policy_share, dtype):
+    """Whatever a tile is, and whenever the second launch begins (on a GPU from sm_90 on)."""
     given = problem([150, 0, 16, 1, 17, 99], policy_share, dtype)
+    monkeypatch.setattr(_gae_triton, "TILE", tile)
+    monkeypatch.setattr(_gae_triton, "NUM_WARPS", warps)
+    want = reference.gae(*(tensor.double() for tensor in given[:2]), given[2], gamma=0.97, lam=0.9, mask=given[3])
     outputs = []
-    for long in (0, 1000):
+    for long, overlap in ((1000, False), (0, False), (0, True)):
         monkeypatch.setattr(_gae_triton, "_LONG", long)
+        monkeypatch.setattr(_gae_triton, "OVERLAP", overlap)
         outputs.append(scan(*given))
-    assert torch.equal(*outputs)
+    assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
+    torch.testing.assert_close(outputs[0], torch.stack(want).to(dtype), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("num_sequences", [15, 16, 17, 255, 256, 257, 300])
@@ -107,11 +114,10 @@ class Compiled:
     def run(self, programs, one, two, stream, function, metadata, description, enter, leave, *arguments):
         assert (one, two, stream) == (1, 1, "stream") and (function, metadata) == (self.function, self.packed_metadata)
         assert description is enter is leave is None
-        *arguments, tile, masked = arguments
-        assert (tile, masked) == (self.options["B"], self.options["MASKED"])
+        assert len(arguments) == len(self.kernel.arg_names)
         pointers, numbers = arguments[: len(self.types)], arguments[len(self.types) :]
-        assert len(arguments) + 2 == len(self.kernel.arg_names)
-        num_tokens, num_sequences = numbers[0], programs if len(numbers) == 5 else numbers[5]
+        # the constants are the last two, or three
+        num_tokens, num_sequences = numbers[0], programs if len(numbers) == 7 else numbers[5]
         room = 2 * programs + _gae_triton._AHEAD.value
         lengths = [num_tokens, num_tokens, num_tokens, num_sequences + 1, num_tokens, room]
         tensors = []

@@ -78,6 +78,20 @@ def test_walking_programs_fit_beside_each_other():
             assert programs * shared <= 228 * 1024, f"{name}, Triton {version}"
 
 
+def test_smaller_gpus_of_ampere_have_room():
+    """sm_86 and sm_89 run what sm_80 does, with 99 KB for a program in place of 163."""
+    for version, budgets in json.loads(BUDGET.read_text(encoding="utf-8")).items():
+        too_large = {name: needs["shared"] for name, needs in budgets["sm_80"].items() if needs["shared"] > 99 << 10}
+        assert not too_large, version
+
+
+def test_few_tokens_of_wide_heads_take_no_more_stages():
+    """A third would be 146 KB in fp32."""
+    attention = pytest.importorskip("searchr1_kernels._cached_attention_triton", reason="needs Triton")
+    assert attention.stages_for_few(256, 4) == attention.configuration(8, 256, 4, True)["num_stages"] == 2
+    assert attention.stages_for_few(128, 4) == attention.stages_for_few(256, 2) == 3
+
+
 def test_what_counts_as_a_violation():
     budget = {"scan": {"registers": 64, "shared": 128, "stack": 0}}
     assert violations(budget, budget) == []

@@ -300,7 +300,7 @@ def test_blocks_are_taken_in_order(num_blocks):
     constants = group_constants(num_blocks)
     num_groups, tile = -(-num_blocks // constants["GROUP"]), maxima_tile(constants["GROUP"])
     maxima = torch.empty(3, num_groups, dtype=torch.int64, device=DEVICE)
-    group_maxima[(-(-num_groups // tile), 3)](
+    group_maxima[(3, -(-num_groups // tile))](
         bounds, maxima, num_blocks, num_groups, GROUP=constants["GROUP"], TILE=tile
     )
     places = min(num_blocks, 12)
@@ -319,7 +319,7 @@ def test_blocks_are_taken_in_order(num_blocks):
 def test_blocks_below_the_threshold_have_no_place():
     bounds = torch.arange(40.0).repeat(2, 1).to(DEVICE)
     maxima = torch.empty(2, 2, dtype=torch.int64, device=DEVICE)
-    group_maxima[(1, 2)](bounds, maxima, 40, 2, GROUP=32, TILE=2)
+    group_maxima[(2, 1)](bounds, maxima, 40, 2, GROUP=32, TILE=2)
     offsets = torch.tensor([0.0, 1.0], dtype=torch.float64, device=DEVICE)
     scores = torch.full((2, 1), 37.0, device=DEVICE)
     blocks, rest = torch.empty(2, 5, dtype=torch.int64, device=DEVICE), torch.empty(2, device=DEVICE)
