@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,41 @@ def test_nobody_waits_for_helpers_that_do_not_come():
         assert done == [threading.get_ident()] * 8
     finally:
         release.set()
+
+
+def test_what_is_over_holds_nothing():
+    """The helpers are busy: what they are still to look at has let go of its arrays."""
+    asked, release = threading.Semaphore(0), threading.Event()
+
+    def hold() -> None:
+        asked.release()
+        release.wait(60)
+
+    _threads._HELPERS.ask(hold, 2)
+    for _ in range(_threads._HELPERS._number):
+        _threads._HELPERS.ask(hold, 1)
+    asked.acquire()
+    try:
+        array = torch.zeros(9)
+        alive = weakref.ref(array)
+        _threads.run_parts(lambda begin, end, array=array: array[begin:end].add_(1), [0, 4, 9])
+        assert array.eq(1).all()
+        del array
+        assert alive() is None
+    finally:
+        release.set()
+
+
+def test_the_caller_does_all_where_no_thread_can_be_started(monkeypatch):
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(_threads, "_HELPERS", _threads._Helpers())
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    done = []
+    with pytest.warns(UserWarning, match="2 helpers are missing: can't start new thread"):
+        _threads.run_parts(lambda begin, end: done.append(begin), list(range(9)))
+    assert done == list(range(8)) and _threads._HELPERS._wanted.empty()
 
 
 def test_an_error_is_raised_when_all_is_over():
