@@ -49,7 +49,12 @@ class Codes(NamedTuple):
 
 def empty_codes(num_rows: int, size: int) -> Codes:
     """Memory for `quantize` to fill."""
-    return Codes(torch.empty(num_rows, size, dtype=torch.int8), *(torch.empty(num_rows) for _ in range(3)))
+    return Codes(torch.empty(num_rows, size, dtype=torch.int8, device="cpu"), *(_floats(num_rows) for _ in range(3)))
+
+
+def _floats(*shape: int) -> torch.Tensor:
+    """Memory of fp32 on the CPU, whatever a caller has made torch's default."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
 
 
 def quantize(rows: torch.Tensor, center: torch.Tensor, out: Codes, first: int = 0) -> Codes:
@@ -68,26 +73,27 @@ def quantize(rows: torch.Tensor, center: torch.Tensor, out: Codes, first: int = 
 
 def adopt(rows: torch.Tensor, row_scales: torch.Tensor | None) -> Codes:
     """Rows that are 8-bit codes already: they leave nothing over."""
-    scales = torch.ones(rows.shape[0]) if row_scales is None else row_scales
+    scales = _floats(rows.shape[0]).fill_(1) if row_scales is None else row_scales
     if not bool(scales.isfinite().all()):
         raise ValueError("scales: expected finite numbers")
-    magnitudes = torch.empty(rows.shape[0])
+    magnitudes = _floats(rows.shape[0])
     kernels.code_magnitudes(rows.numpy(), scales.numpy(), magnitudes.numpy())
-    return Codes(rows, scales, torch.zeros(rows.shape[0]), magnitudes)
+    return Codes(rows, scales, _floats(rows.shape[0]).zero_(), magnitudes)
 
 
 def sample_center(rows: torch.Tensor, most: int = 4096) -> torch.Tensor:
     """[D] fp32, about the mean of the rows. Any center is right; one near the mean leaves the least to encode, which is
-    much where all rows point the same way, as those of most text encoders do."""
+    much where all rows point the same way, as those of most text encoders do. What of it would take a finite number
+    beyond fp32's is left out."""
     center = rows[:: max(1, rows.shape[0] // most)].double().mean(0).float()
-    return torch.where(center.isfinite(), center, 0.0)
+    return torch.where(center.abs() < 2.0**102, center, 0.0)  # less than half the step of the largest fp32
 
 
 def prepare(corpus: torch.Tensor, scales: torch.Tensor | None, coarse: str) -> list[torch.Tensor]:
     """-> center [D] fp32, and the codes of all rows, in the order of `Codes`."""
     assert coarse == "int8", coarse
     if corpus.dtype == torch.int8:
-        return [torch.zeros(corpus.shape[1]), *adopt(corpus, scales)]
+        return [_floats(corpus.shape[1]).zero_(), *adopt(corpus, scales)]
     center = sample_center(corpus)
     return [center, *quantize(corpus, center, empty_codes(*corpus.shape))]
 
@@ -111,8 +117,8 @@ def search(
     if parts:
         center = parts[0]
     else:
-        center = torch.zeros(corpus.shape[1]) if corpus.dtype == torch.int8 else sample_center(corpus)
-    scores, ids = torch.empty(queries.shape[0], k), torch.empty(queries.shape[0], k, dtype=torch.int64)
+        center = _floats(corpus.shape[1]).zero_() if corpus.dtype == torch.int8 else sample_center(corpus)
+    scores, ids = _floats(queries.shape[0], k), queries.new_empty(queries.shape[0], k, dtype=torch.int64)
     for begin in range(0, queries.shape[0], _QUERIES_AT_ONCE):
         part = slice(begin, begin + _QUERIES_AT_ONCE)
         problem = _Problem(queries[part].float().contiguous(), corpus, scales, center, codes, k)
@@ -127,7 +133,7 @@ def search(
 def integer_products_are_exact() -> bool:
     """Whether `torch._int_mm` keeps every bit here: without VNNI, 8-bit products are added in pairs in 16 bits, which
     saturates at the ends of the range. Says so, once, where it does not."""
-    ends = torch.full((64, 384), 127, dtype=torch.int8), torch.full((384, 32), 127, dtype=torch.int8)
+    ends = [torch.full(shape, 127, dtype=torch.int8, device="cpu") for shape in ((64, 384), (384, 32))]
     exact = all(
         bool((torch._int_mm(sign * ends[0], other * ends[1]) == sign * other * 384 * 127 * 127).all())
         for sign in (-1, 1)
@@ -186,9 +192,9 @@ def _coarse_int8(problem: _Problem) -> _Bounds:
     query_codes = (queries / scales[:, None]).round().clamp(-127, 127)
     left_over = torch.linalg.vector_norm(queries - scales[:, None] * query_codes, dim=1)
     # Not a transposed view: of one component its strides are (1, 1), which `torch._int_mm` (2.13) silently misreads.
-    operand = torch.empty(queries.shape[1], queries.shape[0], dtype=torch.int8).copy_(query_codes.t())  # [D, Q]
+    operand = queries.new_empty(queries.shape[::-1], dtype=torch.int8).copy_(query_codes.t())  # [D, Q]
     # Kept from tile to tile: fresh memory would cost a third of the product's time in page faults.
-    buffer = torch.empty(problem.tile_rows, queries.shape[0], dtype=torch.int32)
+    buffer = queries.new_empty(problem.tile_rows, queries.shape[0], dtype=torch.int32)
     made = None
     if problem.codes is None and problem.rows.dtype != torch.int8:
         made = empty_codes(problem.tile_rows, queries.shape[1])
@@ -221,8 +227,8 @@ def _coarse_fp64(problem: _Problem) -> _Bounds:
             name, row = "scales" if problem.row_scales is not None else "corpus", int(lengths.isfinite().int().argmin())
             raise ValueError(f"{name}: expected finite numbers, row {begin + row} has others")
         magnitudes = lengths.float() * (1 + kernels.BOUND_SLACK)
-        ones = torch.ones(end - begin)
-        return (rows @ queries.t()).numpy(), Codes(problem.rows[begin:end], ones, torch.zeros(end - begin), magnitudes)
+        ones, zeros = torch.ones_like(magnitudes), torch.zeros_like(magnitudes)
+        return (rows @ queries.t()).numpy(), Codes(problem.rows[begin:end], ones, zeros, magnitudes)
 
     norms = torch.linalg.vector_norm(queries, dim=1)
     return _coarse(problem, products, torch.ones_like(norms), rounding * norms, torch.zeros_like(problem.center), None)
@@ -246,10 +252,17 @@ def _coarse(
         tile, codes = products(begin, end)
         arrays = (tensor.numpy() for tensor in codes[1:])
         kernels.reduce_tile(tile, *arrays, block, begin // block, highest, lowest, offsets, *per_query)
+    return _Bounds(highest, _thresholds(lowest[:, 0], offsets), offsets, *per_query, query_codes)
+
+
+def _thresholds(lowest: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Bounds of the k-th best scores from below, less their offsets, [Q] fp64 -> thresholds [Q] fp32."""
     # Equal scores may come of unequal ones that were rounded: a threshold stays below that, and below its own rounding.
-    thresholds = lowest[:, 0] - kernels.ROUNDING * (np.abs(offsets + lowest[:, 0]) + np.abs(lowest[:, 0]))
-    thresholds = np.where(np.isnan(thresholds), -np.inf, thresholds)  # fewer than k blocks: all are candidates
-    return _Bounds(highest, thresholds.astype(np.float32), offsets, *per_query, query_codes)
+    lowest = np.minimum(lowest, kernels.HUGE - offsets)
+    thresholds = lowest - kernels.ROUNDING * (np.abs(offsets + lowest) + np.abs(lowest)) - kernels.LEAST
+    everything = np.isnan(thresholds) | (offsets + lowest < -kernels.HUGE)  # NaN: there are fewer than k blocks
+    with np.errstate(over="ignore"):
+        return np.where(everything, -np.inf, thresholds).astype(np.float32)
 
 
 def _refine(problem: _Problem, bounds: _Bounds, scores: torch.Tensor, ids: torch.Tensor) -> None:
@@ -276,4 +289,5 @@ def _readable(rows: torch.Tensor) -> tuple[np.ndarray, np.ndarray | None]:
 
 @functools.cache
 def _meanings(dtype: torch.dtype) -> np.ndarray:
-    return torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16).roll(1 << 15).view(dtype).float().numpy()
+    bits = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16, device="cpu")
+    return bits.roll(1 << 15).view(dtype).float().numpy()

@@ -15,6 +15,10 @@ import numpy as np
 BOUND_SLACK = 1e-6
 # Of a score: unequal ones may be rounded to the same fp32 (2^-23), and a bound is kept in fp32 (2^-24).
 ROUNDING = 2.5e-7
+# The same of scores for which fp32 has no exponent left, also where the processor takes denormals for zero.
+LEAST = 1e-37
+# From here on a score may be rounded to infinity, as all beyond are: they are equals.
+HUGE = 3.4e38
 
 # Sums may be reordered, so that they use vector registers; but NaN and infinity keep their meaning, as bounds need.
 _SUMS = {"reassoc", "nsz", "contract"}
@@ -115,7 +119,13 @@ def reduce_tile(
 def _highest(bound, offset):
     """A bound of a sum in real numbers, less `offset`, as one of its fp32 rounding; itself safe to round to fp32. It is
     NaN where an infinity met a zero: compare so that NaN is kept."""
-    return bound + ROUNDING * (abs(offset + bound) + abs(bound))
+    return bound + ROUNDING * (abs(offset + bound) + abs(bound)) + LEAST
+
+
+@numba.njit(cache=True, nogil=True)
+def _most(bound):
+    """The largest fp32 that a score up to this bound is rounded to."""
+    return bound if bound < HUGE else np.inf  # and of NaN
 
 
 @numba.njit(cache=True, nogil=True)
@@ -175,8 +185,7 @@ def refine_queries(
         found = _candidates(highest[q], thresholds[q], places)
         highs = np.empty(found)
         for j in range(found):
-            highs[j] = highest[q, places[j]]
-            highs[j] = np.inf if np.isnan(highs[j]) else offsets[q] + highs[j]
+            highs[j] = _most(offsets[q] + highest[q, places[j]])
         filled = 0
         for j in np.argsort(-highs):
             if filled == k and highs[j] < scores[q, k - 1]:
@@ -185,7 +194,7 @@ def refine_queries(
                 if codes is not None and filled == k:
                     coarse = scales[q] * codes[1][r] * _code_product(codes[0][r], query_codes[q])
                     error = norms[q] * codes[2][r] + residual_norms[q] * codes[3][r] + BOUND_SLACK * abs(coarse)
-                    if offsets[q] + _highest(coarse + error, offsets[q]) < scores[q, k - 1]:
+                    if _most(offsets[q] + _highest(coarse + error, offsets[q])) < scores[q, k - 1]:
                         continue
                 score = _exact(queries[q], rows[r], table, row_scales, r, row, lanes)
                 filled = _insert(scores[q], ids[q], filled, score, r)

@@ -56,8 +56,8 @@ class TopKIndex:
         if coarse == "float" and corpus.device.type == "cpu":
             raise ValueError("coarse: 'float' is for a corpus on a GPU; a CPU multiplies int8 fastest")
         self.corpus = corpus  # [M, D]
-        self.scales = scales  # [M] or None
-        self.parts = _prepare(corpus, scales, coarse)
+        self.scales = None if scales is None else scales.detach()  # [M]
+        self.parts = _prepare(corpus, self.scales, coarse)
         self.coarse = _implementation(corpus.device).products(self.parts)
 
     def __len__(self) -> int:
@@ -92,7 +92,7 @@ def topk_inner_product(
         corpus, scales, parts = corpus.corpus, corpus.scales, corpus.parts
     else:
         _check_corpus(corpus, scales)
-        parts = []
+        scales, parts = None if scales is None else scales.detach(), []
     checks.check_shape("queries", queries, ("Q", corpus.shape[1]))
     checks.check_dtype("queries", queries, *_QUERY_DTYPES)
     checks.check_device("queries", queries, "corpus", corpus)

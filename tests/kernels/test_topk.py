@@ -102,8 +102,49 @@ def test_rows_of_8_bits_with_scales(scales):
     asked, corpus = problem("normal", dtype=torch.int8)
     scales = torch.empty(len(corpus)).uniform_(*scales, generator=torch.Generator().manual_seed(0))
     want = reference.topk_inner_product(asked, corpus, 10, scales=scales)
-    assert_equal(topk_inner_product(asked, corpus, 10, scales=scales), want)
+    assert_equal(topk_inner_product(asked, corpus, 10, scales=scales.requires_grad_()), want)
     assert_equal(topk_inner_product(asked, TopKIndex(corpus, scales=scales), 10), want)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("size", [2, 7])
+@pytest.mark.parametrize(("largest", "mean"), [(2e-44, 0), (1e37, 1000), (3e38, 1)])
+def test_scores_that_rounding_makes_equal(largest, mean, size, sign):
+    """Without an exponent left, or infinite: the first rows of equal ones, however unequal they were before."""
+    asked, corpus = problem("normal", rows=700, size=size)
+    asked, corpus = largest * (asked / asked.abs().max()), sign * (corpus.abs() + mean)
+    want = reference.topk_inner_product(asked, corpus, 3)
+    for prepared in (corpus, TopKIndex(corpus)):
+        assert_equal(topk_inner_product(asked, prepared, 3), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_at_the_ends_of_fp32(dtype):
+    """All of one sign, and one of the other: none is finite around their mean."""
+    corpus = torch.full((300, 3), torch.finfo(dtype).max, dtype=dtype)
+    corpus[7] *= -1
+    asked = torch.eye(3) * 0.5
+    want = reference.topk_inner_product(asked, corpus, 300)
+    assert_equal(topk_inner_product(asked, corpus, 300), want)
+    assert_equal(topk_inner_product(asked, TopKIndex(corpus), 300), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_torch_may_have_other_defaults(dtype):
+    """As while a model is made in the type of its weights, or with `torch.set_default_device`."""
+    asked, corpus = problem("normal", dtype=dtype)
+    want = topk_inner_product(asked, corpus, 10)
+    _topk_cpu.integer_products_are_exact.cache_clear()
+    _topk_cpu._meanings.cache_clear()
+    default = torch.get_default_dtype()
+    try:
+        for other in (torch.bfloat16, torch.float64):
+            torch.set_default_dtype(other)
+            with torch.device("meta"):
+                assert_equal(topk_inner_product(asked, TopKIndex(corpus), 10), want)
+                assert_equal(topk_inner_product(asked, corpus, 10), want)
+    finally:
+        torch.set_default_dtype(default)
 
 
 def test_a_query_alone_equals_the_query_in_a_batch():
