@@ -68,7 +68,8 @@ def cached_attention(
     `num_alone` are those of `attention_tiles`, on the device: tokens of one tile share their keys; without, each reads
     its own. A lone token's output has the same bits alone and in any batch, and so have those of tokens that join a
     sequence together. ValueError where a shape, type or device is not as above, d is over 256, or on a GPU the blocks
-    of a table have a number of places that is no multiple of 16.
+    of a table have a number of places that is no multiple of 16; on a CPU also for slots, positions and blocks that are
+    not there.
     """
     checks.check_shape("query", query, ("T", "H", "d"))
     _, num_heads, head_dim = query.shape
@@ -111,6 +112,7 @@ def _cached_attention(query, keys, values, slots, positions, table, tiles, num_a
         if table is not None and keys.shape[2] % BLOCK_STEP:
             raise ValueError(f"keys: expected blocks of a multiple of {BLOCK_STEP} places, got {keys.shape[2]}")
         return _attend_triton(query, keys, values, slots, positions, table, tiles, num_alone, output)
+    _check_places(keys, slots, positions, table)
     if table is not None and query.device.type == "cpu" and query.dtype in (torch.float32, torch.bfloat16):
         return _attend_numba(query, keys, values, slots, positions, table)
     return _attend_torch(query, keys, values, slots, positions, table, output)
@@ -126,6 +128,16 @@ _OPERATOR = register(
     _cached_attention,
     _fake,
 )
+
+
+def _check_places(keys, slots, positions, table) -> None:
+    """Loops would read what lies beside the cache. Shapes as `cached_attention`; T is not 0."""
+    num_blocks, size = keys.shape[0], keys.shape[2]
+    checks.check_indices("slots", slots, num_blocks if table is None else table.shape[0])
+    checks.check_indices("positions", positions, size if table is None else size * table.shape[1])
+    if table is not None and table.device.type == "cpu":
+        numbers = torch.arange(table.shape[1], device="cpu")
+        checks.check_indices("table", table[slots][numbers <= positions[:, None] // size], num_blocks)
 
 
 def _attend_triton(query, keys, values, slots, positions, table, tiles, num_alone, output):

@@ -63,7 +63,8 @@ def rotary_write(
 
     The keys, rotated, and the values go to `places` of `blocks` in the cache, which are read on the device only. With
     `query_norm` and `key_norm` (both or none) the heads go through an RMS norm first, rounded to their type. ValueError
-    where a shape, type or device is not as above, d is odd or over 512.
+    where a shape, type or device is not as above, d is odd or over 512; on a CPU also for blocks and places that are
+    not there.
     """
     checks.check_shape("query", query, ("T", "H", "d"))
     checks.check_floating("query", query)
@@ -136,6 +137,8 @@ def _rotary_write(query, key, value, cos, sin, keys, values, blocks, places, que
     if _on_gpu("query", query):
         tensors = (query, key, value, cos, sin, keys, values, blocks, places)
         return _triton().rotary_write(*tensors, query_norm, key_norm, eps)
+    checks.check_indices("blocks", blocks, keys.shape[0])  # or loops would write beside the cache
+    checks.check_indices("places", places, keys.shape[2])
     loops, heads, memory = _loops(), (query, key, value), (keys, values)
     in_order = loops.heads_are_rows(*heads) and keys.is_contiguous() and values.is_contiguous()
     if in_order and loops.takes(*heads, *memory, query_norm, key_norm):

@@ -125,6 +125,36 @@ def test_wrong_arguments_are_named(change, message):
         cached_attention(**(arguments | change))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"slots": [0, 2, 1]}, "slots: expected ids from 0 to 1, got 0 to 2"),
+        ({"slots": [0, -1, 1]}, "slots: expected ids from 0 to 1, got -1 to 1"),
+        ({"positions": [8, 18, 3]}, "positions: expected ids from 0 to 17, got 3 to 18"),
+        ({"positions": [8, -1, 3]}, "positions: expected ids from 0 to 17, got -1 to 8"),
+        ({"table": [[3, 4], [1, 9]]}, "table: expected ids from 0 to 3, got 1 to 4"),  # 9 is not read
+        ({"table": [[-1, 9], [1, 2]], "positions": [8, 9, 3]}, "table: expected ids from 0 to 3, got -1 to 9"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_places_that_are_not_there_are_named(change, message, dtype):
+    """On a CPU, where loops would read any memory."""
+    places = {"slots": [0, 0, 1], "positions": [8, 17, 3], "table": [[3, 0], [1, 9]]}
+    query, memory = torch.ones(3, 4, 16, dtype=dtype), torch.ones(4, 2, 9, 16, dtype=dtype)
+
+    def attend(**options):
+        table = torch.tensor(options.pop("table"), dtype=torch.int32)
+        tensors = {name: torch.tensor(numbers) for name, numbers in options.items()}
+        return cached_attention(query, memory, memory, **tensors, table=table)
+
+    torch.testing.assert_close(attend(**places), query)
+    with pytest.raises(ValueError, match=message):
+        attend(**(places | change))
+    places["positions"] = [8, 9, 0]
+    with pytest.raises(ValueError, match="positions: expected ids from 0 to 8, got 0 to 9"):
+        cached_attention(query, memory, memory, *(torch.tensor(places[name]) for name in ("slots", "positions")))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 2e-3), (torch.float32, 1e-5)])

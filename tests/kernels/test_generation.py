@@ -157,6 +157,26 @@ def test_errors_of_rotation(place, change, message):
         rotary_write(*changed, **norms)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("place", "number", "message"),
+    [
+        (7, 2, "blocks: expected ids from 0 to 1, got 1 to 2"),
+        (7, -1, "blocks: expected ids from 0 to 1, got -1 to 1"),
+        (8, 5, "places: expected ids from 0 to 4, got 2 to 5"),
+        (8, -1, "places: expected ids from 0 to 4, got -1 to 4"),
+    ],
+)
+def test_places_that_are_not_there_are_named(place, number, message, dtype):
+    """On a CPU, where loops would write to any memory."""
+    arguments, norms = step(dtype=dtype)
+    arguments[place][1] = number
+    before = [memory.clone() for memory in arguments[5:7]]
+    with pytest.raises(ValueError, match=message):
+        rotary_write(*arguments, **norms)
+    assert all(map(torch.equal, before, arguments[5:7]))
+
+
 def test_errors_of_norms_and_heads():
     arguments, norms = step()
     with pytest.raises(ValueError, match="expected both or none"):
