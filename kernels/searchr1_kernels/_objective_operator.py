@@ -101,16 +101,20 @@ def _forward(logprobs, entropy, *values):
     return *objective.value(logprobs, entropy, terms), slope, slope.new_empty(0) if by_entropy is None else by_entropy
 
 
+def _has_bonus(values: tuple[Any, ...]) -> bool:
+    """Whether `arguments` have a coefficient of the entropy."""
+    return bool(values[_NUM_TOKEN_ARGUMENTS + 2 + _NUM_LOSS_ARGUMENTS - 1])
+
+
 def _forward_fake(logprobs, entropy, *values):
     """Shapes and types of `_forward`'s outputs."""
-    entropy_coefficient = values[_NUM_TOKEN_ARGUMENTS + 2 + _NUM_LOSS_ARGUMENTS - 1]
-    by_entropy = torch.empty_like(logprobs) if entropy_coefficient else logprobs.new_empty(0)
+    by_entropy = torch.empty_like(logprobs) if _has_bonus(values) else logprobs.new_empty(0)
     return logprobs.new_empty(()), logprobs.new_empty(NUM_METRICS), torch.empty_like(logprobs), by_entropy
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     _, metrics, slope, by_entropy = output
-    ctx.num_inputs = len(inputs)
+    ctx.num_inputs, ctx.has_bonus = len(inputs), _has_bonus(inputs[2:])
     ctx.save_for_backward(slope, by_entropy)
     ctx.mark_non_differentiable(metrics, slope, by_entropy)
     ctx.set_materialize_grads(False)
@@ -122,7 +126,7 @@ def _differentiate(ctx: Any, grad_total, *_):
     if grad_total is None:
         return nothing
     slope, by_entropy = ctx.saved_tensors
-    return slope * grad_total, by_entropy * grad_total if len(by_entropy) else None, *nothing[2:]
+    return slope * grad_total, by_entropy * grad_total if ctx.has_bonus else None, *nothing[2:]
 
 
 OBJECTIVE = register(

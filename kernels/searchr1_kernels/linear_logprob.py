@@ -41,7 +41,7 @@ from torch.autograd.function import once_differentiable
 
 from searchr1_kernels import checks
 from searchr1_kernels._installed import has_triton
-from searchr1_kernels._linear_chunks import head_gradients, rows_class, runs_products, score_chunks
+from searchr1_kernels._linear_chunks import PlainRows, head_gradients, rows_class, runs_products, score_chunks
 from searchr1_kernels._linear_sums import compute_dtype
 from searchr1_kernels.registration import register
 
@@ -169,8 +169,14 @@ def _forward(hidden, weight, targets, temperature, softcap, return_entropy, diff
 
 def _forward_fake(hidden, weight, targets, temperature, softcap, return_entropy, differentiable):
     """Shapes and types of `_forward`'s outputs."""
+    from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols  # a second, which tracing has spent
+
     logprobs = hidden.new_empty(hidden.shape[0], dtype=compute_dtype(hidden))
-    saved = logprobs.new_empty(_saved_shape(hidden, weight, softcap, differentiable))
+    if has_free_unbacked_symbols(hidden.shape[0]) and rows_class(hidden) is PlainRows:
+        # Rows that a mask selects inside a graph: how many it keeps decides what is saved of them.
+        saved = logprobs.new_empty(torch.library.get_ctx().new_dynamic_size(), weight.shape[0])
+    else:
+        saved = logprobs.new_empty(_saved_shape(hidden, weight, softcap, differentiable))
     return logprobs, torch.empty_like(logprobs) if return_entropy else logprobs.new_empty(0), saved
 
 

@@ -106,9 +106,21 @@ def ppo_recomputed(hidden, weight, targets, rollout, advantages):
     return loss, *metrics.values()
 
 
-@pytest.mark.parametrize("function", [logprob_and_entropy, logprob_alone, ppo, ppo_recomputed, gspo])
+def masked_logprob(hidden, weight, targets):
+    return linear_logprob(hidden, weight, targets, mask=targets > 5, return_entropy=True)
+
+
+def masked_gspo(hidden, weight, targets, rollout, advantages):
+    options = {"mask": targets > 5, "denominator": 9, **GSPO}
+    loss, metrics = linear_policy_loss(hidden, weight, targets, rollout, advantages, **options)
+    return loss, *metrics.values()
+
+
+@pytest.mark.parametrize(
+    "function", [logprob_and_entropy, logprob_alone, masked_logprob, ppo, ppo_recomputed, gspo, masked_gspo]
+)
 def test_whole_graph_compilation_gives_the_same_bits(function):
-    inputs = problem()[: 3 if function in (logprob_and_entropy, logprob_alone) else 5]
+    inputs = problem()[: 3 if function in (logprob_and_entropy, logprob_alone, masked_logprob) else 5]
     torch._dynamo.reset()
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     for ours, eager in zip(with_gradients(compiled, *inputs), with_gradients(function, *inputs), strict=True):
