@@ -17,7 +17,7 @@ import numba
 import numpy as np
 import torch
 
-from searchr1_kernels._numba_numbers import FAST_MATH, LOG2_E, as_array, exp2, narrow, prefetch, widen
+from searchr1_kernels._numba_numbers import FAST_MATH, LOG2_E, as_array, exp2, may_share_out, narrow, prefetch, widen
 from searchr1_kernels._threads import numba_as_torch
 
 _LOG2_E = np.float32(LOG2_E)
@@ -28,8 +28,10 @@ _TOKENS_AHEAD = 8  # whose places in the cache are fetched before they are writt
 def takes(*tensors: torch.Tensor | None) -> bool:
     """Whether these, all of one type, go through the loops."""
     given = [tensor for tensor in tensors if tensor is not None]
-    return given[0].dtype in (torch.float32, torch.bfloat16) and all(
-        tensor.device.type == "cpu" and tensor.dtype == given[0].dtype and tensor.stride(-1) == 1 for tensor in given
+    return (
+        given[0].dtype in (torch.float32, torch.bfloat16)
+        and all(x.device.type == "cpu" and x.dtype == given[0].dtype and x.stride(-1) == 1 for x in given)
+        and may_share_out()
     )
 
 

@@ -6,6 +6,7 @@ bf16 is unknown to numpy: its bits travel as int16, and are widened to fp32 and 
 from __future__ import annotations
 
 import math
+import os
 
 import numba
 import numpy as np
@@ -17,6 +18,25 @@ from numba.extending import intrinsic
 # reassoc lets sums use SIMD; no other fast-math flag, so that infinities and NaN keep their meaning.
 FAST_MATH = {"reassoc", "contract", "nsz"}
 LOG2_E = 1.4426950408889634
+
+_forked = False
+
+
+def may_share_out() -> bool:
+    """Whether loops may be given to numba's threads. GNU OpenMP ends a forked child that uses them after its parent."""
+    return not _forked
+
+
+def _note_fork() -> None:
+    global _forked
+    try:
+        _forked = numba.threading_layer() == "omp"
+    except ValueError:  # no loop has been shared out so far
+        _forked = False
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_note_fork)
 
 
 def as_array(tensor: torch.Tensor) -> np.ndarray:

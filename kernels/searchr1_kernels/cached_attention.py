@@ -114,7 +114,10 @@ def _cached_attention(query, keys, values, slots, positions, table, tiles, num_a
         return _attend_triton(query, keys, values, slots, positions, table, tiles, num_alone, output)
     _check_places(keys, slots, positions, table)
     if table is not None and query.device.type == "cpu" and query.dtype in (torch.float32, torch.bfloat16):
-        return _attend_numba(query, keys, values, slots, positions, table)
+        from searchr1_kernels._numba_numbers import may_share_out
+
+        if may_share_out():
+            return _attend_numba(query, keys, values, slots, positions, table)
     return _attend_torch(query, keys, values, slots, positions, table, output)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from searchr1_kernels import _generation_numba, reference, rms_norm, rotary_write, silu_mul
@@ -175,6 +178,32 @@ def test_places_that_are_not_there_are_named(place, number, message, dtype):
     with pytest.raises(ValueError, match=message):
         rotary_write(*arguments, **norms)
     assert all(map(torch.equal, before, arguments[5:7]))
+
+
+FORK = """
+import os, torch
+from searchr1_kernels import cached_attention, rms_norm, rotary_write, silu_mul
+x = torch.linspace(-1, 1, 48).view(3, 16)
+heads, memory, places, angles = x[:, None], torch.zeros(2, 1, 4, 16), torch.arange(3), torch.zeros(3, 1, 16)
+table = torch.tensor([[1, 0]], dtype=torch.int32)
+def run():
+    written = memory.clone(), memory.clone()
+    query = rotary_write(heads, heads, heads, angles + 1, angles, *written, places % 2, places)
+    attended = cached_attention(query, *written, places * 0, places, table=table)
+    return rms_norm(x, x[0], 1e-6)[0], silu_mul(x, x), *written, attended
+before = run()
+child = os.fork()
+if child == 0:
+    for ours, parents in zip(run(), before, strict=True):
+        torch.testing.assert_close(ours, parents)
+    os._exit(7)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+"""
+
+
+def test_a_forked_child_is_not_ended():
+    """As GNU OpenMP does with one that uses its threads after its parent has."""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", FORK], check=True, timeout=300)
 
 
 def test_errors_of_norms_and_heads():
