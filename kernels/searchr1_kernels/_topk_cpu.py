@@ -260,7 +260,8 @@ def _thresholds(lowest: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     # Equal scores may come of unequal ones that were rounded: a threshold stays below that, and below its own rounding.
     lowest = np.minimum(lowest, kernels.HUGE - offsets)
     thresholds = lowest - kernels.ROUNDING * (np.abs(offsets + lowest) + np.abs(lowest)) - kernels.LEAST
-    everything = np.isnan(thresholds) | (offsets + lowest < -kernels.HUGE)  # NaN: there are fewer than k blocks
+    # Below that they are -inf and equals; it is where there are fewer than k blocks, too.
+    everything = np.isnan(thresholds) | (offsets + lowest < -kernels.HUGE)
     with np.errstate(over="ignore"):
         return np.where(everything, -np.inf, thresholds).astype(np.float32)
 
