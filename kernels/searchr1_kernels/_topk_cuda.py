@@ -30,7 +30,8 @@ _PLAIN_SLACK = 16
 # Of what a pass over the rows as floats reads, the part that is better spent on scoring what codes let through. Scoring
 # reads rows for one query at a time and adds in fp64, so its bytes take longer; how much longer is not yet measured.
 _WORTH = 0.5
-_ROUNDING = 2.5e-7  # of scores and bounds to fp32, as in _topk_numba
+# Of scores and bounds to fp32, as in _topk_numba.
+_ROUNDING, _LEAST, _HUGE = 2.5e-7, 1e-37, 3.4e38
 
 
 def prepare(corpus: torch.Tensor, scales: torch.Tensor | None, coarse: str) -> list[torch.Tensor]:
@@ -171,8 +172,8 @@ def _settle(passes, queries, hits, unproven) -> Settled:
 def _reaching(bounds, offsets, scores) -> torch.Tensor:
     """bounds [n,G] fp32, offsets [n] fp64, scores [n] fp32 -> which blocks may have a row of that score, [n,G] bool."""
     bounds, offsets = bounds.double(), offsets[:, None]
-    highest = offsets + bounds + _ROUNDING * ((offsets + bounds).abs() + bounds.abs())
-    return ~(highest < scores.double()[:, None])
+    highest = offsets + bounds + _ROUNDING * ((offsets + bounds).abs() + bounds.abs()) + _LEAST
+    return ~((highest < _HUGE) & (highest < scores.double()[:, None]))
 
 
 def _best_of_blocks(queries, corpus, k, blocks) -> tuple[torch.Tensor, torch.Tensor]:

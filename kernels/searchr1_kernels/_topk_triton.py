@@ -27,8 +27,9 @@ _MAXIMA_TILE = 4096  # bounds of one program
 NO_BLOCK = tl.constexpr(-1)
 _NO_KEY = tl.constexpr(-0x8000000000000000)
 _PARTS = tl.constexpr(PARTS)
-# Of scores and bounds to fp32, as in _topk_numba.
-_ROUNDING = tl.constexpr(2.5e-7)
+# Of scores and bounds to fp32, also where it has no exponent left; and from where on a score may be infinite: as in
+# _topk_numba.
+_ROUNDING, _LEAST, _HUGE = tl.constexpr(2.5e-7), tl.constexpr(1e-37), tl.constexpr(3.4e38)
 
 
 @triton.jit
@@ -56,7 +57,8 @@ def key_place(key):
 def highest_score(offset, bound):
     """What no score of a block is above, from its bound without the offset (fp64, fp32 -> fp64)."""
     bound = bound.to(tl.float64)
-    return offset + bound + _ROUNDING * (tl.abs(offset + bound) + tl.abs(bound))
+    highest = offset + bound + _ROUNDING * (tl.abs(offset + bound) + tl.abs(bound)) + _LEAST
+    return tl.where(highest < _HUGE, highest, float("inf"))  # and of NaN
 
 
 @triton.jit

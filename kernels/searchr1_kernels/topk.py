@@ -85,8 +85,6 @@ def topk_inner_product(
 
     Exact: see the module. All numbers must be finite (ValueError on a CPU; undefined on a GPU), and M >= k >= 1.
     Nothing here is differentiable. On a GPU the host waits once, to see whether every query's result is proven.
-    There scores that overflow fp32, or are below 1e-37 in magnitude, are not sure to be found in this order: bounds are
-    safe for what rounding does to numbers between.
     """
     if isinstance(corpus, TopKIndex):
         if scales is not None:

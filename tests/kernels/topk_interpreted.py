@@ -82,6 +82,20 @@ def test_matches_the_oracle(kind, rows, size, queries, k, dtype, coarse, seed):
     assert_exact(kind, rows, size, queries, min(k, rows), dtype, coarse, seed)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of infinities
+@pytest.mark.parametrize("coarse", ["float", "int8"])
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("size", [2, 7])
+@pytest.mark.parametrize(("largest", "mean"), [(2e-44, 0), (1e37, 1000), (3e38, 1)])
+def test_scores_that_rounding_makes_equal(largest, mean, size, sign, coarse):
+    """Without an exponent left, or infinite: the first rows of equal ones, however unequal they were before."""
+    asked, corpus, _ = problem("normal", 900, size, 3, torch.float32)
+    asked, corpus = largest * (asked / asked.abs().max()), sign * (corpus.abs() + mean)
+    have = _topk_cuda.search(asked, corpus, 3, None, _topk_cuda.prepare(corpus, None, coarse))
+    for left, right in zip(have, reference.topk_inner_product(asked, corpus, 3), strict=True):
+        assert torch.equal(left, right)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("coarse", ["float", "int8"])
 def test_whole_tiles(dtype, coarse):
