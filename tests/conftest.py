@@ -271,3 +271,12 @@ def make_console():
 def make_question():
     """index -> the question of the letters."""
     return question
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """What a GPU was asked to launch while the test ran, without one: see `launch_recording`."""
+    pytest.importorskip("triton", reason="needs Triton")
+    import launch_recording
+
+    yield from launch_recording.recorded(monkeypatch)

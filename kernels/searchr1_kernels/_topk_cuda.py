@@ -58,6 +58,12 @@ def products(parts: list[torch.Tensor]) -> str:
     return "int8" if len(parts) > 1 else "float"
 
 
+def aligned(rows: torch.Tensor) -> torch.Tensor:
+    """rows [M,D]; a copy where 16 divides D and yet they begin at no multiple of 16 bytes: read number by number, exact
+    scores would be summed in another order, and bounds take more registers than there are."""
+    return rows.clone() if rows.shape[1] % 16 == 0 and rows.data_ptr() % 16 else rows
+
+
 def _row_norms(corpus: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
     """[M] fp32, no less than the norms."""
     norms = corpus.new_empty(corpus.shape[0], dtype=torch.float32)

@@ -32,6 +32,7 @@ from searchr1_kernels._topk_bounds_triton import (
     candidates,
     digit_base,
 )
+from searchr1_kernels._topk_cuda import aligned
 from searchr1_kernels._topk_triton import (
     EXACT_CONFIGURATION,
     MAX_GROUP_BLOCKS,
@@ -94,9 +95,9 @@ class Passes:
     """Searches of up to `max_queries` queries for up to `max_k` hits, one at a time."""
 
     def __init__(self, corpus: Corpus, max_queries: int, max_k: int) -> None:
-        size = corpus.rows.shape[1]
-        if size % 16 == 0 and corpus.rows.data_ptr() % 16:  # read number by number, sums would have another order
-            address, rows = corpus.rows.data_ptr(), corpus.rows.clone()
+        size, rows = corpus.rows.shape[1], aligned(corpus.rows)  # those of a `TopKIndex` are
+        if rows is not corpus.rows:
+            address = corpus.rows.data_ptr()
             corpus = Corpus(rows, corpus.scales, [rows if x.data_ptr() == address else x for x in corpus.parts])
         self.corpus = corpus
         num_blocks, max_places = corpus.num_blocks, self.num_places(max_k)

@@ -33,7 +33,8 @@ _QUERY_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class TopKIndex:
-    """A corpus prepared for `topk_inner_product`. It holds `corpus` itself, which must not change afterwards.
+    """A corpus prepared for `topk_inner_product`. It holds `corpus` itself, which must not change afterwards; on a GPU
+    a copy, if 16 divides D and the corpus begins at no multiple of 16 bytes.
 
     `coarse` says what proposes candidates: "int8" codes (one more byte per component; on a GPU half the reading of
     16-bit rows), or "float", the rows as they are (only on a GPU, where it needs no more than their norms). Results are
@@ -55,9 +56,9 @@ class TopKIndex:
             raise ValueError(f"coarse: expected 'int8' or 'float', got {coarse!r}")
         if coarse == "float" and corpus.device.type == "cpu":
             raise ValueError("coarse: 'float' is for a corpus on a GPU; a CPU multiplies int8 fastest")
-        self.corpus = corpus  # [M, D]
+        self.corpus = corpus if corpus.device.type == "cpu" else _aligned(corpus)  # [M, D]
         self.scales = None if scales is None else scales.detach()  # [M]
-        self.parts = _prepare(corpus, self.scales, coarse)
+        self.parts = _prepare(self.corpus, self.scales, coarse)
         self.coarse = _implementation(corpus.device).products(self.parts)
 
     def __len__(self) -> int:
@@ -159,3 +160,10 @@ _OPERATOR = register(
     _search,
     _fake,
 )
+
+
+def _aligned(corpus: torch.Tensor) -> torch.Tensor:
+    """Once for an index, and not for every search of it."""
+    from searchr1_kernels._topk_cuda import aligned
+
+    return aligned(corpus)

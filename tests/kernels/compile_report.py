@@ -50,17 +50,9 @@ def compile_case(case: tuple, architecture: int) -> dict[str, int]:
     return compile_source(kernel, types, constants, attributes, num_warps, num_stages, architecture)
 
 
-def compile_source(
-    kernel: Any,
-    signature: dict[str, str],
-    constants: dict[Any, Any],
-    attributes: dict[tuple[int, ...], Any],
-    num_warps: int,
-    num_stages: int,
-    architecture: int,
-) -> dict[str, int]:
-    """What a kernel needs that is compiled for these."""
-    made = compiled(kernel, signature, constants, attributes, num_warps, num_stages, architecture)
+def compile_source(*source: Any) -> dict[str, int]:
+    """What a kernel needs, of the arguments of `compiled`."""
+    made = compiled(*source)
     registers, stack = usage(made.asm["cubin"])
     return {"registers": registers, "shared": made.metadata.shared, "stack": stack}
 
@@ -74,7 +66,7 @@ def compiled(
     num_stages: int,
     architecture: int,
 ) -> Any:
-    """What Triton makes of it."""
+    """What Triton makes of a kernel for these."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

@@ -16,6 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import compile_report
 import pytest
 
 FOLDER = Path(__file__).parent
@@ -90,6 +91,20 @@ def test_few_tokens_of_wide_heads_take_no_more_stages():
     attention = pytest.importorskip("searchr1_kernels._cached_attention_triton", reason="needs Triton")
     assert attention.stages_for_few(256, 4) == attention.configuration(8, 256, 4, True)["num_stages"] == 2
     assert attention.stages_for_few(128, 4) == attention.stages_for_few(256, 2) == 3
+
+
+def test_a_launch_that_begins_early_waits_for_what_it_reads():
+    """In the code of both kernels: the maps are read behind the wait, and a program without a tile waits too."""
+    scan = pytest.importorskip("searchr1_kernels._gae_triton", reason="needs Triton")
+    for name, kernel, types, constants, *numbers, _ in scan.compile_cases()[1:]:
+        constants = constants | {"OVERLAPS": True}
+        signature = {argument: types.get(argument, "constexpr") for argument in kernel.arg_names}
+        code = compile_report.compiled(kernel, signature, constants, {}, *numbers, 90).asm["ptx"]
+        read, begins = code.find("ld.global.b64"), code.find("griddepcontrol.launch_dependents")
+        if name == "gae_scan_tiles":
+            assert 0 <= begins < code.find("ld.global") and "griddepcontrol.wait" not in code
+        else:
+            assert 0 <= code.find("griddepcontrol.wait") < read and code.count("griddepcontrol.wait") == 2 > begins
 
 
 def test_what_counts_as_a_violation():

@@ -41,8 +41,9 @@ def test_parts_run_at_the_same_time():
     assert len(threads) == 3
 
 
-def test_nobody_waits_for_helpers_that_do_not_come():
-    """All are busy for as long as it takes: the caller does the work alone. What they find later is over."""
+@pytest.fixture
+def busy_helpers():
+    """All of them, until the test is over."""
     asked, release = threading.Semaphore(0), threading.Event()
 
     def hold() -> None:
@@ -52,36 +53,27 @@ def test_nobody_waits_for_helpers_that_do_not_come():
     _threads._HELPERS.ask(hold, 2)
     for _ in range(_threads._HELPERS._number):
         _threads._HELPERS.ask(hold, 1)
-    asked.acquire()
-    try:
-        done = []
-        _threads.run_parts(lambda begin, end: done.append(threading.get_ident()), list(range(9)))
-        assert done == [threading.get_ident()] * 8
-    finally:
-        release.set()
-
-
-def test_what_is_over_holds_nothing():
-    """The helpers are busy: what they are still to look at has let go of its arrays."""
-    asked, release = threading.Semaphore(0), threading.Event()
-
-    def hold() -> None:
-        asked.release()
-        release.wait(60)
-
-    _threads._HELPERS.ask(hold, 2)
     for _ in range(_threads._HELPERS._number):
-        _threads._HELPERS.ask(hold, 1)
-    asked.acquire()
-    try:
-        array = torch.zeros(9)
-        alive = weakref.ref(array)
-        _threads.run_parts(lambda begin, end, array=array: array[begin:end].add_(1), [0, 4, 9])
-        assert array.eq(1).all()
-        del array
-        assert alive() is None
-    finally:
-        release.set()
+        asked.acquire()
+    yield
+    release.set()
+
+
+def test_nobody_waits_for_helpers_that_do_not_come(busy_helpers):
+    """The caller does the work alone. What they find later is over."""
+    done = []
+    _threads.run_parts(lambda begin, end: done.append(threading.get_ident()), list(range(9)))
+    assert done == [threading.get_ident()] * 8
+
+
+def test_what_is_over_holds_nothing(busy_helpers):
+    """What they are still to look at has let go of its arrays."""
+    array = torch.zeros(9)
+    alive = weakref.ref(array)
+    _threads.run_parts(lambda begin, end, array=array: array[begin:end].add_(1), [0, 4, 9])
+    assert array.eq(1).all()
+    del array
+    assert alive() is None
 
 
 def test_the_caller_does_all_where_no_thread_can_be_started(monkeypatch):

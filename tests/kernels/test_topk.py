@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from searchr1_kernels import Hits, TopKIndex, _topk_cpu, open_search, reference, topk_inner_product
+from searchr1_kernels import Hits, TopKIndex, _topk_cpu, _topk_cuda, open_search, reference, topk_inner_product
 
 KINDS = ("normal", "ties", "copies", "zero", "close", "one direction", "one large component", "all sizes", "tiny")
 
@@ -360,6 +360,29 @@ def test_a_gpu_and_a_cpu_agree(kind, dtype):
         for queries in (1, 50, 200):
             have = topk_inner_product(asked[:queries].cuda(), index, 10)
             assert_equal([tensor.cpu() for tensor in have], [tensor[:queries] for tensor in want])
+
+
+def test_rows_that_begin_anywhere_are_copied_if_that_helps():
+    memory = torch.randn(9 * 32 + 1)
+    anywhere, there = memory[1:].view(9, 32), memory[:-1].view(9, 32)
+    copy = _topk_cuda.aligned(anywhere)
+    assert copy.data_ptr() % 16 == 0 and torch.equal(copy, anywhere)
+    odd = memory[1:].view(12, 24)  # no row but the first is at whole 16 numbers, wherever that is
+    assert _topk_cuda.aligned(there) is there and _topk_cuda.aligned(odd) is odd
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("coarse", ["float", "int8"])
+def test_an_index_on_a_gpu_copies_rows_that_begin_anywhere_once(coarse):
+    asked, corpus = problem("normal", size=64, dtype=torch.float16)
+    memory = corpus.new_empty(corpus.numel() + 1, device="cuda")
+    anywhere = memory[1:].view(corpus.shape).copy_(corpus)
+    index = TopKIndex(anywhere, coarse=coarse)
+    assert index.corpus.data_ptr() % 16 == 0
+    assert open_search(index, 4, 3)._passes.corpus.rows is index.corpus
+    want = topk_inner_product(asked, corpus, 3)
+    assert_equal([x.cpu() for x in topk_inner_product(asked.cuda(), index, 3)], want)
 
 
 @pytest.mark.gpu

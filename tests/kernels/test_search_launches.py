@@ -1,0 +1,74 @@
+"""What a search asks a GPU to do, as `test_launches` has it for models and the head."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+from searchr1_kernels import Hits
+
+pytest.importorskip("triton", reason="needs Triton")
+_topk_passes = importlib.import_module("searchr1_kernels._topk_passes")
+recording = importlib.import_module("launch_recording")
+tensor = recording.tensor
+
+
+@pytest.mark.parametrize("coarse", ["float", "int8"])
+@pytest.mark.parametrize("rows", [8_000_000, 21_015_324])
+def test_a_search(launches, rows, coarse):
+    """Nine launches for every number of queries and hits, by every way to read the rows."""
+    size, num_blocks = 768, -(-rows // 128)
+    parts = [tensor(num_blocks)]
+    if coarse == "int8":
+        parts += [tensor(size), tensor(rows, size, dtype=torch.int8), tensor(rows), tensor(rows), tensor(num_blocks)]
+    searches = _topk_passes.Passes(_topk_passes.Corpus(tensor(rows, size, dtype=torch.float16), None, parts), 512, 192)
+    memory, queries = tensor(Hits.nbytes(512, 192), dtype=torch.uint8), tensor(512, size)
+    for count in (1, 16, 48, 128, 256, 512):
+        for k in (1, 16, 100):
+            launches.clear()
+            searches.launch(queries[:count], k, Hits.views(memory, count, k))
+            assert [name for name in launches if not name.endswith("_bounds")] == [
+                "prepare_queries", "group_maxima", *["best_blocks", "exact_keys", "best_hits"] * 2,
+            ]  # fmt: skip
+            assert len(launches) == 9
+        ways = _topk_passes._candidates(*searches._kind(count))
+        assert len(ways) > 1
+        for way in ways:
+            searches.bounds(queries[:count], way)
+
+
+@pytest.mark.parametrize("coarse", ["float", "int8"])
+@pytest.mark.parametrize(
+    ("size", "dtype"),
+    [(400, torch.float16), (768, torch.float32), (768, torch.int8)]
+    + [(size, dtype) for size in (200, 75) for dtype in (torch.float16, torch.float32, torch.int8)],
+)
+def test_a_search_of_other_rows(launches, size, dtype, coarse):
+    """400 numbers fill no whole number of steps, 200 are read by descriptors alone in vectors, 75 by nothing; 8-bit
+    rows have their scales."""
+    rows, num_blocks = 200_000, 1563
+    memory, queries = tensor(Hits.nbytes(512, 100), dtype=torch.uint8), tensor(512, size)
+    scales = tensor(rows) if dtype == torch.int8 else None
+    parts = [tensor(num_blocks)]
+    if coarse == "int8":
+        parts += [tensor(size), tensor(rows, size, dtype=torch.int8), tensor(rows), tensor(rows), tensor(num_blocks)]
+    corpus = _topk_passes.Corpus(tensor(rows, size, dtype=dtype), scales, parts)
+    searches = _topk_passes.Passes(corpus, 512, 100)
+    for count in (1, 128, 512):
+        searches.launch(queries[:count], 16, Hits.views(memory, count, 16))
+        for way in _topk_passes._candidates(*searches._kind(count)):
+            searches.bounds(queries[:count], way)
+
+
+def test_a_search_of_rows_anywhere_in_memory_and_of_many_queries(launches):
+    """Where rows of whole 16 numbers begin would choose the order in which exact scores are summed."""
+    memory = tensor(20_000 * 64 + 8, dtype=torch.float16)
+
+    def run(first: int) -> None:
+        rows = memory[first : first + 20_000 * 64].view(20_000, 64)
+        searches = _topk_passes.Passes(_topk_passes.Corpus(rows, None, [tensor(157)]), 70_000, 1)
+        for count in (1, 70_000):
+            searches.launch(tensor(count, 64), 1, Hits.views(tensor(1 << 21, dtype=torch.uint8), count, 1))
+
+    recording.one_set_of_kernels(launches, run, (0, 1, 8))
