@@ -10,6 +10,8 @@ Left out: tensor and pipeline parallelism; FSDP2 over data-parallel ranks carrie
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import random
 from collections.abc import Collection, Iterable, Iterator
@@ -136,7 +138,22 @@ def process(device: str = "auto", num_threads: int = 0, seed: int = 0) -> Iterat
         # for them for ever: leave it to the operating system, exit non-zero, and let torchrun stop them.
         if is_ours and dist.is_initialized() and not (is_failing and world_size > 1):
             dist.destroy_process_group()
+            atexit.unregister(_end_groups)  # once, whatever the number of calls
+            atexit.register(_end_groups)
         torch.set_flush_denormal(flushed_before)
+
+
+def _end_groups() -> None:
+    """Let the threads of gloo end before the interpreter does.
+
+    They live as long as their group, destroyed or not, and every mesh holds its groups, and DTensor's caches hold meshes.
+    A thread that is the last to own a tensor of a collective asks for the interpreter's lock; where the interpreter is
+    ending by then, this aborts the process ("terminate called without an active exception"), and torchrun reports a run
+    that was complete as failed.
+    """
+    for mesh in [thing for thing in gc.get_objects() if type(thing) is DeviceMesh]:
+        mesh._pg_registry.clear()  # no public way in torch 2.11 to 2.13
+    gc.collect()  # what is left of the run, with its groups
 
 
 def shard(

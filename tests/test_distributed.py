@@ -52,10 +52,11 @@ def two_ranks(make_config, tmp_path, on_two_ranks):
     return [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)], configs
 
 
-def test_two_ranks(two_ranks, make_config, make_console):
+def test_two_ranks(two_ranks, tmp_path, make_config, make_console):
     """One launch, as starting processes is what takes the time."""
     reports, configs = two_ranks
     check_collectives(reports)
+    check_gloo_ends_before_the_interpreter(tmp_path)
     for place, (name, algorithm) in enumerate(ALGORITHMS.items()):
         alone = make_config(
             algorithm=algorithm,
@@ -73,6 +74,15 @@ def test_two_ranks(two_ranks, make_config, make_console):
             assert report["trained"][place]["step"] == NUM_STEPS
             assert report["trained"][place]["after"]["letters"]["em"] == result["after"]["letters"]["em"]
         check_resumes_on_one_rank(name, algorithm, make_config, make_console)
+
+
+def check_gloo_ends_before_the_interpreter(directory: Path) -> None:
+    """A thread of gloo that frees a tensor while the interpreter ends aborts the process."""
+    if not Path("/proc/self/task").is_dir():
+        return
+    for rank in range(2):
+        in_training, at_the_end = map(int, (directory / f"rank{rank}.threads").read_text().split())
+        assert in_training > 0 and at_the_end == 0
 
 
 def check_collectives(reports) -> None:

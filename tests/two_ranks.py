@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import sys
 from pathlib import Path
@@ -32,12 +33,22 @@ def collectives(ranks: Ranks) -> dict:
     }
 
 
+def num_gloo_threads() -> int:
+    """Threads of gloo's groups in this process."""
+    names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+    return sum(name.startswith("pt_gloo") for name in names)
+
+
 def main() -> None:
-    """Writes OUTPUT/rank<i>.json with the collectives' results and what each training returned."""
+    """Writes OUTPUT/rank<i>.json with the collectives' results and what each training returned; as the interpreter
+    ends, OUTPUT/rank<i>.threads with the number of gloo's threads while it trained and then."""
     output = Path(sys.argv[1])
+    counts: list[int] = []
+    atexit.register(lambda: (output / f"rank{ranks.rank}.threads").write_text(f"{counts[0]} {num_gloo_threads()}"))
     with process("cpu", num_threads=1) as ranks:
         report = {"collectives": collectives(ranks)}
         report["trained"] = [train(load_config(path), Console(quiet=True)) for path in sys.argv[2:]]
+        counts.append(num_gloo_threads())
         (output / f"rank{ranks.rank}.json").write_text(json.dumps(report))
 
 
