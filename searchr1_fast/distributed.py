@@ -146,10 +146,10 @@ def process(device: str = "auto", num_threads: int = 0, seed: int = 0) -> Iterat
 def _end_groups() -> None:
     """Let the threads of gloo end before the interpreter does.
 
-    They live as long as their group, destroyed or not, and every mesh holds its groups, and DTensor's caches hold meshes.
-    A thread that is the last to own a tensor of a collective asks for the interpreter's lock; where the interpreter is
-    ending by then, this aborts the process ("terminate called without an active exception"), and torchrun reports a run
-    that was complete as failed.
+    They live as long as their group, destroyed or not; every mesh holds its groups, and DTensor's caches hold meshes. A
+    thread that is the last to own a tensor of a collective asks for the interpreter's lock; where the interpreter is
+    ending by then, this aborts the process ("terminate called without an active exception"), and torchrun reports a
+    run that was complete as failed.
     """
     for mesh in [thing for thing in gc.get_objects() if type(thing) is DeviceMesh]:
         mesh._pg_registry.clear()  # no public way in torch 2.11 to 2.13

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch.autograd import forward_ad
 
 
 def check_tensor(name: str, tensor: object) -> None:
@@ -68,6 +69,12 @@ def check_mask(mask: torch.Tensor | None, like_name: str, like: torch.Tensor) ->
         check_shape("mask", mask, (like.shape[0],))
         check_dtype("mask", mask, torch.bool)
         check_device("mask", mask, like_name, like)
+
+
+def check_reverse_mode(name: str, tensor: torch.Tensor) -> None:
+    """Not one whose tangent is asked for: torch would leave it out of an operator's outputs without a word."""
+    if not torch.compiler.is_compiling() and forward_ad.unpack_dual(tensor).tangent is not None:
+        raise ValueError(f"{name}: expected a tensor without a tangent: there is no forward-mode differentiation")
 
 
 def check_indices(name: str, indices: torch.Tensor, bound: int) -> None:

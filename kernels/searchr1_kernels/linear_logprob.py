@@ -27,7 +27,8 @@ chunk, and chunks depend on N and on free memory; and for the gradient of `hidde
 into parts by the shape of the product. Products of fp32 operands are fp32's unless
 `torch.set_float32_matmul_precision` says otherwise.
 
-Left out: a bias (no language-model head in use here has one), and gradients of gradients.
+Left out: a bias (no language-model head in use here has one), gradients of gradients,
+and forward-mode differentiation.
 
 Shape legend: N rows, D hidden size, V vocabulary, K rows kept for the backward pass.
 """
@@ -120,6 +121,8 @@ def check_head(hidden, weight, targets, temperature, softcap, mask) -> None:
     checks.check_shape("targets", targets, (hidden.shape[0],))
     checks.check_floating("hidden", hidden)
     checks.check_dtype("weight", weight, hidden.dtype)
+    checks.check_reverse_mode("hidden", hidden)
+    checks.check_reverse_mode("weight", weight)
     checks.check_dtype("targets", targets, torch.int64, torch.int32)
     checks.check_device("weight", weight, "hidden", hidden)
     checks.check_device("targets", targets, "hidden", hidden)

@@ -37,6 +37,8 @@ def masked_kl(
     inputs; what stands at masked tokens is never looked at, not even a NaN. ValueError where a shape, type or device
     is not as above, or `kind` is none of the three.
     """
+    if not isinstance(kind, str) or kind not in ("k1", "k2", "k3"):  # in the operator's place a mask may stand, say
+        raise ValueError(f"kind: expected 'k1', 'k2' or 'k3', got {kind!r}")
     return _OPERATOR(logprobs, ref_logprobs, kind, mask)
 
 
@@ -47,8 +49,6 @@ def _masked_kl(logprobs, ref_logprobs, kind, mask):
     checks.check_floating("ref_logprobs", ref_logprobs)
     checks.check_device("ref_logprobs", ref_logprobs, "logprobs", logprobs)
     checks.check_mask(mask, "logprobs", logprobs)
-    if kind not in ("k1", "k2", "k3"):
-        raise ValueError(f"kind: expected 'k1', 'k2' or 'k3', got {kind!r}")
     compute = torch.float64 if logprobs.dtype == torch.float64 else torch.float32
     difference = logprobs.to(compute) - ref_logprobs.detach().to(compute)  # log p - log q
     if mask is not None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from searchr1_kernels import PolicyLoss, _linear_chunks, gae, linear_logprob, linear_policy_loss, policy_objective
 from searchr1_kernels._objective_operator import NUM_METRICS, arguments
+from torch.autograd import forward_ad
 
 OPERATORS = torch.ops.searchr1_kernels
 GSPO = {"loss": PolicyLoss(kind="gspo"), "cu_seqlens": torch.tensor([0, 8, 8, 21])}
@@ -206,6 +207,26 @@ def test_gradients_of_gradients_are_refused():
         (gradient,) = torch.autograd.grad(output.square(), hidden, create_graph=True)
         with pytest.raises(RuntimeError, match="differentiate twice"):
             gradient.sum().backward()
+
+
+@pytest.mark.parametrize("name", ["hidden", "weight"])
+def test_forward_mode_is_refused(name):
+    hidden, weight, targets, rollout, advantages = problem()
+
+    def logprob(**given):
+        return linear_logprob(**given, targets=targets)
+
+    def policy(**given):
+        return linear_policy_loss(
+            **given, targets=targets, rollout_logprobs=rollout, advantages=advantages, denominator=1
+        )[0]
+
+    inputs = {"hidden": hidden, "weight": weight}
+    for function in (logprob, policy):
+        with pytest.raises(ValueError, match=f"{name}: expected a tensor without a tangent"):
+            torch.func.jvp(lambda x, f=function: f(**(inputs | {name: x})), (inputs[name],), (inputs[name],))
+        with pytest.raises(ValueError, match=f"{name}: expected a tensor without a tangent"), forward_ad.dual_level():
+            function(**(inputs | {name: forward_ad.make_dual(inputs[name], inputs[name])}))
 
 
 @pytest.mark.parametrize(

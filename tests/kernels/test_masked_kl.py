@@ -103,6 +103,7 @@ def test_no_tokens(mask):
     ("arguments", "message"),
     [
         ((torch.zeros(3), torch.zeros(3), "k4"), "kind: expected 'k1', 'k2' or 'k3', got 'k4'"),
+        ((torch.zeros(3), torch.zeros(3), torch.ones(3, dtype=torch.bool)), "kind: expected 'k1', 'k2' or 'k3'"),
         ((torch.zeros(3, 1), torch.zeros(3)), "logprobs: expected shape"),
         ((torch.zeros(3), torch.zeros(2)), "ref_logprobs: expected shape"),
         ((torch.zeros(3), torch.zeros(3), "k1", torch.ones(3)), "mask: expected torch.bool"),
