@@ -5,6 +5,7 @@ Only properties known to the host are checked; nothing here waits for a GPU.
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 
 import torch
@@ -15,6 +16,12 @@ def check_tensor(name: str, tensor: object) -> None:
     """No list, no array, no module, no None."""
     if not isinstance(tensor, torch.Tensor):
         raise ValueError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+
+
+def check_optional(name: str, tensor: object) -> None:
+    """A tensor, or None."""
+    if tensor is not None:
+        check_tensor(name, tensor)
 
 
 def check_shape(name: str, tensor: torch.Tensor, expected: Sequence[int | str]) -> None:
@@ -57,8 +64,25 @@ def check_device(name: str, tensor: torch.Tensor, other_name: str, other: torch.
         raise ValueError(f"{name}: expected the device of {other_name} ({other.device}), got {tensor.device}")
 
 
-def check_positive(name: str, value: float) -> None:
+def check_number(name: str, value: object, low: float | None = None) -> None:
+    """One of Python or numpy, not below `low`. No tensor: its value would have to be waited for, and it would get no
+    gradient."""
+    if not isinstance(value, (numbers.Real, torch.SymInt, torch.SymFloat)):
+        raise ValueError(f"{name}: expected a number, got {type(value).__name__}")
+    if low is not None and not value >= low:
+        raise ValueError(f"{name}: expected a number not below {low:g}, got {value}")
+
+
+def check_whole(name: str, value: object) -> None:
+    """A whole number of Python or numpy."""
+    if not isinstance(value, (numbers.Integral, torch.SymInt)):
+        got = value if isinstance(value, numbers.Real) else type(value).__name__
+        raise ValueError(f"{name}: expected a whole number, got {got}")
+
+
+def check_positive(name: str, value: object) -> None:
     """A number above 0, and finite."""
+    check_number(name, value)
     if not 0.0 < value < float("inf"):
         raise ValueError(f"{name}: expected a finite number above 0, got {value}")
 

@@ -16,6 +16,7 @@ Shape legend: N tokens of all sequences, S sequences.
 from __future__ import annotations
 
 import functools
+import numbers
 from typing import Any
 
 import numba
@@ -56,7 +57,9 @@ def gae(
     fits = fits and isinstance(cu_seqlens, torch.Tensor) and (mask is None or isinstance(mask, torch.Tensor))
     fits = fits and rewards.dim() == cu_seqlens.dim() == 1 and rewards.shape == values.shape and cu_seqlens.shape[0] > 0
     fits = fits and rewards.is_floating_point() and values.is_floating_point() and cu_seqlens.dtype in _OFFSETS
-    fits = fits and rewards.device == values.device == cu_seqlens.device and 0.0 <= gamma <= 1.0 and 0.0 <= lam <= 1.0
+    fits = fits and rewards.device == values.device == cu_seqlens.device
+    fits = fits and isinstance(gamma, numbers.Real) and isinstance(lam, numbers.Real)
+    fits = fits and 0.0 <= gamma <= 1.0 and 0.0 <= lam <= 1.0
     if fits and mask is not None:
         fits = mask.shape == rewards.shape and mask.dtype == torch.bool and mask.device == rewards.device
     if not fits:
@@ -76,6 +79,7 @@ def _check(rewards, values, cu_seqlens, gamma, lam, mask) -> None:
     checks.check_cu_seqlens(cu_seqlens, "rewards", rewards)
     checks.check_mask(mask, "rewards", rewards)
     for name, value in (("gamma", gamma), ("lam", lam)):
+        checks.check_number(name, value)
         if not 0.0 <= value <= 1.0:
             raise ValueError(f"{name}: expected a number from 0 to 1, got {value}")
     raise AssertionError("one of these was meant to speak")

@@ -38,6 +38,7 @@ def rms_norm(
     checks.check_device("weight", weight, "x", x)
     if x.shape[1] > MAX_NORM_SIZE:
         raise ValueError(f"x: expected rows of at most {MAX_NORM_SIZE} components, got {x.shape[1]}")
+    checks.check_number("eps", eps, 0.0)
     if residual is None:
         return _NORM(x.detach(), weight.detach(), eps), x
     _check_like("residual", residual, "x", x)
@@ -92,6 +93,7 @@ def rotary_write(
         checks.check_device(name, tensor, "query", query)
     if head_dim % 2 or head_dim > MAX_HEAD_DIM:
         raise ValueError(f"query: expected heads of an even number of components, at most 512, got {head_dim}")
+    checks.check_number("eps", eps, 0.0)
     floats = (tensor.detach() for tensor in (query, key, value, cos, sin, keys, values))
     detached = (None, None) if query_norm is None else (query_norm.detach(), key_norm.detach())
     return _ROTARY_WRITE(*floats, blocks, places, *detached, eps)

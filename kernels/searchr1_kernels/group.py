@@ -33,6 +33,8 @@ def group_advantages(
     whatever other groups there are. ValueError where a shape, type or device is not as above.
     """
     checks.check_tensor("rewards", rewards)
+    checks.check_tensor("groups", groups)
+    checks.check_number("eps", eps, 0.0)
     return _GROUP_ADVANTAGES(rewards.detach(), groups, normalize_std, eps)
 
 
@@ -77,6 +79,7 @@ def masked_moments(values: torch.Tensor, mask: torch.Tensor | None = None) -> to
     ValueError where a shape, type or device is not as above.
     """
     checks.check_tensor("values", values)
+    checks.check_optional("mask", mask)
     return _MASKED_MOMENTS(values.detach(), mask)
 
 
@@ -109,6 +112,9 @@ def masked_whiten(
     is not as above.
     """
     checks.check_tensor("values", values)
+    checks.check_optional("mask", mask)
+    checks.check_optional("moments", moments)
+    checks.check_number("eps", eps, 0.0)
     return _MASKED_WHITEN(values.detach(), mask, moments, eps)
 
 

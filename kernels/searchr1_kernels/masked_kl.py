@@ -37,7 +37,10 @@ def masked_kl(
     inputs; what stands at masked tokens is never looked at, not even a NaN. ValueError where a shape, type or device
     is not as above, or `kind` is none of the three.
     """
-    if not isinstance(kind, str) or kind not in ("k1", "k2", "k3"):  # in the operator's place a mask may stand, say
+    checks.check_tensor("logprobs", logprobs)
+    checks.check_tensor("ref_logprobs", ref_logprobs)
+    checks.check_optional("mask", mask)
+    if not isinstance(kind, str) or kind not in ("k1", "k2", "k3"):
         raise ValueError(f"kind: expected 'k1', 'k2' or 'k3', got {kind!r}")
     return _OPERATOR(logprobs, ref_logprobs, kind, mask)
 

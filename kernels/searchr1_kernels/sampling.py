@@ -54,10 +54,13 @@ def sample_tokens(
     checks.check_device("randoms", randoms, "logits", logits)
     if logits.shape[1] == 0:
         raise ValueError("logits: expected at least one token, got none")
+    checks.check_number("temperature", temperature)
     if not 0.0 <= temperature < math.inf:
         raise ValueError(f"temperature: expected 0 or a finite number above, got {temperature}")
+    checks.check_whole("top_k", top_k)
     if top_k < 0:
         raise ValueError(f"top_k: expected 0 (no limit) or a number above, got {top_k}")
+    checks.check_number("top_p", top_p)
     if not 0.0 < top_p <= 1.0:
         raise ValueError(f"top_p: expected a number above 0 and up to 1 (no limit), got {top_p}")
     return _OPERATOR(logits.detach(), randoms.detach(), temperature, top_k, top_p)

@@ -97,6 +97,7 @@ def topk_inner_product(
     checks.check_shape("queries", queries, ("Q", corpus.shape[1]))
     checks.check_dtype("queries", queries, *_QUERY_DTYPES)
     checks.check_device("queries", queries, "corpus", corpus)
+    checks.check_whole("k", k)
     if not 1 <= k <= corpus.shape[0]:
         raise ValueError(f"k: expected from 1 to {corpus.shape[0]}, the rows of corpus, got {k}")
     return _OPERATOR(queries.detach(), corpus.detach(), k, scales, parts)

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import torch
 
+from searchr1_kernels import checks
 from searchr1_kernels.topk import TopKIndex, topk_inner_product
 
 _ALIGNMENT = 16  # of what lies in one piece, so that kernels compiled for one of the pieces fit all
@@ -73,9 +74,12 @@ class TopKSearch:
     """Searches of up to `max_queries` queries for up to `max_k` hits, one at a time; made by `open_search`."""
 
     def __init__(self, index: TopKIndex, max_queries: int, max_k: int) -> None:
-        if max_queries < 1 or not 1 <= max_k <= len(index):
-            raise ValueError(f"a search has at least one query, and 1 to {len(index)} hits (the rows of its index); "
-                             f"got max_queries {max_queries}, max_k {max_k}")  # fmt: skip
+        checks.check_whole("max_queries", max_queries)
+        checks.check_whole("max_k", max_k)
+        if max_queries < 1:
+            raise ValueError(f"max_queries: expected at least 1, got {max_queries}")
+        if not 1 <= max_k <= len(index):
+            raise ValueError(f"max_k: expected from 1 to {len(index)}, the rows of its index, got {max_k}")
         self.index, self.max_queries, self.max_k = index, max_queries, max_k
         corpus = index.corpus
         self.queries = torch.zeros(max_queries, corpus.shape[1], dtype=torch.float32, device=corpus.device)  # [Q, D]
@@ -160,6 +164,8 @@ class _DeviceSearch(TopKSearch):
 
 def open_search(index: TopKIndex, max_queries: int, max_k: int) -> TopKSearch:
     """What searches this index, where it is. ValueError for limits that make no sense."""
+    if not isinstance(index, TopKIndex):
+        raise ValueError(f"index: expected a TopKIndex, which TopKIndex(corpus) makes, got {type(index).__name__}")
     kind = TopKSearch if index.corpus.device.type == "cpu" else _DeviceSearch
     return kind(index, max_queries, max_k)
 

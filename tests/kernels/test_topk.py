@@ -272,8 +272,12 @@ def test_a_search_in_memory_that_stays():
     assert not search.can_launch(21, 9) and not search.can_launch(20, 10) and not search.can_launch(1, 0)
     with pytest.raises(ValueError, match="no room for 21 queries and 9 hits"):
         search.launch(21, 9)
-    for max_queries, max_k in ((0, 1), (1, 0), (1, 501)):
-        with pytest.raises(ValueError, match=f"got max_queries {max_queries}, max_k {max_k}"):
+    for max_queries, max_k, message in (
+        (0, 1, "max_queries: expected at least 1, got 0"),
+        (1, 0, "max_k: expected from 1 to 500, the rows of its index, got 0"),
+        (1, 501, "max_k: expected from 1 to 500, the rows of its index, got 501"),
+    ):
+        with pytest.raises(ValueError, match=message):
             open_search(search.index, max_queries, max_k)
 
 
