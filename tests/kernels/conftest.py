@@ -95,3 +95,18 @@ def _quick_interpreter():
         patch.setattr(interpreter, "_patch_builtin", replace)
         patch.setattr(builder, "options", options)
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _watched_interpreter():
+    """Memory and races of every kernel that Triton's interpreter runs; memory without values holds NaN or the largest
+    integer, so that no result can do without what was never written."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        yield
+        return
+    from interpreted_memory import watched
+
+    torch.use_deterministic_algorithms(True, warn_only=True)  # which fills such memory
+    with watched():
+        yield
+    torch.use_deterministic_algorithms(False)

@@ -1,0 +1,173 @@
+"""Memory and races of Triton kernels, watched in Triton's interpreter: what memcheck and racecheck ask, without a GPU.
+
+Every load and store of a launch has to lie within a tensor that the launch was given (its own elements, not merely its
+allocation), at an address that is a multiple of its size. Programs of a launch run at the same time and in any order,
+so none may touch what another writes; nor may one load what it stored itself unless a barrier is between, as another of
+its threads may have stored it. Atomics are not there to be excused: no kernel here has any.
+
+Not seen: pointers that land in another tensor of the same launch, shared memory (the compiler's), and launches that
+overlap each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from triton.runtime import interpreter
+from triton.runtime.jit import TensorWrapper
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+_MANY = -1  # in place of the program that read, where several did
+
+
+@dataclass
+class Region:
+    """Bytes that some tensors of a launch cover without a gap, in cells of the smallest element among them."""
+
+    begin: int
+    end: int
+    cell: int
+    writer: np.ndarray = field(init=False)  # the last program that wrote a cell; 0: none, programs count from 1
+    reader: np.ndarray = field(init=False)
+    barriers: np.ndarray = field(init=False)  # that the writer had passed by then
+
+    def __post_init__(self) -> None:
+        num_cells = -(-(self.end - self.begin) // self.cell)
+        self.writer, self.reader, self.barriers = (np.zeros(num_cells, np.int32) for _ in range(3))
+
+
+class Watch:
+    """Of one launch."""
+
+    def __init__(self, name: str, arguments: Any) -> None:
+        self.name = name
+        self._regions = _regions(sorted(_extents(arguments)))
+        self._begins = np.array([region.begin for region in self._regions], np.int64)
+        self._ends = np.array([region.end for region in self._regions], np.int64)
+        self._num_barriers = 0
+
+    def barrier(self) -> None:
+        """The running program passes one."""
+        self._num_barriers += 1
+
+    def touch(self, pointers: Any, mask: np.ndarray, written: np.ndarray | None = None) -> None:
+        """A load, or a store of what is written, by the running program, where the mask says so."""
+        size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+        addresses, mask = np.broadcast_arrays(pointers.data, mask)
+        addresses = addresses[mask].astype(np.int64)
+        if addresses.size == 0:
+            return
+        number = np.searchsorted(self._begins, addresses, side="right") - 1
+        inside = number >= 0
+        if inside.any():
+            inside &= addresses + size <= self._ends[number]
+        verb = "loads" if written is None else "stores"
+        if not inside.all():
+            self._complain(f"{verb} {size} bytes outside every tensor of its launch, in {(~inside).sum()} lanes")
+        if (addresses % size).any():
+            self._complain(f"{verb} {size} bytes at no multiple of them")
+        values = None if written is None else np.broadcast_to(written, mask.shape)[mask]
+        for one in np.unique(number):
+            region, here = self._regions[one], number == one
+            first = (addresses[here] - region.begin) // region.cell
+            for step in range(size // region.cell):
+                if values is None:
+                    self._load(region, first + step)
+                else:
+                    self._store(region, first + step, values[here])
+
+    def _load(self, region: Region, cells: np.ndarray) -> None:
+        me, writer = self._program(), region.writer[cells]
+        self._compare((writer != 0) & (writer != me), "loads what another program stores")
+        own = (writer == me) & (region.barriers[cells] == self._num_barriers)
+        self._compare(own, "loads what it has stored, with no barrier between")
+        reader = region.reader[cells]
+        region.reader[cells] = np.where((reader == 0) | (reader == me), me, _MANY)
+
+    def _store(self, region: Region, cells: np.ndarray, values: np.ndarray) -> None:
+        me, writer, reader = self._program(), region.writer[cells], region.reader[cells]
+        self._compare((writer != 0) & (writer != me), "stores what another program stores")
+        self._compare((reader != 0) & (reader != me), "stores what another program loads")
+        order = np.argsort(cells, kind="stable")
+        again = cells[order][1:] == cells[order][:-1]
+        bits = np.ascontiguousarray(values[order]).view(f"V{values.itemsize}")
+        self._compare(again & (bits[1:] != bits[:-1]), "stores two values in one place")
+        region.writer[cells], region.barriers[cells] = me, self._num_barriers
+
+    def _program(self) -> int:
+        builder = interpreter.interpreter_builder
+        (x, y, z), (_, height, depth) = builder.grid_idx, builder.grid_dim
+        return 1 + (x * height + y) * depth + z
+
+    def _compare(self, wrong: np.ndarray, sentence: str) -> None:
+        if wrong.any():
+            self._complain(f"{sentence}, in {wrong.sum()} lanes")
+
+    def _complain(self, sentence: str) -> None:
+        place = interpreter.interpreter_builder.grid_idx
+        raise AssertionError(f"{self.name}: program {place} {sentence}")
+
+
+def _extents(arguments: Any) -> Iterator[tuple[int, int, int]]:
+    """Of every tensor among the arguments: begin, end, bytes of an element."""
+    if isinstance(arguments, (TensorDescriptor, TensorWrapper)):
+        yield from _extents(arguments.base)
+    elif isinstance(arguments, (tuple, list)):
+        for argument in arguments:
+            yield from _extents(argument)
+    elif isinstance(arguments, torch.Tensor) and arguments.numel():
+        steps = zip(arguments.shape, arguments.stride(), strict=True)
+        size, begin = arguments.element_size(), arguments.data_ptr()
+        yield begin, begin + (1 + sum((length - 1) * stride for length, stride in steps)) * size, size
+
+
+def _regions(extents: list[tuple[int, int, int]]) -> list[Region]:
+    """Sorted; those that overlap are one."""
+    regions: list[Region] = []
+    for begin, end, cell in extents:
+        if regions and begin < regions[-1].end:
+            last = regions.pop()
+            regions.append(Region(last.begin, max(last.end, end), min(last.cell, cell)))
+        else:
+            regions.append(Region(begin, end, cell))
+    return regions
+
+
+@contextmanager
+def watched() -> Iterator[None]:
+    """Meanwhile a launch that does what is described above fails, with an InterpreterError that says it."""
+    watch: Watch | None = None
+    builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
+    to_host, load, store = executor._init_args_hst, builder.create_masked_load, builder.create_masked_store
+
+    def begin(self: Any, arguments: Any, named: dict[str, Any]) -> Any:
+        nonlocal watch
+        on_host = to_host(self, arguments, named)
+        watch = Watch(self.fn.__name__, [*on_host[0], *on_host[1].values()])
+        return on_host
+
+    def watched_load(self: Any, pointers: Any, mask: Any, *others: Any, **named: Any) -> Any:
+        watch.touch(pointers, mask.data)
+        return load(self, pointers, mask, *others, **named)
+
+    def watched_store(self: Any, pointers: Any, value: Any, mask: Any, *others: Any, **named: Any) -> Any:
+        watch.touch(pointers, mask.data, value.data)
+        return store(self, pointers, value, mask, *others, **named)
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError(f"{watch.name}: an atomic, which is not watched")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(executor, "_init_args_hst", begin)
+        patch.setattr(builder, "create_masked_load", watched_load)
+        patch.setattr(builder, "create_masked_store", watched_store)
+        patch.setattr(builder, "create_barrier", lambda self: watch.barrier())
+        patch.setattr(builder, "create_atomic_rmw", refuse)
+        patch.setattr(builder, "create_atomic_cas", refuse)
+        yield
