@@ -5,10 +5,10 @@
 "next" is the next unmasked token of the same sequence; after the last one V and A are 0. A reward on a masked token
 belongs to the unmasked token before it, so an environment's tokens can carry one without taking part in the recursion.
 
-CPU: one compiled pass, right to left, sequences shared out over torch's threads. CUDA: sequences, or tiles of long
-ones, in parallel (`_gae_triton`). Elsewhere: a scan by doubling, log2(N) passes of torch operators. All carry fp64, and
-none waits for its device. Left out: bootstrapping a value past a sequence's end, which a finished trajectory never
-needs.
+CPU: one compiled pass, right to left, sequences shared out over torch's threads (`_gae_llvm`). CUDA: sequences, or
+tiles of long ones, in parallel (`_gae_triton`). Elsewhere: a scan by doubling, log2(N) passes of torch operators. All
+carry fp64, and none waits for its device. Left out: bootstrapping a value past a sequence's end, which a finished
+trajectory never needs.
 
 Shape legend: N tokens of all sequences, S sequences.
 """
@@ -19,21 +19,17 @@ import functools
 import numbers
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 
-from searchr1_kernels import checks
+from searchr1_kernels import _gae_llvm, checks
 from searchr1_kernels._installed import has_triton
 from searchr1_kernels._threads import num_parts, run_parts
 from searchr1_kernels.registration import register
 
-# Tokens of a pass on the CPU: fewer, and the next ones are not fetched ahead (512: 2.4 ms for 1 M tokens, 4096: 1.3).
-_AT_ONCE = 4096
 # Tokens for which a thread is worth waking.
 _PART_TOKENS = 1 << 16
 _OFFSETS = (torch.int32, torch.int64)
-_FUSED = {"contract"}  # multiply and add in one instruction; nothing else may change
 
 
 def gae(
@@ -120,64 +116,8 @@ def _scan_cpu(rewards, values, cu_seqlens, gamma, lam, mask, dtype):
     arrays = [tensor.contiguous().numpy() for tensor in inputs]
     total = rewards.shape[0]
     cuts = np.searchsorted(arrays[3], np.linspace(0, total, num_parts(total, _PART_TOKENS) + 1))
-    run_parts(lambda *part: _reverse_scan(*part, *arrays, float(gamma), float(gamma * lam), *outputs), cuts)
+    run_parts(lambda *part: _gae_llvm.scan(*part, *arrays, float(gamma), float(gamma * lam), *outputs), cuts)
     return torch.from_numpy(outputs)
-
-
-@numba.njit(cache=True, nogil=True)
-def _reverse_scan(first, last, rewards, values, mask, cu_seqlens, gamma, decay, advantages, returns):
-    """Arrays [N], cu_seqlens [S+1]; fills advantages and returns of sequences `first` to `last`.
-
-    The maps of `_gae_triton`, so many tokens at a time: all but applying them in order is done in vector registers
-    (1 M tokens: 1.3 ms; in one loop with a branch on the mask 10 ms; one core of an AMD EPYC, 2026-11-24).
-    """
-    slopes, shifts, carried = np.empty(_AT_ONCE), np.empty(_AT_ONCE), np.empty(_AT_ONCE)
-    for sequence in range(first, last):
-        carry, end = 0.0, cu_seqlens[sequence + 1]
-        while end > cu_seqlens[sequence]:
-            begin = max(cu_seqlens[sequence], end - _AT_ONCE)
-            r, v, m, size = rewards[begin:end], values[begin:end], mask[begin:end], end - begin
-            _maps(r, v, m, gamma, decay, slopes, shifts)
-            carry = _apply(slopes[:size], shifts[:size], carried, carry)
-            _write(r, v, m, carried, advantages[begin:end], returns[begin:end])
-            end = begin
-
-
-@numba.njit(cache=True, nogil=True, fastmath=_FUSED)
-def _maps(rewards, values, mask, gamma, decay, slopes, shifts):
-    for t in range(rewards.shape[0]):
-        reward, value = np.float64(rewards[t]), np.float64(values[t])
-        slopes[t] = decay if mask[t] else 1.0
-        shifts[t] = gamma * value + decay * (reward - value) if mask[t] else reward
-
-
-@numba.njit(cache=True, nogil=True, fastmath=_FUSED)
-def _apply(slopes, shifts, carried, carry):
-    """carried: what each token gets of those after it; -> what the token before these gets. Eight maps are composed
-    before they are applied, so that a step does not wait for seven others."""
-    t = slopes.shape[0] - 1
-    while t >= 7:
-        slope, shift = slopes[t], shifts[t]
-        carried[t] = carry
-        for back in range(1, 8):
-            carried[t - back] = slope * carry + shift
-            slope, shift = slopes[t - back] * slope, slopes[t - back] * shift + shifts[t - back]
-        carry = slope * carry + shift
-        t -= 8
-    while t >= 0:
-        carried[t] = carry
-        carry = slopes[t] * carry + shifts[t]
-        t -= 1
-    return carry
-
-
-@numba.njit(cache=True, nogil=True, fastmath=_FUSED)
-def _write(rewards, values, mask, carried, advantages, returns):
-    for t in range(rewards.shape[0]):
-        value = np.float64(values[t])
-        advantage = np.float64(rewards[t]) - value + carried[t]
-        advantages[t] = advantage if mask[t] else 0.0
-        returns[t] = advantage + value if mask[t] else 0.0
 
 
 def _scan_triton(rewards, values, cu_seqlens, gamma, lam, mask, dtype):

@@ -32,7 +32,7 @@ def offsets(lengths) -> torch.Tensor:
 @IMPLEMENTATIONS
 @settings(max_examples=80, deadline=None)
 @given(
-    lengths=st.lists(st.integers(0, 12), max_size=8),
+    lengths=st.lists(st.integers(0, 30), max_size=8),
     gamma=st.sampled_from([0.0, 0.9, 1.0]),
     lam=st.sampled_from([0.0, 0.95, 1.0]),
     policy_share=st.sampled_from([None, 0.0, 0.5, 1.0]),
@@ -51,6 +51,24 @@ def test_matches_the_oracle(implementation, lengths, gamma, lam, policy_share, s
     ):
         torch.testing.assert_close(have, want, rtol=1e-12, atol=1e-12)
         assert mask is None or (have[~mask] == 0).all()
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize("rest", [0, 1, 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_every_mask_of_eight_tokens(implementation, dtype, rest):
+    """A CPU takes eight at a time, from the end, in three ways by their mask; `rest` are left at the beginning."""
+    patterns = (torch.randperm(256)[:, None] >> torch.arange(8) & 1).bool()
+    alike = torch.tensor([[True], [True], [False], [False], [True]]).expand(5, 8)  # one way after another, and itself
+    mask = torch.cat([torch.rand(rest) < 0.5, patterns.flatten(), alike.flatten()])
+    rewards, values = torch.randn(2, len(mask), dtype=dtype)
+    rewards[~mask & (torch.rand(len(mask)) < 0.5)] = 0.0
+    options = {"gamma": 0.97, "lam": 0.9, "mask": mask}
+    want = reference.gae(rewards.double(), values.double(), offsets([len(mask)]), **options)
+    values[~mask] = float("nan")  # what stands there is not read
+    precision = {"rtol": 1e-11, "atol": 1e-11} if dtype == torch.float64 else {"rtol": 1e-6, "atol": 1e-6}
+    for have, wanted in zip(implementation(rewards, values, offsets([len(mask)]), **options), want, strict=True):
+        torch.testing.assert_close(have, wanted.to(dtype), **precision)
 
 
 @IMPLEMENTATIONS
