@@ -6,7 +6,7 @@ Every token maps what the one before it gets, as in `_gae_triton`:
 
 The maps of eight tokens are composed in three steps across lanes, so that a sequence waits for one multiplication and
 addition per eight tokens. Of eight that all count the slopes are known powers; of eight that are all masked only the
-rewards are added up, and their values not even read. Memory is asked ahead.
+rewards are added up. Memory is asked ahead.
 
 In the cache 0.36 ns a token where turns of 100 tokens take turns with an environment's, 0.69 where the mask is random;
 three loops over a block, as a compiler makes vectors of them, took 1.0. Out of it, 1 M tokens into new memory: 1.7 ms,
@@ -60,7 +60,7 @@ def scan(
             t -= EIGHT
             kinds = _word(mask, t)
             if kinds == 0:
-                carry = _scan_masked(rewards, advantages, returns, t, carry)
+                carry = _scan_masked(rewards, values, advantages, returns, t, carry)
             elif kinds == _ALL:
                 carry = _scan_kept(rewards, values, advantages, returns, t, gamma, decay, carry, powers)
             else:
@@ -106,19 +106,22 @@ def _word(typing_context, mask, t):
 
 
 @intrinsic
-def _scan_masked(typing_context, rewards, advantages, returns, t, carry):
-    """None counts."""
+def _scan_masked(typing_context, rewards, values, advantages, returns, t, carry):
+    """None counts; values are asked for, for those ahead that may."""
 
     def generate(context, builder, signature, arguments):
-        rewards, *outputs = (vectors.place(context, builder, signature, arguments, array, 3) for array in range(3))
+        rewards, values, *outputs = (
+            vectors.place(context, builder, signature, arguments, array, 4) for array in range(4)
+        )
+        _ask_ahead(builder, values)
         total = _load(builder, rewards)
         for lanes in (4, 2, 1):
             total = builder.fadd(total, _moved(builder, total, lanes, _ZEROS))
         for output in outputs:
             _store(builder, _ZEROS, output)
-        return builder.fadd(arguments[4], _first(builder, total))
+        return builder.fadd(arguments[5], _first(builder, total))
 
-    return types.float64(rewards, advantages, returns, t, types.float64), generate
+    return types.float64(rewards, values, advantages, returns, t, types.float64), generate
 
 
 @intrinsic

@@ -144,9 +144,9 @@ def test_no_tokens(implementation, lengths):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_rewards_are_not_rounded_to_the_type_of_the_values(implementation, dtype):
     """2^30 + 1 is 2^30 in fp32; less 2^30 it is 1 or 0."""
-    rewards = torch.tensor([-(2.0**30), 2.0**30 + 1], dtype=torch.float64)
-    advantages, returns = implementation(rewards, torch.zeros(2, dtype=dtype), offsets([2]))
-    assert returns.tolist() == [1.0, 2.0**30]
+    rewards = torch.tensor([*[0.0] * 7, -(2.0**30), 2.0**30 + 1], dtype=torch.float64)
+    advantages, returns = implementation(rewards, torch.zeros(9, dtype=dtype), offsets([9]))
+    assert returns.tolist() == [*[1.0] * 8, 2.0**30]
     assert advantages.dtype == torch.float32
 
 
