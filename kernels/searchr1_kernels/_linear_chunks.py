@@ -56,18 +56,18 @@ class PlainRows:
     def __init__(self, hidden, weight, temperature, softcap, num_rows: int, *, for_gradient: bool) -> None:
         """`weight` [V,D] as `operand` gives it; the workspace is for chunks of up to `num_rows`."""
         self.weight, self.temperature, self.softcap, self.for_gradient = weight, temperature, softcap, for_gradient
-        height = num_rows + -num_rows % _ROW_STEP
-        self.logits = hidden.new_empty(height, weight.shape[0], dtype=compute_dtype(hidden))
+        self._height, self._dtype = _filled_up(num_rows), compute_dtype(hidden)
         self._spares: dict[str, torch.Tensor] = {}
 
     @staticmethod
     def saved_shape(hidden, weight, softcap, differentiable: bool) -> tuple[int, int]:
-        """[K,V]: log-probabilities of the first chunks, as many as may be kept."""
+        """[K,V]: log-probabilities of the first chunks, as many as may be kept; of all rows, with those they are
+        filled up with."""
         num_rows, vocabulary = hidden.shape[0], weight.shape[0]
         row_bytes = vocabulary * compute_dtype(hidden).itemsize
         budget = _KEEP_BYTES.get(hidden.device.type, 0) // row_bytes if differentiable and softcap is None else 0
         if num_rows <= budget:
-            return num_rows, vocabulary
+            return _filled_up(num_rows), vocabulary
         if budget == 0:
             return 0, vocabulary
         size = chunk_size(num_rows, _chunk_rows(hidden.device, row_bytes))
@@ -76,23 +76,24 @@ class PlainRows:
     def scores(self, rows, targets, logprobs, entropy, saved=None) -> None:
         """rows [C,D], targets [C] -> fills logprobs [C] and, where not None, entropy [C].
 
-        `saved` [C,V] or None gets what `recall` wants. With entropy `gradient` may follow.
+        `saved` [C or more, V] or None gets what `recall` wants, in its first C rows; those after them may change too.
+        With entropy `gradient` may follow.
         """
-        log_p = self._products(rows, self.logits[: len(rows)] if saved is None else saved)
+        log_p = self._products(rows, saved)
         torch.log_softmax(log_p, dim=-1, out=log_p)
         torch.gather(log_p, 1, targets[:, None], out=logprobs[:, None])
         if entropy is not None:
             self._weigh(log_p)
             # Two rows at the least: of one alone, torch would split the sum between threads.
-            sums = self.logits[: max(2, len(log_p))].sum(dim=-1)
+            sums = self._spare("logits")[: max(2, len(log_p))].sum(dim=-1)
             torch.neg(sums[: len(log_p)], out=entropy)
 
     def recall(self, rows, saved, with_entropy: bool) -> None:
         """rows [C,D] and what `scores` saved of them, [C,V] or None."""
-        workspace = self.logits[: len(rows)]
-        log_p = self._products(rows, workspace) if saved is None else saved
+        log_p = self._products(rows) if saved is None else saved
         if not with_entropy:
-            self._p = torch.softmax(log_p, dim=-1, out=workspace)  # of logits or log-probabilities alike
+            # Of logits or log-probabilities alike.
+            self._p = torch.softmax(log_p, dim=-1, out=self._spare("logits")[: len(rows)])
             return
         if saved is None:
             torch.log_softmax(log_p, dim=-1, out=log_p)
@@ -125,14 +126,17 @@ class PlainRows:
             gradient.addcmul_(gradient, self._tanh.square_(), value=-1)
         return gradient.to(self.weight.dtype), None
 
-    def _products(self, rows: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """Logits after softcap and temperature. A gradient wants the tanh as well."""
-        missing = -len(rows) % _ROW_STEP
-        whole = self.logits[: len(rows) + missing] if missing else out
+    def _products(self, rows: torch.Tensor, saved: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits [C,V] after softcap and temperature, in the first rows of `saved`, or of the workspace. A gradient
+        wants the tanh as well."""
+        missing = _filled_up(len(rows)) - len(rows)
         filled = torch.nn.functional.pad(rows, (0, 0, 0, missing)) if missing else rows
+        has_room = saved is not None and len(saved) >= len(filled)
+        whole = (saved if has_room else self._spare("logits"))[: len(filled)]
         multiply(filled, self.weight.t(), out=whole, scale=1.0 / (self.softcap or self.temperature))
-        if missing and out.data_ptr() != whole.data_ptr():
-            out.copy_(whole[: len(rows)])
+        out = whole[: len(rows)]
+        if saved is not None and not has_room:
+            out = saved[: len(rows)].copy_(out)
         if self.softcap is not None:
             self._tanh = torch.tanh(out, out=self._spare("tanh")[: len(rows)] if self.for_gradient else out)
             torch.mul(self._tanh, self.softcap / self.temperature, out=out)
@@ -141,13 +145,19 @@ class PlainRows:
     def _weigh(self, log_p: torch.Tensor) -> None:
         """[C,V] log p -> p and p log p. Overwrites `log_p` where that lies in the workspace."""
         self._p = torch.softmax(log_p, dim=-1, out=self._spare("p")[: len(log_p)])  # a third faster than exp
-        self._weighted = torch.mul(log_p, self._p, out=self.logits[: len(log_p)])
+        self._weighted = torch.mul(log_p, self._p, out=self._spare("logits")[: len(log_p)])
 
     def _spare(self, name: str) -> torch.Tensor:
-        """[C,V] more, made when first wanted."""
+        """[C,V] filled up, made when first wanted: the workspace, "logits", and what one operation or the other needs
+        beside it."""
         if name not in self._spares:
-            self._spares[name] = torch.empty_like(self.logits)
+            self._spares[name] = self.weight.new_empty(self._height, self.weight.shape[0], dtype=self._dtype)
         return self._spares[name]
+
+
+def _filled_up(num_rows: int) -> int:
+    """Rows of a product for so many."""
+    return num_rows + -num_rows % _ROW_STEP
 
 
 def runs_fused(hidden: torch.Tensor) -> bool:
@@ -200,7 +210,7 @@ def score_chunks(
             targets[chunk],
             logprobs[chunk],
             entropy[chunk] if return_entropy else None,
-            saved[chunk] if chunk.stop <= len(saved) else None,
+            saved[chunk.start :] if chunk.stop <= len(saved) else None,
         )
     return logprobs, entropy, saved
 

@@ -188,8 +188,8 @@ class FusedRows:
         return (hidden.shape[0] if differentiable else 0), 2
 
     def scores(self, rows, targets, logprobs, entropy, saved=None) -> None:
-        """rows [C,D], targets [C] -> fills logprobs [C] and, where not None, entropy [C]; `saved` [C,2] or None gets
-        what a backward pass wants to know."""
+        """rows [C,D], targets [C] -> fills logprobs [C] and, where not None, entropy [C]; the first C rows of `saved`
+        [C or more, 2], or None, get what a backward pass wants to know."""
         self.normalizer = self.normalizers[: len(rows)] if saved is None else saved
         self._products(rows)
         score_rows[(len(rows),)](
