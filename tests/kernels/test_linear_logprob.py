@@ -268,7 +268,7 @@ def test_a_gpu_without_triton_is_told_what_to_install(monkeypatch):
 @settings(deadline=None)
 @given(total=st.integers(0, 500), most=st.integers(1, 100), kept=st.integers(0, 600))
 def test_chunks_cover_everything_once(total, most, kept):
-    """And what is kept is whole chunks, as many as the budget of bytes holds; of all, with room for a product's rows."""
+    """And what is kept is whole chunks, as many as the budget of bytes holds; of all, what a product fills up too."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_linear_chunks, "_chunk_rows", lambda device, row_bytes: most)
         patch.setitem(_linear_chunks._KEEP_BYTES, "cpu", kept * 8)
