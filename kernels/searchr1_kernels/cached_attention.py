@@ -87,6 +87,7 @@ def cached_attention(
     if tiles is not None:
         checks.check_shape("tiles", tiles, ("N", 2))
         checks.check_dtype("tiles", tiles, torch.int32)
+        checks.check_whole("num_alone", num_alone)
         if not 0 <= num_alone <= tiles.shape[0]:
             raise ValueError(f"num_alone: expected a number of tiles, 0 to {tiles.shape[0]}, got {num_alone}")
     named = {"keys": keys, "values": values, "slots": slots, "positions": positions}

@@ -83,7 +83,8 @@ def rotary_write(
         checks.check_shape(name, tensor, (num_tokens,))
         checks.check_dtype(name, tensor, torch.int64)
     if (query_norm is None) != (key_norm is None):
-        raise ValueError("query_norm, key_norm: expected both or none")
+        missing = "query_norm" if query_norm is None else "key_norm"
+        raise ValueError(f"{missing}: expected both or none of the norms, got None")
     norms = () if query_norm is None else (("query_norm", query_norm), ("key_norm", key_norm))
     for name, tensor in norms:
         checks.check_shape(name, tensor, (head_dim,))

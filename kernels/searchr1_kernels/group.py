@@ -124,7 +124,9 @@ def _masked_whiten(values, mask, moments, eps):
     else:
         _check_values(values, mask)
         checks.check_shape("moments", moments, (3,))
-        moments = moments.to(values.device, torch.float64)
+        checks.check_floating("moments", moments)
+        checks.check_device("moments", moments, "values", values)
+        moments = moments.double()
     count, total, squares = moments.unbind()
     mean = total / count.clamp(min=1)
     variance = ((squares - count * mean.square()) / (count - 1).clamp(min=1)).clamp(min=0)

@@ -27,6 +27,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from searchr1_kernels import checks
 from searchr1_kernels._segments import segment_sums
 from searchr1_kernels.masked_kl import _DIFFERENCE_LIMIT, EXPONENT_LIMIT, KLKind, masked_kl
 
@@ -46,6 +47,7 @@ SUM_METRICS = (
 )
 MAX_METRICS = ("logprob_difference_max", "ratio_max")
 MIN_METRICS = ("ratio_min",)
+_NUMBERS = ("clip_low", "clip_high", "dual_clip", "importance_cap", "kl_coefficient", "entropy_coefficient")
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,8 @@ class PolicyLoss:
             raise ValueError(f"kind: expected 'ppo', 'cispo', 'reinforce' or 'gspo', got {self.kind!r}")
         if self.kl_kind not in ("k1", "k2", "k3"):
             raise ValueError(f"kl_kind: expected 'k1', 'k2' or 'k3', got {self.kl_kind!r}")
+        for name in _NUMBERS:
+            checks.check_number(name, getattr(self, name))
         _expect("clip_low", self.clip_low, 0.0 < self.clip_low <= 1.0, "a number above 0, at most 1")
         _expect("clip_high", self.clip_high, 0.0 < self.clip_high < float("inf"), "a finite number above 0")
         _expect("dual_clip", self.dual_clip, self.dual_clip == 0 or self.dual_clip > 1, "0 or a number above 1")
