@@ -4,7 +4,8 @@ A step of one token per sequence does so little in each operation that its numbe
 torch's operators these three are about 30 a layer. Types are rounded where the operators would round, so that the
 result is theirs but for the order of sums and fused multiply-adds.
 
-CUDA: `_generation_triton`. CPU, fp32 and bf16: `_generation_numba`. Elsewhere: torch's operators.
+CUDA: `_generation_triton`. CPU, fp32 and bf16: `_generation_numba`. Elsewhere: torch's operators. On a CPU a token has
+the same bits alone and in any batch, however it lies in memory.
 
 Shape legend: T tokens, D hidden size, I MLP size, H query heads, G key/value heads, d head size, P blocks of M places.
 """
@@ -122,6 +123,7 @@ def _check_like(name: str, tensor: torch.Tensor, other_name: str, other: torch.T
 def _rms_norm(x, weight, eps):
     if _on_gpu("x", x):
         return _triton().norm(x, None, weight, eps)[0]
+    x, weight = _together(x, weight)
     if (loops := _loops()).takes(x, weight):
         return loops.norm(x, None, weight, eps)[0]
     return _norm_torch(x, weight, eps)
@@ -130,6 +132,7 @@ def _rms_norm(x, weight, eps):
 def _add_rms_norm(x, residual, weight, eps):
     if _on_gpu("x", x):
         return _triton().norm(x, residual, weight, eps)
+    x, residual, weight = _together(x, residual, weight)
     if (loops := _loops()).takes(x, residual, weight):
         return loops.norm(x, residual, weight, eps)
     total = (x + residual).contiguous()
@@ -142,8 +145,9 @@ def _rotary_write(query, key, value, cos, sin, keys, values, blocks, places, que
         return _triton().rotary_write(*tensors, query_norm, key_norm, eps)
     checks.check_indices("blocks", blocks, keys.shape[0])  # or loops would write beside the cache
     checks.check_indices("places", places, keys.shape[2])
-    loops, heads, memory = _loops(), (query, key, value), (keys, values)
-    in_order = loops.heads_are_rows(*heads) and keys.is_contiguous() and values.is_contiguous()
+    loops, memory = _loops(), (keys, values)
+    heads = query, key, value = [x if loops.heads_are_rows(x) else x.contiguous() for x in _together(query, key, value)]
+    in_order = keys.is_contiguous() and values.is_contiguous()
     if in_order and loops.takes(*heads, *memory, query_norm, key_norm):
         return loops.rotary_write(*heads, cos, sin, *memory, blocks, places, query_norm, key_norm, eps)
     if query_norm is not None:
@@ -156,9 +160,12 @@ def _rotary_write(query, key, value, cos, sin, keys, values, blocks, places, que
 def _silu_mul(gate, up):
     if _on_gpu("gate", gate):
         return _triton().silu_mul(gate, up)
+    gate, up = _together(gate, up)
     if (loops := _loops()).takes(gate, up):
         return loops.silu_mul(gate, up)
-    return (torch.nn.functional.silu(gate) * up).contiguous()
+    x = gate.to(torch.promote_types(gate.dtype, torch.float32))
+    # Not torch's SiLU: of the last few numbers of a piece that has another exponential, and so a row alone other bits.
+    return ((x / (1 + torch.exp(-x))).to(gate.dtype) * up).contiguous()
 
 
 def _on_gpu(name: str, x: torch.Tensor) -> bool:
@@ -167,6 +174,12 @@ def _on_gpu(name: str, x: torch.Tensor) -> bool:
     if x.dtype == torch.float64:
         raise ValueError(f"{name}: expected torch.float32, torch.float16 or torch.bfloat16 on a GPU, got fp64")
     return True
+
+
+def _together(*tensors):
+    """Each with the components of a row side by side: how they lie must not choose between the loops and torch, whose
+    results differ in the last bit."""
+    return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
 
 
 def _loops():

@@ -3,7 +3,11 @@ results, and give the same bits twice."""
 
 from __future__ import annotations
 
+import importlib
+from pathlib import Path
+
 import pytest
+import searchr1_kernels
 import torch
 from searchr1_kernels import (
     TopKIndex,
@@ -41,6 +45,13 @@ UNIFORMS = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
 ROWS = numbers(3, 8), numbers(3, 8, seed=1), numbers(8, seed=2)
 
 
+# Of the cache's two slots in three blocks of two places, and of both tokens in one tile each.
+PAGES = tuple(cache.unflatten(2, (3, 2)).transpose(1, 2).flatten(0, 1).contiguous() for cache in CACHE)
+TABLE = torch.arange(6, dtype=torch.int32).view(2, 3)
+TILES = torch.tensor([[0, 1], [1, 1]], dtype=torch.int32)
+WHOLE_ROWS = (CORPUS * 40).round().clamp(-127, 127).to(torch.int8)
+
+
 def written():
     return [torch.zeros(2, 1, 6, 4) for _ in range(2)]
 
@@ -62,23 +73,77 @@ CHECKED = {
 
 CALLED = {
     "cached_attention": lambda x: cached_attention(x.view(2, 1, 5), *CACHE, *PLACES),
-    "rms_norm": lambda x: rms_norm(x.view(2, 5), x[:5], 1e-6, x.view(2, 5)),
+    "cached_attention, paged": lambda x: cached_attention(
+        x.view(2, 1, 5), *PAGES, *PLACES, table=TABLE, tiles=TILES, num_alone=2
+    ),
+    "rms_norm": lambda x: rms_norm(x.view(2, 5), x[:5], 1e-6),
+    "rms_norm, of a sum": lambda x: rms_norm(x.view(2, 5), x[:5], 1e-6, x.view(2, 5)),
+    "rotary_write, norms": lambda x: rotary_write(
+        x[:8].view(2, 1, 4), *TOKENS[1:], *written(), *PLACES, query_norm=x[:4], key_norm=x[4:8]
+    ),
     "rotary_write": lambda x: rotary_write(x[:8].view(2, 1, 4), *TOKENS[1:], *written(), *PLACES),
     "silu_mul": lambda x: silu_mul(x.view(2, 5), x.view(2, 5)),
     "sample_tokens": lambda x: sample_tokens(x.view(2, 5), UNIFORMS[:2], temperature=0.7, top_k=3, top_p=0.8),
     "gae": lambda x: gae(x, x.cos(), CU_SEQLENS, gamma=0.9, lam=0.8, mask=MASK),
+    "gae, no mask": lambda x: gae(x, x.cos(), CU_SEQLENS.long()),
     "masked_kl": lambda x: masked_kl(x, x.detach().cos(), "k3", MASK),
+    "masked_kl, k1": lambda x: masked_kl(x, x.detach().cos(), "k1"),
+    "masked_kl, k2": lambda x: masked_kl(x, x.detach().cos(), "k2"),
     "group_advantages": lambda x: group_advantages(x, GROUPS),
     "masked_moments": lambda x: masked_moments(x, MASK),
     "masked_whiten": lambda x: masked_whiten(x, MASK),
+    "masked_whiten, by moments": lambda x: masked_whiten(x, moments=masked_moments(x, MASK)),
     "topk_inner_product": lambda x: topk_inner_product(x.view(2, 5), CORPUS[:, :5].contiguous(), 4),
+    "topk_inner_product, int8": lambda x: topk_inner_product(x[:6].view(1, 6), WHOLE_ROWS, 4, scales=CORPUS[:, 0]),
     "topk_inner_product, prepared": lambda x: topk_inner_product(x.view(2, 5), INDEX, 4),
 }
+
+
+# With what is left out above, without what is there, and of nothing.
+ALSO_CHECKED = [
+    ("cached_attention", (numbers(2, 1, 5), *PAGES, *PLACES, TABLE, TILES, 2)),
+    ("cached_attention", (numbers(0, 1, 5), *CACHE, PLACES[0][:0], PLACES[1][:0], None, None, 0)),
+    ("rms_norm", (ROWS[0][:0], ROWS[2], 1e-6)),
+    ("add_rms_norm", (ROWS[0].bfloat16(), ROWS[1].bfloat16(), ROWS[2].bfloat16(), 1e-6)),
+    ("rotary_write", (*TOKENS, *written(), *PLACES, ROWS[2][:4], ROWS[2][4:], 1e-6)),
+    ("silu_mul", (ROWS[0][:0], ROWS[1][:0])),
+    ("sample_tokens", (numbers(3, 50), UNIFORMS.float(), 0.0, 0, 1.0)),
+    ("sample_tokens", (numbers(0, 50), UNIFORMS[:0], 1.0, 9, 0.5)),
+    ("gae", (numbers(10), numbers(10, seed=1), CU_SEQLENS.long(), 1.0, 1.0, None)),
+    ("masked_kl", (numbers(10, grad=True), numbers(10, seed=1), "k1", None)),
+    ("masked_kl", (numbers(10, grad=True), numbers(10, seed=1), "k2", MASK)),
+    ("masked_kl", (numbers(0, grad=True), numbers(0), "k3", None)),
+    ("group_advantages", (numbers(10), GROUPS.int(), False, 1e-6)),
+    ("group_advantages", (numbers(0), GROUPS[:0], True, 1e-6)),
+    ("masked_moments", (numbers(0), None)),
+    ("masked_whiten", (numbers(10), MASK, torch.tensor([9.0, 1.0, 3.0]), 1e-8)),
+    ("topk_inner_product", (numbers(4, 6), CORPUS, 3, None, [])),
+    ("topk_inner_product", (numbers(0, 6), CORPUS, 3, None, [])),
+    ("topk_inner_product", (numbers(4, 6), WHOLE_ROWS, 3, CORPUS[:, 0].contiguous(), [])),
+]
 
 
 @pytest.mark.parametrize("name", CHECKED)
 def test_passes_the_checks_of_torch(name):
     torch.library.opcheck(getattr(OPERATORS, name).default, CHECKED[name])
+
+
+@pytest.mark.parametrize("place", range(len(ALSO_CHECKED)), ids=[name for name, _ in ALSO_CHECKED])
+def test_passes_the_checks_of_torch_in_other_forms(place):
+    name, arguments = ALSO_CHECKED[place]
+    torch.library.opcheck(getattr(OPERATORS, name).default, arguments)
+
+
+def test_every_operator_is_checked():
+    """Here, or those of the head in `test_linear_registration`."""
+    for path in Path(searchr1_kernels.__file__).parent.glob("[!_]*.py"):
+        importlib.import_module(f"searchr1_kernels.{path.stem}")
+    schemas = {schema.name for schema in torch._C._jit_get_all_schemas()}
+    known = {name.removeprefix("searchr1_kernels::") for name in schemas if name.startswith("searchr1_kernels::")}
+    head = {"linear_logprob", "linear_logprob_backward", "linear_policy_loss", "policy_objective"}
+    assert known == {*CHECKED, *head}
+    text = Path(__file__).with_name("test_linear_registration.py").read_text(encoding="utf-8")
+    assert all(f"opcheck(OPERATORS.{name}.default" in text for name in head)
 
 
 @pytest.mark.parametrize("rows", [10, 0])
