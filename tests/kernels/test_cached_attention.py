@@ -7,6 +7,8 @@ import importlib
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from searchr1_kernels import _cached_attention_numba, attention_tiles, cached_attention, reference
 
 
@@ -24,9 +26,50 @@ def problem(lengths, heads=4, kv_heads=2, d=16, places=40, dtype=torch.float32, 
     return numbers(sum(lengths), heads, d), *cache, slots, positions
 
 
-def test_matches_the_oracle():
-    tensors = problem([1, 5, 1], dtype=torch.float64)
-    torch.testing.assert_close(cached_attention(*tensors), reference.cached_attention(*tensors))
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 4e-6, torch.float16: 4e-3, torch.bfloat16: 2e-2}
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    tokens=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 69)), max_size=9),
+    heads=st.sampled_from([(4, 2, 64), (3, 1, 32), (4, 2, 33), (1, 1, 1)]),
+    blocks=st.sampled_from([None, (7, 10), (5, 16), (3, 32)]),
+    dtype=st.sampled_from(list(TOLERANCES)),
+    seed=st.integers(0, 100),
+)
+def test_matches_the_oracle(tokens, heads, blocks, dtype, seed):
+    """Any tokens of any slots, several of one place among them, blocks that slots have in common; NaN where nobody
+    looks."""
+    generator, width, size = torch.Generator().manual_seed(seed), *(blocks or (1, 70))
+    slots, positions = torch.tensor(tokens, dtype=torch.int64).view(-1, 2).T
+    query = torch.randn(len(tokens), heads[0], heads[2], generator=generator).to(dtype)
+    keys, values = torch.randn(2, 9, heads[1], size, heads[2], generator=generator).to(dtype)
+    table = None if blocks is None else torch.randint(9, (5, width), generator=generator, dtype=torch.int32)
+    seen = torch.zeros(keys.shape[0], size, dtype=torch.bool)
+    for slot, position in tokens:
+        for place in range(position + 1):
+            seen[slot if blocks is None else table[slot, place // size], place % size] = True
+    for memory in (keys, values):
+        memory.transpose(1, 2)[~seen] = torch.nan
+    have = cached_attention(query, keys, values, slots, positions, table=table)
+    exact = (query.double(), keys.double(), values.double(), slots, positions, table)
+    assert have.dtype == dtype
+    torch.testing.assert_close(
+        have.double(), reference.cached_attention(*exact), rtol=TOLERANCES[dtype], atol=TOLERANCES[dtype]
+    )
+
+
+def test_scores_of_any_size_and_equal_ones():
+    """A key that takes all, in any place, and keys of which none does."""
+    query, keys, values, slots, positions = problem([1, 5, 1])
+    for scale in (1e4, -1e4, 0.0):
+        exact = (query.double(), scale * keys.double(), values.double(), slots, positions)
+        have = cached_attention(query, scale * keys, values, slots, positions)
+        torch.testing.assert_close(have.double(), reference.cached_attention(*exact), rtol=1e-3, atol=1e-3)
+        blocks = [x.unflatten(2, (5, 8)).transpose(1, 2).flatten(0, 1).contiguous() for x in (scale * keys, values)]
+        table = torch.arange(15, dtype=torch.int32).view(3, 5)
+        paged = cached_attention(query, *blocks, slots, positions, table=table)
+        torch.testing.assert_close(paged, have, rtol=1e-3, atol=1e-3)
 
 
 def test_a_table_says_where_places_are():

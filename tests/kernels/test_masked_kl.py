@@ -18,13 +18,20 @@ KINDS = ["k1", "k2", "k3"]
 finite_fp32 = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("masked", [False, True])
-def test_matches_the_oracle_with_gradient(kind, masked):
-    logprobs = -5 * torch.rand(200, dtype=torch.float64)
-    ref = -5 * torch.rand(200, dtype=torch.float64)
-    mask = torch.rand(200) < 0.5 if masked else None
-    coefficient = torch.randn(200, dtype=torch.float64)
+@settings(deadline=None)
+@given(
+    kind=st.sampled_from(KINDS),
+    tokens=st.integers(0, 70),
+    share=st.sampled_from([None, 0.0, 0.5, 1.0]),
+    spread=st.sampled_from([0.0, 1e-3, 5.0, 19.0]),
+    seed=st.integers(0, 1000),
+)
+def test_matches_the_oracle_with_gradient(kind, tokens, share, spread, seed):
+    """None, one and many tokens; none and all of them masked; equals, and up to where the exponential ends."""
+    generator = torch.Generator().manual_seed(seed)
+    logprobs, ref = -spread * torch.rand(2, tokens, generator=generator, dtype=torch.float64)
+    mask = None if share is None else torch.rand(tokens, generator=generator) < share
+    coefficient = torch.randn(tokens, generator=generator, dtype=torch.float64)
     results = []
     for function in (masked_kl, reference.masked_kl):
         leaf = logprobs.clone().requires_grad_()
