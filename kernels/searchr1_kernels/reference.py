@@ -96,7 +96,7 @@ def masked_kl(logprobs, ref_logprobs, kind="k3", mask=None):
         estimate = difference**2 / 2
     else:
         estimate = torch.exp(-difference) + difference - 1
-    return torch.zeros_like(logprobs).masked_scatter(keep, estimate)
+    return estimate.new_zeros(logprobs.shape).masked_scatter(keep, estimate)
 
 
 def gae(rewards, values, cu_seqlens, *, gamma=1.0, lam=1.0, mask=None):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 
 import pytest
 import torch
@@ -42,6 +43,13 @@ def assert_close(ours, oracle, tolerance):
         scale = max(1.0, float(want.abs().max())) if want.numel() else 1.0
         error = float((have.double() - want).abs().max()) if want.numel() else 0.0
         assert error <= tolerance * scale, f"{name}: {error} of {scale}"
+
+
+def assert_as_near_as_plain_torch(ours, plain, oracle):
+    """As norms: scores off by three times as much at the most, gradients by twice, and what rounding a sum leaves."""
+    for place, (have, other, want) in enumerate(zip(ours, plain, oracle, strict=True)):
+        off, allowed = (float((tensor.double() - want).norm() / want.norm()) for tensor in (have, other))
+        assert off <= (3 if place < 2 else 2) * allowed + 1e-7
 
 
 @settings(max_examples=60, deadline=None)
@@ -86,6 +94,7 @@ def test_fp32_is_near_fp64(scale):
     assert float((ours[0].double() - oracle[0]).abs().max()) <= 2e-5
     assert float((ours[1].double() - oracle[1]).abs().max()) <= 2e-5
     assert_close(ours, oracle, 1e-5)
+    assert_as_near_as_plain_torch(ours, run(reference.linear_logprob, hidden, weight, targets, (1.0, 0.5)), oracle)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -98,6 +107,7 @@ def test_low_precision_inputs_keep_fp32_logprobs(dtype):
     for have, want in zip(ours[:2], oracle[:2], strict=True):
         assert float((have.double() - want).abs().max()) <= 2e-5  # the inputs are rounded, the arithmetic is not
     assert_close(ours, oracle, 2 * torch.finfo(dtype).eps)
+    assert_as_near_as_plain_torch(ours, run(reference.linear_logprob, hidden, weight, targets, (1.0, 0.5)), oracle)
 
 
 @pytest.mark.parametrize("magnitude", [1e4, -1e4])
@@ -145,7 +155,8 @@ def heights_agree(hidden, weight):
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize(
-    ("dtype", "softcap"), [(torch.float32, None), (torch.float32, 9.0), (torch.bfloat16, None), (torch.float64, None)]
+    ("dtype", "softcap"),
+    [(torch.float32, None), (torch.float32, 9.0), (torch.bfloat16, None), (torch.float16, None), (torch.float64, None)],
 )
 def test_a_row_alone_has_the_bits_of_the_row_in_a_batch(monkeypatch, threads, dtype, softcap):
     """And in a batch of any other size, over several chunks or one, with a gradient to come or not."""
@@ -236,6 +247,31 @@ def test_one_side_may_be_frozen(frozen):
     assert inputs[frozen].grad is None
 
 
+def test_a_head_may_be_the_embedding():
+    """Tied weights: what both are asked to add to one gradient, over two micro-batches."""
+    _, weight, targets = problem(20, 5, 13)
+    ids = torch.arange(20) % 13
+    gradients = []
+    for function in (linear_logprob, reference.linear_logprob):
+        tied = weight.clone().requires_grad_()
+        for part in (slice(0, 8), slice(8, 20)):
+            function(tied[ids[part]].tanh(), tied, targets[part]).sum().backward()
+        gradients.append(tied.grad)
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-12)
+
+
+def test_the_backward_pass_may_run_in_another_thread():
+    hidden, weight, targets = problem(30, 6, 13)
+    want = run(linear_logprob, hidden, weight, targets, (1.0, 0.0))[3]
+    weight.requires_grad_()
+    generator = torch.Generator().manual_seed(1)
+    loss = (torch.randn(30, generator=generator, dtype=torch.float64) * linear_logprob(hidden, weight, targets)).sum()
+    thread = threading.Thread(target=loss.backward)
+    thread.start()
+    thread.join()
+    torch.testing.assert_close(weight.grad, want, rtol=0, atol=1e-12)
+
+
 def test_inputs_need_not_be_contiguous():
     hidden, weight, targets = problem(21, 6, 13)
     strided = linear_logprob(hidden.T.contiguous().T, weight.T.contiguous().T, torch.stack([targets, targets], 1)[:, 0])
@@ -263,6 +299,21 @@ def test_a_gpu_without_triton_is_told_what_to_install(monkeypatch):
     with pytest.warns(UserWarning, match="Triton is not installed.*pip install triton"):
         assert not _installed.has_triton()
     _installed.has_triton.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("free", "reserved", "budget"),
+    [(80 << 30, 0, 1 << 30), (5 << 30, 0, 1 << 30), (3 << 30, 0, 1 << 29), (1 << 29, 3 << 30, 1 << 29), (0, 0, 0)],
+)
+def test_a_workspace_takes_a_quarter_of_the_free_memory(monkeypatch, free, reserved, budget):
+    """At the most, in powers of two; what torch keeps for nobody is free."""
+    statistics = {"reserved_bytes.all.current": reserved + 7, "allocated_bytes.all.current": 7}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 141 << 30))
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: statistics)
+    gpu = torch.device("cuda", 0)
+    assert _linear_chunks.memory_budget(gpu, 1 << 30) == budget
+    monkeypatch.setattr(_linear_chunks, "_MIN_CHUNK_ROWS", 256)
+    assert _linear_chunks._chunk_rows(gpu, 151_936 * 4) == max(256, budget // (151_936 * 4))
 
 
 @settings(deadline=None)

@@ -3,6 +3,8 @@ leaves out."""
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 import torch.utils.checkpoint
@@ -44,6 +46,24 @@ def test_rows_without_gradient_are_not_multiplied(monkeypatch, kind, recompute):
         options["cu_seqlens"] = torch.tensor([0, 40])
     ours = run(linear_policy_loss, inputs, recompute=recompute, **options)
     assert sum(multiplied) == 10
+    assert_close(ours, run(reference.linear_policy_loss, inputs, **options), 1e-12)
+
+
+@pytest.mark.parametrize("kind", ["ppo", "gspo"])
+def test_rows_that_are_clipped_are_not_multiplied(monkeypatch, kind):
+    """Likelier than the bound by a factor of e, with an advantage; those without one go on."""
+    multiplied = []
+    add = _linear_sums.Gradients.add
+    monkeypatch.setattr(
+        _linear_sums.Gradients, "add", lambda self, *rest: multiplied.append(len(rest[0])) or add(self, *rest)
+    )
+    inputs, _ = problem(40, spread=0.0)
+    advantages = torch.where(torch.arange(40) < 30, 1.0, -1.0).double()
+    inputs, options = (*inputs[:3], inputs[3] - 1.0, advantages), {"loss": PolicyLoss(kind=kind), "denominator": 1.0}
+    if kind == "gspo":
+        options["cu_seqlens"] = torch.tensor([0, 30, 40])
+    ours = run(linear_policy_loss, inputs, **options)
+    assert sum(multiplied) == 10 and ours[3]["clip_fraction"] == 30
     assert_close(ours, run(reference.linear_policy_loss, inputs, **options), 1e-12)
 
 
@@ -146,6 +166,34 @@ def test_what_saves_tensors_elsewhere_gets_the_same_gradients(reentrant):
     (2.0 * value).backward()
     for side, gradient in zip(sides, want[1:3], strict=True):
         torch.testing.assert_close(side.grad, 2.0 * gradient)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_head_may_be_the_embedding(recompute):
+    """Tied weights: the gradient that is given away is added to, by the embedding and by a second micro-batch."""
+    inputs, _ = problem(20)
+    ids, gradients = torch.arange(20) % 11, []
+    for function, more in ((linear_policy_loss, {"recompute": recompute}), (reference.linear_policy_loss, {})):
+        tied = inputs[1].clone().requires_grad_()
+        for part in (slice(0, 8), slice(8, 20)):
+            rows = (x[part] for x in inputs[2:])
+            options = {"loss": PolicyLoss(kind="reinforce"), "denominator": 7.0} | more
+            (2.0 * function(tied[ids[part]].tanh(), tied, *rows, **options)[0]).backward()
+        gradients.append(tied.grad)
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_backward_pass_may_run_in_another_thread(recompute):
+    inputs, _ = problem(20)
+    want = run(linear_policy_loss, inputs, denominator=7, recompute=recompute)
+    sides = [tensor.clone().requires_grad_() for tensor in inputs[:2]]
+    loss, _ = linear_policy_loss(*sides, *inputs[2:], denominator=7, recompute=recompute)
+    thread = threading.Thread(target=loss.backward)
+    thread.start()
+    thread.join()
+    for side, gradient in zip(sides, want[1:3], strict=True):
+        assert torch.equal(side.grad, gradient)
 
 
 @pytest.mark.parametrize("kind", KINDS)
