@@ -66,6 +66,19 @@ def test_opcheck_linear_policy_loss(options, denominator):
     torch.library.opcheck(OPERATORS.linear_policy_loss.default, (*sides, targets, *settings))
 
 
+@pytest.mark.parametrize(
+    ("wanted", "kind", "softcap", "rows"),
+    [((True, False), "cispo", 5.0, 21), ((False, True), "reinforce", None, 21), ((True, True), "ppo", None, 0)],
+)
+def test_opcheck_linear_policy_loss_in_other_forms(wanted, kind, softcap, rows):
+    hidden, weight, targets, *of_tokens = problem(rows)
+    sides = [tensor.requires_grad_(wants) for tensor, wants in zip((hidden, weight), wanted, strict=True)]
+    tokens = policy_objective.PolicyRows(*of_tokens, of_tokens[0] + 0.1, of_tokens[0] - 0.1, None)
+    loss = PolicyLoss(kind=kind, kl_coefficient=0.1, kl_kind="k2", importance_cap=2.0)
+    settings = (*arguments(tokens, None, None, loss, False), torch.tensor(9.0), 0.7, softcap, *wanted, False)
+    torch.library.opcheck(OPERATORS.linear_policy_loss.default, (*sides, targets, *settings))
+
+
 @pytest.mark.parametrize("options", [{"loss": PolicyLoss()}, GSPO, SHARED])
 def test_opcheck_policy_objective(options):
     rollout, advantages = problem()[3:]
@@ -107,6 +120,26 @@ def ppo_recomputed(hidden, weight, targets, rollout, advantages):
     return loss, *metrics.values()
 
 
+def shared_rows(hidden, weight, targets, rollout, advantages):
+    loss, metrics = linear_policy_loss(hidden, weight, targets, rollout, advantages, denominator=9, **SHARED)
+    return loss, *metrics.values()
+
+
+def cispo_from_old_weights(hidden, weight, targets, rollout, advantages):
+    loss, metrics = linear_policy_loss(
+        hidden, weight, targets, rollout, advantages, old_logprobs=rollout + 0.1, ref_logprobs=rollout - 0.1,
+        token_weights=advantages.abs(), mask=targets > 2, denominator=targets.sum(), softcap=4.0,
+        loss=PolicyLoss(kind="cispo", kl_kind="k1", kl_coefficient=0.2, importance_cap=2.0, entropy_coefficient=0.1),
+    )  # fmt: skip
+    return loss, *metrics.values()
+
+
+def reinforce_on_policy(hidden, weight, targets, rollout, advantages):
+    options = {"loss": PolicyLoss(kind="reinforce", importance_cap=2.0), "on_policy": True, "denominator": 9}
+    loss, metrics = linear_policy_loss(hidden, weight, targets, rollout, advantages, **options)
+    return loss, *metrics.values()
+
+
 def masked_logprob(hidden, weight, targets):
     return linear_logprob(hidden, weight, targets, mask=targets > 5, return_entropy=True)
 
@@ -118,8 +151,12 @@ def masked_gspo(hidden, weight, targets, rollout, advantages):
 
 
 @pytest.mark.parametrize(
-    "function", [logprob_and_entropy, logprob_alone, masked_logprob, ppo, ppo_recomputed, gspo, masked_gspo]
-)
+    "function",
+    [
+        logprob_and_entropy, logprob_alone, masked_logprob, ppo, ppo_recomputed, gspo, masked_gspo, shared_rows,
+        cispo_from_old_weights, reinforce_on_policy,
+    ],
+)  # fmt: skip
 def test_whole_graph_compilation_gives_the_same_bits(function):
     inputs = problem()[: 3 if function in (logprob_and_entropy, logprob_alone, masked_logprob) else 5]
     torch._dynamo.reset()
