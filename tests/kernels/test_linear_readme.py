@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import searchr1_kernels
 import torch
 from torch import nn
 
@@ -24,6 +25,12 @@ def run(code: str) -> dict:
 @pytest.mark.parametrize("number", range(len(EXAMPLES)))
 def test_examples_run(number):
     run(EXAMPLES[number])
+
+
+def test_every_function_has_an_example():
+    """But for what a search gives back."""
+    used = set(re.findall(r"\b(\w+)\(", "".join(EXAMPLES)))
+    assert set(searchr1_kernels.__all__) - used == {"reference", "TopKSearch", "Hits", "Settled"}
 
 
 def test_the_plain_loop_takes_the_step_of_the_logits():
