@@ -157,6 +157,28 @@ def test_any_strides():
     assert torch.equal(have, attend(query, keys, values, slots, positions, lengths))
 
 
+@pytest.mark.parametrize("size", [None, 64])
+@each_way
+def test_offsets_beyond_32_bits(tmp_path, pieces, tiled, size):
+    """A cache whose last slot, or block, begins 2^31 numbers behind the first: on a CPU in a file that is all hole."""
+    query, keys, values, slots, positions, lengths = problem(pieces, 2, 1, 16, torch.float16)
+    table = None
+    if size is not None:
+        (keys, table), (values, _) = paged(keys, size), paged(values, size)
+    far, stride = [], ((1 << 31) // (len(keys) - 1) // 16 + 1) * 16
+    for number, cache in enumerate((keys, values)):
+        count = (len(cache) - 1) * stride + cache[0].numel()
+        if DEVICE == "cuda":
+            memory = torch.empty(count, dtype=torch.float16, device=DEVICE)
+        else:
+            with (tmp_path / str(number)).open("wb") as file:
+                file.truncate(2 * count)
+            memory = torch.from_file(str(tmp_path / str(number)), shared=True, size=count, dtype=torch.float16)
+        far.append(memory.as_strided(cache.shape, (stride, *cache.stride()[1:])).copy_(cache))
+    arguments = (slots, positions, lengths if tiled else None, table)
+    assert torch.equal(attend(query, *far, *arguments), attend(query, keys, values, *arguments))
+
+
 @pytest.mark.parametrize("lone", [True, False])
 def test_texts_end_to_end_are_slots_that_overlap(lone):
     """As an encoder lays them: slot r begins at row r, and tokens see all of their text. Rows behind are NaN. With one

@@ -107,6 +107,34 @@ def test_rotation_takes_views_of_one_product():
         close(left, right)
 
 
+def test_offsets_beyond_32_bits(tmp_path):
+    """Rows, tokens and blocks of a cache 2^30 numbers from each other: on a CPU in a file that is all hole."""
+    width, count = 1 << 30, (2 << 30) + 64
+    if DEVICE == "cuda":
+        memory = torch.empty(count, dtype=torch.float16, device=DEVICE)
+    else:
+        with (tmp_path / "memory").open("wb") as file:
+            file.truncate(2 * count)
+        memory = torch.from_file(str(tmp_path / "memory"), shared=True, size=count, dtype=torch.float16)
+    x, weight = numbers(3, 32, dtype=torch.float16), numbers(32, dtype=torch.float16, seed=1)
+    far = memory.as_strided((3, 32), (width, 1)).copy_(x)
+    assert torch.equal(
+        _generation_triton.norm(far, None, weight, 1e-3)[0], _generation_triton.norm(x, None, weight, 1e-3)[0]
+    )
+    assert torch.equal(_generation_triton.silu_mul(far, x), _generation_triton.silu_mul(x, x))
+    arguments = tokens(1, 1, 16, torch.float16, count=3)
+    places = (torch.tensor([2, 0, 1], device=DEVICE), torch.tensor([0, 1, 1], device=DEVICE))
+    caches = [
+        cache.as_strided((3, 1, 2, 16), (32, 32, 16, 1))
+        for cache in torch.zeros(2, 3, 32, dtype=torch.float16, device=DEVICE)
+    ]
+    far = [memory.as_strided((3, 1, 2, 16), (width, 32, 16, 1), begin).zero_() for begin in (0, 32)]
+    for written in (caches, far):
+        _generation_triton.rotary_write(*arguments[:5], *written, *places, *arguments[9:])
+    for have, want in zip(far, caches, strict=True):
+        assert torch.equal(have, want)
+
+
 @each_type
 @pytest.mark.parametrize(("rows", "size"), [(1, 16), (3, 1024), (2, 2500), (2, 4096)])
 def test_product_matches_the_oracle(rows, size, dtype):

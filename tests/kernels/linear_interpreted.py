@@ -234,33 +234,58 @@ def test_memory_of_the_backward_pass(products, monkeypatch, live_bytes, rows):
     assert account <= live_bytes.peak <= account + 20 * 4 * rows  # and a few numbers per row
 
 
-def test_offsets_beyond_32_bits(tmp_path):
-    """Rows that begin 2^31 numbers into the logits, which on a CPU lie in a file that is all hole."""
-    width, columns = 1 << 30, 40
+def far_apart(folder, rows, columns):
+    """[rows, columns] fp16 whose rows begin 2^30 numbers from each other: on a CPU in a file that is all hole."""
+    width = 1 << 30
+    count = (rows - 1) * width + columns
     if DEVICE == "cuda":
-        logits = torch.empty(2 * width + columns, dtype=torch.float16, device=DEVICE)
+        memory = torch.empty(count, dtype=torch.float16, device=DEVICE)
     else:
-        with (tmp_path / "logits").open("wb") as file:
-            file.truncate(2 * (2 * width + columns))
-        logits = torch.from_file(str(tmp_path / "logits"), shared=True, size=2 * width + columns, dtype=torch.float16)
+        with (folder / "memory").open("wb") as file:
+            file.truncate(2 * count)
+        memory = torch.from_file(str(folder / "memory"), shared=True, size=count, dtype=torch.float16)
+    return memory.as_strided((rows, columns), (width, 1))
+
+
+def test_offsets_beyond_32_bits(tmp_path):
+    """Rows that begin 2^31 numbers into the logits."""
+    columns = 40
+    logits = far_apart(tmp_path, 3, columns)
     hidden, weight, targets = problem(3, 8, columns)
     small = (hidden @ weight.T).half()
-    for row in range(3):
-        logits[row * width : row * width + columns] = small[row]
+    logits.copy_(small)
     results = []
-    for values, stride in ((logits, width), (small, columns)):
+    for values in (logits, small):
         outputs = [torch.zeros(*shape, device=DEVICE) for shape in ((3,), (3,), (3, 2))]
         options = row_kernels.launch_options(1.0, None, columns)
-        row_kernels.score_rows[(3,)](values, targets, *outputs, columns, stride, ENTROPY=True, **options)
+        row_kernels.score_rows[(3,)](values, targets, *outputs, columns, values.stride(0), ENTROPY=True, **options)
         row_kernels.differentiate_rows[(3,)](
-            values, values, targets, outputs[0], outputs[0], outputs[1], outputs[2], 0, columns, stride,
+            values, values, targets, outputs[0], outputs[0], outputs[1], outputs[2], 0, columns, values.stride(0),
             ENTROPY=True, **options,
         )  # fmt: skip
         results.append(outputs)
     for have, want in zip(*results, strict=True):
         assert torch.equal(have, want)
-    for row in range(3):
-        assert torch.equal(logits[row * width : row * width + columns], small[row])
+    assert torch.equal(logits, small)
+
+
+@pytest.mark.parametrize("side", ["hidden", "weight", "kept"])
+def test_offsets_beyond_32_bits_of_operands_and_kept_probabilities(monkeypatch, tmp_path, side):
+    monkeypatch.setattr(gradient_kernels, "aligned_rows", lambda buffer, rows, columns: buffer[:rows, :columns])
+    monkeypatch.setattr(gradient_kernels, "SCALE_ROWS", False)
+    hidden, weight, targets = problem(3, 8, 3, dtype=torch.float16)
+    g, (logprob, entropy), results = torch.ones(3, device=DEVICE), torch.empty(2, 3, device=DEVICE), []
+    for memory in (far_apart(tmp_path, 3, 8), torch.empty(3, 8, dtype=torch.float16, device=DEVICE)):
+        tensors = {"hidden": hidden, "weight": weight, "kept": torch.empty_like(weight)}
+        tensors[side] = memory.copy_(tensors[side])
+        sides = (tensors["hidden"], tensors["weight"])
+        scores = forward_kernels.score_without_logits(*sides, targets, 1.0, None, True)
+        passes = gradient_kernels.KeptRows(*sides, 1.0, None, 3, for_gradient=True)
+        passes.kept = tensors["kept"]
+        passes.scores(sides[0], targets, logprob, entropy)
+        results.append((*scores, logprob.clone(), passes.gradient(targets, g, g, entropy)[0].clone()))
+    for have, want in zip(*results, strict=True):
+        assert torch.equal(have, want)
 
 
 @pytest.mark.parametrize("recompute", [False, True])
