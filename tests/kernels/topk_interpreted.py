@@ -20,7 +20,7 @@ from searchr1_kernels._topk_bounds_triton import (
     digit_base,
 )
 from searchr1_kernels._topk_passes import Corpus, Passes
-from searchr1_kernels._topk_triton import best_blocks, group_constants, group_maxima, maxima_tile
+from searchr1_kernels._topk_triton import PARTS, best_blocks, group_constants, group_maxima, maxima_tile
 from searchr1_kernels._topk_walk_triton import DIGITS_WALKS, WALKS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -94,6 +94,24 @@ def test_scores_that_rounding_makes_equal(largest, mean, size, sign, coarse):
     have = _topk_cuda.search(asked, corpus, 3, None, _topk_cuda.prepare(corpus, None, coarse))
     for left, right in zip(have, reference.topk_inner_product(asked, corpus, 3), strict=True):
         assert torch.equal(left, right)
+
+
+def test_offsets_beyond_32_bits(tmp_path):
+    """Exact scores of the last rows of a corpus of over 2^31 numbers: on a CPU in a file that is all hole."""
+    size, rows = 64, (1 << 25) + 200  # the last block has 72 rows
+    if DEVICE == "cuda":
+        corpus = torch.empty(rows, size, dtype=torch.float16, device=DEVICE)
+    else:
+        with (tmp_path / "corpus").open("wb") as file:
+            file.truncate(2 * rows * size)
+        corpus = torch.from_file(str(tmp_path / "corpus"), shared=True, size=rows * size, dtype=torch.float16)
+        corpus = corpus.view(rows, size)
+    asked, corpus[-72:], _ = problem("normal", 72, size, 2, torch.float16)
+    block = torch.full((2, 1), rows // 128, device=DEVICE)
+    keys, maxima = (torch.zeros(2, n, dtype=torch.int64, device=DEVICE) for n in (128, PARTS))
+    _topk_passes.score_places(asked, Corpus(corpus, None, [corpus.new_ones(1).float()]), block, keys, maxima, 1, 0, 1)
+    best = (asked.double() @ corpus[-72:].double().T).argmax(1)
+    assert torch.equal(0xFFFFFFFF - (keys.amax(1) & 0xFFFFFFFF), rows - 72 + best)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
