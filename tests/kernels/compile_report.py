@@ -41,7 +41,11 @@ def cases(architecture: int) -> dict[str, tuple]:
 
 def compile_case(case: tuple, architecture: int) -> dict[str, int]:
     """What the case needs on this architecture."""
+    from triton.runtime.jit import JITFunction
+
     _, kernel, signature, constants, num_warps, num_stages, divisible = case
+    # Autotuning runs every candidate, those that change their operands too, and chooses another in every process.
+    assert isinstance(kernel, JITFunction), f"{case[0]}: is chosen at run time"
     arguments = kernel.arg_names
     differing = (set(signature) | set(constants)) ^ set(arguments)
     assert not differing, f"{case[0]}: the case and the kernel differ in {sorted(differing)}"
@@ -53,6 +57,8 @@ def compile_case(case: tuple, architecture: int) -> dict[str, int]:
 def compile_source(*source: Any) -> dict[str, int]:
     """What a kernel needs, of the arguments of `compiled`."""
     made = compiled(*source)
+    # As descriptors made on the device would: Triton's allocator is one thread's, and autograd's threads have none.
+    assert made.metadata.global_scratch_size == 0, f"{source[0].__name__} wants memory that its launcher allocates"
     registers, stack = usage(made.asm["cubin"])
     return {"registers": registers, "shared": made.metadata.shared, "stack": stack}
 

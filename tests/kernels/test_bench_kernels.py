@@ -105,6 +105,24 @@ def test_switches_are_turned_back(cases):
     assert seen == [1] and cases.IGNORED == -100
 
 
+def test_ways_to_the_other_operations_agree(bench, cases, monkeypatch):
+    """KL with its gradient, attention of lone and of joining tokens, norm, rotation and SwiGLU."""
+    monkeypatch.setattr(cases, "add_compiled", lambda *arguments: None)
+    generation = importlib.import_module("generation_cases")
+    for case in (
+        cases.kl_case(CPU, 500),
+        generation.cached_case(CPU, torch.float32, [1] * 3, 70, H=4, d=32),
+        generation.cached_case(CPU, torch.float32, [40], 0, H=4, d=32),
+        generation.norm_case(CPU, torch.float32, 3, 64),
+        generation.rotary_case(CPU, torch.float32, 3, H=4, d=32, places=8),
+        generation.silu_case(CPU, torch.float32, 3, 64),
+    ):
+        row = bench.measure(case, bench.Clock(CPU), 1, {"matmul_flops": 1e9, "copy_bytes": 1e9})
+        assert len(row["providers"]) > 1
+        for name, provider in row["providers"].items():
+            assert provider["difference"] < 1e-5, f"{case.kernel}, {name}"
+
+
 def test_samplers_agree(bench, cases):
     for top_k, top_p in ((0, 1.0), (0, 0.9), (5, 1.0)):
         case = cases.sampling_case(CPU, 4, 700, top_k, top_p, 2.0)
