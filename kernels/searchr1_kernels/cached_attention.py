@@ -33,8 +33,15 @@ def tile_tokens(group: int) -> int:
 def attention_tiles(lengths: Sequence[int] | np.ndarray, group: int) -> tuple[np.ndarray, int] | None:
     """How T tokens that join S sequences share the loads of keys: lengths [S], on the host, adding up to T, of runs of
     tokens at consecutive places of one slot, and `group` = H / G -> tiles [N, 2] int32 (first token, count), lone
-    tokens first, and the number of those. None where every token is alone: then `cached_attention` needs no table."""
-    lengths = np.asarray(lengths, dtype=np.int64)
+    tokens first, and the number of those. None where every token is alone: then `cached_attention` needs no table.
+    ValueError where lengths or group are no such numbers."""
+    given = np.asarray(lengths)
+    if given.ndim != 1 or (given.size and (given.dtype.kind not in "iu" or given.min() < 0)):
+        raise ValueError(f"lengths: expected whole numbers not below 0, [S], got {lengths!r}")
+    checks.check_whole("group", group)
+    if group < 1:
+        raise ValueError(f"group: expected at least 1, got {group}")
+    lengths = given.astype(np.int64)
     if (lengths <= 1).all():
         return None
     size = tile_tokens(group)

@@ -17,6 +17,8 @@ from searchr1_kernels import PolicyLoss, _linear_chunks, _linear_slabs, linear_l
 from searchr1_kernels import _linear_forward_triton as forward_kernels
 from searchr1_kernels import _linear_gradient_triton as gradient_kernels
 from searchr1_kernels import _linear_rows_triton as row_kernels
+from searchr1_kernels._objective_operator import arguments
+from searchr1_kernels.policy_objective import PolicyRows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # No shrinking: an example takes the interpreter up to a second.
@@ -312,6 +314,21 @@ def test_policy_loss_on_the_row_kernels(products, kind, shared, recompute):
         loss.backward()
         results.append((loss.detach(), sides[0].grad, sides[1].grad))
     assert_close(results[0], results[1], 2e-5)
+
+
+def test_operators_on_these_kernels_pass_torchs_checks(products):
+    hidden, weight, targets = problem(5, 8, 19)
+    operators, softcap = torch.ops.searchr1_kernels, None if products else 5.0
+    sides = (hidden.requires_grad_(), weight.requires_grad_(), targets)
+    torch.library.opcheck(operators.linear_logprob.default, (*sides, 0.7, softcap, True, True))
+    with torch.no_grad():
+        _, entropy, saved = operators.linear_logprob(*sides, 0.7, softcap, True, True)
+    slopes = torch.randn(2, 5, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    backward = (*slopes, *(side.detach() for side in sides), entropy, saved, 0.7, softcap, True, True)
+    torch.library.opcheck(operators.linear_logprob_backward.default, backward)
+    aims = arguments(PolicyRows(*slopes, None, None, None), None, None, PolicyLoss(entropy_coefficient=0.1), False)
+    settings = (*aims, torch.tensor(9.0), 0.7, softcap, True, True, False)
+    torch.library.opcheck(operators.linear_policy_loss.default, (*sides, *settings))
 
 
 def test_the_gradient_may_be_of_another_type_than_the_logits():

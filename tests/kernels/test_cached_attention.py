@@ -142,6 +142,24 @@ def test_tiles_hold_every_token_once_and_none_crosses_a_sequence(lengths, group)
 
 def test_no_table_where_every_token_is_alone():
     assert attention_tiles([1, 1], 2) is None
+    assert attention_tiles([], 2) is None
+
+
+@pytest.mark.parametrize(
+    ("lengths", "group", "message"),
+    [
+        ([1, -1], 2, r"lengths: expected whole numbers not below 0, \[S\], got \[1, -1\]"),
+        ([1.5], 2, "lengths: expected whole"),
+        ([[1, 2]], 2, "lengths: expected whole"),
+        (None, 2, "lengths: expected whole"),
+        ("text", 2, "lengths: expected whole"),
+        ([2], 0, "group: expected at least 1, got 0"),
+        ([2], None, "group: expected a whole number, got NoneType"),
+    ],
+)
+def test_wrong_lengths_are_named(lengths, group, message):
+    with pytest.raises(ValueError, match=message):
+        attention_tiles(lengths, group)
 
 
 @pytest.mark.parametrize(

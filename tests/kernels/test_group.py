@@ -50,6 +50,17 @@ def test_equal_rewards_do_not_become_a_direction():
     assert (advantages == 0).all()
 
 
+def test_a_nan_stays_in_its_group():
+    """And is loud: the group is kept, its advantages are no numbers."""
+    rewards, groups = torch.randn(30), torch.arange(30) % 4
+    want, _ = group_advantages(rewards, groups)
+    rewards[5] = torch.nan
+    advantages, keep = group_advantages(rewards, groups)
+    others = groups != 1
+    assert torch.equal(advantages[others], want[others])
+    assert advantages[~others].isnan().all() and keep[~others].all()
+
+
 def test_a_group_alone_equals_the_group_in_a_batch():
     """Bit for bit, wherever its samples stand, and the same every time."""
     rewards, groups = torch.randn(300), torch.randint(9, (300,))

@@ -44,6 +44,25 @@ def test_matches_the_oracle_with_gradient(kind, tokens, share, spread, seed):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("spread", [1e-3, 5.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_errors_are_within_those_of_plain_torch(kind, spread, dtype):
+    """Of values three times as much at the most, of gradients twice."""
+    logprobs, ref = (-1 - spread * torch.rand(2, 500)).to(dtype)
+    coefficient, results = torch.randn(500), []
+    for function, leaf, other in (
+        (masked_kl, logprobs.clone(), ref),
+        (reference.masked_kl, logprobs.clone(), ref),
+        (reference.masked_kl, logprobs.double(), ref.double()),
+    ):
+        estimate = function(leaf.requires_grad_(), other, kind)
+        (estimate * coefficient).sum().backward()
+        results.append([tensor.double() for tensor in (estimate.detach(), leaf.grad)])
+    for have, plain, exact, times in zip(*results, (3, 2), strict=True):
+        assert float((have - exact).norm()) <= times * float((plain - exact).norm()) + 1e-7 * float(exact.norm())
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_gradcheck(kind):
     logprobs = (-5 * torch.rand(20, dtype=torch.float64)).requires_grad_()
     ref = -5 * torch.rand(20, dtype=torch.float64)
