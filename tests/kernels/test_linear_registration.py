@@ -167,6 +167,29 @@ def test_whole_graph_compilation_gives_the_same_bits(function):
         assert all(torch.equal(a, b) for a, b in zip(compiled(*inputs), function(*inputs), strict=True))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    "function", [logprob_and_entropy, logprob_alone, masked_logprob, ppo, ppo_recomputed, reinforce_on_policy]
+)
+def test_the_same_bits_twice_and_compiled_on_a_gpu(function, dtype):
+    """Of rows that the kernels of `_linear_forward_triton` and `_linear_gradient_triton` take, where a GPU has them."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    hidden = torch.randn(700, 64, device="cuda", generator=generator).to(dtype)
+    weight = torch.randn(1003, 64, device="cuda", generator=generator).to(dtype)
+    targets = torch.randint(1003, (700,), device="cuda", generator=generator)
+    inputs = (hidden, weight, targets)
+    if function in (ppo, ppo_recomputed, reinforce_on_policy):
+        noise, advantages = torch.randn(2, 700, device="cuda", generator=generator)
+        inputs = (*inputs, linear_logprob(*inputs) + 0.1 * noise, advantages)
+    want = with_gradients(function, *inputs)
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for again in (with_gradients(function, *inputs), with_gradients(compiled, *inputs)):
+        assert all(torch.equal(ours, first) for ours, first in zip(again, want, strict=True))
+
+
 def test_compilation_does_not_depend_on_the_number_of_rows():
     """One graph for every batch: tokens never come twice in the same number."""
     torch._dynamo.reset()

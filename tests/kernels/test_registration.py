@@ -202,3 +202,23 @@ def test_the_same_bits_twice(name):
 
 def as_tuple(outputs):
     return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def on_gpu(value):
+    """Tensors moved, and made anew: an operator may write to them."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().cuda().requires_grad_(value.requires_grad)
+    return tuple(on_gpu(one) for one in value) if isinstance(value, tuple) else value
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", CHECKED)
+def test_the_same_on_a_gpu(name):
+    """Torch's checks, and the same bits twice."""
+    operator, arguments = getattr(OPERATORS, name).default, CHECKED[name]
+    if name == "topk_inner_product":
+        arguments = (*arguments[:-1], TopKIndex(CORPUS.cuda()).parts)
+    torch.library.opcheck(operator, on_gpu(arguments))
+    for left, right in zip(*(as_tuple(operator(*on_gpu(arguments))) for _ in range(2)), strict=True):
+        assert left.is_cuda and torch.equal(left, right)

@@ -65,11 +65,13 @@ def assert_equal(have, want):
     queries=st.integers(0, 40),
     k=st.integers(1, 60),
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.int8]),
+    of_queries=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
     prepared=st.booleans(),
     seed=st.integers(0, 100),
 )
-def test_matches_the_oracle(kind, rows, size, queries, k, dtype, prepared, seed):
+def test_matches_the_oracle(kind, rows, size, queries, k, dtype, of_queries, prepared, seed):
     asked, corpus = problem(kind, rows, size, queries, dtype, seed)
+    asked = asked.to(of_queries)
     have = topk_inner_product(asked, TopKIndex(corpus) if prepared else corpus, min(k, rows))
     assert_equal(have, reference.topk_inner_product(asked, corpus, min(k, rows)))
 
