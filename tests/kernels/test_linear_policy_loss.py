@@ -66,15 +66,32 @@ def test_matches_the_oracle_in_fp64(rows, loss, dual_clip, anchor, weighted, cho
     assert_close(ours, run(reference.linear_policy_loss, inputs, **options), 1e-11)
 
 
-@pytest.mark.parametrize("kl_kind", ["k1", "k2", "k3"])
-def test_gradcheck(kl_kind):
-    """Of an objective without stopped gradients, by finite differences."""
+@pytest.mark.parametrize(
+    ("kind", "kl_kind", "recompute"),
+    [
+        ("ppo", "k1", False),
+        ("ppo", "k2", True),
+        ("ppo", "k3", False),
+        ("reinforce", "k3", False),
+        ("gspo", "k2", False),
+    ],
+)
+def test_gradcheck(kind, kl_kind, recompute):
+    """Of objectives whose gradient is that of their value, by finite differences: cispo's is not, and gspo's where a
+    sequence has one advantage. Some rows predict two tokens, but for gspo."""
     inputs, extras = problem(12, seed=3)
-    loss = PolicyLoss(kl_kind=kl_kind, kl_coefficient=0.5, entropy_coefficient=0.2, dual_clip=1.6)
+    clip = {} if kind == "reinforce" else {"dual_clip": 1.6}
+    loss = PolicyLoss(kind=kind, kl_kind=kl_kind, kl_coefficient=0.5, entropy_coefficient=0.2, **clip)
+    options = {"loss": loss, "denominator": 2.0, "softcap": 4.0, "recompute": recompute}
+    if kind == "gspo":
+        options["cu_seqlens"] = torch.tensor([0, 5, 12])
+        options["token_weights"] = torch.tensor([0.2] * 5 + [1 / 7] * 7, dtype=torch.float64)
+        inputs = (*inputs[:4], torch.tensor([0.7] * 5 + [-0.4] * 7, dtype=torch.float64))
+    else:
+        inputs, extras, options["token_rows"] = shared(inputs, extras, torch.Generator().manual_seed(0))
 
     def objective(hidden, weight):
-        options = {"ref_logprobs": extras["ref_logprobs"], "loss": loss, "denominator": 2.0, "softcap": 4.0}
-        return linear_policy_loss(hidden, weight, *inputs[2:], **options)[0]
+        return linear_policy_loss(hidden, weight, *inputs[2:], ref_logprobs=extras["ref_logprobs"], **options)[0]
 
     assert torch.autograd.gradcheck(objective, (inputs[0].requires_grad_(), inputs[1].requires_grad_()))
 
