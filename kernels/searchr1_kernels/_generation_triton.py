@@ -171,10 +171,9 @@ def norm(x, residual, weight, eps):
 
 
 def rotary_write(query, key, value, cos, sin, keys, values, blocks, places, query_norm, key_norm, eps):
-    """As the operator; all on one device."""
+    """As the operator; all on one device, components of the cache side by side."""
     query, key, value = (_heads(tensor) for tensor in (query, key, value))
     (num_tokens, num_heads, head_dim), num_kv_heads = query.shape, key.shape[1]
-    assert keys.stride(3) == values.stride(3) == 1, "the cache's components lie together"
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     if num_tokens == 0:
         return output

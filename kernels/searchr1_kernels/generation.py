@@ -65,8 +65,8 @@ def rotary_write(
 
     The keys, rotated, and the values go to `places` of `blocks` in the cache, which are read on the device only. With
     `query_norm` and `key_norm` (both or none) the heads go through an RMS norm first, rounded to their type. ValueError
-    where a shape, type or device is not as above, d is odd or over 512; on a CPU also for blocks and places that are
-    not there.
+    where a shape, type or device is not as above, d is odd or over 512; on a GPU also where components of the cache do
+    not lie together, on a CPU for blocks and places that are not there.
     """
     checks.check_shape("query", query, ("T", "H", "d"))
     checks.check_floating("query", query)
@@ -141,6 +141,9 @@ def _add_rms_norm(x, residual, weight, eps):
 
 def _rotary_write(query, key, value, cos, sin, keys, values, blocks, places, query_norm, key_norm, eps):
     if _on_gpu("query", query):
+        for name, cache in (("keys", keys), ("values", values)):
+            if cache.stride(3) != 1:  # written where it lies, so a copy is no way out
+                raise ValueError(f"{name}: expected components that lie together, got strides {cache.stride()}")
         tensors = (query, key, value, cos, sin, keys, values, blocks, places)
         return _triton().rotary_write(*tensors, query_norm, key_norm, eps)
     checks.check_indices("blocks", blocks, keys.shape[0])  # or loops would write beside the cache

@@ -165,6 +165,19 @@ def test_operators_on_these_kernels_pass_torchs_checks(monkeypatch, turned):
         torch.library.opcheck(operator.default, arguments)
 
 
+@pytest.mark.parametrize("name", ["keys", "values"])
+def test_a_cache_whose_components_lie_apart_is_named(monkeypatch, name):
+    """It is written where it lies."""
+    monkeypatch.setattr(generation, "_on_gpu", lambda name, x: True)
+    arguments = list(tokens(2, 1, 8))
+    place = 5 if name == "keys" else 6
+    arguments[place] = arguments[place].transpose(2, 3).contiguous().transpose(2, 3)
+    with pytest.raises(
+        ValueError, match=rf"{name}: expected components that lie together, got strides \(72, 72, 1, 9\)"
+    ):
+        generation.rotary_write(*arguments[:9])
+
+
 def test_large_numbers_and_none():
     gate = torch.tensor([[-1e4, -90.0, 0.0, 90.0, 1e4]], device=DEVICE)
     have = _generation_triton.silu_mul(gate, torch.ones_like(gate))
