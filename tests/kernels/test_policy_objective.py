@@ -148,7 +148,7 @@ def test_tokens_nobody_sampled_count_as_on_policy(on_policy):
 
 @pytest.mark.parametrize("kind", ["ppo", "cispo", "reinforce"])
 @pytest.mark.parametrize("on_policy", [True, False])
-@pytest.mark.parametrize("cap", [0.0, 2.0])
+@pytest.mark.parametrize("cap", [0.0, 2.0, float("inf")])
 def test_finite_at_the_extremes(on_policy, cap, kind):
     extremes = torch.tensor([0.0, -1.0, -100.0, -2e4, -1e30])
     p, rollout = extremes.repeat_interleave(5), extremes.repeat(5)
