@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from far_memory import far_memory
 from searchr1_kernels import _cached_attention_triton, attention_tiles, reference
 from searchr1_kernels.cached_attention import _attend_triton
 
@@ -160,20 +161,15 @@ def test_any_strides():
 @pytest.mark.parametrize("size", [None, 64])
 @each_way
 def test_offsets_beyond_32_bits(tmp_path, pieces, tiled, size):
-    """A cache whose last slot, or block, begins 2^31 numbers behind the first: on a CPU in a file that is all hole."""
+    """A cache whose last slot, or block, begins 2^31 numbers behind the first."""
     query, keys, values, slots, positions, lengths = problem(pieces, 2, 1, 16, torch.float16)
     table = None
     if size is not None:
         (keys, table), (values, _) = paged(keys, size), paged(values, size)
     far, stride = [], ((1 << 31) // (len(keys) - 1) // 16 + 1) * 16
-    for number, cache in enumerate((keys, values)):
+    for cache in (keys, values):
         count = (len(cache) - 1) * stride + cache[0].numel()
-        if DEVICE == "cuda":
-            memory = torch.empty(count, dtype=torch.float16, device=DEVICE)
-        else:
-            with (tmp_path / str(number)).open("wb") as file:
-                file.truncate(2 * count)
-            memory = torch.from_file(str(tmp_path / str(number)), shared=True, size=count, dtype=torch.float16)
+        memory = far_memory(tmp_path, count, DEVICE)
         far.append(memory.as_strided(cache.shape, (stride, *cache.stride()[1:])).copy_(cache))
     arguments = (slots, positions, lengths if tiled else None, table)
     assert torch.equal(attend(query, *far, *arguments), attend(query, keys, values, *arguments))

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from far_memory import far_memory
 from searchr1_kernels import _generation_triton, reference, rms_norm
 
 generation = sys.modules[rms_norm.__module__]
@@ -108,14 +109,9 @@ def test_rotation_takes_views_of_one_product():
 
 
 def test_offsets_beyond_32_bits(tmp_path):
-    """Rows, tokens and blocks of a cache 2^30 numbers from each other: on a CPU in a file that is all hole."""
-    width, count = 1 << 30, (2 << 30) + 64
-    if DEVICE == "cuda":
-        memory = torch.empty(count, dtype=torch.float16, device=DEVICE)
-    else:
-        with (tmp_path / "memory").open("wb") as file:
-            file.truncate(2 * count)
-        memory = torch.from_file(str(tmp_path / "memory"), shared=True, size=count, dtype=torch.float16)
+    """Rows, tokens and blocks of a cache 2^30 numbers from each other."""
+    width = 1 << 30
+    memory = far_memory(tmp_path, (2 << 30) + 64, DEVICE)
     x, weight = numbers(3, 32, dtype=torch.float16), numbers(32, dtype=torch.float16, seed=1)
     far = memory.as_strided((3, 32), (width, 1)).copy_(x)
     assert torch.equal(

@@ -11,6 +11,7 @@ import sys
 
 import pytest
 import torch
+from far_memory import far_memory
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from searchr1_kernels import PolicyLoss, _linear_chunks, _linear_slabs, linear_logprob, linear_policy_loss, reference
@@ -237,16 +238,9 @@ def test_memory_of_the_backward_pass(products, monkeypatch, live_bytes, rows):
 
 
 def far_apart(folder, rows, columns):
-    """[rows, columns] fp16 whose rows begin 2^30 numbers from each other: on a CPU in a file that is all hole."""
+    """[rows, columns] fp16 whose rows begin 2^30 numbers from each other."""
     width = 1 << 30
-    count = (rows - 1) * width + columns
-    if DEVICE == "cuda":
-        memory = torch.empty(count, dtype=torch.float16, device=DEVICE)
-    else:
-        with (folder / "memory").open("wb") as file:
-            file.truncate(2 * count)
-        memory = torch.from_file(str(folder / "memory"), shared=True, size=count, dtype=torch.float16)
-    return memory.as_strided((rows, columns), (width, 1))
+    return far_memory(folder, (rows - 1) * width + columns, DEVICE).as_strided((rows, columns), (width, 1))
 
 
 def test_offsets_beyond_32_bits(tmp_path):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from far_memory import far_memory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from searchr1_kernels import Hits, TopKIndex, _topk_cuda, _topk_passes, reference, topk_search
@@ -97,15 +98,9 @@ def test_scores_that_rounding_makes_equal(largest, mean, size, sign, coarse):
 
 
 def test_offsets_beyond_32_bits(tmp_path):
-    """Exact scores of the last rows of a corpus of over 2^31 numbers: on a CPU in a file that is all hole."""
+    """Exact scores of the last rows of a corpus of over 2^31 numbers."""
     size, rows = 64, (1 << 25) + 200  # the last block has 72 rows
-    if DEVICE == "cuda":
-        corpus = torch.empty(rows, size, dtype=torch.float16, device=DEVICE)
-    else:
-        with (tmp_path / "corpus").open("wb") as file:
-            file.truncate(2 * rows * size)
-        corpus = torch.from_file(str(tmp_path / "corpus"), shared=True, size=rows * size, dtype=torch.float16)
-        corpus = corpus.view(rows, size)
+    corpus = far_memory(tmp_path, rows * size, DEVICE).view(rows, size)
     asked, corpus[-72:], _ = problem("normal", 72, size, 2, torch.float16)
     block = torch.full((2, 1), rows // 128, device=DEVICE)
     keys, maxima = (torch.zeros(2, n, dtype=torch.int64, device=DEVICE) for n in (128, PARTS))
