@@ -109,6 +109,14 @@ def test_whitening_with_moments_does_not_add_the_values_up(monkeypatch):
         masked_whiten(torch.randn(20), torch.ones(3, dtype=torch.bool), moments=moments)
 
 
+@pytest.mark.parametrize("value", [0.1, 1e3 / 3, 123456.7, 1e9 / 7, -1e9 / 3])
+@pytest.mark.parametrize("count", [2, 3, 999])
+def test_equal_values_become_zero(value, count):
+    """What rounding makes of their variance may be below zero."""
+    whitened = masked_whiten(torch.full((count,), value, dtype=torch.float64))
+    assert whitened.abs().max() <= 2e-3
+
+
 @pytest.mark.parametrize("values", [torch.zeros(0), torch.tensor([3.0])])
 def test_too_few_values_become_zero(values):
     assert (masked_whiten(values) == 0).all()
