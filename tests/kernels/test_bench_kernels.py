@@ -111,8 +111,8 @@ def test_ways_to_the_other_operations_agree(bench, cases, monkeypatch):
     generation = importlib.import_module("generation_cases")
     for case in (
         cases.kl_case(CPU, 500),
-        generation.cached_case(CPU, torch.float32, [1] * 3, 70, H=4, d=32),
-        generation.cached_case(CPU, torch.float32, [40], 0, H=4, d=32),
+        generation.cached_case(CPU, torch.float32, [1] * 3, 70, H=4, d=64),
+        generation.cached_case(CPU, torch.float32, [40], 0, H=4, d=64),
         generation.norm_case(CPU, torch.float32, 3, 64),
         generation.rotary_case(CPU, torch.float32, 3, H=4, d=32, places=8),
         generation.silu_case(CPU, torch.float32, 3, 64),
