@@ -97,7 +97,8 @@ def test_a_row_has_the_bits_that_it_has_alone(operation, dtype):
     count = NUM_ROWS if len(shapes) < 4 else 20
     rows = [3 * numbers(count, *shape, seed=i).to(dtype) for i, shape in enumerate(shapes)]
     together = run(*rows)
-    for part in (slice(0, 1), slice(count - 1, count), slice(5, 8), slice(3, count)):
+    alone = [slice(i, i + 1) for i in range(0, count, 1 + count // 60)]
+    for part in (*alone, slice(count - 1, count), slice(5, 8), slice(3, count)):
         check_equal(run(*(tensor[part].clone() for tensor in rows)), [output[part] for output in together])
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
     check_equal(run(*(tensor[order] for tensor in rows)), [output[order] for output in together])
