@@ -179,7 +179,7 @@ def _kl_slope(difference: torch.Tensor, kind: KLKind) -> torch.Tensor:
     """[N] log p - log q -> derivative of `masked_kl` by log p, 0 beyond its limits."""
     slope, lowest = torch.ones_like(difference) if kind == "k1" else difference, -_DIFFERENCE_LIMIT
     if kind == "k3":
-        slope, lowest = -torch.expm1(-difference.clamp(min=-EXPONENT_LIMIT)), -EXPONENT_LIMIT
+        slope, lowest = -torch.expm1(-difference), -EXPONENT_LIMIT
     return slope.masked_fill((difference < lowest) | (difference > _DIFFERENCE_LIMIT), 0.0)
 
 

@@ -113,7 +113,7 @@ def sample_torch(
         return likeliest, logits.gather(1, likeliest[:, None])[:, 0] - logits.logsumexp(dim=-1)
     probabilities = _softmax(logits, temperature)
     weights = probabilities if top_k == 0 and top_p == 1 else _keep(probabilities, top_k, top_p)
-    ids = _draw(weights, randoms.double())
+    ids = _draw(weights, randoms)
     # No cancellation: a softmax has small relative errors, and what was drawn is not zero.
     return ids, probabilities.gather(1, ids[:, None])[:, 0].log()
 
@@ -124,7 +124,7 @@ def _softmax(logits, temperature):
 
 
 def _draw(weights, randoms):
-    """weights [S, V], randoms [S] fp64 -> [S]: the place at which the running sum reaches the share of the total.
+    """weights [S, V], randoms [S] -> [S]: the place at which the running sum reaches the share of the total.
 
     Found in two strides, first the block and then the place in it: running sums over a whole vocabulary cost more than
     the softmax, sums of blocks next to nothing.

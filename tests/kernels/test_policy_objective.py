@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import FrozenInstanceError
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -123,6 +125,18 @@ def test_each_side_of_each_clip(ratio, advantage, value, slope, clipped):
         total, have, metrics = evaluate(loss, p, advantages=advantages, **anchor)
         assert (float(total), float(have)) == pytest.approx((value, slope))
         assert metrics["clip_fraction"] == clipped
+
+
+def test_without_settings_it_is_plain_ppo():
+    """Clipped at 0.8 and 1.2 and nowhere else, without weights or bonuses; and settings stay what was checked."""
+    ratio = torch.tensor([0.5, 0.79, 0.81, 1.19, 1.21, 9.0], dtype=torch.float64)
+    for sign in (1.0, -1.0):
+        advantages, zeros = torch.full_like(ratio, sign), torch.zeros_like(ratio)
+        total, _, metrics = evaluate(PolicyLoss(), ratio.log(), zeros, advantages, zeros - 1, entropy=zeros + 1)
+        assert float(total) == pytest.approx(-float(torch.minimum(sign * ratio, sign * ratio.clamp(0.8, 1.2)).sum()))
+        assert metrics["clip_fraction"] == 2
+    with pytest.raises(FrozenInstanceError):
+        PolicyLoss().clip_low = -1.0
 
 
 def test_on_and_off_policy_agree_where_nothing_moved():

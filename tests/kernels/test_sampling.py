@@ -161,6 +161,7 @@ def test_constants_to_autograd():
         (lambda x, u: (x, u.to("meta")), {}, "randoms: expected the device of logits"),
         (lambda x, u: (x, u), {"temperature": -1.0}, "temperature: expected 0 or"),
         (lambda x, u: (x, u), {"temperature": float("nan")}, "temperature: expected 0 or"),
+        (lambda x, u: (x, u), {"temperature": float("inf")}, "temperature: expected 0 or"),
         (lambda x, u: (x, u), {"top_k": -1}, "top_k: expected 0"),
         (lambda x, u: (x, u), {"top_p": 0.0}, "top_p: expected a number above 0"),
         (lambda x, u: (x, u), {"top_p": 1.1}, "top_p: expected a number above 0"),
