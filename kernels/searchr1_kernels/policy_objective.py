@@ -231,6 +231,6 @@ def _limited_exp(difference: torch.Tensor) -> torch.Tensor:
 def _sequence_means(values: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
     """[N] -> every row's mean over its sequence."""
     offsets = cu_seqlens.long()
-    means = segment_sums(values, offsets) / offsets.diff().clamp(min=1)  # [S]
+    means = segment_sums(values, offsets) / offsets.diff()  # [S]; NaN of no rows, which nobody reads
     sequence = torch.searchsorted(offsets[1:], torch.arange(len(values), device=values.device), right=True)
     return means.to(values.dtype)[sequence]

@@ -123,6 +123,7 @@ def test_what_is_not_finite_shows_in_its_log_probability(sample, wrong, temperat
     ids, logprobs = sample(logits, randoms, **options)
     assert ((ids >= 0) & (ids < 300)).all()
     assert logprobs.isfinite().tolist() == [True, False, True, False, True]
+    assert sample(logits[1:2, 280:281], randoms[:1], **options)[0].tolist() == [0]  # one token, and it alone
     for row in (0, 2, 4):
         assert ids[row] == want[0][row] and logprobs[row] == want[1][row]
 
