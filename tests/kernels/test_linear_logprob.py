@@ -332,6 +332,39 @@ def test_chunks_cover_everything_once(total, most, kept):
     assert saved == (-(-total // 16) * 16 if total <= kept else most_kept, 2)
 
 
+@pytest.mark.parametrize("for_gradient", [False, True])
+def test_a_chunk_of_bf16_rows_fits_its_gibibyte(for_gradient):
+    """As on a GPU: logits in fp32, and for a gradient as many numbers of 16 bits; and one row more would not."""
+    hidden = torch.empty(100_000, 8, dtype=torch.bfloat16, device="meta")
+    weight = torch.empty(151_936, 8, dtype=torch.bfloat16, device="meta")
+    row_bytes = 151_936 * (6 if for_gradient else 4)
+    chunks = _linear_chunks.chunk_ranges(hidden, weight, for_gradient=for_gradient)
+    fewer = -(-100_000 // (len(chunks) - 1))
+    assert _linear_chunks.longest(chunks) * row_bytes <= 1 << 30 < fewer * row_bytes
+
+
+def test_a_chunk_on_a_gpu_is_whole_tiles():
+    assert [_linear_chunks.whole_tiles(size) for size in (1, 127, 128, 129, 300)] == [128, 128, 128, 256, 384]
+
+
+def test_a_workspace_takes_no_more_than_a_quarter_of_free_memory(monkeypatch):
+    """What torch keeps for later is free. Where memory is plenty its amount plays no part, and nobody looks closer."""
+    device, looks = torch.device("cuda"), []
+    gib = 1 << 30
+
+    def statistics(device):
+        looks.append(device)
+        return {"reserved_bytes.all.current": 5 * gib, "allocated_bytes.all.current": 3 * gib}
+
+    monkeypatch.setattr(torch.cuda, "memory_stats", statistics)
+    for free, most, budget in ((8.0, 1, 1), (100.0, 1, 1), (6.0, 2, 2), (5.9, 2, 1), (5.9, 1, 1), (1.9, 1, 0.5)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (int(free * gib), 100 * gib))
+        assert _linear_chunks.memory_budget(device, most * gib) == budget * gib, (free, most)
+        assert bool(looks) == (free < 8 * most)
+        looks.clear()
+    assert _linear_chunks.memory_budget(torch.device("cpu"), 77) == 77
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -108,7 +108,7 @@ def test_equals_are_kept_or_left_out_together():
 
 @pytest.mark.parametrize(("top_p", "num_kept"), [(0.49, 1), (0.5, 1), (0.51, 2), (0.75, 2), (0.76, 4)])
 def test_a_share_that_is_held_exactly_needs_no_more(top_p, num_kept):
-    """Probabilities of 1/2, 1/4, 1/8 and 1/8: at this temperature their ratios are powers of 2, and no sum is rounded."""
+    """Probabilities of 1/2, 1/4, 1/8 and 1/8: at this temperature ratios are powers of 2, and sums are exact."""
     logits, randoms = torch.tensor([[-1.0, -3.0, -2.0, -3.0]]).expand(99, 4), torch.linspace(0, 0.99, 99)
     kept = torch.tensor([0, 2, 1, 3])[:num_kept].tolist()
     ids, _ = sample_tokens(logits, randoms, temperature=1 / math.log(2), top_p=top_p)

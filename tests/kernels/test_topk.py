@@ -120,6 +120,16 @@ def test_scores_that_rounding_makes_equal(largest, mean, size, sign):
         assert_equal(topk_inner_product(asked, prepared, 3), want)
 
 
+@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_all_scores_below_zero(dtype, prepared):
+    """A bound above a score is then the smaller number of the two."""
+    asked, corpus = problem("normal", dtype=dtype)
+    corpus = -corpus.abs()
+    have = topk_inner_product(asked.abs(), TopKIndex(corpus) if prepared else corpus, 10)
+    assert_equal(have, reference.topk_inner_product(asked.abs(), corpus, 10))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_at_the_ends_of_fp32(dtype):
     """All of one sign, and one of the other: none is finite around their mean."""
