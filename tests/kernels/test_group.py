@@ -33,6 +33,13 @@ def test_matches_the_oracle(sample, normalize_std):
     assert (advantages[~keep] == 0).all()
 
 
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_advantages_are_fp32_of_any_rewards(count):
+    advantages, keep = group_advantages(torch.rand(count, dtype=torch.float64), torch.zeros(count, dtype=torch.int32))
+    assert (advantages.dtype, keep.dtype) == (torch.float32, torch.bool)
+    assert keep.tolist() == [count > 1] * count
+
+
 def test_by_hand():
     rewards, groups = torch.tensor([1.0, 5.0, 0.0, 0.0, 5.0]), torch.tensor([7, -1, 7, 7, -1])
     advantages, keep = group_advantages(rewards, groups)
@@ -101,6 +108,14 @@ def test_whitened_values_have_mean_zero_and_unit_variance():
     assert float(whitened[mask].std()) == pytest.approx(1, abs=1e-4)
 
 
+def test_small_spreads_far_from_zero_keep_their_digits():
+    """A mean rounded to fp32 would be off by up to 5e-4."""
+    values = 1e4 + torch.randn(300)
+    torch.testing.assert_close(
+        masked_whiten(values).double(), reference.masked_whiten(values.double()), rtol=1e-6, atol=1e-6
+    )
+
+
 def test_whitening_with_moments_does_not_add_the_values_up(monkeypatch):
     moments = masked_moments(torch.randn(50))
     monkeypatch.setattr(sys.modules["searchr1_kernels.group"], "_masked_moments", None)
@@ -133,6 +148,14 @@ def test_wrong_arguments_are_named():
         group_advantages(torch.zeros(3), groups.float())
     with pytest.raises(ValueError, match=r"groups: expected the device of rewards \(cpu\), got meta"):
         group_advantages(torch.zeros(3), groups.to("meta"))
+    with pytest.raises(ValueError, match="rewards: expected a floating-point"):
+        group_advantages(groups, groups)
+    with pytest.raises(ValueError, match="eps: expected a number not below 0, got -1"):
+        group_advantages(torch.zeros(3), groups, eps=-1.0)
+    with pytest.raises(ValueError, match="eps: expected a number not below 0, got -1"):
+        masked_whiten(torch.zeros(3), eps=-1.0)
+    with pytest.raises(ValueError, match=r"values: expected shape \[N\], got \[3, 2\]"):
+        masked_whiten(torch.zeros(3, 2))
     with pytest.raises(ValueError, match="moments: expected shape"):
         masked_whiten(torch.zeros(3), moments=torch.zeros(2))
     with pytest.raises(ValueError, match="values: expected a floating-point"):

@@ -183,6 +183,11 @@ def test_a_nan_stays_in_its_row():
     assert torch.equal(dirty[:, others], clean[:, others])
 
 
+def test_a_vocabulary_of_one_token():
+    hidden, weight, targets = problem(20, 3, 1, dtype=torch.float32)
+    assert all((tensor == 0).all() for tensor in run(linear_logprob, hidden, weight, targets, (1.0, 1.0)))
+
+
 def test_a_token_of_probability_zero():
     """A logit of minus infinity: its log-probability is that, and the other tokens' are those without it."""
     hidden, weight, targets = problem(6, 1, 5, dtype=torch.float32)
@@ -371,6 +376,7 @@ def test_a_workspace_takes_no_more_than_a_quarter_of_free_memory(monkeypatch):
         ({"hidden": torch.zeros(4)}, "hidden: expected shape"),
         ({"weight": torch.zeros(5, 2)}, "weight: expected shape"),
         ({"weight": torch.zeros(5, 3, dtype=torch.float64)}, "weight: expected torch.float32"),
+        ({"weight": torch.zeros(0, 3)}, "weight: expected at least one vocabulary row, got none"),
         ({"hidden": torch.zeros(4, 3, dtype=torch.int64)}, "hidden: expected a floating-point"),
         ({"targets": torch.zeros(3, dtype=torch.int64)}, "targets: expected shape"),
         ({"targets": torch.zeros(4)}, "targets: expected torch.int64"),

@@ -97,6 +97,20 @@ def test_the_weight_s_gradient_is_rounded_with_each_of_eight_chunks_and_of_more_
     assert errors[500] == pytest.approx((1 + 500 / 768) ** 0.5 * errors[768], rel=0.03)
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_products_are_rounded_once(dtype, scale):
+    """Of fp32 operands, as the gradient of hidden states in 16 bits is on a CPU; and of others into their own type."""
+    left, right = torch.randn(2, 40, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    if dtype != torch.float64:
+        left, right = left.float(), right.float()
+    out = torch.full((40, 40), torch.nan, dtype=dtype)
+    _linear_sums.multiply(left, right, out=out, scale=scale)
+    exact = scale * (left.double() @ right.double())
+    summed, rounded = (torch.finfo(kind).eps for kind in (left.dtype, dtype))
+    assert float((out.double() - exact).abs().max() / exact.abs().max()) <= 8 * summed + rounded / 2
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 def test_a_second_backward_pass_gives_the_same_gradient(recompute):
     inputs, _ = problem(20)

@@ -134,6 +134,9 @@ def test_no_tokens(mask):
         ((torch.zeros(3), torch.zeros(3), torch.ones(3, dtype=torch.bool)), "kind: expected 'k1', 'k2' or 'k3'"),
         ((torch.zeros(3, 1), torch.zeros(3)), "logprobs: expected shape"),
         ((torch.zeros(3), torch.zeros(2)), "ref_logprobs: expected shape"),
+        ((torch.zeros(3, dtype=torch.int64), torch.zeros(3)), "^logprobs: expected a floating-point"),
+        ((torch.zeros(3), torch.zeros(3, dtype=torch.int64)), "ref_logprobs: expected a floating-point"),
+        ((torch.zeros(3), torch.zeros(3, device="meta")), r"ref_logprobs: expected the device of logprobs \(cpu\)"),
         ((torch.zeros(3), torch.zeros(3), "k1", torch.ones(3)), "mask: expected torch.bool"),
     ],
 )
