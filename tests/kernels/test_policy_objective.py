@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from searchr1_kernels import PolicyLoss, masked_kl
+from searchr1_kernels._segments import segment_sums
 from searchr1_kernels.policy_objective import (
     MAX_METRICS,
     MIN_METRICS,
@@ -192,3 +193,10 @@ def test_the_slope_of_the_kl_is_that_of_masked_kl(kind):
     masked_kl(p, zeros, kind).sum().backward()
     _, slope, _ = evaluate(PolicyLoss(kl_kind=kind, kl_coefficient=1.0), p.detach(), zeros, zeros, zeros)
     torch.testing.assert_close(slope, p.grad)
+
+
+def test_sums_over_a_sequence_are_exact_to_fp64():
+    """Of fp32 slopes and log-ratios; one without tokens has the sum 0."""
+    values = torch.tensor([2.0**24, 1.0, 1.0, 5.0])
+    sums = segment_sums(values, torch.tensor([0, 3, 3, 4]))
+    assert sums.dtype == torch.float64 and sums.tolist() == [2.0**24 + 2, 0.0, 5.0]

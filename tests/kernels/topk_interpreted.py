@@ -109,6 +109,17 @@ def test_offsets_beyond_32_bits(tmp_path):
     assert torch.equal(0xFFFFFFFF - (keys.amax(1) & 0xFFFFFFFF), rows - 72 + best)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int8])
+@pytest.mark.parametrize("coarse", ["float", "int8"])
+def test_all_scores_below_zero(dtype, coarse):
+    """A bound above a score is then the smaller number of the two."""
+    asked, corpus, _ = problem("normal", 700, 40, 3, dtype)
+    corpus = -corpus.abs()
+    have = _topk_cuda.search(asked.abs(), corpus, 2, None, _topk_cuda.prepare(corpus, None, coarse))
+    for left, right in zip(have, reference.topk_inner_product(asked.abs(), corpus, 2), strict=True):
+        assert torch.equal(left, right)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("coarse", ["float", "int8"])
 def test_whole_tiles(dtype, coarse):
