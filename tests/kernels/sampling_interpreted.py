@@ -6,6 +6,8 @@ its own. With one they are compiled.
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from searchr1_kernels import _sampling_draw_triton, _sampling_triton, sampling
@@ -56,6 +58,16 @@ def test_tokens_are_the_twins(temperature, top_k, top_p):
     want = sampling.sample_torch(logits, randoms, temperature, top_k, top_p)
     assert torch.equal(have[0], want[0])
     torch.testing.assert_close(have[1], want[1], rtol=1e-6, atol=2e-6)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="no GPU promises that its powers of 2 are exact")
+@pytest.mark.parametrize(("top_p", "num_kept"), [(0.49, 1), (0.5, 1), (0.51, 2), (0.75, 2), (0.76, 4)])
+def test_a_share_that_is_held_exactly_needs_no_more(top_p, num_kept):
+    """Probabilities of 1/2, 1/4, 1/8 and 1/8: at this temperature ratios are powers of 2, and sums are exact."""
+    logits = torch.tensor([[-1.0, -3.0, -2.0, -3.0]], device=DEVICE).repeat(9, 1)
+    randoms = torch.linspace(0, 0.99, 9, dtype=torch.float64, device=DEVICE)
+    ids, _ = _sampling_triton.sample(logits, randoms, 1 / math.log(2), 0, top_p)
+    assert sorted(set(ids.tolist())) == sorted([0, 2, 1, 3][:num_kept])
 
 
 @pytest.mark.parametrize(("temperature", "top_k", "top_p"), SETTINGS[3:8])

@@ -165,6 +165,7 @@ def test_constants_to_autograd():
         (lambda x: rms_norm(x, x[0], 1e-6, x[:1]), "residual: expected shape"),
         (lambda x: rms_norm(x, x[0], 1e-6, x.half()), "residual: expected torch.float64"),
         (lambda x: rms_norm(x.new_zeros(1, 16385), x.new_zeros(16385), 1e-6), "at most 16384 components"),
+        (lambda x: rms_norm(x.long(), x[0].long(), 0.1), "x: expected a floating-point"),
         (lambda x: silu_mul(x, x[:1]), "up: expected shape"),
         (lambda x: silu_mul(x.long(), x), "gate: expected a floating-point"),
         (lambda x: silu_mul(x, x.to("meta")), "up: expected the device of gate"),
@@ -218,6 +219,28 @@ def test_places_that_are_not_there_are_named(place, number, message, dtype):
     assert all(map(torch.equal, before, arguments[5:7]))
 
 
+@pytest.mark.parametrize("apart", [5, 6])
+def test_a_cache_may_be_any_view(apart):
+    """One that is written number after number would be another's memory."""
+    arguments, norms = step(d=32, dtype=torch.float32)
+    want = reference.rotary_write(*arguments, **norms)
+    around = torch.full((*arguments[apart].shape, 2), 7.0)
+    around[..., 0] = arguments[apart]
+    given = [*arguments[:apart], around[..., 0], *arguments[apart + 1 :]]
+    have = rotary_write(*given, **norms)
+    for left, right in zip((have, *given[5:7]), want, strict=True):
+        torch.testing.assert_close(left, right)
+    assert (around[..., 1] == 7).all()
+
+
+def test_the_largest_rows_and_heads():
+    x = numbers(1, 16_384)
+    torch.testing.assert_close(rms_norm(x, x[0], 0.1)[0], reference.rms_norm(x, x[0], 0.1, None)[0])
+    arguments, norms = step(d=512)
+    want = reference.rotary_write(*arguments, **norms)
+    torch.testing.assert_close(rotary_write(*arguments, **norms), want[0])
+
+
 FORK = """
 import os, torch
 from searchr1_kernels import cached_attention, rms_norm, rotary_write, silu_mul
@@ -250,6 +273,8 @@ def test_errors_of_norms_and_heads():
         rotary_write(*arguments, query_norm=norms["query_norm"])
     with pytest.raises(ValueError, match="key_norm: expected shape"):
         rotary_write(*arguments, query_norm=norms["query_norm"], key_norm=norms["key_norm"][1:])
+    with pytest.raises(ValueError, match="key_norm: expected a floating-point"):
+        rotary_write(*arguments, query_norm=norms["query_norm"], key_norm=norms["key_norm"].long())
     odd = [x[..., :5] if x.is_floating_point() else x for x in arguments]
     with pytest.raises(ValueError, match="even number of components"):
         rotary_write(*odd)

@@ -97,6 +97,22 @@ def test_the_weight_s_gradient_is_rounded_with_each_of_eight_chunks_and_of_more_
     assert errors[500] == pytest.approx((1 + 500 / 768) ** 0.5 * errors[768], rel=0.03)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rows_that_come_with_a_scale_have_it_in_both_sums(dtype):
+    """As those of kept probabilities do on a GPU; in two chunks, and the caller's rows stay as they are."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(count, 6, generator=generator).to(dtype) for count in (9, 13))
+    gradient, scales = torch.randn(9, 13, generator=generator), torch.randn(9, generator=generator)
+    rows, exact = hidden.float(), (scales[:, None] * gradient).double()
+    sums = _linear_sums.Gradients(hidden, weight, True, True)
+    for where in (slice(0, 5), slice(5, 9)):
+        sums.add(gradient[where], scales[where], rows[where], where)
+    assert torch.equal(rows, hidden.float())
+    for have, want in zip(sums.results(), (exact @ weight.double(), exact.T @ hidden.double()), strict=True):
+        tolerance = torch.finfo(have.dtype).eps + 2e-6
+        assert float((have.double() - want).abs().max() / want.abs().max()) <= tolerance
+
+
 @pytest.mark.parametrize("scale", [1.0, 0.3])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_products_are_rounded_once(dtype, scale):

@@ -112,12 +112,28 @@ def test_offsets_beyond_32_bits(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.int8])
 @pytest.mark.parametrize("coarse", ["float", "int8"])
 def test_all_scores_below_zero(dtype, coarse):
-    """A bound above a score is then the smaller number of the two."""
+    """But for a query of zeros. A bound above a score is then the smaller number of the two."""
     asked, corpus, _ = problem("normal", 700, 40, 3, dtype)
-    corpus = -corpus.abs()
-    have = _topk_cuda.search(asked.abs(), corpus, 2, None, _topk_cuda.prepare(corpus, None, coarse))
-    for left, right in zip(have, reference.topk_inner_product(asked.abs(), corpus, 2), strict=True):
+    asked, corpus = asked.abs(), -corpus.abs()
+    asked[1] = 0
+    have = _topk_cuda.search(asked, corpus, 2, None, _topk_cuda.prepare(corpus, None, coarse))
+    for left, right in zip(have, reference.topk_inner_product(asked, corpus, 2), strict=True):
         assert torch.equal(left, right)
+    assert not have[0][1].signbit().any()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of infinities
+@pytest.mark.parametrize("coarse", ["float", "int8"])
+def test_a_search_with_places_for_all_that_may_be_better_is_proven(monkeypatch, coarse):
+    """Nothing is left for the host, which would make right any choice of blocks, and nobody would see the time."""
+    monkeypatch.setattr(_topk_passes, "SLACK", {"float": 8, "int8": 8})
+    asked, corpus, _ = problem("copies", 900, 24, 4, torch.float16)
+    passes = Passes(Corpus(corpus, None, _topk_cuda.prepare(corpus, None, coarse)), 4, 2)
+    hits = Hits.views(torch.zeros(Hits.nbytes(4, 2), dtype=torch.uint8, device=DEVICE), 4, 2)
+    passes.launch(asked, 2, hits)
+    assert not hits.unproven.any()
+    want = reference.topk_inner_product(asked, corpus, 2)
+    assert torch.equal(hits.scores, want[0]) and torch.equal(hits.ids, want[1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
