@@ -226,7 +226,7 @@ def test_a_cache_may_be_any_view(apart):
     want = reference.rotary_write(*arguments, **norms)
     around = torch.full((*arguments[apart].shape, 2), 7.0)
     around[..., 0] = arguments[apart]
-    given = [*arguments[:apart], around[..., 0], *arguments[apart + 1 :]]
+    given = [*(tensor.contiguous() for tensor in arguments[:apart]), around[..., 0], *arguments[apart + 1 :]]
     have = rotary_write(*given, **norms)
     for left, right in zip((have, *given[5:7]), want, strict=True):
         torch.testing.assert_close(left, right)
