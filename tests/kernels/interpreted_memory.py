@@ -11,6 +11,7 @@ overlap each other.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,6 +25,16 @@ from triton.runtime.jit import TensorWrapper
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 _MANY = -1  # in place of the program that read, where several did
+_PAGE_CELLS = 1 << 16
+
+
+class Page:
+    """What happened to cells of a region that lie side by side."""
+
+    def __init__(self) -> None:
+        self.writer = np.zeros(_PAGE_CELLS, np.int32)  # the last program that wrote a cell; 0: none, they count from 1
+        self.reader = np.zeros(_PAGE_CELLS, np.int32)
+        self.barriers = np.zeros(_PAGE_CELLS, np.int32)  # that the writer had passed by then
 
 
 @dataclass
@@ -33,13 +44,7 @@ class Region:
     begin: int
     end: int
     cell: int
-    writer: np.ndarray = field(init=False)  # the last program that wrote a cell; 0: none, programs count from 1
-    reader: np.ndarray = field(init=False)
-    barriers: np.ndarray = field(init=False)  # that the writer had passed by then
-
-    def __post_init__(self) -> None:
-        num_cells = -(-(self.end - self.begin) // self.cell)
-        self.writer, self.reader, self.barriers = (np.zeros(num_cells, np.int32) for _ in range(3))
+    pages: defaultdict[int, Page] = field(init=False, default_factory=lambda: defaultdict(Page))  # of what is touched
 
 
 class Watch:
@@ -77,28 +82,31 @@ class Watch:
             region, here = self._regions[one], number == one
             first = (addresses[here] - region.begin) // region.cell
             for step in range(size // region.cell):
-                if values is None:
-                    self._load(region, first + step)
-                else:
-                    self._store(region, first + step, values[here])
+                number_of_page, cells = np.divmod(first + step, _PAGE_CELLS)
+                for number_of_one in np.unique(number_of_page):
+                    page, on_it = region.pages[number_of_one], number_of_page == number_of_one
+                    if values is None:
+                        self._load(page, cells[on_it])
+                    else:
+                        self._store(page, cells[on_it], values[here][on_it])
 
-    def _load(self, region: Region, cells: np.ndarray) -> None:
-        me, writer = self._program(), region.writer[cells]
+    def _load(self, page: Page, cells: np.ndarray) -> None:
+        me, writer = self._program(), page.writer[cells]
         self._compare((writer != 0) & (writer != me), "loads what another program stores")
-        own = (writer == me) & (region.barriers[cells] == self._num_barriers)
+        own = (writer == me) & (page.barriers[cells] == self._num_barriers)
         self._compare(own, "loads what it has stored, with no barrier between")
-        reader = region.reader[cells]
-        region.reader[cells] = np.where((reader == 0) | (reader == me), me, _MANY)
+        reader = page.reader[cells]
+        page.reader[cells] = np.where((reader == 0) | (reader == me), me, _MANY)
 
-    def _store(self, region: Region, cells: np.ndarray, values: np.ndarray) -> None:
-        me, writer, reader = self._program(), region.writer[cells], region.reader[cells]
+    def _store(self, page: Page, cells: np.ndarray, values: np.ndarray) -> None:
+        me, writer, reader = self._program(), page.writer[cells], page.reader[cells]
         self._compare((writer != 0) & (writer != me), "stores what another program stores")
         self._compare((reader != 0) & (reader != me), "stores what another program loads")
         order = np.argsort(cells, kind="stable")
         again = cells[order][1:] == cells[order][:-1]
         bits = np.ascontiguousarray(values[order]).view(f"V{values.itemsize}")
         self._compare(again & (bits[1:] != bits[:-1]), "stores two values in one place")
-        region.writer[cells], region.barriers[cells] = me, self._num_barriers
+        page.writer[cells], page.barriers[cells] = me, self._num_barriers
 
     def _program(self) -> int:
         builder = interpreter.interpreter_builder
