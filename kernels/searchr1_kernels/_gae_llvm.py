@@ -10,7 +10,7 @@ rewards are added up. Memory is asked ahead.
 
 In the cache 0.36 ns a token where turns of 100 tokens take turns with an environment's, 0.69 where the mask is random;
 three loops over a block, as a compiler makes vectors of them, took 1.0. Out of it, 1 M tokens into new memory: 1.7 ms,
-those loops 2.7 (one thread, Intel Xeon, 2026-11-27).
+those loops 2.7 (one thread of an Intel Xeon, with work on the other core, 2026-11-27).
 
 Shape legend: N tokens, S sequences.
 """
