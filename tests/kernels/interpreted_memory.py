@@ -82,13 +82,16 @@ class Watch:
             region, here = self._regions[one], number == one
             first = (addresses[here] - region.begin) // region.cell
             for step in range(size // region.cell):
-                number_of_page, cells = np.divmod(first + step, _PAGE_CELLS)
-                for number_of_one in np.unique(number_of_page):
-                    page, on_it = region.pages[number_of_one], number_of_page == number_of_one
-                    if values is None:
-                        self._load(page, cells[on_it])
-                    else:
-                        self._store(page, cells[on_it], values[here][on_it])
+                self._account(region, first + step, None if values is None else values[here])
+
+    def _account(self, region: Region, cells: np.ndarray, values: np.ndarray | None) -> None:
+        number, cells = np.divmod(cells, _PAGE_CELLS)
+        for one in np.unique(number):
+            page, here = region.pages[one], number == one
+            if values is None:
+                self._load(page, cells[here])
+            else:
+                self._store(page, cells[here], values[here])
 
     def _load(self, page: Page, cells: np.ndarray) -> None:
         me, writer = self._program(), page.writer[cells]
