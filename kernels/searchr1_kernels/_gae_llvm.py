@@ -24,6 +24,7 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from searchr1_kernels import _vector_code as vectors
+from searchr1_kernels._threads import share
 from searchr1_kernels._vector_code import INDEX, NUMBER, add_product
 
 EIGHT = 8
@@ -40,41 +41,69 @@ _ZEROS, _ONES = (ir.Constant(_DOUBLES, [number] * EIGHT) for number in (0.0, 1.0
 
 @numba.njit(cache=True, nogil=True, fastmath={"contract"})
 def scan(
-    first,  # sequences from here
-    last,  # to below here
+    turns,  # of `_threads.share`
+    cuts,  # of `cut`
     rewards,  # [N] fp32 or fp64
     values,  # [N] fp32 or fp64
     mask,  # [N] uint8, 0 or 1
-    cu_seqlens,  # [S+1]
+    offsets,  # [S+1], of `cut`
     gamma,
     decay,  # gamma * lam
     advantages,  # [N] fp32 or fp64
     returns,  # [N] the same
 ):
-    """Fills advantages and returns of these sequences. Of a sequence the last eight tokens are the first eight, so its
-    results do not depend on where it lies."""
+    """Fills advantages and returns of the sequences whose turn it is. Of a sequence the last eight tokens are the first
+    eight, so its results do not depend on where it lies."""
     powers = _powers(decay)
-    for sequence in range(last - 1, first - 1, -1):
-        begin, t, carry = cu_seqlens[sequence], cu_seqlens[sequence + 1], 0.0
-        while t - begin >= EIGHT:
-            t -= EIGHT
-            kinds = _word(mask, t)
-            if kinds == 0:
-                carry = _scan_masked(rewards, values, advantages, returns, t, carry)
-            elif kinds == _ALL:
-                carry = _scan_kept(rewards, values, advantages, returns, t, gamma, decay, carry, powers)
-            else:
-                carry = _scan_mixed(rewards, values, mask, advantages, returns, t, gamma, decay, carry)
-        while t > begin:
-            t -= 1
-            reward, value = np.float64(rewards[t]), np.float64(values[t])
-            if mask[t]:
-                advantages[t] = reward - value + carry
-                returns[t] = reward - value + carry + value
-                carry = decay * carry + (gamma * value + decay * (reward - value))
-            else:
-                advantages[t], returns[t] = 0.0, 0.0
-                carry += reward
+    for sequence in share(turns, cuts):
+        begin, end = offsets[sequence], offsets[sequence + 1]
+        _scan_sequence(begin, end, rewards, values, mask, gamma, decay, powers, advantages, returns)
+
+
+@numba.njit(cache=True, nogil=True, fastmath={"contract"})
+def _scan_sequence(begin, t, rewards, values, mask, gamma, decay, powers, advantages, returns):
+    """From before t to begin."""
+    carry = 0.0
+    while t - begin >= EIGHT:
+        t -= EIGHT
+        kinds = _word(mask, t)
+        if kinds == 0:
+            carry = _scan_masked(rewards, values, advantages, returns, t, carry)
+        elif kinds == _ALL:
+            carry = _scan_kept(rewards, values, advantages, returns, t, gamma, decay, carry, powers)
+        else:
+            carry = _scan_mixed(rewards, values, mask, advantages, returns, t, gamma, decay, carry)
+    while t > begin:
+        t -= 1
+        reward, value = np.float64(rewards[t]), np.float64(values[t])
+        if mask[t]:
+            advantages[t] = reward - value + carry
+            returns[t] = reward - value + carry + value
+            carry = decay * carry + (gamma * value + decay * (reward - value))
+        else:
+            advantages[t], returns[t] = 0.0, 0.0
+            carry += reward
+
+
+@numba.njit(cache=True)
+def cut(
+    cu_seqlens,  # [S+1] int32 or int64
+    total,  # N
+    num_parts,
+):
+    """-> the offsets, [S+1] int64, and before which sequences to cut for parts of about as many tokens, [num_parts+1]
+    int64; no cuts at all where the offsets do not rise from 0 to `total`."""
+    offsets, cuts = np.empty(len(cu_seqlens), np.int64), np.empty(num_parts + 1, np.int64)
+    before, part = np.int64(0), 0
+    for sequence in range(len(cu_seqlens)):
+        offset = np.int64(cu_seqlens[sequence])
+        if offset < before or (sequence == 0 and offset != 0):
+            return offsets, cuts[:0]
+        while part <= num_parts and offset * num_parts >= total * part:
+            cuts[part] = sequence
+            part += 1
+        offsets[sequence] = before = offset
+    return offsets, cuts if before == total else cuts[:0]
 
 
 @numba.njit(cache=True, nogil=True)
@@ -218,14 +247,15 @@ def _load(builder, pointer):
 
 
 def _store(builder, vector, pointer) -> None:
-    """The inverse of `_load`."""
+    """The inverse of `_load`. Memory is asked for to be written, too: a store to what is far away has to read it."""
+    _ask_ahead(builder, pointer, to_write=True)
     kind = pointer.type.pointee
     narrow = vector if kind == _DOUBLE else builder.fptrunc(vector, ir.VectorType(kind, EIGHT))
     vectors.store(builder, narrow, pointer)
 
 
-def _ask_ahead(builder, pointer) -> None:
+def _ask_ahead(builder, pointer, to_write: bool = False) -> None:
     """Scans go from right to left. Before an array there is nothing to read, which a prefetch may ask for all the
     same."""
     ahead = vectors.at(builder, pointer, INDEX(-_AHEAD))
-    vectors.ask(builder, builder.bitcast(ahead, vectors.BYTE.as_pointer()))
+    vectors.ask(builder, builder.bitcast(ahead, vectors.BYTE.as_pointer()), to_write)

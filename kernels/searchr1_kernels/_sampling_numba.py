@@ -20,6 +20,7 @@ import numba
 import numpy as np
 
 from searchr1_kernels._numba_numbers import FAST_MATH, LOG2_E, exp2
+from searchr1_kernels._threads import share
 
 BLOCK = 64  # tokens
 # The order of sums is free, so that they use vector registers; but NaN keeps its meaning.
@@ -30,8 +31,8 @@ _LEAST_REST = 1e-4  # 1 - top_p from which on what is left out is surely more th
 
 
 @numba.njit(cache=True, nogil=True)
-def choose(begin, end, logits, uniforms, temperature, top_k, top_p, ids, logprobs):
-    """logits [S,V] fp32, uniforms [S] fp64 -> ids, logprobs [S] of rows `begin` to `end`; 0 and 1: no limit."""
+def choose(turns, cuts, logits, uniforms, temperature, top_k, top_p, ids, logprobs):
+    """logits [S,V] fp32, uniforms [S] fp64 -> ids, logprobs [S] of the rows whose turn it is; 0 and 1: no limit."""
     vocabulary = logits.shape[1]
     num_blocks = (vocabulary + BLOCK - 1) // BLOCK
     sums, peaks = np.empty(num_blocks, np.float32), np.empty(num_blocks, np.int32)
@@ -40,7 +41,7 @@ def choose(begin, end, logits, uniforms, temperature, top_k, top_p, ids, logprob
     top_k = top_k if top_k < vocabulary else 0
     limited = top_k > 0 or top_p < 1
     packed = np.empty(vocabulary if limited else 0, np.int32)
-    for row in range(begin, end):
+    for row in share(turns, cuts):
         values, least = logits[row], np.int32(0)
         highest = _highest(values.view(np.int32))
         if np.isnan(highest):
@@ -58,11 +59,11 @@ def choose(begin, end, logits, uniforms, temperature, top_k, top_p, ids, logprob
 
 
 @numba.njit(cache=True, nogil=True)
-def take_likeliest(begin, end, logits, ids, logprobs):
-    """logits [S,V] fp32 -> ids, logprobs [S] of rows `begin` to `end`: the first of the largest."""
+def take_likeliest(turns, cuts, logits, ids, logprobs):
+    """logits [S,V] fp32 -> ids, logprobs [S] of the rows whose turn it is: the first of the largest."""
     sums = np.empty((logits.shape[1] + BLOCK - 1) // BLOCK, np.float32)
     weights = np.empty(logits.shape[1], np.float32)
-    for row in range(begin, end):
+    for row in share(turns, cuts):
         values = logits[row]
         highest = _highest(values.view(np.int32))
         token = 0

@@ -278,7 +278,7 @@ def _refine(problem: _Problem, bounds: _Bounds, scores: torch.Tensor, ids: torch
     outputs = (scores.numpy(), ids.numpy())
     num_queries = problem.queries.shape[0]
     cuts = np.linspace(0, num_queries, num_parts(num_queries, 1) + 1).astype(np.int64)
-    run_parts(lambda begin, end: kernels.refine_queries(begin, end, *arguments, *outputs), cuts)
+    run_parts(lambda turns: kernels.refine_queries(turns, cuts, *arguments, *outputs), len(cuts) - 1)
 
 
 def _readable(rows: torch.Tensor) -> tuple[np.ndarray, np.ndarray | None]:

@@ -11,6 +11,8 @@ from __future__ import annotations
 import numba
 import numpy as np
 
+from searchr1_kernels._threads import share
+
 # Of a product of codes: int32 to fp32, and a multiplication (2^-23 together).
 BOUND_SLACK = 1e-6
 # Of a score: unequal ones may be rounded to the same fp32 (2^-23), and a bound is kept in fp32 (2^-24).
@@ -174,14 +176,14 @@ def _candidates(highest, threshold, places):
 
 @numba.njit(cache=True, nogil=True)
 def refine_queries(
-    first, last, queries, rows, table, row_scales, codes, block,
+    turns, cuts, queries, rows, table, row_scales, codes, block,
     highest, thresholds, offsets, scales, norms, residual_norms, query_codes, scores, ids,
 ):  # fmt: skip
-    """Queries first to last: scores and ids [Q,k]. `codes` is None, or (codes, scales, residuals, magnitudes)."""
+    """Scores and ids [Q,k] of the queries whose turn it is. `codes`: None, or codes, scales, residuals, magnitudes."""
     num_rows, k = rows.shape[0], scores.shape[1]
     places = np.empty(highest.shape[1], np.int64)
     row, lanes = np.empty(rows.shape[1], np.float32), np.empty(_LANES)
-    for q in range(first, last):
+    for q in share(turns, cuts):
         found = _candidates(highest[q], thresholds[q], places)
         highs = np.empty(found)
         for j in range(found):

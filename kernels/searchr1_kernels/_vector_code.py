@@ -41,12 +41,12 @@ def row_step(array) -> int:
     return LANES if array.dtype == types.float32 else 2 * LANES
 
 
-def ask(builder, pointer) -> None:
-    """Prefetch the line of a byte, to read it, into every cache."""
+def ask(builder, pointer, to_write: bool = False) -> None:
+    """Prefetch the line of a byte into every cache."""
     function = builder.module.declare_intrinsic(
         "llvm.prefetch", (pointer.type,), ir.FunctionType(ir.VoidType(), [pointer.type, NUMBER, NUMBER, NUMBER])
     )
-    builder.call(function, [pointer, NUMBER(0), NUMBER(3), NUMBER(1)])
+    builder.call(function, [pointer, NUMBER(int(to_write)), NUMBER(3), NUMBER(1)])
 
 
 def load(builder, pointer, kind=FLOATS):

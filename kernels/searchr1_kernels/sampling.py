@@ -96,7 +96,7 @@ def _sample_cpu(logits, randoms, temperature, top_k, top_p):
         uniforms = randoms.double().contiguous().numpy()
         run, arrays = _sampling_numba.choose, (values, uniforms, temperature, top_k, float(top_p), ids, logprobs)
     cuts = np.linspace(0, len(ids), num_parts(values.size, _TOKENS_PER_THREAD) + 1).astype(np.int64)
-    run_parts(lambda begin, end: run(begin, end, *arrays), cuts)
+    run_parts(lambda turns: run(turns, cuts, *arrays), len(cuts) - 1)
     return torch.from_numpy(ids), torch.from_numpy(logprobs)
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from searchr1_kernels import gae, reference
+from searchr1_kernels import _gae_llvm, gae, reference
 from searchr1_kernels.gae import _scan_torch
 
 
@@ -163,6 +164,17 @@ def test_threads_share_the_sequences(monkeypatch):
         assert all(torch.equal(left, right) for left, right in zip(shared, alone, strict=True))
 
 
+@settings(max_examples=100, deadline=None)
+@given(lengths=st.lists(st.integers(0, 30), max_size=12), num_parts=st.integers(1, 9))
+def test_parts_have_about_as_many_tokens(lengths, num_parts):
+    total, longest = sum(lengths), max(lengths, default=0)
+    in_64_bits, cuts = _gae_llvm.cut(offsets(lengths).numpy(), total, num_parts)
+    assert in_64_bits.dtype == np.int64 and in_64_bits.tolist() == offsets(lengths).tolist()
+    assert len(cuts) == num_parts + 1 and cuts[0] == 0 and in_64_bits[cuts[-1]] == total
+    for tokens in np.diff(in_64_bits[cuts]):
+        assert 0 <= tokens <= total / num_parts + longest
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_outputs_are_precise_constants(dtype):
     values = torch.randn(6, dtype=dtype, requires_grad=True)
@@ -179,6 +191,10 @@ def test_outputs_are_precise_constants(dtype):
         ({"rewards": torch.zeros(4, dtype=torch.int64)}, "rewards: expected a floating-point"),
         ({"cu_seqlens": torch.tensor([0, 3])}, "cu_seqlens: expected offsets that rise from 0 to 4, got 0 to 3"),
         ({"cu_seqlens": torch.tensor([0, 3, 2, 4])}, "with a fall between"),
+        ({"cu_seqlens": torch.tensor([0, 2**62, 4])}, "with a fall between"),
+        ({"cu_seqlens": torch.tensor([-1, 2, 4])}, "expected offsets that rise from 0 to 4, got -1 to 4"),
+        ({"cu_seqlens": torch.tensor([1, 2, 4], dtype=torch.int32)}, "rise from 0 to 4, got 1 to 4"),
+        ({"cu_seqlens": torch.tensor([0, 2, 5])}, "expected offsets that rise from 0 to 4, got 0 to 5"),
         ({"cu_seqlens": torch.tensor([0.0, 4.0])}, "cu_seqlens: expected torch.int32"),
         ({"cu_seqlens": torch.zeros(0, dtype=torch.int32)}, "cu_seqlens: expected at least one"),
         ({"cu_seqlens": [0, 4]}, "cu_seqlens: expected a tensor, got list"),

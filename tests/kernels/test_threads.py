@@ -6,9 +6,11 @@ import os
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from searchr1_kernels import _threads
@@ -21,11 +23,28 @@ def three_threads(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
 
 
-@pytest.mark.parametrize("cuts", [[], [0], [0, 5], [0, 5, 5, 9], list(range(101))])
-def test_every_part_is_done_once(cuts):
+def run_parts(function, cuts):
+    """`function(number)` for all numbers of all parts."""
+
+    def run(turns: np.ndarray) -> None:
+        for number in _threads.share(turns, np.array(cuts, np.int64)):
+            function(number)
+
+    _threads.run_parts(run, len(cuts) - 1)
+
+
+@pytest.mark.parametrize("cuts", [[], [0], [0, 5], [0, 5, 5, 9], list(range(101)), list(range(0, 100_000, 1000))])
+def test_every_number_has_its_turn_once(cuts):
     done = []
-    _threads.run_parts(lambda begin, end: done.append((begin, end)), cuts)
-    assert sorted(done) == list(zip(cuts[:-1], cuts[1:], strict=True))
+    run_parts(done.append, cuts)
+    assert sorted(done) == list(range(cuts[-1] if cuts else 0))
+
+
+def test_within_a_part_they_come_from_the_last_to_the_first(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    done = []
+    run_parts(done.append, [0, 3, 5])
+    assert done == [2, 1, 0, 4, 3]
 
 
 def test_parts_run_at_the_same_time():
@@ -33,12 +52,28 @@ def test_parts_run_at_the_same_time():
     barrier = threading.Barrier(3, timeout=60)
     threads = set()
 
-    def meet(begin: int, end: int) -> None:
+    def meet(number: int) -> None:
         barrier.wait()
         threads.add(threading.get_ident())
 
-    _threads.run_parts(meet, [0, 1, 2, 3])
+    run_parts(meet, [0, 1, 2, 3])
     assert len(threads) == 3
+
+
+@pytest.mark.parametrize("looks", [0, 10**12])
+def test_what_others_do_is_waited_for(monkeypatch, looks):
+    """By looking, and asleep."""
+    monkeypatch.setattr(_threads, "_LOOKS", looks)
+    barrier, caller, done = threading.Barrier(2, timeout=60), threading.get_ident(), []
+
+    def work(number: int) -> None:
+        barrier.wait()
+        if threading.get_ident() != caller:
+            time.sleep(0.2)
+        done.append(number)
+
+    run_parts(work, [0, 1, 2])
+    assert len(done) == 2
 
 
 @pytest.fixture
@@ -62,7 +97,7 @@ def busy_helpers():
 def test_nobody_waits_for_helpers_that_do_not_come(busy_helpers):
     """The caller does the work alone. What they find later is over."""
     done = []
-    _threads.run_parts(lambda begin, end: done.append(threading.get_ident()), list(range(9)))
+    run_parts(lambda number: done.append(threading.get_ident()), list(range(9)))
     assert done == [threading.get_ident()] * 8
 
 
@@ -70,7 +105,7 @@ def test_what_is_over_holds_nothing(busy_helpers):
     """What they are still to look at has let go of its arrays."""
     array = torch.zeros(9)
     alive = weakref.ref(array)
-    _threads.run_parts(lambda begin, end, array=array: array[begin:end].add_(1), [0, 4, 9])
+    run_parts(lambda number, array=array: array[number].add_(1), [0, 4, 9])
     assert array.eq(1).all()
     del array
     assert alive() is None
@@ -84,31 +119,42 @@ def test_the_caller_does_all_where_no_thread_can_be_started(monkeypatch):
     monkeypatch.setattr(threading.Thread, "start", refuse)
     done = []
     with pytest.warns(UserWarning, match="2 helpers are missing: can't start new thread"):
-        _threads.run_parts(lambda begin, end: done.append(begin), list(range(9)))
+        run_parts(done.append, list(range(9)))
     assert done == list(range(8)) and _threads._HELPERS._wanted.empty()
 
 
-def test_an_error_is_raised_when_all_is_over():
-    done = []
+def test_an_error_is_raised_when_nobody_is_at_work():
+    """The caller's own while a helper has not come back, and a helper's."""
+    barrier, caller = threading.Barrier(2, timeout=60), threading.get_ident()
+    for fails in (True, False):
+        done = []
 
-    def fail(begin: int, end: int) -> None:
-        done.append(begin)
-        if begin in (2, 5):
-            raise ValueError(f"part {begin}")
+        def work(number: int, fails: bool = fails, done: list[int] = done) -> None:
+            barrier.wait()
+            if (threading.get_ident() == caller) == fails:
+                raise ValueError(f"number {number}")
+            time.sleep(0.2)
+            done.append(number)
 
-    with pytest.raises(ValueError, match="part 2"):
-        _threads.run_parts(fail, list(range(9)))
-    assert sorted(done) == list(range(8))
+        with pytest.raises(ValueError, match="number"):
+            run_parts(work, [0, 1, 2])
+        assert len(done) == 1
+
+
+def test_an_interrupt_is_raised_though_all_is_done():
+    def run(turns: np.ndarray) -> None:
+        for _ in _threads.share(turns, np.arange(9)):
+            pass
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        _threads.run_parts(run, 8)
 
 
 def test_work_within_work():
     done = []
-
-    def outer(begin: int, end: int) -> None:
-        _threads.run_parts(lambda inner, _: done.append((begin, inner)), [0, 1, 2])
-
-    _threads.run_parts(outer, list(range(6)))
-    assert sorted(done) == [(begin, inner) for begin in range(5) for inner in range(2)]
+    run_parts(lambda number: run_parts(lambda inner: done.append((number, inner)), [0, 1, 2]), list(range(6)))
+    assert sorted(done) == [(number, inner) for number in range(5) for inner in range(2)]
 
 
 def test_a_part_has_enough_to_do(monkeypatch):
@@ -120,12 +166,12 @@ def test_a_part_has_enough_to_do(monkeypatch):
 
 
 FORK = """
-import os, threading, torch
+import os, threading, numpy, torch
 from searchr1_kernels import _threads
 torch.set_num_threads(2)
 def meet():
     barrier = threading.Barrier(2, timeout=30)
-    _threads.run_parts(lambda begin, end: barrier.wait(), [0, 1, 2])
+    _threads.run_parts(lambda turns: [barrier.wait() for _ in _threads.share(turns, numpy.arange(3))], 2)
 meet()
 child = os.fork()
 if child == 0:
