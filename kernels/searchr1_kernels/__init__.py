@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-if TYPE_CHECKING:  # the names below for editors and type checkers, which run nothing; `as` says that they are given on
+if TYPE_CHECKING:  # names for editors and type checkers, which run nothing; `as` marks them as re-exported
     from searchr1_kernels import reference as reference
     from searchr1_kernels.cached_attention import attention_tiles as attention_tiles
     from searchr1_kernels.cached_attention import cached_attention as cached_attention
@@ -64,15 +64,17 @@ __all__ = [*_HOME, *_MODULES]
 
 
 class _Package(ModuleType):
-    """Some functions share their module's name. Importing a submodule sets it as an attribute of its package, which
-    would hide the function from then on; here the function keeps the name, whatever is imported first."""
+    """Keeps a name for the function where a function and its module share one, whatever is imported first.
+
+    Importing a submodule sets it as an attribute of its package, which would hide the function from then on.
+    """
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not (name in _HOME and isinstance(value, ModuleType)):
             super().__setattr__(name, value)
 
 
-if not TYPE_CHECKING:  # a checker would take it for a promise of any name
+if not TYPE_CHECKING:  # a type checker would conclude that every name exists
 
     def __getattr__(name: str) -> Any:
         if name in _MODULES:

@@ -5,10 +5,10 @@
 "next" is the next unmasked token of the same sequence; after the last one V and A are 0. A reward on a masked token
 belongs to the unmasked token before it, so an environment's tokens can carry one without taking part in the recursion.
 
-CPU: one compiled pass, right to left, sequences shared out over torch's threads (`_gae_llvm`). CUDA: sequences, or
-tiles of long ones, in parallel (`_gae_triton`). Elsewhere: a scan by doubling, log2(N) passes of torch operators. All
-carry fp64, and none waits for its device. Left out: bootstrapping a value past a sequence's end, which a finished
-trajectory never needs.
+CPU: one compiled pass, right to left, with the sequences shared out over torch's threads (`_gae_llvm`). CUDA:
+sequences, or tiles of long ones, in parallel (`_gae_triton`). Elsewhere: a scan by doubling, log2(N) passes of torch
+operators. All of them carry fp64, and none waits for its device. Left out: bootstrapping a value past a sequence's end,
+which a finished trajectory never needs.
 
 Shape legend: N tokens of all sequences, S sequences.
 """
@@ -27,7 +27,7 @@ from searchr1_kernels._installed import has_triton
 from searchr1_kernels._threads import num_parts, run_parts
 from searchr1_kernels.registration import register
 
-# Tokens for which a thread is worth waking.
+# Tokens that make waking a thread worthwhile.
 _PART_TOKENS = 1 << 16
 _OFFSETS = (torch.int32, torch.int64)
 _PRECISE = (torch.float32, torch.float64)
@@ -45,11 +45,11 @@ def gae(
     """-> advantages, returns, both [N] fp32 (fp64 for fp64 values), constants to autograd.
 
     Generalised advantage estimation (Schulman et al., 2016, equation 16), truncated at each sequence's end. Masked
-    tokens get 0 in both; a reward before the first unmasked token of its sequence is dropped. A sequence's outputs are
-    the same bits alone and in any batch. ValueError where a shape, type, device or number is not as above; the offsets
-    themselves are read on the CPU only.
+    tokens get 0 in both; a reward before the first unmasked token of its sequence is dropped. A sequence's outputs have
+    the same bits alone and in any batch. Raises ValueError where a shape, type, device or number is not as above; the
+    values of the offsets are read on a CPU only.
     """
-    # One after the other the checks that follow take a fifth of a call on a GPU.
+    # Made one after the other, as in `_check`, these checks take a fifth of a call on a GPU.
     fits = isinstance(rewards, torch.Tensor) and isinstance(values, torch.Tensor)
     fits = fits and isinstance(cu_seqlens, torch.Tensor) and (mask is None or isinstance(mask, torch.Tensor))
     fits = fits and rewards.dim() == cu_seqlens.dim() == 1 and rewards.shape == values.shape and cu_seqlens.shape[0] > 0
@@ -67,7 +67,7 @@ def gae(
 
 
 def _check(rewards, values, cu_seqlens, gamma, lam, mask) -> None:
-    """Arguments of `gae` of which one does not fit: says which."""
+    """Raise ValueError for the argument of `gae` that does not fit; one is known not to."""
     checks.check_shape("rewards", rewards, ("N",))
     checks.check_shape("values", values, (rewards.shape[0],))
     checks.check_floating("rewards", rewards)
@@ -83,7 +83,7 @@ def _check(rewards, values, cu_seqlens, gamma, lam, mask) -> None:
 
 
 def _gae(rewards, values, cu_seqlens, gamma, lam, mask):
-    """-> advantages and returns, [2,N]: in one memory, which two outputs of an operator may not share."""
+    """-> advantages and returns in one tensor, [2,N]: two outputs of an operator may not share memory."""
     dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
     if rewards.is_cuda and has_triton():
         return _scan_triton(rewards, values, cu_seqlens, gamma, lam, mask, dtype)
@@ -105,17 +105,17 @@ _OPERATOR = register(
 
 
 def _scan_cpu(rewards, values, cu_seqlens, gamma, lam, mask, dtype):
-    """[2,N], inputs as `gae`."""
+    """-> [2,N]; inputs as in `gae`."""
     numpy_dtype = np.float64 if dtype == torch.float64 else np.float32
-    # numpy takes 4 MiB and more in huge pages; the page faults of torch's memory would take as long as the scan.
+    # numpy allocates 4 MiB and more in huge pages; page faults of torch's memory would take as long as the scan.
     outputs = np.empty((2, rewards.shape[0]), numpy_dtype)
     mask = torch.ones(rewards.shape[0], dtype=torch.bool) if mask is None else mask
-    # Each in a type of its own: rewards of fp64 are not rounded to the fp32 of the values.
+    # Each keeps its own type: fp64 rewards are not rounded to the fp32 of the values.
     precise = (x if x.dtype in _PRECISE else x.float() for x in (rewards, values))
     arrays = [x.contiguous().numpy() for x in (*precise, mask)]
     arrays[2] = arrays[2].view(np.uint8)
-    # The scan of 1 M tokens leaves nothing of what is about it in cache: what a call does there in torch and numpy took
-    # 0.4 ms that way, 0.08 by itself (one thread of an Intel Xeon, 2026-11-27).
+    # A scan of 1 M tokens leaves nothing else in the caches: after one, what a call did around it in torch and numpy
+    # took 0.4 ms, by itself 0.08 (one thread of an Intel Xeon, 2026-11-27).
     total = rewards.shape[0]
     offsets, cuts = _gae_llvm.cut(cu_seqlens.contiguous().numpy(), total, num_parts(total, _PART_TOKENS))
     if len(cuts) == 0:
@@ -126,8 +126,8 @@ def _scan_cpu(rewards, values, cu_seqlens, gamma, lam, mask, dtype):
 
 
 def _scan_triton(rewards, values, cu_seqlens, gamma, lam, mask, dtype):
-    """[2,N], inputs as `gae`."""
-    num_tokens = values.numel()  # half the time of a shape
+    """-> [2,N]; inputs as in `gae`."""
+    num_tokens = values.numel()  # in half the time of a shape
     outputs = values.new_empty((2, num_tokens), dtype=dtype)
     if num_tokens > 0 and cu_seqlens.numel() > 1:
         mask = None if mask is None else mask.contiguous()
@@ -138,14 +138,14 @@ def _scan_triton(rewards, values, cu_seqlens, gamma, lam, mask, dtype):
 
 @functools.cache
 def _triton() -> Any:
-    """The module. An import within a function takes longer than the whole call may."""
+    """-> the module `_gae_triton`. An import statement in a function takes longer than the whole call may."""
     from searchr1_kernels import _gae_triton
 
     return _gae_triton
 
 
 def _scan_torch(rewards, values, cu_seqlens, gamma, lam, mask, dtype):
-    """Shapes as `gae`. The maps x -> slope * x + shift of `_gae_triton`, composed over spans that double."""
+    """As `gae`, by composing the maps x -> slope * x + shift of `_gae_triton` over spans that double."""
     rewards, values, decay = rewards.double(), values.double(), gamma * lam
     if values.shape[0] == 0:
         return values.to(dtype), values.to(dtype)
@@ -155,7 +155,7 @@ def _scan_torch(rewards, values, cu_seqlens, gamma, lam, mask, dtype):
         slope, shift = torch.where(mask, slope, 1.0), torch.where(mask, shift, rewards)
     ends = torch.zeros(values.shape[0] + 1, dtype=torch.bool, device=values.device)
     ends[cu_seqlens.long()] = True
-    # What a token gets is what the maps from the next token on make of 0; past its sequence's end it is 0.
+    # A token gets what the maps from the next token on make of 0; past its sequence's end, it gets 0.
     slope, shift = (tensor.roll(-1).masked_fill(ends[1:], 0.0) for tensor in (slope, shift))
     span = 1
     while span < values.shape[0]:

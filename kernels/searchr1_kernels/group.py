@@ -1,10 +1,10 @@
 """Group-relative advantages (GRPO) and masked whitening (PPO).
 
-Statistics are fp64 and are given out as sums, so that a caller can add those of other micro-batches and ranks before
-they are used. Standard deviations are unbiased, as Search-R1's are.
+Statistics are fp64 and are returned as sums, so that a caller can add those of other micro-batches and ranks before
+using them. Standard deviations are unbiased, as in Search-R1.
 
 Nothing here waits for a GPU, and no sum depends on the order in which threads happen to run: sums over groups are
-taken by doubling spans of the sorted samples, log2(N) passes, not by atomic additions.
+formed over doubling spans of the sorted samples, in log2(N) passes, and not by atomic additions.
 
 Shape legend: N samples or tokens, G distinct groups.
 """
@@ -27,10 +27,10 @@ def group_advantages(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """-> advantages [N] fp32 `(r - mean) / (std + eps)` (without `normalize_std`: `r - mean`), and keep [N] bool.
 
-    GRPO's advantage (Shao et al., 2024, section 4.1.2), without the division Dr. GRPO's (Liu et al., 2025). keep is
-    False, and the advantage exactly 0, where a group's rewards are all the same: it has nothing to compare, whether it
-    has one sample or many, and rounding in the mean must not become a direction. A group's outputs are the same bits
-    whatever other groups there are. ValueError where a shape, type or device is not as above.
+    This is GRPO's advantage (Shao et al., 2024, section 4.1.2), and without the division Dr. GRPO's (Liu et al., 2025).
+    Where a group's rewards are all the same, keep is False and the advantage exactly 0: the group has nothing to
+    compare, whether it has one sample or many, and rounding in the mean must not become a direction. A group's outputs
+    have the same bits whatever other groups there are. Raises ValueError where a shape, type or device is not as above.
     """
     checks.check_tensor("rewards", rewards)
     checks.check_tensor("groups", groups)
@@ -63,7 +63,7 @@ def _group_advantages(rewards, groups, normalize_std, eps):
 
 
 def _sums(values: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
-    """values [C,N] fp64 by sorted groups [N] -> sums from the first sample of a group up to each, [C,N]."""
+    """values [C,N] fp64, sorted groups [N] -> running sums within each group, [C,N]."""
     span = 1
     while span < groups.shape[0]:
         reached = torch.where(groups[span:] == groups[:-span], values[:, :-span], 0.0)
@@ -74,9 +74,10 @@ def _sums(values: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def masked_moments(values: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """[N] -> [3] fp64: count, sum, sum of squares of the unmasked values. Adding two results joins two sets.
+    """values, mask [N] -> [3] fp64: count, sum and sum of squares of the unmasked values.
 
-    ValueError where a shape, type or device is not as above.
+    The moments of two sets add up to those of both together. Raises ValueError where a shape, type or device is not as
+    above.
     """
     checks.check_tensor("values", values)
     checks.check_optional("mask", mask)
@@ -106,10 +107,10 @@ def masked_whiten(
     moments: torch.Tensor | None = None,  # [3] of `masked_moments`, summed over everything that counts
     eps: float = 1e-8,
 ) -> torch.Tensor:
-    """-> `(x - mean) / sqrt(variance + eps)` as [N] fp32, 0 where masked. Without `moments` those of `values` are used.
+    """-> `(x - mean) / sqrt(variance + eps)` as [N] fp32, 0 where masked.
 
-    The variance is unbiased. Fewer than two values have none; they become 0. ValueError where a shape, type or device
-    is not as above.
+    Mean and variance are those of `moments`, by default of the unmasked `values`. The variance is unbiased. Fewer than
+    two values have none; they become 0. Raises ValueError where a shape, type or device is not as above.
     """
     checks.check_tensor("values", values)
     checks.check_optional("mask", mask)

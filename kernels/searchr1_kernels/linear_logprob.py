@@ -2,33 +2,34 @@
 
     logits = hidden @ weight.T        softcap * tanh(logits / softcap)        / temperature        log_softmax
 
-Rows are taken in chunks that share one workspace; the backward pass recomputes a chunk's logits instead of keeping
-them. So the memory is one chunk (on CUDA the backward pass goes by slabs of the vocabulary, `_linear_slabs`,
-which says what that takes), and on a CPU the chunk is sized to stay in cache, which is where the speed is from:
-the plain way writes and re-reads [N,V] several times through memory that the operating system has to map first.
+Rows go through the head in chunks that share one workspace. The backward pass recomputes a chunk's logits instead of
+keeping them (a CPU keeps up to 32 MiB of them where there is no softcap), so the memory is that of one chunk. On CUDA
+the backward pass goes through the vocabulary in slabs; `_linear_slabs` says what that takes. On a CPU the chunk is
+sized to stay in cache, which is where the speed comes from: the plain way writes and re-reads [N,V] several times,
+through memory that the operating system has to map first.
 
-On CUDA with Triton the passes over a chunk's logits are fused (`_linear_rows_triton`). On sm_90 and sm_100 bf16 rows
-(without a gradient to come fp16 too) take a kernel that keeps no logits at all (`_linear_forward_triton`), and without
-a softcap the backward pass forms the gradient in the product that makes the logits (`_linear_gradient_triton`).
+On CUDA with Triton the passes over a chunk's logits are fused (`_linear_rows_triton`). On sm_90 and sm_100, bf16 and
+fp16 rows without a gradient to come take a kernel that keeps no logits at all (`_linear_forward_triton`). So do bf16
+rows with one, if there is no softcap; their backward pass forms the gradient in the product that makes the logits
+(`_linear_gradient_triton`).
 
 Precision: logits, log-probabilities, entropy and the gradient of the logits are fp32 whatever the inputs are (fp64 for
 fp64 inputs); on CUDA the gradient of bf16 rows is rounded to bf16 before its products. Low-precision inputs are
-multiplied with fp32 results on CUDA and upcast on a CPU.
-
-Repeats bit for bit: nothing is added in an order that varies. A row's log-probability and entropy have the same bits
-alone and in any batch
-
-- on CUDA where the kernel without logits takes them: nothing in it knows N;
-- on a CPU with MKL: products have multiples of 16 rows, for which its sums over D have one order (tried up to D 8,192
-  with AVX2 and AVX-512, on an AMD EPYC, 2026-11-25).
-
-Not promised: the same for what cuBLAS computes, which picks a kernel, and with it the order of sums, by the height of a
-chunk, and chunks depend on N and on free memory; and for the gradient of `hidden`, whose sums over V both libraries cut
-into parts by the shape of the product. Products of fp32 operands are fp32's unless
+multiplied with fp32 results on CUDA and upcast on a CPU. fp32 operands are multiplied in fp32 unless
 `torch.set_float32_matmul_precision` says otherwise.
 
-Left out: a bias (no language-model head in use here has one), gradients of gradients,
-and forward-mode differentiation.
+Results repeat bit for bit: nothing is added in an order that varies. A row's log-probability and entropy have the same
+bits alone and in any batch
+
+- on CUDA, where the kernel without logits computes them: nothing in it depends on N;
+- on a CPU with MKL: products have a multiple of 16 rows, for which MKL sums over D in one order (tried up to D 8,192
+  with AVX2 and AVX-512, on an AMD EPYC, 2026-11-25).
+
+This is not promised where cuBLAS multiplies: it picks a kernel, and with it the order of sums, by the height of a
+chunk, and chunks depend on N and on free memory. Nor is it promised for the gradient of `hidden`, whose sums over V
+both libraries split by the shape of the product.
+
+Left out: a bias (no language-model head in use here has one), gradients of gradients, and forward-mode differentiation.
 
 Shape legend: N rows, D hidden size, V vocabulary, K rows kept for the backward pass.
 """
@@ -84,16 +85,19 @@ def linear_logprob(
     mask: torch.Tensor | None = None,  # [N] bool
     return_entropy: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """`log_softmax(cap(hidden @ weight.T) / temperature)[targets]` as [N] fp32, and with `return_entropy` also the
-    entropy of each row's distribution in nats, [N] fp32. Differentiable in `hidden` and `weight`, through both outputs.
+    """-> log-probabilities of the targets, [N] fp32, and with `return_entropy` each row's entropy in nats, [N] fp32.
 
-    Rows where `mask` is False cost nothing, return 0 and get no gradient; their targets may be anything. Selecting rows
-    waits for the GPU once, so select before the call where the selection is known to the host.
-    fp64 inputs give fp64 outputs. Any strides will do.
+        logprob = log_softmax(cap(hidden @ weight.T) / temperature)[targets]
+
+    The entropy is that of the same distribution. Both outputs are differentiable in `hidden` and `weight`. fp64 inputs
+    give fp64 outputs. Any strides will do.
+
+    Rows where `mask` is False cost nothing, return 0 and get no gradient; their targets may be anything. Selecting the
+    other rows waits for the GPU once, so where the host knows the selection, select before the call.
 
     Raises ValueError for shapes, types, devices or options that do not fit, and on a CPU for targets outside [0, V). On
-    a GPU, whose values nobody reads, Triton's passes give such a row a log-probability of NaN: targets of -100, which
-    other losses ignore, want `mask=targets != -100`, or better their rows left out.
+    a GPU nobody reads the targets, and Triton's passes give such a row a log-probability of NaN. Targets of -100, which
+    other losses ignore, therefore need `mask=targets != -100`; leaving their rows out before the call is better.
     """
     check_head(hidden, weight, targets, temperature, softcap, mask)
     if mask is None:
@@ -106,7 +110,7 @@ def linear_logprob(
 
 
 def score_all(hidden, weight, targets, temperature, softcap, return_entropy):
-    """`linear_logprob` of checked arguments, all rows wanted."""
+    """`linear_logprob` without a mask, on arguments that have been checked."""
     differentiable = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     logprobs, entropy, _ = _OPERATOR(
         hidden, weight, targets.long(), temperature, softcap, return_entropy, differentiable
@@ -115,7 +119,7 @@ def score_all(hidden, weight, targets, temperature, softcap, return_entropy):
 
 
 def check_head(hidden, weight, targets, temperature, softcap, mask) -> None:
-    """Arguments that every operation on the head has; shapes as in `linear_logprob`."""
+    """Check the arguments that all operations on the head share; shapes as in `linear_logprob`."""
     checks.check_shape("hidden", hidden, ("N", "D"))
     checks.check_shape("weight", weight, ("V", hidden.shape[1]))
     checks.check_shape("targets", targets, (hidden.shape[0],))
@@ -135,7 +139,7 @@ def check_head(hidden, weight, targets, temperature, softcap, mask) -> None:
 
 
 def score_tokens(hidden, weight, targets, temperature, softcap, return_entropy, differentiable):
-    """-> logprobs [N], entropy [N] or None, and what a backward pass wants saved."""
+    """-> logprobs [N], entropy [N] or None, and what the backward pass needs saved."""
     checks.check_indices("targets", targets, weight.shape[0])
     if runs_products(hidden, weight, softcap) if differentiable else _scores_without_logits(hidden, weight):
         from searchr1_kernels import _linear_forward_triton
@@ -149,7 +153,7 @@ def score_tokens(hidden, weight, targets, temperature, softcap, return_entropy, 
 
 
 def _scores_without_logits(hidden: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether the kernel without logits takes these."""
+    """Whether the kernel without logits takes these tensors."""
     if hidden.device.type != "cuda" or not has_triton():
         return False
     from searchr1_kernels import _linear_forward_triton
@@ -162,8 +166,8 @@ def _saved_shape(hidden, weight, softcap, differentiable) -> tuple[int, int]:
 
 
 def _forward(hidden, weight, targets, temperature, softcap, return_entropy, differentiable):
-    """The schema's, on any device."""
-    with torch.cuda.device_of(hidden):  # Triton launches on the current device, whatever that of the tensors is
+    """Implementation of `_OPERATOR` on any device."""
+    with torch.cuda.device_of(hidden):  # Triton launches on the current device, not on that of the tensors
         logprobs, entropy, saved = score_tokens(
             hidden, weight, targets, temperature, softcap, return_entropy, differentiable
         )  # fmt: skip
@@ -172,11 +176,11 @@ def _forward(hidden, weight, targets, temperature, softcap, return_entropy, diff
 
 def _forward_fake(hidden, weight, targets, temperature, softcap, return_entropy, differentiable):
     """Shapes and types of `_forward`'s outputs."""
-    from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols  # a second, which tracing has spent
+    from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols  # takes a second; tracing has loaded it
 
     logprobs = hidden.new_empty(hidden.shape[0], dtype=compute_dtype(hidden))
     if has_free_unbacked_symbols(hidden.shape[0]) and rows_class(hidden) is PlainRows:
-        # Rows that a mask selects inside a graph: how many it keeps decides what is saved of them.
+        # A mask inside the graph selects the rows: how many it keeps decides how many are saved.
         saved = logprobs.new_empty(torch.library.get_ctx().new_dynamic_size(), weight.shape[0])
     else:
         saved = logprobs.new_empty(_saved_shape(hidden, weight, softcap, differentiable))
@@ -186,7 +190,7 @@ def _forward_fake(hidden, weight, targets, temperature, softcap, return_entropy,
 def _backward(
     grad_logprobs, grad_entropy, hidden, weight, targets, entropy, saved, temperature, softcap, want_hidden, want_weight
 ):
-    """The schema's, on any device."""
+    """Implementation of `_BACKWARD_OPERATOR` on any device."""
     with torch.cuda.device_of(hidden):
         grad_hidden, grad_weight = head_gradients(
             hidden, weight, targets, grad_logprobs, grad_entropy, entropy, saved,

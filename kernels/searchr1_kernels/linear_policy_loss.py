@@ -1,22 +1,25 @@
 """The policy's loss straight from hidden states: the head, the ratio, the clip, KL and entropy in one pass.
 
-How a row's loss depends on its log-probability is known in closed form (`policy_objective`), so the gradient of a
-chunk's logits can be formed as soon as its log-probabilities are, while the logits are still there. Against
-`linear_logprob` with a loss behind it that saves the backward pass's recomputation: 6 N D V operations instead of 8.
-What autograd sees is a loss with two ready gradients. The denominator is in them, so the usual backward pass, which
-begins with 1, has nothing left to do: it hands them out as they lie there (`_scaling`).
+A row's loss is a closed-form function of its log-probability (`policy_objective`), so the gradient of a chunk's logits
+can be formed as soon as its log-probabilities are known, while the logits still exist. Compared with `linear_logprob`
+followed by a loss, this saves the recomputation in the backward pass: 6 N D V operations instead of 8. Autograd sees a
+loss with two finished gradients. They include the denominator, so the usual backward pass, which begins with 1, has
+nothing left to do and hands them out as they are (`_scaling`).
 
-The price is the weight's gradient from the forward pass on, beside a chunk of logits. Of V 151,936, D 2,048 and bf16
-that is 0.62 GB where up to eight chunks are summed in bf16, rounded with each, and 1.24 where more are summed in fp32.
-A chunk is 1.17 GB on CUDA, and on sm_90 and sm_100 without a softcap, where it is of probabilities in bf16
-(`_linear_gradient_triton`), up to 0.7: eight of these are 17,600 rows, and 35,000 are eight of 1.4 at the most.
-`recompute` takes the two passes of `linear_logprob` instead: 8 N D V operations, and for 16k bf16 rows at most 1.36 GB
-with both gradients (`_linear_slabs`). So does GSPO, whose ratio is known only after the last row of a sequence.
+The price is that the weight's gradient exists from the forward pass on, beside a chunk of logits. For V 151,936,
+D 2,048 and bf16 it takes 0.62 GB where up to eight chunks are summed in bf16, with a rounding for each, and 1.24 GB
+where more are summed in fp32. A chunk takes 1.17 GB on CUDA. On sm_90 and sm_100 without a softcap it holds
+probabilities in bf16 (`_linear_gradient_triton`) and takes up to 0.7 GB: eight of these are 17,600 rows. For more rows
+it takes up to 1.4 GB: eight of these are 35,000 rows. `recompute` takes the two passes of `linear_logprob` instead:
+8 N D V operations, and for 16k bf16 rows at most 1.36 GB with both gradients (`_linear_slabs`). So does GSPO, whose
+ratio is known only after the last row of a sequence.
 
-A row without gradient (zero advantage and no KL, or clipped) is left out of the matrix products on a CPU. On CUDA it is
-not, see `_linear_chunks`: leave out before the call what the host knows to be zero, such as groups of equal rewards.
+On a CPU, a row without a gradient (zero advantage and no KL, or clipped) is left out of the gradients' matrix products.
+On CUDA it is not (`_linear_chunks` says why), so drop what the host knows to be zero, such as groups of equal rewards,
+before the call.
 
-Sequences may begin alike: then one row predicts a token of each, goes through the head once, and its slopes add up.
+Where sequences begin alike, one row predicts a token of each. It goes through the head once, and the slopes of its
+tokens add up.
 
 Shape legend: N tokens, R rows that predict them (R = N, one each, without `token_rows`), D hidden size, V vocabulary,
 S sequences, M rows that a mask keeps.
@@ -38,7 +41,7 @@ from searchr1_kernels.linear_logprob import check_head, score_all
 from searchr1_kernels.policy_objective import MAX_METRICS, MIN_METRICS, SUM_METRICS, PolicyLoss, PolicyRows
 from searchr1_kernels.registration import register
 
-# With a larger share of a chunk's rows to differentiate, copying them together costs what the products would save.
+# Above this share of rows with a gradient, gathering those of a chunk costs what the smaller products would save.
 _LIVE_SHARE = 0.9
 
 
@@ -66,39 +69,49 @@ def linear_policy_loss(
 
         loss = sum over tokens of token_weight * (policy + kl_coefficient * KL - entropy_coefficient * H) / denominator
 
-    `loss`: the objective, `PolicyLoss()` by default; its terms are written out in `policy_objective`. Its ratio is
+    `loss` is the objective, `PolicyLoss()` by default; `policy_objective` writes out its terms. Its ratio is
 
-    - to the sampler, exp(log p - rollout_logprobs), at most `importance_cap`; there is no importance weight;
-    - with `on_policy`, 1: these weights sampled. The importance weight, a constant, is min(p / p_sampler,
-      importance_cap): what sampler and trainer disagree by in arithmetic;
-    - with `old_logprobs`, of the trainer's weights before the step: exp(log p - old_logprobs), and the importance
-      weight is min(p_old / p_sampler, importance_cap).
+    - by default, to the sampler: exp(log p - rollout_logprobs), at most `importance_cap`, without an importance weight;
+    - with `on_policy`, 1, because these weights sampled. The importance weight, a constant, is
+      min(p / p_sampler, importance_cap), the difference of sampler and trainer in arithmetic;
+    - with `old_logprobs`, to the trainer's weights before the step: exp(log p - old_logprobs). The importance weight is
+      min(p_old / p_sampler, importance_cap).
 
-    With `importance_cap` 0 there is neither cap nor weight. REINFORCE has no ratio, only the weight, as on policy.
-    A NaN in `rollout_logprobs` marks a token that nobody sampled: it counts as on-policy.
+    With `importance_cap` 0 there is neither cap nor weight. REINFORCE has no ratio, only the importance weight: that of
+    `old_logprobs` where they are given, else that of `on_policy`. A NaN in `rollout_logprobs` marks a token that nobody
+    sampled, which counts as on-policy.
 
-    `token_weights` and `denominator` make the mean: none and the number of policy tokens of the whole optimizer step
-    (DAPO, and this project); 1 / length of the row's sequence and the number of sequences (GRPO, GSPO); none and
-    sequences times a constant length (Dr. GRPO). Losses of micro-batches with one denominator add up.
+    `token_weights` and `denominator` define the mean:
 
-    `token_rows`: the row that predicts each token, where several tokens (of sequences that begin alike) share one.
-    `cu_seqlens`: where sequences begin in N; for gspo, which needs whole sequences. Rows where `mask` is False count
-    for nothing, whatever they hold; selecting the others waits for the GPU once. Not with `token_rows`, which already
-    lists what counts.
+    - no weights, and the number of policy tokens of the whole optimizer step (DAPO, and this project);
+    - 1 / length of the row's sequence, and the number of sequences (GRPO, GSPO);
+    - no weights, and the number of sequences times a constant length (Dr. GRPO).
 
-    `recompute`: form the gradients in the backward pass, from logits computed again: a third more operations, and on
-    CUDA the weight's gradient is never in fp32 as a whole, however many rows there are.
+    Losses of micro-batches with the same denominator add up.
 
-    Metrics are sums over tokens, so that those of micro-batches and ranks add up, except `logprob_difference_max`,
-    `ratio_max` and `ratio_min`: policy_loss (weighted, not divided), clip_fraction (tokens whose gradient the clip
-    took, for cispo bounded), truncated_fraction (tokens that the cap bound), logprob_difference (of log p to the
-    sampler's, absolute), ratio (p / p_sampler), ratio_squared, importance_weight, rollout_policy_kl (k3 of
-    KL(sampler || policy)), entropy, and with `ref_logprobs` kl_ref. Without rows ratio_min is infinite. Nothing waits
-    for the device.
+    `token_rows` is the row that predicts each token, where several tokens (of sequences that begin alike) share one.
+    `cu_seqlens` is where sequences begin in N; it is for gspo, which needs whole sequences. Rows where `mask` is False
+    count for nothing, whatever they hold; selecting the others waits for the GPU once. `mask` is not for use with
+    `token_rows`, which already lists what counts.
 
-    Raises ValueError as `linear_logprob`, for settings that lack their inputs, for inputs nothing would read, and for
-    log-probabilities in 16 bits: FSDP casts the arguments of a module to its `param_dtype`, unless the
-    `MixedPrecisionPolicy` says `cast_forward_inputs=False`.
+    `recompute` forms the gradients in the backward pass, from recomputed logits. That takes a third more operations; on
+    CUDA the weight's gradient then never exists in fp32 as a whole, however many rows there are.
+
+    Metrics are sums over tokens, so those of micro-batches and ranks add up, except the extremes
+    `logprob_difference_max`, `ratio_max` and `ratio_min` (infinite without rows). Computing them does not wait for the
+    device. The sums are
+
+    - policy_loss: weighted, not divided;
+    - clip_fraction: tokens whose gradient the clip removed, or for cispo bounded;
+    - truncated_fraction: tokens that the cap bound;
+    - logprob_difference: |log p - log p_sampler|;
+    - ratio: p / p_sampler; ratio_squared; importance_weight;
+    - rollout_policy_kl: k3 of KL(sampler || policy);
+    - entropy; and with `ref_logprobs`, kl_ref.
+
+    Raises ValueError where `linear_logprob` does, for settings that lack their inputs, for inputs that nothing would
+    read, and for 16-bit log-probabilities. FSDP casts the arguments of a module to its `param_dtype`, unless its
+    `MixedPrecisionPolicy` has `cast_forward_inputs=False`.
     """
     loss = PolicyLoss() if loss is None else loss
     check_head(hidden, weight, targets, temperature, softcap, mask)
@@ -115,9 +128,9 @@ def linear_policy_loss(
         total, metrics, *_ = OBJECTIVE(*scores, *aims)
         value = (total / denominator).to(total.dtype)
     else:
-        if not isinstance(denominator, torch.Tensor):  # a compiler takes every other number for another graph
-            denominator = denominator * torch.ones((), dtype=torch.float64, device="cpu")  # and so if it fills with it
-        options = (denominator, temperature, softcap, *wanted, True)  # the gradients that come back are dropped here
+        if not isinstance(denominator, torch.Tensor):  # a compiler would build a graph for each number
+            denominator = denominator * torch.ones((), dtype=torch.float64, device="cpu")  # and with torch.full as well
+        options = (denominator, temperature, softcap, *wanted, True)  # the gradients returned are dropped here
         value, metrics, *_ = _OPERATOR(hidden, weight, targets.long(), *aims, *options)
     named = dict(zip((*SUM_METRICS, *MAX_METRICS, *MIN_METRICS), metrics.unbind(), strict=True))
     if ref_logprobs is None:
@@ -126,7 +139,7 @@ def linear_policy_loss(
 
 
 def _keep(mask, hidden, targets, rows: PolicyRows, cu_seqlens):
-    """The arguments with the M rows that the mask [N] keeps alone, and where sequences begin among those."""
+    """-> the arguments with only the M rows that the mask [N] keeps, and where sequences begin among those."""
     kept = mask.nonzero().squeeze(1)  # [M]
     if cu_seqlens is not None:
         if not torch.compiler.is_compiling():  # reads the values on a CPU
@@ -136,7 +149,7 @@ def _keep(mask, hidden, targets, rows: PolicyRows, cu_seqlens):
 
 
 def _check(hidden, rows: PolicyRows, loss: PolicyLoss, denominator, on_policy: bool, token_rows, mask, cu_seqlens):
-    """What `check_head` has not looked at; shapes as in `linear_policy_loss`."""
+    """Check what `check_head` does not; shapes as in `linear_policy_loss`."""
     num_tokens = hidden.shape[0]
     if token_rows is not None:
         num_tokens = _check_token_rows(token_rows, hidden, mask)
@@ -153,7 +166,7 @@ def _check(hidden, rows: PolicyRows, loss: PolicyLoss, denominator, on_policy: b
         checks.check_positive("denominator", denominator)
     elif denominator.dim() != 0:
         raise ValueError(f"denominator: expected a number or a 0-d tensor, got shape {list(denominator.shape)}")
-    elif denominator.device.type != "cpu":  # of a meta tensor the operator would be its fake
+    elif denominator.device.type != "cpu":  # a meta tensor would dispatch to the operator's fake
         checks.check_device("denominator", denominator, "hidden", hidden)
     if loss.kl_coefficient and rows.ref_logprobs is None:
         raise ValueError(f"ref_logprobs: expected [N] for a kl_coefficient of {loss.kl_coefficient}, got None")
@@ -167,7 +180,7 @@ def _check(hidden, rows: PolicyRows, loss: PolicyLoss, denominator, on_policy: b
 
 
 def _check_token_rows(token_rows, hidden, mask) -> int:
-    """-> N."""
+    """Check `token_rows`, and return N."""
     checks.check_shape("token_rows", token_rows, ("N",))
     checks.check_dtype("token_rows", token_rows, torch.int64, torch.int32)
     checks.check_device("token_rows", token_rows, "hidden", hidden)
@@ -177,11 +190,11 @@ def _check_token_rows(token_rows, hidden, mask) -> int:
 
 
 def _forward(hidden, weight, targets, *rest):
-    """The schema's, on any device: log-probability, slope and gradient of one chunk after the other."""
+    """Implementation of the operator on any device: chunk by chunk, log-probabilities, slopes and gradient."""
     *values, denominator, temperature, softcap, want_hidden, want_weight, _ = rest
     checks.check_indices("targets", targets, weight.shape[0])
     objective = Objective.of(len(hidden), tuple(values))
-    with torch.cuda.device_of(hidden):  # Triton launches on the current device, whatever that of the tensors is
+    with torch.cuda.device_of(hidden):  # Triton launches on the current device, not on that of the tensors
         gradients = Gradients(hidden, weight, want_hidden, want_weight)
         kept = runs_products(hidden, gradients.operand, softcap)
         chunks = chunk_ranges(hidden, gradients.operand, for_gradient=True, kept=kept)
@@ -201,7 +214,7 @@ def _forward(hidden, weight, targets, *rest):
                 inputs = tuple(None if tensor is None else tensor[live] for tensor in inputs)
                 chunk, where = chunk[live], where.start + live
             gradients.add(*passes.gradient(*inputs), chunk, where)
-        del passes  # their workspace has to go before the weight's gradient is copied to another type
+        del passes  # frees their workspace before the weight's gradient is copied to another type
         grad_hidden, grad_weight = gradients.results()
     total, metrics = objective.value(logprobs, entropy, terms if len(chunks) == 1 else None)
     value, nothing = (total / denominator).to(total.dtype), total.new_empty(0)
@@ -242,7 +255,7 @@ def _differentiate(ctx: Any, grad_value, *_):
 
 
 # A gradient that is not wanted is empty: operators cannot return None. The denominator is 0-d, on the device or a CPU.
-# `may_change`: the backward pass may change the gradients that came back, as nobody has them.
+# `may_change`: the backward pass may overwrite the gradients returned, because nobody else holds them.
 _OPERATOR = register(
     f"linear_policy_loss(Tensor hidden, Tensor weight, Tensor targets, {SCHEMA}, Tensor denominator, "
     "float temperature, float? softcap, bool want_hidden, bool want_weight, bool may_change) "

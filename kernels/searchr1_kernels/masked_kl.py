@@ -19,7 +19,7 @@ from searchr1_kernels.registration import register
 
 KLKind = Literal["k1", "k2", "k3"]
 
-# exp(20) = 4.9e8: far above any ratio that means something, far below the overflow of fp32 and bf16.
+# exp(20) = 4.9e8: far above any meaningful ratio, far below the overflow of fp32 and bf16.
 EXPONENT_LIMIT = 20.0
 # k1 and k2 need no exponential; this only keeps the square of an absurd difference finite.
 _DIFFERENCE_LIMIT = 1e9
@@ -31,11 +31,11 @@ def masked_kl(
     kind: KLKind = "k3",
     mask: torch.Tensor | None = None,  # [N] bool
 ) -> torch.Tensor:
-    """Estimate per token, [N] fp32 (fp64 for fp64), 0 where `mask` is False. The reference gets no gradient.
+    """-> an estimate of the KL per token, [N] fp32 (fp64 for fp64), 0 where `mask` is False.
 
-    The estimators are those of Schulman, "Approximating KL divergence" (2020). Finite values and gradients for finite
-    inputs; what stands at masked tokens is never looked at, not even a NaN. ValueError where a shape, type or device
-    is not as above, or `kind` is none of the three.
+    The estimators are those of Schulman, "Approximating KL divergence" (2020). The reference gets no gradient. Values
+    and gradients are finite for finite inputs; what masked tokens hold is ignored, even a NaN. Raises ValueError where
+    a shape, type or device is not as above, or `kind` is none of the three.
     """
     checks.check_tensor("logprobs", logprobs)
     checks.check_tensor("ref_logprobs", ref_logprobs)
@@ -55,7 +55,7 @@ def _masked_kl(logprobs, ref_logprobs, kind, mask):
     compute = torch.float64 if logprobs.dtype == torch.float64 else torch.float32
     difference = logprobs.to(compute) - ref_logprobs.detach().to(compute)  # log p - log q
     if mask is not None:
-        difference = difference.masked_fill(~mask, 0.0)  # before any arithmetic, so that nothing leaks from there
+        difference = difference.masked_fill(~mask, 0.0)  # before anything nonlinear, so that no NaN leaks out
     if kind == "k1":
         return difference.clamp(-_DIFFERENCE_LIMIT, _DIFFERENCE_LIMIT)
     if kind == "k2":
