@@ -1,10 +1,10 @@
-"""Softmax attention of new tokens over a KV cache: every token sees the beginning of its slot, up to its own place.
+"""Softmax attention of new tokens over a KV cache: each token attends to its slot, from the beginning to its own place.
 
-A slot is a piece of memory of its own, or paged: a row of a table of blocks, which several slots may have in common
-where their sequences begin alike (Kwon et al. 2023, arXiv 2309.06180, section 4.1).
+A slot is one piece of memory, or it is paged: a row of a table of blocks, and slots whose sequences begin alike may
+share blocks (Kwon et al. 2023, arXiv 2309.06180, section 4.1).
 
 CUDA: `_cached_attention_triton`, which waits for nothing. CPU, paged, fp32 and bf16: `_cached_attention_numba`, in
-which tokens that have blocks in common read them one behind the other. Elsewhere: a loop over tokens, in torch.
+which tokens that share blocks read them one after the other. Elsewhere: a loop over tokens, in torch.
 
 Shape legend: T tokens, S sequences, N tiles, H query heads, G key/value heads, d head size, C slots of M places; paged:
 P blocks of M places, C slots of up to W blocks.
@@ -22,19 +22,21 @@ from searchr1_kernels._installed import has_triton
 from searchr1_kernels.registration import register
 
 _TILE_ROWS = 64  # tokens of a tile times query heads per key/value head
-BLOCK_STEP = 16  # places of a block come in multiples of so many on a GPU, which loads the keys of as many at once
+BLOCK_STEP = 16  # a GPU loads the keys of this many places at once, so its blocks have a multiple of them
 
 
 def tile_tokens(group: int) -> int:
-    """How many tokens a tile may have, with so many query heads per key/value head."""
+    """-> the most tokens that a tile may have, with `group` query heads per key/value head."""
     return max(1, _TILE_ROWS // group)
 
 
 def attention_tiles(lengths: Sequence[int] | np.ndarray, group: int) -> tuple[np.ndarray, int] | None:
-    """How T tokens that join S sequences share the loads of keys: lengths [S], on the host, adding up to T, of runs of
-    tokens at consecutive places of one slot, and `group` = H / G -> tiles [N, 2] int32 (first token, count), lone
-    tokens first, and the number of those. None where every token is alone: then `cached_attention` needs no table.
-    ValueError where lengths or group are no such numbers."""
+    """-> tiles [N, 2] int32 (first token, count) of tokens that share loads of keys, and how many are of lone tokens.
+
+    `lengths` [S], on the host, are the numbers of tokens that join each of S sequences, at consecutive places of one
+    slot; they add up to T. `group` is H / G. Tiles of lone tokens come first. The result is None where every token is
+    alone: `cached_attention` then needs no tiles. Raises ValueError where lengths or group are no such numbers.
+    """
     given = np.asarray(lengths)
     if given.ndim != 1 or (given.size and (given.dtype.kind not in "iu" or given.min() < 0)):
         raise ValueError(f"lengths: expected whole numbers not below 0, [S], got {lengths!r}")
@@ -67,16 +69,21 @@ def cached_attention(
     tiles: torch.Tensor | None = None,  # [N, 2] int32
     num_alone: int = 0,
 ) -> torch.Tensor:
-    """-> [T, H, d] in the type of `query`, a constant to autograd.
+    """-> the attention of every token, [T, H, d] in the type of `query`, a constant to autograd.
 
-    Token t attends to places 0 to positions[t] of slots[t], which are read from the device only: keys of any strides
-    but the last, fp32 softmax of scores times d^-0.5. With `table`, `keys` and `values` are [P, G, M, d], and place p
-    of slot c is place p % M of block `table[c, p // M]`; entries behind a token's position are not read. `tiles` and
-    `num_alone` are those of `attention_tiles`, on the device: tokens of one tile share their keys; without, each reads
-    its own. A lone token's output has the same bits alone and in any batch, and so have those of tokens that join a
-    sequence together. ValueError where a shape, type or device is not as above, d is over 256, or on a GPU the blocks
-    of a table have a number of places that is no multiple of 16; on a CPU also for slots, positions and blocks that are
-    not there.
+    Token t attends to places 0 to positions[t] of slots[t], with an fp32 softmax of scores times d^-0.5. Slots and
+    positions are read on the device only. Keys and values may have any strides; if the last is not 1, they are copied.
+
+    With `table`, `keys` and `values` are [P, G, M, d], and place p of slot c is place p % M of block
+    `table[c, p // M]`; entries past a token's position are not read.
+
+    `tiles`, on the device, and `num_alone` are those of `attention_tiles`: tokens of one tile share their loads of
+    keys. Without tiles, each token loads its own. A lone token's output has the same bits alone and in any batch, and
+    so have the outputs of tokens that join a sequence together.
+
+    Raises ValueError where a shape, type or device is not as above or d is over 256; on a GPU also where the blocks of
+    a table have a number of places that is not a multiple of 16; on a CPU also for slots, positions and blocks that do
+    not exist.
     """
     checks.check_shape("query", query, ("T", "H", "d"))
     _, num_heads, head_dim = query.shape
@@ -142,7 +149,7 @@ _OPERATOR = register(
 
 
 def _check_places(keys, slots, positions, table) -> None:
-    """Loops would read what lies beside the cache. Shapes as `cached_attention`; T is not 0."""
+    """Raise ValueError for places outside the cache, which loops would read. Shapes as `cached_attention`, T not 0."""
     num_blocks, size = keys.shape[0], keys.shape[2]
     checks.check_indices("slots", slots, num_blocks if table is None else table.shape[0])
     checks.check_indices("positions", positions, size if table is None else size * table.shape[1])
@@ -184,7 +191,7 @@ def _attend_torch(query, keys, values, slots, positions, table, output):
     for t, (slot, position) in enumerate(zip(slots.tolist(), positions.tolist(), strict=True)):
         blocks = slice(slot, slot + 1) if table is None else table[slot, : position // size + 1].long()
         k, v = (cache[blocks].to(compute).transpose(0, 1).flatten(1, 2) for cache in (keys, values))
-        # [G, m, d]; how memory lies would choose between products that round differently
+        # [G, m, d]; the layout would choose between products that round differently
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous()
                    for x in (query[t].to(compute), k[:, : position + 1], v[:, : position + 1]))  # fmt: skip
         scores = q.reshape(-1, group, query.shape[2]) @ k.transpose(1, 2) * scale  # [G, group, m]

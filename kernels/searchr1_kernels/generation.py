@@ -1,11 +1,11 @@
-"""What a decoder does between its matrix products while it generates, a launch each on a GPU; constants to autograd.
+"""What a decoder does between its matrix products during generation: one launch each on a GPU, constants to autograd.
 
-A step of one token per sequence does so little in each operation that its number of launches decides: written in
-torch's operators these three are about 30 a layer. Types are rounded where the operators would round, so that the
-result is theirs but for the order of sums and fused multiply-adds.
+A step of one token per sequence does so little in each operation that the number of launches decides how long it takes:
+written in torch's operators, these three are about 30 launches a layer. Values are rounded where the operators would
+round, so results differ from theirs only in the order of sums and in fused multiply-adds.
 
 CUDA: `_generation_triton`. CPU, fp32 and bf16: `_generation_numba`. Elsewhere: torch's operators. On a CPU a token has
-the same bits alone and in any batch, however it lies in memory.
+the same bits alone and in any batch, whatever its layout in memory.
 
 Shape legend: T tokens, D hidden size, I MLP size, H query heads, G key/value heads, d head size, P blocks of M places.
 """
@@ -28,9 +28,11 @@ def rms_norm(
     eps: float,
     residual: torch.Tensor | None = None,  # [T, D]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """-> the root-mean-square norm (arXiv 1910.07467, eq. 4) of `x + residual`, and that sum, [T, D] in the type of
-    `x`; without `residual` of `x`, and `x` itself. The sum is rounded to the type before the norm, whose statistics are
-    fp32. ValueError where a shape, type or device differs, or D is over 16,384.
+    """-> the root-mean-square norm of `x + residual`, and that sum, both [T, D] in the type of `x`.
+
+    Without `residual`: the norm of `x`, and `x` itself. The norm is arXiv 1910.07467, eq. 4. The sum is rounded to the
+    type before the norm, whose statistics are fp32. Raises ValueError where a shape, type or device differs, or D is
+    over 16,384.
     """
     checks.check_shape("x", x, ("T", "D"))
     checks.check_floating("x", x)
@@ -63,10 +65,10 @@ def rotary_write(
 ) -> torch.Tensor:
     """-> `query` with its pairs (i, i + d/2) rotated by the angles (arXiv 2104.09864, eq. 34), [T, H, d].
 
-    The keys, rotated, and the values go to `places` of `blocks` in the cache, which are read on the device only. With
-    `query_norm` and `key_norm` (both or none) the heads go through an RMS norm first, rounded to their type. ValueError
-    where a shape, type or device is not as above, d is odd or over 512; on a GPU also where components of the cache do
-    not lie together, on a CPU for blocks and places that are not there.
+    The rotated keys, and the values, are written to the cache at `places` of `blocks`, which are read on the device
+    only. With `query_norm` and `key_norm` (both or none), the heads first go through an RMS norm, rounded to their
+    type. Raises ValueError where a shape, type or device is not as above, or d is odd or over 512; on a GPU also where
+    the components of the cache do not lie together; on a CPU also for blocks and places that do not exist.
     """
     checks.check_shape("query", query, ("T", "H", "d"))
     checks.check_floating("query", query)
@@ -102,8 +104,10 @@ def rotary_write(
 
 
 def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """-> `silu(gate) * up` (SwiGLU, arXiv 2002.05202, eq. 5), [T, I] in the type of `gate`; the SiLU is rounded to it.
-    gate, up [T, I]. ValueError where they differ in shape, type or device."""
+    """gate, up [T, I] -> `silu(gate) * up`, [T, I] in the type of `gate`, to which the SiLU is rounded first.
+
+    SwiGLU, arXiv 2002.05202, eq. 5. Raises ValueError where the two differ in shape, type or device.
+    """
     checks.check_shape("gate", gate, ("T", "I"))
     checks.check_floating("gate", gate)
     _check_like("up", up, "gate", gate)
@@ -117,7 +121,7 @@ def _check_like(name: str, tensor: torch.Tensor, other_name: str, other: torch.T
 
 
 # ------------------------------------------------------------------------------------------------------- the operators
-# Outputs are contiguous whatever the inputs are: compiled code goes by the strides that tracing was told.
+# Outputs are contiguous whatever the inputs are: compiled code relies on the strides that tracing saw.
 
 
 def _rms_norm(x, weight, eps):
@@ -142,11 +146,11 @@ def _add_rms_norm(x, residual, weight, eps):
 def _rotary_write(query, key, value, cos, sin, keys, values, blocks, places, query_norm, key_norm, eps):
     if _on_gpu("query", query):
         for name, cache in (("keys", keys), ("values", values)):
-            if cache.stride(3) != 1:  # written where it lies, so a copy is no way out
+            if cache.stride(3) != 1:  # written in place, so a copy would not help
                 raise ValueError(f"{name}: expected components that lie together, got strides {cache.stride()}")
         tensors = (query, key, value, cos, sin, keys, values, blocks, places)
         return _triton().rotary_write(*tensors, query_norm, key_norm, eps)
-    checks.check_indices("blocks", blocks, keys.shape[0])  # or loops would write beside the cache
+    checks.check_indices("blocks", blocks, keys.shape[0])  # loops would write outside the cache
     checks.check_indices("places", places, keys.shape[2])
     loops, memory = _loops(), (keys, values)
     heads = query, key, value = [x if loops.heads_are_rows(x) else x.contiguous() for x in _together(query, key, value)]
@@ -167,7 +171,7 @@ def _silu_mul(gate, up):
     if (loops := _loops()).takes(gate, up):
         return loops.silu_mul(gate, up)
     x = gate.to(torch.promote_types(gate.dtype, torch.float32))
-    # Not torch's SiLU: of the last few numbers of a piece that has another exponential, and so a row alone other bits.
+    # Not torch's SiLU: it uses another exponential for the last few numbers of a piece, so a row alone has other bits.
     return ((x / (1 + torch.exp(-x))).to(gate.dtype) * up).contiguous()
 
 
@@ -180,8 +184,10 @@ def _on_gpu(name: str, x: torch.Tensor) -> bool:
 
 
 def _together(*tensors):
-    """Each with the components of a row side by side: how they lie must not choose between the loops and torch, whose
-    results differ in the last bit."""
+    """-> the tensors with the components of each row side by side.
+
+    The layout must not choose between the loops and torch, whose results differ in the last bit.
+    """
     return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
 
 
@@ -198,7 +204,7 @@ def _triton():
 
 
 def _norm_torch(x, weight, eps):
-    """The last dimension of any tensor."""
+    """RMS norm over the last dimension of any tensor."""
     compute = torch.promote_types(x.dtype, torch.float32)
     return torch.nn.functional.rms_norm(x.to(compute), weight.shape, weight.to(compute), eps).to(x.dtype)
 

@@ -1,21 +1,24 @@
-"""What a policy token's log-probability is asked to do: the objective per row, and its derivative in closed form.
+"""The policy objective per row, as a function of its token's log-probability, and its derivative in closed form.
 
-With d = log p - log p_base, r = exp(d) the ratio and A the advantage, a row's loss and its derivative by log p are
+With d = log p - log p_base, r = exp(d) the ratio and A the advantage, a row's loss and its derivative with respect to
+log p are
 
-    ppo, gspo   -w min(A r, A clip(r, 1 - clip_low, 1 + clip_high)), for A < 0 at most -w A dual_clip;   -w A r where
-                that is the smaller one, else 0
-    cispo       -w sg(min(r, 1 + clip_high)) A log p                                   -w min(r, 1 + clip_high) A
-    reinforce   -w A log p                                                             -w A
-    KL          kl_coefficient * (k1, k2 or k3 of `masked_kl`)                         1, d or 1 - exp(-d), d to the
-                                                                                       reference
-    entropy     -entropy_coefficient * H                                               by H: -entropy_coefficient
+                loss                                                            derivative
+    ppo, gspo   -w min(A r, A clip(r, 1 - clip_low, 1 + clip_high)),            -w A r where the loss is that, else 0
+                for A < 0 at most -w A dual_clip
+    cispo       -w sg(min(r, 1 + clip_high)) A log p                            -w min(r, 1 + clip_high) A
+    reinforce   -w A log p                                                      -w A
+    KL          kl_coefficient * (k1, k2 or k3 of `masked_kl`)                  kl_coefficient * (1, d or 1 - exp(-d)),
+                                                                                d to the reference
+    entropy     -entropy_coefficient * H                                        with respect to H: -entropy_coefficient
 
-sg stops the gradient and w is the importance weight, which gets none. Sources: PPO arXiv 1707.06347 eq. 7; dual clip
-1912.09729 eq. 5; asymmetric clip: DAPO, 2503.14476; CISPO 2506.13585, without its lower bound, as used there; GSPO
-2507.18071, its form per token (section 4.3), which is the one per sequence where a sequence has one advantage; KL
-estimators joschu.net/blog/kl-approx.html; truncated importance sampling fengyao.notion.site/off-policy-rl.
+sg stops the gradient; w is the importance weight, which gets no gradient. `linear_policy_loss` says what p_base and w
+are. Every function here takes vectors of rows, and none waits for the device.
 
-Which p_base and w: see `linear_policy_loss`. Every function here takes vectors of rows, and none waits for the device.
+Sources: PPO arXiv 1707.06347 eq. 7; dual clip 1912.09729 eq. 5; asymmetric clip: DAPO, 2503.14476; CISPO 2506.13585,
+without its lower bound, as used there; GSPO 2507.18071, in its per-token form (section 4.3), which is the per-sequence
+form where a sequence has one advantage; KL estimators joschu.net/blog/kl-approx.html; truncated importance sampling
+fengyao.notion.site/off-policy-rl.
 
 Shape legend: N rows, S sequences.
 """
@@ -52,7 +55,7 @@ _NUMBERS = ("clip_low", "clip_high", "dual_clip", "importance_cap", "kl_coeffici
 
 @dataclass(frozen=True)
 class PolicyLoss:
-    """Which objective, with its constants."""
+    """A policy objective, with its constants."""
 
     kind: Kind = "ppo"
     clip_low: float = 0.2
@@ -92,7 +95,7 @@ def _expect(name: str, value: float, fits: bool, what: str) -> None:
 
 
 class PolicyRows(NamedTuple):
-    """What is known of the rows before the head; constants to autograd."""
+    """What is known about each row before the head runs; constants to autograd."""
 
     rollout_logprobs: torch.Tensor  # [N]
     advantages: torch.Tensor  # [N]
@@ -101,17 +104,17 @@ class PolicyRows(NamedTuple):
     token_weights: torch.Tensor | None  # [N]
 
     def slice(self, begin: int, end: int) -> PolicyRows:
-        """Rows `begin` to `end` of each."""
+        """Rows `begin` to `end` of each tensor."""
         return PolicyRows(*(None if tensor is None else tensor[begin:end] for tensor in self))
 
 
 class RowTerms(NamedTuple):
-    """Per row, [N] each, in the precision of the log-probabilities."""
+    """Terms of the objective per row, [N] each, in the precision of the log-probabilities."""
 
     policy: torch.Tensor  # the policy's loss, token weight included
-    slope: torch.Tensor  # derivative by the log-probability of policy and KL loss, token weight included
-    clipped: torch.Tensor  # bool: the clip took the gradient, for cispo bounded it
-    truncated: torch.Tensor  # bool: the cap took something
+    slope: torch.Tensor  # derivative of policy and KL loss with respect to log p, token weight included
+    clipped: torch.Tensor  # bool: the clip removed the gradient, or for cispo bounded it
+    truncated: torch.Tensor  # bool: the cap bound ratio or weight
     difference: torch.Tensor  # log p - log p_sampler
     weight: torch.Tensor  # importance weight
     kl: torch.Tensor  # estimate of KL(policy || reference), 0 without one
@@ -124,7 +127,7 @@ def row_terms(
     on_policy: bool,
     cu_seqlens: torch.Tensor | None = None,  # [S+1]: for gspo, which needs all rows at once
 ) -> RowTerms:
-    """The objective, row by row."""
+    """-> the terms of the objective, row by row."""
     advantages, cap = rows.advantages, loss.importance_cap
     base = logprobs if rows.old_logprobs is None else rows.old_logprobs
     rollout = torch.where(rows.rollout_logprobs.isnan(), base, rows.rollout_logprobs)
@@ -164,7 +167,10 @@ def row_terms(
 
 
 def _clipped(loss: PolicyLoss, advantages, ratio, moving) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """All [N] -> loss, its derivative by log p, and where the clip took that. `moving`: the ratio has a gradient."""
+    """All [N] -> loss, its derivative with respect to log p, and where the clip removed that.
+
+    `moving`: where the ratio has a gradient.
+    """
     unclipped = advantages * ratio
     held = advantages * ratio.clamp(1.0 - loss.clip_low, 1.0 + loss.clip_high)
     objective, clipped = torch.minimum(unclipped, held), held < unclipped
@@ -176,7 +182,7 @@ def _clipped(loss: PolicyLoss, advantages, ratio, moving) -> tuple[torch.Tensor,
 
 
 def _kl_slope(difference: torch.Tensor, kind: KLKind) -> torch.Tensor:
-    """[N] log p - log q -> derivative of `masked_kl` by log p, 0 beyond its limits."""
+    """[N] log p - log q -> derivative of `masked_kl` with respect to log p, 0 beyond its limits."""
     slope, lowest = torch.ones_like(difference) if kind == "k1" else difference, -_DIFFERENCE_LIMIT
     if kind == "k3":
         slope, lowest = -torch.expm1(-difference), -EXPONENT_LIMIT
@@ -184,7 +190,7 @@ def _kl_slope(difference: torch.Tensor, kind: KLKind) -> torch.Tensor:
 
 
 def entropy_slope(loss: PolicyLoss, rows: PolicyRows, logprobs: torch.Tensor) -> torch.Tensor | None:
-    """[N] derivative of the objective by a row's entropy; None where there is no bonus."""
+    """-> derivative of the objective with respect to each row's entropy, [N]; None where there is no bonus."""
     if not loss.entropy_coefficient:
         return None
     weights = torch.ones_like(logprobs) if rows.token_weights is None else rows.token_weights
@@ -194,7 +200,7 @@ def entropy_slope(loss: PolicyLoss, rows: PolicyRows, logprobs: torch.Tensor) ->
 def total_and_metrics(
     loss: PolicyLoss, rows: PolicyRows, terms: RowTerms, entropy: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """-> sum of the rows' losses (0-d), and the metrics in the order of the three tuples above, [13]."""
+    """-> sum of the rows' losses (0-d), and the metrics in the order of `SUM_`, `MAX_` and `MIN_METRICS`, [13]."""
     policy_loss = terms.policy.sum()
     weights = rows.token_weights
     total = policy_loss
@@ -216,7 +222,7 @@ def total_and_metrics(
         entropy.sum(),
         terms.kl.sum(),
     )
-    extremes = (  # of no rows: what changes no other extreme
+    extremes = (  # without rows, numbers that change no other extreme
         torch.cat([terms.difference.abs(), zero]).max(),
         torch.cat([drift, zero]).max(),
         torch.cat([drift, zero + float("inf")]).min(),
@@ -229,8 +235,8 @@ def _limited_exp(difference: torch.Tensor) -> torch.Tensor:
 
 
 def _sequence_means(values: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
-    """[N] -> every row's mean over its sequence."""
+    """[N] -> the mean over its sequence for every row, [N]."""
     offsets = cu_seqlens.long()
-    means = segment_sums(values, offsets) / offsets.diff()  # [S]; NaN of no rows, which nobody reads
+    means = segment_sums(values, offsets) / offsets.diff()  # [S]; NaN for a sequence without rows, which is not read
     sequence = torch.searchsorted(offsets[1:], torch.arange(len(values), device=values.device), right=True)
     return means.to(values.dtype)[sequence]

@@ -1,6 +1,6 @@
 """The plain form of every operation: a few lines each, in the precision of the inputs, differentiable by autograd.
 
-This is what tests and benchmarks compare with; give it fp64. Nothing is saved, skipped or fused, and masked entries
+Tests and benchmarks compare with these; give them fp64. Nothing is saved, skipped or fused, and masked entries
 are selected away first, so no trick of the fast versions can hide here.
 """
 
@@ -27,7 +27,7 @@ def linear_policy_loss(
     hidden, weight, targets, rollout_logprobs, advantages, *, ref_logprobs=None, old_logprobs=None, loss, denominator,
     on_policy=False, token_weights=None, token_rows=None, cu_seqlens=None, temperature=1.0, softcap=None, mask=None,
 ):  # fmt: skip
-    """Shapes as the fast one -> loss 0-d, metrics; the objective as the papers write it, its gradient by autograd."""
+    """Shapes as in the operation -> loss 0-d, metrics; the objective as in the papers, its gradient by autograd."""
     if token_rows is not None:
         hidden, targets = hidden[token_rows], targets[token_rows]
     keep = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask
@@ -87,7 +87,7 @@ def linear_policy_loss(
 
 
 def masked_kl(logprobs, ref_logprobs, kind="k3", mask=None):
-    """[N], [N] -> [N]; no limits."""
+    """[N], [N] -> [N], without limits."""
     keep = torch.ones_like(logprobs, dtype=torch.bool) if mask is None else mask
     difference = (logprobs - ref_logprobs.detach())[keep]
     if kind == "k1":
@@ -150,8 +150,10 @@ def topk_inner_product(queries, corpus, k, *, scales=None):
 
 
 def cached_attention(query, keys, values, slots, positions, table=None):
-    """query [T,H,d], keys, values [C,G,M,d], slots, positions [T] -> [T,H,d]; a Python loop over tokens. With table
-    [C,W] keys and values [P,G,M,d]."""
+    """query [T,H,d], keys, values [C,G,M,d], slots, positions [T] -> [T,H,d]; a Python loop over tokens.
+
+    With table [C,W], keys and values are [P,G,M,d].
+    """
     if table is not None:
         keys, values = (x[table.long()].transpose(1, 2).flatten(2, 3) for x in (keys, values))  # [C, G, W * M, d]
     outputs, group = [], query.shape[1] // keys.shape[1]
@@ -169,7 +171,7 @@ def rms_norm(x, weight, eps, residual=None):
 
 
 def rotary_write(query, key, value, cos, sin, keys, values, slots, positions, query_norm=None, key_norm=None, eps=1e-6):
-    """Shapes as the operation's -> rotated query, and copies of keys and values with the tokens written."""
+    """Shapes as in the operation -> rotated query, and copies of keys and values with the tokens written."""
     keys, values, half = keys.clone(), values.clone(), query.shape[2] // 2
     if query_norm is not None:
         query = rms_norm(query.flatten(0, 1), query_norm, eps)[0].view_as(query)

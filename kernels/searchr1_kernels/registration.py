@@ -1,7 +1,7 @@
-"""Operators in torch's registry, where `torch.compile`, export and profilers find them, by the cheapest way in.
+"""Registers operators with torch, where `torch.compile`, export and profilers find them, at the lowest cost per call.
 
-A `torch.library.custom_op` costs 9 us a call, a definition in a `Library` 2 us (2-core CPU machine): for kernels that
-run for less than that, it matters.
+A `torch.library.custom_op` costs 9 us a call, a definition in a `Library` 2 us (2-core CPU machine). That matters for
+kernels that run for less than that.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ def register(schema: str, implementation: Callable[..., Any], fake: Callable[...
     """Define `schema` ("name(Tensor x) -> Tensor") and return the operator.
 
     With `fake` (same arguments, empty outputs of the right shape) the operator is opaque: tracing does not look inside,
-    so the implementation may read values, and nobody differentiates it. Without, it is made of torch's operators, and
-    is differentiated, traced and fused as those are.
+    so the implementation may read values, and autograd does not differentiate it. Without `fake`, it consists of
+    torch's operators and is differentiated, traced and fused as those are.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)

@@ -1,10 +1,10 @@
-"""The next token of every row of logits, and how likely it was, without a sort of the vocabulary.
+"""The next token of every row of logits, and how likely it was, without sorting the vocabulary.
 
-A token is the inverse of the distribution's cumulative function at a uniform number that is given, so what is drawn of
-a row depends on nothing but that row and its number. The host learns nothing on the way and no shape depends on values:
-a decoding step can be recorded with it as a CUDA graph.
+A token is the inverse of the cumulative distribution function at a given uniform number, so it depends on nothing but
+its row and that number. The host reads nothing on the way and no shape depends on values, so a decoding step with
+sampling can be recorded as a CUDA graph.
 
-CUDA: `_sampling_triton`, two launches, or four with top-k or top-p. CPU: a few compiled passes a row
+CUDA: `_sampling_triton`, two launches, or four with top-k or top-p. CPU: a few compiled passes over each row
 (`_sampling_numba`). Elsewhere, and on CUDA without Triton: torch's operators, the plain twin of both.
 
 Shape legend
@@ -23,7 +23,7 @@ from searchr1_kernels._installed import has_triton
 from searchr1_kernels._threads import num_parts, run_parts
 from searchr1_kernels.registration import register
 
-_TOKENS_PER_THREAD = 1 << 19  # for which a thread is worth its start
+_TOKENS_PER_THREAD = 1 << 19  # that make starting a thread worthwhile
 
 
 def sample_tokens(
@@ -36,19 +36,21 @@ def sample_tokens(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """-> token ids [S] int64 and their log-probabilities [S] fp32; constants to autograd.
 
-    The id is the first at which the running sum, in the order of ids, of the kept probabilities passes `randoms` times
-    their total. Top-k keeps the k likeliest tokens (0: all); of these top-p keeps the fewest likeliest that hold that
+    The id is the first at which the running sum of the kept probabilities, in the order of ids, exceeds `randoms` times
+    their total. Top-k keeps the k likeliest tokens (0: all). Of these, top-p keeps the fewest likeliest that hold that
     share of their probability (Holtzman et al., 2020), at least one. Tokens as likely as one that is kept are kept.
-    Temperature 0 takes the likeliest token, the first of equals.
+    Temperature 0 takes the likeliest token, of equals the first.
 
-    The log-probability is of the whole vocabulary at the temperature (1 where that is 0), whatever was left out: what
-    `linear_logprob` gives for the same token. It is NaN or infinite where a row's logits are not finite (-inf is a
-    token that is never drawn), and the id is then some id.
+    The log-probability is that of the token in the whole vocabulary at the temperature (1 where that is 0), whatever
+    top-k and top-p left out: what `linear_logprob` gives for the same token. A token with a logit of -inf is never
+    drawn. Where a row has other logits that are not finite, its log-probability is NaN or infinite and its id is
+    arbitrary.
 
-    A row has the same bits alone and in any batch. ValueError where a shape, type, device or setting is not as above.
+    A row has the same bits alone and in any batch. Raises ValueError where a shape, type, device or setting is not as
+    above.
     """
     checks.check_shape("logits", logits, ("S", "V"))
-    checks.check_dtype("logits", logits, torch.float32)  # of 16 bits, the log-probability's error becomes a ratio
+    checks.check_dtype("logits", logits, torch.float32)  # in 16 bits the log-probability's error would become a ratio
     checks.check_shape("randoms", randoms, (logits.shape[0],))
     checks.check_dtype("randoms", randoms, torch.float64, torch.float32)
     checks.check_device("randoms", randoms, "logits", logits)
@@ -85,7 +87,7 @@ def _fake(logits, randoms, temperature, top_k, top_p):
 
 
 def _sample_cpu(logits, randoms, temperature, top_k, top_p):
-    """As `sample_torch`."""
+    """As `sample_torch`, in compiled passes."""
     from searchr1_kernels import _sampling_numba
 
     values = logits.contiguous().numpy()
@@ -107,14 +109,14 @@ def sample_torch(
     top_k: int,
     top_p: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The operator in torch's. With top-p alone it sorts the vocabulary."""
+    """The operator in torch's own operators. With top-p alone it sorts the vocabulary."""
     if temperature == 0:
         likeliest = logits.argmax(dim=-1)
         return likeliest, logits.gather(1, likeliest[:, None])[:, 0] - logits.logsumexp(dim=-1)
     probabilities = _softmax(logits, temperature)
     weights = probabilities if top_k == 0 and top_p == 1 else _keep(probabilities, top_k, top_p)
     ids = _draw(weights, randoms)
-    # No cancellation: a softmax has small relative errors, and what was drawn is not zero.
+    # No cancellation: a softmax has small relative errors, and the probability drawn is not zero.
     return ids, probabilities.gather(1, ids[:, None])[:, 0].log()
 
 
@@ -126,8 +128,8 @@ def _softmax(logits, temperature):
 def _draw(weights, randoms):
     """weights [S, V], randoms [S] -> [S]: the place at which the running sum reaches the share of the total.
 
-    Found in two strides, first the block and then the place in it: running sums over a whole vocabulary cost more than
-    the softmax, sums of blocks next to nothing.
+    It is found in two steps, first the block and then the place in it: running sums over a whole vocabulary cost more
+    than the softmax, sums of blocks next to nothing.
     """
     width = math.gcd(weights.shape[1], 64)
     blocks = weights.unflatten(1, (-1, width))  # [S, V / width, width]
@@ -140,9 +142,9 @@ def _draw(weights, randoms):
 
 
 def _first_above(sums, shares):
-    """sums [S, n], shares [S] -> [S]: the first place whose running sum exceeds the share; of NaN, some place.
+    """sums [S, n], shares [S] -> [S]: the first place whose running sum exceeds the share; with NaN, an arbitrary one.
 
-    A share that rounding lifted to the total is put below it, so that the weight at the place is never zero.
+    A share that rounding has lifted to the total is lowered below it, so that the weight at the place is never zero.
     """
     total = sums[:, -1]
     shares = torch.minimum(shares, torch.nextafter(total, torch.zeros_like(total)))
@@ -150,7 +152,7 @@ def _first_above(sums, shares):
 
 
 def _keep(probabilities, top_k, top_p):
-    """[S, V] -> [S, V] with 0 for what is left out. On a CPU numpy sorts, which is six times as fast there."""
+    """[S, V] -> [S, V] with 0 for what is left out. On a CPU numpy sorts: it is six times as fast there."""
     if top_k:
         descending = probabilities.topk(min(top_k, probabilities.shape[1])).values  # [S, K]
     elif probabilities.device.type == "cpu":

@@ -2,15 +2,15 @@
 
     score(query, row) = fp32(sum in fp64 of query_d * row_d, in one fixed order)  [* the row's scale]
 
-A score is a function of its query and its row alone, and the order is total (score descending, then id ascending). So a
-query's result does not depend on what else is in the batch, on where a row stands, or on how the corpus is cut: merge
-the results of parts by (score, -id) and the result is that of the whole, bit for bit.
+A score depends on its query and its row alone, and the order is total (score descending, then id ascending). So a
+query's result does not depend on what else is in the batch, on where a row stands, or on how the corpus is split:
+merging the results of parts by (score, -id) gives the result of the whole, bit for bit.
 
-Both devices find the k rows in the same way: cheap products (8-bit codes, or 16-bit floats) with a bound on their error
-give the maximum of each block of rows; the best blocks are scored exactly; what the bound cannot exclude is scored too.
+CPU and GPU find the k rows in the same way. Cheap products (8-bit codes, or 16-bit floats) and a bound on their error
+limit the maximum of each block of rows. The best blocks are scored exactly, and so is what the bound cannot exclude.
 
-`TopKIndex` keeps codes and bounds of a corpus that is searched again and again; given a bare tensor, a search makes
-them on the way. Left out: distances other than the inner product, and approximate search.
+`TopKIndex` keeps the codes and bounds of a corpus that is searched repeatedly; a search of a bare tensor computes them
+on the way. Left out: distances other than the inner product, and approximate search.
 
 Shape legend: Q queries, M rows, D components.
 """
@@ -33,15 +33,18 @@ _QUERY_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class TopKIndex:
-    """A corpus prepared for `topk_inner_product`. It holds `corpus` itself, which must not change afterwards; on a GPU
-    a copy, if 16 divides D and the corpus begins at no multiple of 16 bytes.
+    """A corpus prepared for `topk_inner_product`.
 
-    `coarse` says what proposes candidates: "int8" codes (one more byte per component; on a GPU half the reading of
-    16-bit rows), or "float", the rows as they are (only on a GPU, where it needs no more than their norms). Results are
-    the same bits either way. A corpus of int8 is its own code.
+    It holds `corpus` itself, which must not change afterwards; on a GPU it holds a copy if 16 divides D and the corpus
+    does not begin at a multiple of 16 bytes.
 
-    The attribute `coarse` says what will: that, or "fp64" on a CPU whose 8-bit products saturate (no AVX-512 VNNI or
-    like), where searches multiply the rows themselves, about eight times slower; a warning says so once.
+    The argument `coarse` selects what proposes candidates: "int8" codes (one more byte per component; on a GPU half the
+    bytes to read of 16-bit rows), or "float", the rows as they are (only on a GPU, where that needs no more than their
+    norms). Results have the same bits either way. An int8 corpus is its own code.
+
+    The attribute `coarse` is what will propose them: the argument, or "fp64" on a CPU whose 8-bit products saturate (no
+    AVX-512 VNNI or the like). Searches there multiply the rows themselves, about eight times slower; a warning says so
+    once.
     """
 
     def __init__(
@@ -71,7 +74,7 @@ class TopKIndex:
 
     @property
     def tensors(self) -> list[torch.Tensor]:
-        """The corpus and what was made for it, none of which changes; some may be the same memory."""
+        """The corpus and what was made for it. None of them changes; some may share memory."""
         return [self.corpus, *([] if self.scales is None else [self.scales]), *self.parts]
 
 
@@ -84,8 +87,9 @@ def topk_inner_product(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """-> scores [Q,k] fp32, ids [Q,k] int64: the k rows of largest inner product per query, best first, ties by id.
 
-    Exact: see the module. All numbers must be finite (ValueError on a CPU; undefined on a GPU), and M >= k >= 1.
-    Nothing here is differentiable. On a GPU the host waits once, to see whether every query's result is proven.
+    The result is exact: see the module. All numbers must be finite (ValueError on a CPU; undefined on a GPU), and
+    M >= k >= 1. Nothing here is differentiable. On a GPU the host waits once, to see whether every query's result is
+    proven.
     """
     if isinstance(corpus, TopKIndex):
         if scales is not None:
@@ -122,7 +126,7 @@ def _check_corpus(corpus: torch.Tensor, scales: torch.Tensor | None) -> None:
 
 @torch.no_grad()
 def _prepare(corpus: torch.Tensor, scales: torch.Tensor | None, coarse: Coarse) -> list[torch.Tensor]:
-    """What the search on this device wants to know of every row; see there."""
+    """What the search on this device needs to know about every row; see `prepare` there."""
     return _implementation(corpus.device).prepare(corpus, scales, coarse)
 
 
@@ -133,7 +137,7 @@ def _search(
 
 
 def _implementation(device: torch.device) -> ModuleType:
-    """`prepare` and `search` for tensors there."""
+    """-> the module with `prepare`, `products` and `search` for tensors on this device."""
     if device.type == "cpu":
         from searchr1_kernels import _topk_cpu
 
@@ -164,7 +168,7 @@ _OPERATOR = register(
 
 
 def _aligned(corpus: torch.Tensor) -> torch.Tensor:
-    """Once for an index, and not for every search of it."""
+    """`_topk_cuda.aligned`, once for an index instead of in every search of it."""
     from searchr1_kernels._topk_cuda import aligned
 
     return aligned(corpus)

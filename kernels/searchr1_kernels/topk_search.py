@@ -1,15 +1,15 @@
-"""Searches of one index in memory that stays where it is: `topk_inner_product`, cut where the host would wait.
+"""Searches of one index in memory at fixed addresses: `topk_inner_product`, split where the host would wait.
 
     search = open_search(index, max_queries=512, max_k=100)
     search.queries[:32] = …                # on the index's device
-    hits = search.launch(32, 10)           # queued; nothing was waited for, or allocated
-    search.settle(32, 10)                  # waits; if some result is not proven yet, makes it so
+    hits = search.launch(32, 10)           # queued, without waiting or allocating
+    search.settle(32, 10)                  # waits, and proves the results that are not proven yet
 
 On a GPU `launch` is a fixed list of kernels for each number of queries and hits, so it can be recorded as a CUDA graph.
-A graph wants its results fetched by whoever replays it: `packed_hits` is all of them in one piece, `Hits.views` names
-what is in it (or in a copy), and `unproven` there says whether `settle` has work to do.
+Whoever replays the graph fetches its results: `packed_hits` is all of them in one piece, `Hits.views` gives the tensors
+in that piece (or in a copy of it), and `unproven` among them says whether `settle` has work to do.
 
-On a CPU the same calls run the CPU's search, which leaves nothing to settle: the twin.
+On a CPU the same calls run the CPU's search, which leaves nothing to settle: the plain twin.
 
 Shape legend: Q queries, D components, K hits.
 """
@@ -24,11 +24,11 @@ import torch
 from searchr1_kernels import checks
 from searchr1_kernels.topk import TopKIndex, topk_inner_product
 
-_ALIGNMENT = 16  # of what lies in one piece, so that kernels compiled for one of the pieces fit all
+_ALIGNMENT = 16  # bytes; where tensors in one piece of memory begin, so that kernels compiled for one piece fit all
 
 
 class Hits(NamedTuple):
-    """What a search leaves."""
+    """The results of a search."""
 
     ids: torch.Tensor  # [Q, K] int64
     scores: torch.Tensor  # [Q, K] fp32
@@ -36,12 +36,12 @@ class Hits(NamedTuple):
 
     @staticmethod
     def nbytes(num_queries: int, k: int) -> int:
-        """Of all of it in one piece."""
+        """Bytes of all three tensors in one piece of memory."""
         return sum(_aligned(size) for size in _hit_bytes(num_queries, k))
 
     @classmethod
     def views(cls, memory: torch.Tensor, num_queries: int, k: int) -> Hits:
-        """memory [at least nbytes] uint8, on any device."""
+        """-> the three tensors as views of `memory` [at least nbytes] uint8, on any device."""
         shapes = ((num_queries, k), (num_queries, k), (num_queries,))
         dtypes = (torch.int64, torch.float32, torch.int32)
         tensors, begin = [], 0
@@ -60,11 +60,11 @@ def _aligned(size: int) -> int:
 
 
 class Settled(NamedTuple):
-    """What proving some results took."""
+    """What it took to prove some results."""
 
-    num_queries: int = 0  # that were not proven at first
-    num_rescanned: int = 0  # of these, for which rows were read as floats
-    num_blocks: int = 0  # of 128 rows, scored for that, of all queries together
+    num_queries: int = 0  # not proven at first
+    num_rescanned: int = 0  # of these, queries for which rows were read as floats
+    num_blocks: int = 0  # blocks of 128 rows scored for that, summed over queries
 
     def __add__(self, other: Settled) -> Settled:
         return Settled(*(one + more for one, more in zip(self, other, strict=True)))
@@ -87,15 +87,15 @@ class TopKSearch:
 
     @property
     def scratch(self) -> list[torch.Tensor]:
-        """Memory that holds nothing between a search's hits being fetched and the next one's queries being written."""
+        """Memory that is free between fetching the hits of one search and writing the queries of the next."""
         return [self.queries, self._hits]
 
     def can_launch(self, num_queries: int, k: int) -> bool:
-        """Whether `launch` takes so many: up to the limits given, and on a GPU to some 200 hits."""
+        """Whether `launch` takes this many: up to the limits given, and on a GPU up to some 200 hits."""
         return 0 <= num_queries <= self.max_queries and 1 <= k <= self.max_k
 
     def launch(self, num_queries: int, k: int) -> Hits:
-        """Queue a search of the first `num_queries` of `queries`. The next one overwrites what this one leaves."""
+        """Queue a search for the first `num_queries` of `queries`. -> its hits, which the next launch overwrites."""
         if not self.can_launch(num_queries, k):
             raise ValueError(f"this search has no room for {num_queries} queries and {k} hits; topk_inner_product has")
         hits = Hits.views(self._hits, num_queries, k)
@@ -103,20 +103,22 @@ class TopKSearch:
         return hits
 
     def packed_hits(self, num_queries: int, k: int) -> torch.Tensor:
-        """What such a search leaves, [bytes] uint8."""
+        """The hits of such a search in one piece, [bytes] uint8."""
         return self._hits[: Hits.nbytes(num_queries, k)]
 
     def settle(self, num_queries: int, k: int, num_asked: int | None = None) -> Settled:
-        """Prove what the last search, of so many, left unproven of its first `num_asked` queries (default: of all)."""
+        """Prove what the last launch, of this size, left unproven of its first `num_asked` queries (default: all)."""
         return Settled()
 
     def bytes_read(self, num_queries: int) -> int:
-        """Of the corpus, or of its codes, by the one pass that a search of so many queries makes."""
+        """Bytes of the corpus, or of its codes, that a search of this many queries reads in its one pass."""
         return self.index.corpus.numel()
 
     def tune(self, num_queries: int) -> dict[str, float]:
-        """Time the ways there are to read the corpus for about so many queries, and use the fastest from now on, for
-        every index of this width and type. -> seconds by name, the fastest first. Results have the same bits in any."""
+        """Time the ways to read the corpus for about this many queries -> seconds by name, the fastest first.
+
+        The fastest is used from now on, for every index of this width and type. Results have the same bits with any.
+        """
         return {}
 
     def _launch(self, queries: torch.Tensor, k: int, hits: Hits) -> None:
@@ -125,7 +127,7 @@ class TopKSearch:
 
 
 class _DeviceSearch(TopKSearch):
-    """On a GPU."""
+    """A `TopKSearch` on a GPU."""
 
     def __init__(self, index: TopKIndex, max_queries: int, max_k: int) -> None:
         from searchr1_kernels._topk_passes import Corpus, Passes
@@ -163,7 +165,7 @@ class _DeviceSearch(TopKSearch):
 
 
 def open_search(index: TopKIndex, max_queries: int, max_k: int) -> TopKSearch:
-    """What searches this index, where it is. ValueError for limits that make no sense."""
+    """-> a `TopKSearch` of this index, on its device. Raises ValueError for limits that make no sense."""
     if not isinstance(index, TopKIndex):
         raise ValueError(f"index: expected a TopKIndex, which TopKIndex(corpus) makes, got {type(index).__name__}")
     kind = TopKSearch if index.corpus.device.type == "cpu" else _DeviceSearch
@@ -171,7 +173,7 @@ def open_search(index: TopKIndex, max_queries: int, max_k: int) -> TopKSearch:
 
 
 def _seconds_on_the_device(run: Callable[[], object], repetitions: int = 3) -> float:
-    """The shortest of some runs, by events on the current stream; the first, which compiles, is left out."""
+    """The shortest of some runs, by events on the current stream, after a first one that compiles."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     times = []
     for _ in range(repetitions + 1):
