@@ -191,7 +191,7 @@ def _attend_torch(query, keys, values, slots, positions, table, output):
     for t, (slot, position) in enumerate(zip(slots.tolist(), positions.tolist(), strict=True)):
         blocks = slice(slot, slot + 1) if table is None else table[slot, : position // size + 1].long()
         k, v = (cache[blocks].to(compute).transpose(0, 1).flatten(1, 2) for cache in (keys, values))
-        # [G, m, d]; the layout would choose between products that round differently
+        # [G, m, d]; contiguous, or the layout would choose between products that round differently
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous()
                    for x in (query[t].to(compute), k[:, : position + 1], v[:, : position + 1]))  # fmt: skip
         scores = q.reshape(-1, group, query.shape[2]) @ k.transpose(1, 2) * scale  # [G, group, m]

@@ -150,7 +150,7 @@ def _rotary_write(query, key, value, cos, sin, keys, values, blocks, places, que
                 raise ValueError(f"{name}: expected components that lie together, got strides {cache.stride()}")
         tensors = (query, key, value, cos, sin, keys, values, blocks, places)
         return _triton().rotary_write(*tensors, query_norm, key_norm, eps)
-    checks.check_indices("blocks", blocks, keys.shape[0])  # loops would write outside the cache
+    checks.check_indices("blocks", blocks, keys.shape[0])  # or loops would write outside the cache
     checks.check_indices("places", places, keys.shape[2])
     loops, memory = _loops(), (keys, values)
     heads = query, key, value = [x if loops.heads_are_rows(x) else x.contiguous() for x in _together(query, key, value)]

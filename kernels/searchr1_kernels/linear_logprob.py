@@ -9,8 +9,8 @@ sized to stay in cache, which is where the speed comes from: the plain way write
 through memory that the operating system has to map first.
 
 On CUDA with Triton the passes over a chunk's logits are fused (`_linear_rows_triton`). On sm_90 and sm_100, bf16 and
-fp16 rows without a gradient to come take a kernel that keeps no logits at all (`_linear_forward_triton`). So do bf16
-rows with one, if there is no softcap; their backward pass forms the gradient in the product that makes the logits
+fp16 rows that need no gradient take a kernel that keeps no logits at all (`_linear_forward_triton`). So do bf16 rows
+that need one, if there is no softcap; their backward pass forms the gradient in the product that makes the logits
 (`_linear_gradient_triton`).
 
 Precision: logits, log-probabilities, entropy and the gradient of the logits are fp32 whatever the inputs are (fp64 for

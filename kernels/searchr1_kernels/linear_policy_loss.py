@@ -73,7 +73,7 @@ def linear_policy_loss(
 
     - by default, to the sampler: exp(log p - rollout_logprobs), at most `importance_cap`, without an importance weight;
     - with `on_policy`, 1, because these weights sampled. The importance weight, a constant, is
-      min(p / p_sampler, importance_cap), the difference of sampler and trainer in arithmetic;
+      min(p / p_sampler, importance_cap): how far sampler and trainer disagree in arithmetic;
     - with `old_logprobs`, to the trainer's weights before the step: exp(log p - old_logprobs). The importance weight is
       min(p_old / p_sampler, importance_cap).
 
