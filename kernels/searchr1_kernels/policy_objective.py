@@ -63,9 +63,9 @@ class PolicyLoss:
     clip_high: float = 0.2
     """ppo, gspo and cispo: its upper bound is 1 + clip_high."""
     dual_clip: float = 0.0
-    """ppo and gspo: for A < 0 the loss is at most -A dual_clip, which is above 1; 0: no bound."""
+    """ppo and gspo: for A < 0 the loss is at most -A dual_clip; a number above 1, or 0 for no bound."""
     importance_cap: float = 0.0
-    """Truncated importance sampling: the most by which a row may weigh more than its sampler gave it; 0: not at all."""
+    """Truncated importance sampling: the cap of the ratio to the sampler, or of the importance weight; 0: neither."""
     kl_kind: KLKind = "k3"
     kl_coefficient: float = 0.0
     entropy_coefficient: float = 0.0
