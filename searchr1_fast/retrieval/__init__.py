@@ -1,15 +1,15 @@
-"""Retrieval: the `Retriever` protocol and what stands behind it. Begin with `open_retriever`.
+"""Retrieval: the `Retriever` protocol and its implementations. Start with `open_retriever`.
 
     protocol.py    Retriever, RetrievalError    bm25.py          in memory, lexical
     remote.py      Search-R1's HTTP, client     dense.py         exact search over vectors
-    server.py      Search-R1's HTTP, server     batcher.py       many searches to few, in C++
+    server.py      Search-R1's HTTP, server     batcher.py       many searches into few, in C++
     *_rows.py      vectors: host, GPU, ranks    shard_link.py    how ranks reach one another
-    web.py         live web search              faiss_search.py  files of faiss, in a server
+    web.py         live web search              faiss_search.py  faiss files, in a server
     index_*.py     indexes on disk              passages.py      their passages, in C++
     encode*.py     text to vectors              missing.py       a retriever that misses now and then
-    statistics.py  what searches cost a step
+    statistics.py  what searches cost per step
 
-The names are resolved when first used: numba and bm25s cost a second that a remote client need not pay.
+The names are resolved on first use: importing numba and bm25s takes a second that a remote client need not spend.
 """
 
 from __future__ import annotations
@@ -67,11 +67,11 @@ def open_retriever(
     peers: Peers | None = None,
     show: Show | None = None,
 ) -> Retriever:
-    """The retriever that `config` asks for.
+    """Open the retriever that `config` asks for.
 
     corpus: a JSONL file or passages, for `bm25` and for `dense` without an index. peers: all ranks of the run, which
-    then must all call this: an index is cut over those of a machine (`retrieval.sharded`). show: who is told of what
-    takes long.
+    must then all call this: an index is split among the ranks of a machine (`retrieval.sharded`). show: where slow
+    steps are reported.
     """
     retriever: Retriever
     if config.backend == "bm25":
@@ -108,7 +108,7 @@ def _open_web(config: RetrievalConfig) -> Retriever:
     from searchr1_fast.retrieval.web import KEY_VARIABLES, WebRetriever
 
     variable = KEY_VARIABLES[config.web_engine]
-    key = os.environ.get(variable, "").strip()  # a file's last newline is no part of it, and no header takes it
+    key = os.environ.get(variable, "").strip()  # a key from a file may end in a newline, which no header accepts
     if not key:
         raise ValueError(f"retrieval.web_engine={config.web_engine} wants the service's key in {variable}")
     return WebRetriever(

@@ -1,14 +1,14 @@
-"""Many searches at once become few calls of a backend: the C++ batcher (`csrc/batcher.h`) behind a `Retriever`.
+"""Turns many concurrent searches into few calls of a backend: the C++ batcher (`csrc/batcher.h`) as a `Retriever`.
 
-Equal queries under way are searched once, what was found before comes from a cache, and whatever queued while the
-backend ran is its next batch. Callers may be threads (`search`) or coroutines (`search_async`); both wait without the
-GIL, and the backend is called by one thread, so it needs no lock of its own.
+Equal queries in flight are searched once, earlier results come from a cache, and whatever queued while the backend ran
+is its next batch. Callers may be threads (`search`) or coroutines (`search_async`); both wait without the GIL. The
+backend is called by one thread (one per stage, if it has two), so it needs no lock of its own.
 
 A search ends in passages or in a named error: RetrievalTimeout past its deadline, RetrievalError otherwise. The first
-error of the backend is final: it fails every search that is pending and every later one, because a backend that broke
-once (a lost GPU, a truncated file) must not look like one that finds nothing.
+error of the backend is final: it fails every pending search and every later one, because a backend that broke once (a
+lost GPU, a truncated file) must not look like one that finds nothing.
 
-Left out: retries (they belong to the backend that knows what can pass, as `remote` does), and waiting for fuller
+Left out: retries, which belong to a backend that knows which errors can pass (as `remote` does), and waiting for fuller
 batches: the next batch begins when the last one ends anyway.
 
 Shape legend
@@ -46,21 +46,21 @@ from searchr1_fast.types import Passage
 
 
 class PassageSource(Protocol):
-    """What knows the passages of rows. Called from the threads that search."""
+    """Maps rows to passages. Called from the threads that search."""
 
     def passages(self, rows: Sequence[int], scores: Sequence[float]) -> list[Passage]: ...
 
 
 class BatchedRetriever:
-    """A `Retriever` over a backend and its passages. Close it, or leave it to the garbage collector or to the exit.
+    """A `Retriever` over a backend and its passages. Close it, or leave that to the garbage collector or program exit.
 
-    max_batch_rows, max_batch_bytes: a batch takes queries until it has as many, or as many bytes of text (4 to a token,
-    roughly; tokens are not known before the backend makes them).
-    max_pending_bytes: texts and results under way; beyond it searches wait in line, first come, first served.
-    cache_bytes: of remembered results; 0 remembers none.
-    min_depth: hits that the backend is asked for, doubled until they cover k. So a query has one entry in the cache for
-    every k up to it, and what it finds does not depend on what others ask for.
-    identity: names corpus and encoder; a saved cache is loaded only where it is the same.
+    max_batch_rows, max_batch_bytes: a batch takes queries until it has this many, or this many bytes of text (roughly 4
+    to a token; tokens are not known before the backend makes them).
+    max_pending_bytes: limit on texts and results in flight; beyond it searches queue, first come, first served.
+    cache_bytes: limit on cached results; 0 caches none.
+    min_depth: hits that the backend is asked for, doubled until they cover k. So a query has one cache entry for every
+    k of the same depth, and what it finds does not depend on what others ask for.
+    identity: names corpus and encoder; a saved cache is loaded only if its identity is the same.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class BatchedRetriever:
         timeout: float | None = None,
         identity: str = "",
     ) -> None:
-        """`timeout`: seconds that a search may take where the call says nothing else; None: as long as it takes."""
+        """`timeout`: seconds that a search may take unless the call says otherwise; None sets no limit."""
         self._backend = backend
         self._passages = passages
         self._timeout = timeout
@@ -92,17 +92,17 @@ class BatchedRetriever:
             identity=identity,
         )
         self._failure = Failure()
-        self._reading = ThreadPoolExecutor(1, thread_name_prefix="passages")  # no thread before a coroutine needs it
-        # By id of the loop; the end of a loop takes its own away.
+        self._reading = ThreadPoolExecutor(1, thread_name_prefix="passages")  # no thread until a coroutine needs it
+        # Keyed by the id of the event loop; a loop's entries are removed when it ends.
         self._row_searches: dict[int, RowSearches] = {}
         self._passage_searches: dict[int, PassageSearches] = {}
         self.threads = start_workers(self._batcher, backend, self._failure)
-        # Also at the interpreter's exit, while threads still run. They hold the batcher, never this object.
+        # Called at interpreter exit too, while threads still run. They hold the batcher, never this object.
         self.close = weakref.finalize(self, _close, self._batcher, self.threads, self._reading)
 
     @property
     def mode(self) -> str:
-        """Of the search: `protocol.Mode`; empty where the backend does not say."""
+        """How the backend searches (`protocol.Mode`); empty if it does not say."""
         return getattr(self._backend, "mode", "")
 
     # ---- searching ------------------------------------------------------------------------------------------------
@@ -112,7 +112,7 @@ class BatchedRetriever:
         return _gather(self._passages, *self.search_ids(queries, k, timeout))
 
     async def search_async(self, queries: Sequence[str], k: int, timeout: float | None = None) -> list[list[Passage]]:
-        """The same, for a coroutine. Cancelling it cancels the search."""
+        """`search` for a coroutine; cancelling the coroutine cancels the search."""
         if self.is_parked:
             raise RetrievalParked
         loop = asyncio.get_running_loop()
@@ -124,7 +124,7 @@ class BatchedRetriever:
         return await searches.search(loop, queries, k, self._timeout if timeout is None else timeout)
 
     def search_ids(self, queries: Sequence[str], k: int, timeout: float | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """scores [Q,k] fp32, rows [Q,k] int64; where there are fewer hits, the rest is -inf and -1."""
+        """scores [Q,k] fp32, rows [Q,k] int64; where a query has fewer hits, the rest is -inf and -1."""
         if self.is_parked:
             raise RetrievalParked
         try:
@@ -144,7 +144,7 @@ class BatchedRetriever:
     async def search_ids_async(
         self, queries: Sequence[str], k: int, timeout: float | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The same, for a coroutine."""
+        """`search_ids` for a coroutine."""
         if self.is_parked:
             raise RetrievalParked
         loop = asyncio.get_running_loop()
@@ -154,12 +154,12 @@ class BatchedRetriever:
             searches = self._row_searches[id(loop)] = RowSearches(loop, self._batcher, self._failure, forget)
         return await searches.search(loop, queries, k, self._timeout if timeout is None else timeout)
 
-    # ---- memory that others may have for a time ---------------------------------------------------------------------
+    # ---- lending out GPU memory -------------------------------------------------------------------------------------
 
     def park(self) -> None:
-        """Give the GPU memory of what is searched to others, once the searches under way have ended: RetrievalTimeout
-        where that takes longer than a search may. Later searches raise RetrievalParked, those too whose result is
-        remembered. Nothing where the backend has no such memory, or again."""
+        """Give the backend's GPU memory to others once the searches in flight have ended. RetrievalTimeout if that
+        takes longer than a search may. Later searches raise RetrievalParked, even those whose result is cached. Does
+        nothing if the backend has no such memory, or if it is parked already."""
         if self.is_parked or not isinstance(self._backend, Parks):
             return
         self.is_parked = True
@@ -171,14 +171,14 @@ class BatchedRetriever:
             raise
 
     def unpark(self) -> None:
-        """Take it back. Returns before the copies have been made, for which a first search waits. Where others have the
-        memory still (torch.OutOfMemoryError) all stays parked. Again: nothing."""
+        """Take the memory back. Returns before the copies are done; the first search waits for them. If others still
+        have the memory (torch.OutOfMemoryError), everything stays parked. Does nothing if not parked."""
         if self.is_parked:
             self._backend.unpark()
             self.is_parked = False
 
     def _wait_for_quiet(self) -> None:
-        """Polled: where a trainer parks there is nothing under way."""
+        """Wait until no search is in flight. Polling will do: where a trainer parks, none is."""
         until = None if self._timeout is None else time.monotonic() + self._timeout
         while True:
             now = self._batcher.statistics()
@@ -191,9 +191,9 @@ class BatchedRetriever:
     # ---- what it knows --------------------------------------------------------------------------------------------
 
     def statistics(self, reset: bool = False) -> dict[str, Any]:
-        """Counters since the start, or since they were last reset, and what is under way now.
+        """Counters since the start, or since they were last reset, and what is in flight now.
 
-        num_queries = num_unique (searched) + num_coalesced (joined an equal one under way) + num_cache_hits.
+        num_queries = num_unique (searched) + num_coalesced (joined an equal one in flight) + num_cache_hits.
         `batch_rows`, `batch_seconds` (the backend's time) and `latency_seconds` (of every query that got a result) hold
         count, mean, p50, p90, p99 and max; percentiles are at most 1/16 too high.
         """
@@ -204,7 +204,7 @@ class BatchedRetriever:
         return statistics
 
     def take_statistics(self) -> SearchStatistics:
-        """What a step of training reports, since it was last taken."""
+        """What a training step reports, counted since the statistics were last taken."""
         taken = self._batcher.statistics(True)
         rows = taken["batch_rows"]
         return SearchStatistics(
@@ -218,17 +218,17 @@ class BatchedRetriever:
         )
 
     def save_cache(self, path: str | Path) -> None:
-        """Write what is remembered, whole or not at all, next to a checkpoint."""
+        """Write the cached results to a file next to a checkpoint, whole or not at all."""
         self._check_identity()
         self._batcher.save_cache(str(path))
 
     def load_cache(self, path: str | Path) -> int:
-        """Remember what a file holds, too; how many results it had. ValueError: damaged, or of another identity."""
+        """Add a file's results to the cache; returns how many it had. ValueError: damaged, or of another identity."""
         self._check_identity()
         return self._batcher.load_cache(str(path))
 
     def _check_identity(self) -> None:
-        """Two corpora without a name would pass for one, and their rows mean other passages."""
+        """Refuse an empty identity: two unnamed corpora would pass for one, though their rows mean other passages."""
         if not self.identity:
             raise ValueError("this retriever has no identity, so its cache cannot be told from others; give it one")
 
@@ -244,7 +244,7 @@ def _gather(
     scores: np.ndarray,  # [Q,k] fp32
     rows: np.ndarray,  # [Q,k] int64
 ) -> list[list[Passage]]:
-    """The passages of each query. One call for all: reading may wait for the disk."""
+    """The passages of each query, read in one call for all, because reading may wait for the disk."""
     is_hit = rows >= 0
     ends = is_hit.sum(axis=1).cumsum().tolist()
     try:

@@ -1,8 +1,8 @@
-"""An event loop's side of the batcher: many coroutines that wait, one descriptor that wakes them.
+"""An event loop's side of the batcher: many waiting coroutines, one descriptor that wakes them.
 
-What settled since the loop last looked comes as two arrays for all of them, and each coroutine gets its rows of these.
-A coroutine awaits an object of the extension's, not a future of asyncio's (csrc/awaited.h says why), and goes on where
-its search is delivered. Passages are read in a thread, for all of them in one call: reading may wait for the disk.
+All searches that settled since the loop last looked arrive as two arrays, and each coroutine gets its rows of them. A
+coroutine awaits an object of the extension, not an asyncio future (csrc/awaited.h says why), and resumes inside the
+call that delivers its search. Passages are read in a thread, in one call for all: reading may wait for the disk.
 
 Shape legend
     Q  queries of a search    k  hits of a query    R  queries of all searches that settled
@@ -29,9 +29,9 @@ Gather = Callable[[np.ndarray, np.ndarray], list[list[Passage]]]  # scores [R,k]
 
 
 class RowSearches:
-    """Searches of one event loop for rows.
+    """One event loop's searches for rows.
 
-    It must not hold the loop, which holds it: a loop that was closed is to be collected, with the descriptor.
+    It must not hold a reference to the loop, which holds it: a closed loop must be collectable, with the descriptor.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class RowSearches:
     def search(
         self, loop: asyncio.AbstractEventLoop, queries: Sequence[str], k: int, timeout: float | None
     ) -> Awaitable[Any]:
-        """What is found, to be awaited at once, by one task. `loop`: the one that runs, which is this one's."""
+        """Start a search; await the result at once, from one task. `loop`: the running loop, which owns this object."""
         try:
             search = self._listener.search(loop, queries, k, timeout)
         except _C.UsedAfterFork as error:
@@ -61,24 +61,24 @@ class RowSearches:
         return self._at_once(search.result())
 
     async def _at_once(self, found: Rows) -> Any:
-        """What a search gives whose rows were known when it was asked."""
+        """The result of a search whose rows were known when it was submitted."""
         return found
 
     def _deliver(self, searches: list[_C.AwaitedSearch], ends: list[int], found: Rows) -> None:
-        """found [R,k] of as many searches as there are; the rows of searches[i] end at ends[i]."""
+        """Hand out `found` [R,k], the rows of all `searches`; those of searches[i] end at ends[i]."""
         _C.deliver(searches, ends, found)
 
     def _wake(self) -> None:
         found, others = self._listener.drain()
         for search, ticket in others:
             search.set_exception(error_of(ticket, self._failure))
-        with ExitStack() as deliveries:  # all of them, whatever the tasks of another raise
+        with ExitStack() as deliveries:  # all are delivered, even if the tasks of one raise
             for searches, ends, scores, rows in found:
                 deliveries.callback(self._deliver, searches, ends, (scores, rows))
 
 
 class PassageSearches(RowSearches):
-    """Searches of one event loop for passages."""
+    """One event loop's searches for passages."""
 
     def __init__(
         self,
@@ -99,7 +99,7 @@ class PassageSearches(RowSearches):
     def _read(self, found: Rows) -> asyncio.Future[list[list[Passage]]]:
         try:
             return asyncio.get_running_loop().run_in_executor(self._thread, self._gather, *found)
-        except RuntimeError as error:  # it was shut down
+        except RuntimeError as error:  # the executor was shut down
             raise RetrievalError("the retriever was closed before the passages were read") from error
 
     def _deliver(self, searches: list[_C.AwaitedSearch], ends: list[int], found: Rows) -> None:
@@ -120,7 +120,7 @@ class PassageSearches(RowSearches):
 
 
 def _tell(searches: list[_C.AwaitedSearch], error: BaseException) -> None:
-    """Everybody an exception of their own: tracebacks are hung on it."""
+    """Set an exception of its own on each search, because tracebacks are attached to it."""
     for search in searches:
         own = RetrievalError(str(error))
         own.__cause__ = error

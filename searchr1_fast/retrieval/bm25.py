@@ -1,15 +1,15 @@
-"""BM25 over title and text: bm25s builds the index, a small kernel here reads it.
+"""BM25 over title and text: bm25s builds the index, a small kernel here searches it.
 
-bm25s scores every posting when it builds, so that a query only adds numbers up. Its own top-k keeps an arbitrary one of
-equal scores and pads with documents of score 0; the kernel here orders by score descending, then row ascending, and
-returns only passages that share a word with the query. It holds no lock and releases the GIL, so searches overlap.
+bm25s scores every posting at build time, so that a query only adds up numbers. Its own top-k breaks ties arbitrarily
+and pads with documents of score 0; the kernel here orders by score descending, then row ascending, and returns only
+passages that share a word with the query. It holds no lock and releases the GIL, so searches overlap.
 
-Words are letters and digits in lower case without accents, plurals cut to the singular. Stop words are indexed but
+Words are letters and digits in lower case without accents, with plurals cut to the singular. Stop words are indexed but
 count in a query only if it has nothing else ("It" still finds something).
 
-With `phrases`, two neighbouring words are a term too unless one is a stop word or anything but blanks is between them:
-so the order of words counts. Names of the generated world are all made of the same 512 words; of "Zuner Posus" and
-"Posus Zuner" only phrases tell which is meant.
+With `phrases`, two neighbouring words are also a term, unless one is a stop word or anything but blanks is between
+them, so word order counts. All names of the generated world are made of the same 512 words; only phrases tell "Zuner
+Posus" from "Posus Zuner".
 
 Left out: threads (one core answers thousands of queries a second on a small corpus; bm25s gets slower with them) and
 scores that change with the batch: a query's result depends on nothing but the query.
@@ -32,10 +32,10 @@ import numpy as np
 from searchr1_fast.retrieval.protocol import check_k
 from searchr1_fast.types import Passage
 
-# Where JAX is installed bm25s tries it out when it is imported, and JAX keeps three quarters of a GPU's memory from the
-# trainer (and fails the import where another process has that memory). What it would speed up is not used here.
+# Where JAX is installed, importing bm25s tries it out, and JAX takes three quarters of a GPU's memory from the trainer
+# (and fails the import if another process has that memory). What it would speed up is not used here.
 _jax = sys.modules.get("jax")
-sys.modules["jax"] = None  # importing it is an ImportError now
+sys.modules["jax"] = None  # makes importing it an ImportError
 try:
     import bm25s
     from bm25s.stopwords import STOPWORDS_EN
@@ -51,7 +51,7 @@ _ACCENTS = dict.fromkeys(range(0x300, 0x370))
 
 
 class BM25Retriever:
-    """Search in memory. Ids must be unique, as `data.read_corpus` makes sure of."""
+    """BM25 search in memory. Ids must be unique, which `data.read_corpus` ensures."""
 
     def __init__(self, passages: Iterable[Passage], k1: float = 0.9, b: float = 0.4, *, phrases: bool = False) -> None:
         self._passages = list(passages)
@@ -65,7 +65,7 @@ class BM25Retriever:
         if not self._terms:
             raise ValueError("BM25 needs words; no passage of the corpus holds a letter or a digit")
         self._stop_words = frozenset(self._terms[term] for term in STOP_TERMS if term in self._terms)
-        self._phrases = _Phrases(len(self._terms)) if phrases else None  # from two terms to that of both
+        self._phrases = _Phrases(len(self._terms)) if phrases else None  # (term, term) -> term of the pair
         documents = [list(chain(*passage)) for passage in runs]
         if phrases:
             for document, passage in zip(documents, runs, strict=True):
@@ -92,7 +92,7 @@ class BM25Retriever:
         return [self._hits(scores[place], rows[place], counts[place]) for place in place_of]
 
     def _query_terms(self, query: str) -> tuple[int, ...]:
-        """The known terms of a query, without stop words unless there is nothing else."""
+        """The known terms of a query, without stop words unless it has nothing else."""
         runs = [[self._terms.get(term_of(word), _UNKNOWN) for word in run] for run in runs_of(query)]
         known = [number for run in runs for number in run if number != _UNKNOWN]
         told = [number for number in known if number not in self._stop_words] or known
@@ -101,7 +101,7 @@ class BM25Retriever:
         return tuple(told)
 
     def _pairs(self, runs: Iterable[list[int]]) -> Iterator[tuple[int, int]]:
-        """Neighbours of which neither is a stop word."""
+        """Pairs of neighbours, neither of them a stop word."""
         for pair in chain(*map(pairwise, runs)):
             if pair[0] not in self._stop_words and pair[1] not in self._stop_words:
                 yield pair
@@ -116,7 +116,7 @@ class BM25Retriever:
 
 
 class _Vocabulary(dict[str, int]):
-    """Word as written -> number of its term. A term is worked out once per word, not once per occurrence."""
+    """Word as written -> number of its term. A term is computed once per word, not once per occurrence."""
 
     def __init__(self) -> None:
         self.terms: dict[str, int] = {}
@@ -127,7 +127,7 @@ class _Vocabulary(dict[str, int]):
 
 
 class _Phrases(dict[tuple[int, int], int]):
-    """Two terms -> number of the term that they are together, after those of the words."""
+    """Pair of terms -> number of the pair's own term, after the numbers of the words."""
 
     def __init__(self, num_words: int) -> None:
         self._num_words = num_words
@@ -138,17 +138,17 @@ class _Phrases(dict[tuple[int, int], int]):
 
 
 def words_of(text: str) -> list[str]:
-    """The words of a text in their order, as written but for case."""
+    """The words of a text in order, as written except for case."""
     return _WORD.findall(text.lower())
 
 
 def runs_of(text: str) -> list[list[str]]:
-    """Its `words_of`, parted where other than blanks stands between them."""
+    """The `words_of` a text, split where anything but blanks stands between them."""
     return [words for part in _BREAK.split(text) if (words := words_of(part))]
 
 
 def term_of(word: str) -> str:
-    """What a word is indexed as."""
+    """The term that a word is indexed as."""
     if not word.isascii():
         word = unicodedata.normalize("NFKD", word).translate(_ACCENTS)
     return _singular(word)
@@ -186,7 +186,7 @@ def _search(
             for posting in range(offsets[term], offsets[term + 1]):
                 total[posting_rows[posting]] += data[posting]
         count = 0
-        floor = np.float32(0)  # a score must be above it to enter: 0 is no hit, and an equal later row loses
+        floor = np.float32(0)  # a score must exceed it to enter: 0 is no hit, and an equal later row loses
         for row in range(num_passages):
             score = total[row]
             if score <= floor:

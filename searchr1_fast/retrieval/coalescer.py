@@ -1,7 +1,7 @@
-"""Searches of many coroutines through a retriever that blocks, a batch at a time.
+"""Batches the searches of many coroutines for a retriever that blocks.
 
-For retrievers that do not batch by themselves (BM25, remote); the vectors' have batcher.py. There is no timer: a batch
-is whatever waited while the one before it was searched.
+For retrievers that do not batch by themselves (BM25, remote); those over vectors use batcher.py. There is no timer: a
+batch is whatever arrived while the one before it was searched.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class _Waiting:
 class Coalescer:
     """Gathers the searches of all requests: whatever waits when one search ends is the next, equal queries once.
 
-    One thread searches. A search that fails fails those requests alone which were in it.
+    One thread searches. A failed search fails only the requests that were in it.
     """
 
     def __init__(self, retriever: Retriever, on_batch: Callable[[int], None] = lambda rows: None) -> None:
@@ -37,7 +37,7 @@ class Coalescer:
         self._task: asyncio.Task[None] | None = None
 
     async def search(self, queries: list[str], k: int) -> list[list[Passage]]:
-        """The passages of each query, when its turn has come."""
+        """Return the passages of each query, once its batch has been searched."""
         waiting = _Waiting(queries, k, asyncio.get_running_loop().create_future())
         self._queue.append(waiting)
         if self._task is None or self._task.done():
@@ -45,19 +45,19 @@ class Coalescer:
         return await waiting.future
 
     async def close(self) -> None:
-        """Return when nothing waits any more."""
+        """Wait until no request is left."""
         if self._task is not None:
             await self._task
 
     async def _work(self) -> None:
-        await asyncio.sleep(0)  # requests that were read in the same turn of the loop come along
+        await asyncio.sleep(0)  # requests read in the same iteration of the loop join this batch
         while batch := self._take():
             unique = list(dict.fromkeys(query for waiting in batch for query in waiting.queries))
             self._on_batch(len(unique))
             try:
                 found = await asyncio.to_thread(self._retriever.search, unique, batch[0].k)
                 passages = dict(zip(unique, found, strict=True))
-            except Exception as error:  # whatever it is: it belongs to those who wait
+            except Exception as error:  # of any kind: it goes to the waiting requests
                 for waiting in batch:
                     if not waiting.future.done():
                         waiting.future.set_exception(error)
@@ -67,7 +67,7 @@ class Coalescer:
                     waiting.future.set_result([list(passages[query]) for query in waiting.queries])
 
     def _take(self) -> list[_Waiting]:
-        """The next batch: those with the first one's k, up to a number of queries; who has gone is left out."""
+        """Take the next batch: requests with the first one's k, up to _BATCH_ROWS queries; drop cancelled ones."""
         self._queue = [waiting for waiting in self._queue if not waiting.future.done()]
         batch: list[_Waiting] = []
         rest: list[_Waiting] = []

@@ -1,12 +1,11 @@
-"""Dense retrieval, exact: queries to vectors, the k rows of largest inner product, their passages.
+"""Exact dense retrieval: encode queries, find the k rows of largest inner product, return their passages.
 
     DenseSearch      queries -> scores and rows; an encoder, and rows that are searched (rows.py)
     DenseRetriever   passages on top of it, one call after the other: the plain twin of `batcher.BatchedRetriever`
     MemoryStore      a corpus in memory, where no index was built beforehand
-    open_dense       an index: on a CPU memory-mapped, on a GPU copied there, over several ranks a part for each
+    open_dense       opens an index: memory-mapped on a CPU, copied to a GPU, or a part on each of several ranks
 
-The order is total (score descending, then row ascending), so files, shards and batches are merged without changing a
-result.
+The order is total (score descending, then row ascending), so merging files, shards and batches changes no result.
 
 Shape legend
     Q  queries    K  passages per query, at most the rows    M  rows    D  components
@@ -38,7 +37,7 @@ from searchr1_fast.retrieval.streams import on_stream
 from searchr1_fast.types import Passage, Progress
 
 _QUERIES_AT_ONCE = 256
-_SMALL_NUMBERS = 2**22  # of an index: about 10 ms for 64 queries on one thread of an Intel Xeon
+_SMALL_NUMBERS = 2**22  # components in an index: about 10 ms for 64 queries on one thread of an Intel Xeon
 
 
 class PassageSource(Protocol):
@@ -52,17 +51,17 @@ class PassageSource(Protocol):
 
 
 class DenseSearch:
-    """Exact search by text, in two stages for who overlaps them. Safe to call from several threads."""
+    """Exact search by text, in two stages that a caller may overlap. Safe to call from several threads."""
 
     def __init__(self, encoder: Encoder, rows: RowSearch, device: str = "cpu") -> None:
         """`device`: where the encoder computes."""
         self.encoder = encoder
         self._rows = rows
-        self._news = threading.Condition()  # the encoder is back
+        self._news = threading.Condition()  # notified when the encoder is back
         self.num_rows = len(rows)
         if not self.num_rows:
             raise ValueError("dense search needs at least one row of vectors")
-        # Its own: the default stream is the trainer's, and whoever reads a result there waits for all that is queued.
+        # A stream of its own: the default one is the trainer's; reading a result there waits for all that is queued.
         self._stream = None
         if torch.device(device).type == "cuda":
             self._stream = torch.cuda.Stream(device)
@@ -74,14 +73,14 @@ class DenseSearch:
 
     @property
     def is_small(self) -> bool:
-        """Whether a search is done before other threads have begun to help."""
+        """Whether a search is over before other threads could begin to help."""
         is_hashed, num_numbers = isinstance(self.encoder, HashingEncoder), self.num_rows * self.encoder.dimension
         return isinstance(self._rows, HostRows) and is_hashed and num_numbers <= _SMALL_NUMBERS
 
     def search_ids(self, queries: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
         """(scores [Q,K] fp32, rows [Q,K] int64), best first, equal scores by row; K is `k`, or all rows if fewer.
 
-        A query's result is a function of its text alone: bit for bit the same in every batch. RetrievalParked where
+        A query's result is a function of its text alone: bit for bit the same in every batch. RetrievalParked if
         encoder or rows are parked.
         """
         check_k(k)
@@ -96,17 +95,17 @@ class DenseSearch:
 
     @property
     def mode(self) -> Mode:
-        """How its rows are searched."""
+        """How the rows are searched."""
         return self._rows.mode
 
     @property
     def is_parked(self) -> bool:
-        """Whether memory of rows or encoder is others' for the time being."""
+        """Whether memory of the rows or the encoder is lent to others."""
         return any(part.is_parked for part in self._parkable())
 
     def park(self) -> None:
-        """Give the GPU memory of encoder and rows to others. Nothing where they lie on no GPU, or again. ValueError,
-        and nothing is parked, where the machine does not lock so much host memory."""
+        """Give the GPU memory of encoder and rows to others. Does nothing if they are on no GPU or parked already.
+        ValueError, with nothing parked, if the machine does not lock that much host memory."""
         with self._news, on_stream(self._stream), ExitStack() as undo:
             undo.callback(self._news.notify_all)
             for part in self._parkable():
@@ -115,33 +114,33 @@ class DenseSearch:
             undo.pop_all()
 
     def unpark(self) -> None:
-        """Take it back: searches may begin at once. What finds no memory (torch.OutOfMemoryError) stays parked."""
+        """Take the memory back; searches may begin at once. What finds none (torch.OutOfMemoryError) stays parked."""
         with self._news, on_stream(self._stream):
             try:
                 for part in self._parkable():
                     part.unpark()
-            finally:  # the encoder may be back where the rows are not
+            finally:  # the encoder may be back even if the rows are not
                 self._news.notify_all()
 
     def prepare(self, queries: Sequence[str]) -> np.ndarray:
-        """The first stage: vectors [Q,D] fp32. Where the encoder is parked, when it is back: an error would be the end
-        of a batcher whose search began as another thread parked."""
+        """The first stage: queries -> vectors [Q,D] fp32. Waits while the encoder is parked: an error would end a
+        batcher whose search began as another thread parked."""
         with self._news:
             self._news.wait_for(lambda: not (isinstance(self.encoder, Parks) and self.encoder.is_parked))
         with on_stream(self._stream):
             return self.encoder.encode_queries(queries)
 
     def search_prepared(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The second: vectors [Q,D] fp32 -> what `search_ids` gives. Where the rows are parked, when they are back."""
+        """The second stage: vectors [Q,D] fp32 -> what `search_ids` returns. Waits while the rows are parked."""
         return self._rows.search(vectors, k)
 
     def _parkable(self) -> list[Parks]:
-        """The encoder before the rows: it is the smaller, and easily taken back."""
+        """The encoder comes before the rows: it is the smaller, and easily taken back."""
         return [part for part in (self.encoder, self._rows) if isinstance(part, Parks)]
 
 
 class DenseRetriever:
-    """Passages for texts. Every query gets k passages, or all there are: no score means "nothing"."""
+    """Finds passages for texts. Every query gets k of them, or all there are: no score means "nothing found"."""
 
     def __init__(self, search: DenseSearch, store: PassageSource) -> None:
         check_sizes(search, store)
@@ -160,7 +159,7 @@ class DenseRetriever:
 
 
 class MemoryStore:
-    """Passages of a corpus that is in memory."""
+    """The passages of a corpus in memory."""
 
     def __init__(self, passages: Iterable[Passage]) -> None:
         self._passages = list(passages)
@@ -174,27 +173,27 @@ class MemoryStore:
         return [Passage(p.id, p.title, p.text, score) for p, score in zip(found, scores, strict=True)]
 
     def contents(self) -> list[str]:
-        """What an encoder reads of each passage."""
+        """The text that an encoder reads of each passage."""
         return [passage_contents(passage) for passage in self._passages]
 
     def digest(self) -> str:
-        """Of the passages in their order: what a row means."""
+        """A digest of the passages in order: it identifies what each row means."""
         parts = ((passage.id, passage_contents(passage)) for passage in self._passages)
         return combine([digest_bytes(repr(part).encode()) for part in parts])
 
 
 class Show(Protocol):
-    """A `Console`, or whatever else tells a person: notes, and phases that yield `progress(finished, total)`."""
+    """A `Console`, or anything else that shows notes, and phases that yield `progress(finished, total)`."""
 
     def note(self, text: str) -> None: ...
     def phase(self, name: str, total: int | None = None) -> AbstractContextManager[Progress]: ...
 
 
 class Silence:
-    """Tells nobody."""
+    """A `Show` that shows nothing."""
 
     def note(self, text: str) -> None:
-        """Nothing."""
+        """Drop the note."""
 
     def phase(self, name: str, total: int | None = None) -> AbstractContextManager[Progress]:
         """Progress that nobody sees."""
@@ -211,11 +210,11 @@ def open_dense(
     timeout: float = 30.0,
     show: Show | None = None,
 ) -> tuple[DenseSearch, Index]:
-    """Search over an index, and the index.
+    """Open an index for searching; returns the search and the index.
 
     encoder: its model's folder, if not where the index says. scan: what a pass on a GPU reads. peers: all ranks of the
     run, if the ranks of a machine are to hold a part each; then this is a collective, and `timeout` is how many seconds
-    one of them may take over a search. show: who is told of the copying to a GPU.
+    one of them may take over a search. show: where copying to a GPU is reported.
     """
     device, show = check_device(device), show or Silence()
     index = open_index(folder)
@@ -238,7 +237,7 @@ def open_dense(
 
 
 def open_rows(parts: Iterable[Part], device: str, scan: Scan, show: Show) -> RowSearch:
-    """Search over consecutive parts, on a device. ValueError where they do not fit."""
+    """A search over consecutive parts on a device. ValueError if they do not fit."""
     parts = list(parts)
     if torch.device(device).type == "cpu" or not parts:
         return HostRows(parts)
@@ -251,7 +250,7 @@ def open_rows(parts: Iterable[Part], device: str, scan: Scan, show: Show) -> Row
 def hash_corpus(
     passages: Iterable[Passage], dimension: int, device: str = "cpu", scan: Scan = "float16"
 ) -> tuple[DenseSearch, MemoryStore]:
-    """Search over passages in memory with the hashing encoder fitted to them, and their store."""
+    """A search over passages in memory, by the hashing encoder fitted to them, and their store."""
     device = check_device(device)
     store = MemoryStore(passages)
     if not len(store):
@@ -264,6 +263,6 @@ def hash_corpus(
 
 
 def check_sizes(search: Sized, store: PassageSource) -> None:
-    """Row i of one is row i of the other, so they have equally many."""
+    """Raise ValueError unless both have equally many rows: row i of one is row i of the other."""
     if len(search) != len(store):
         raise ValueError(f"there are {len(search)} vectors for {len(store)} passages")

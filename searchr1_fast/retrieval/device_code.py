@@ -1,9 +1,9 @@
-"""CUDA C++ of `csrc/*.cu`, compiled when it is first wanted, for the GPU that is there: CuPy hands it to NVRTC.
+"""Compiles the CUDA C++ of `csrc/*.cu` on first use, for the GPU at hand: CuPy hands it to NVRTC.
 
-So an install needs neither nvcc nor a GPU. The sources include nothing, as a machine that runs torch need not have
-CUDA's headers. Without CuPy (`pip install 'searchr1_fast[cupy]'`) there is the twin of each kernel instead.
+An install therefore needs neither nvcc nor a GPU. The sources include nothing, because a machine that runs torch need
+not have CUDA's headers. Without CuPy (`pip install 'searchr1_fast[cupy]'`) the twin of each kernel is used instead.
 
-`OPTIONS` are also those that the tests compile with, for every architecture, where there is no GPU.
+Tests compile with the same `OPTIONS` where there is no GPU, for every architecture.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Launch = Callable[[int, int, int, tuple[Any, ...]], None]
 
 
 def cuda_source(name: str) -> str:
-    """The text of csrc/NAME.cu: of a checkout, or as the wheel brings it."""
+    """The text of csrc/NAME.cu, from a checkout or from the wheel."""
     package = Path(__file__).parents[1]
     for folder in (package / "csrc", package.parent / "csrc"):
         if (folder / f"{name}.cu").is_file():
@@ -28,8 +28,8 @@ def cuda_source(name: str) -> str:
 
 
 def load_kernel(name: str, function: str) -> Launch:
-    """A function of csrc/NAME.cu, by CuPy, for torch's current device. Its arguments are numbers of numpy's types,
-    pointers uint64."""
+    """Load a function of csrc/NAME.cu through CuPy, for torch's current device. Its arguments are numpy scalars, with
+    pointers as uint64."""
     import cupy
 
     kernel = cupy.RawModule(code=cuda_source(name), options=OPTIONS).get_function(function)
@@ -42,7 +42,7 @@ def load_kernel(name: str, function: str) -> Launch:
 
 
 class _CurrentStream:
-    """torch's, by the protocol that CuPy asks for (not every torch that runs here has it)."""
+    """torch's current stream, in the protocol that CuPy asks for (which not every supported torch has)."""
 
     def __cuda_stream__(self) -> tuple[int, int]:
         import torch

@@ -1,7 +1,7 @@
-"""A retriever that misses now and then: for a share of the queries the best passage is not there.
+"""A retriever that misses now and then: for a share of the queries it leaves out the best passage.
 
-Which queries miss depends on their text and a seed alone, not on the batch, the step or the process, so the same query
-misses every time and a policy can learn to ask again in other words.
+Which queries miss depends on their text and a seed alone, not on the batch, the step or the process. So the same query
+misses every time, and a policy can learn to ask again in other words.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from searchr1_fast.types import Passage
 
 
 class MissingRetriever:
-    """Drops the best passage for a share `rate` of the queries; these get the next `k` instead."""
+    """Drops the best passage for a share `rate` of the queries, which get the next `k` instead."""
 
     def __init__(self, inner: Retriever, rate: float, seed: int = 0) -> None:
         if not 0.0 <= rate <= 1.0:

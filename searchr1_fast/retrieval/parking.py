@@ -1,20 +1,20 @@
-"""Device memory that others may have for a time: what it holds waits in page-locked host memory, and comes back.
+"""Lends out device memory for a time, keeping its contents in page-locked host memory.
 
     memory = ParkedMemory(kept, scratch, device, stream)
     memory.park()      # nothing may read the tensors from here …
     memory.unpark()    # … to here; kernels on the stream may be queued at once, and find what was there
 
-Tensors stay what they are: the memory under them is taken away and given back (`UntypedStorage.resize_`), at other
-addresses perhaps, so whatever was recorded with the old ones (CUDA graphs) must be recorded again. What is `kept` never
-changes, so it is copied to the host once, the first time; later only memory is given away, and copied back. `scratch`
-holds nothing between its uses, and is not copied.
+The tensor objects survive: the memory under them is taken away and given back (`UntypedStorage.resize_`), perhaps at
+other addresses, so whatever was recorded with the old ones (CUDA graphs) must be recorded again. What is `kept` never
+changes, so it is copied to the host only the first time; later parks only free the memory. `scratch` holds nothing
+between its uses, and is not copied.
 
-To park gives the memory back to the driver, with all that torch's allocator held unused: memory that was freed on one
-stream is otherwise for that stream alone. Addresses are not kept: that would take memory that torch's allocator does
-not know of (CUDA's virtual memory), to save recordings, of which a search of ten kernels is a small one.
+Parking returns the memory to the driver, with all that torch's allocator held unused: memory freed on one stream would
+otherwise serve that stream alone. Addresses are not kept: that would take memory that torch's allocator does not know
+of (CUDA's virtual memory), only to save recordings, and that of a search, ten kernels, is a small one.
 
-On a CPU the same code runs between host and host, for tests: there memory is overwritten and not given away, as torch
-does not let go of what numpy has seen.
+On a CPU the same code copies from host to host, for tests; there memory is overwritten instead of freed, because torch
+does not let go of memory that numpy has seen.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ SETTING = "retrieval.park_during_update"
 
 @dataclass(slots=True)
 class ParkingTimes:
-    """What parking took so far. Copies back run by themselves, and are in no number here."""
+    """The time that parking has taken so far. Copies back run asynchronously, and are in no number here."""
 
     num_parks: int = 0
     num_unparks: int = 0
-    park_seconds: float = 0.0  # of which the first has the copy to the host
+    park_seconds: float = 0.0  # the first park includes the copy to the host
     unpark_seconds: float = 0.0  # until the copies back were queued, and searches recorded
 
 
 class ParkedMemory:
-    """Storages that leave a device together. Not safe to call from several threads; whose they are, has a lock."""
+    """Storages that leave a device together. Not safe to call from several threads: the owner holds a lock."""
 
     def __init__(
         self,
@@ -51,8 +51,8 @@ class ParkedMemory:
         device: torch.device,
         stream: torch.cuda.Stream | None = None,
     ) -> None:
-        """`stream`: on which all that reads or writes the tensors is queued; None: the one that is current when it is
-        called. On a CPU none."""
+        """`stream`: where everything that reads or writes the tensors is queued; None means the stream that is current
+        at each call. On a CPU there is none."""
         self._kept, self._scratch = _storages(kept), _storages(scratch)
         assert not self._kept.keys() & self._scratch.keys(), "what is kept is no scratch"
         self._device, self._stream = device, stream
@@ -63,15 +63,15 @@ class ParkedMemory:
 
     @property
     def nbytes(self) -> int:
-        """That parking frees, or has freed."""
+        """The bytes that parking frees, or has freed."""
         if self.is_parked:
             return sum(num_bytes for _, num_bytes in self._away)
         return sum(storage.nbytes() for storage in self._all())
 
     @torch.no_grad()
     def park(self) -> None:
-        """Give the memory away. Waits for what is queued on the stream. Again: nothing. ValueError, before anything
-        changed, where the machine does not lock so much host memory."""
+        """Free the memory, after waiting for what is queued on the stream. Does nothing if parked already. ValueError,
+        before anything has changed, if the machine does not lock that much host memory."""
         if self.is_parked:
             return
         started = time.perf_counter()
@@ -93,8 +93,8 @@ class ParkedMemory:
 
     @torch.no_grad()
     def unpark(self) -> None:
-        """Take as much memory again, and queue the copies back. Again: nothing. Where the device has not so much
-        (torch.OutOfMemoryError) all stays parked."""
+        """Allocate the memory again, and queue the copies back. Does nothing if not parked. If the device does not have
+        that much (torch.OutOfMemoryError), everything stays parked."""
         if not self.is_parked:
             return
         started = time.perf_counter()
@@ -126,13 +126,13 @@ class ParkedMemory:
         return sum(storage.nbytes() for storage in self._kept.values())
 
     def _parts(self) -> tuple[torch.Tensor, ...]:
-        """Of the host's copy, one for each storage that is kept; to be asked for while the memory is there."""
+        """The host's copy in parts, one for each kept storage. Call only while the memory is there."""
         assert self._host is not None
         return self._host.split([storage.nbytes() for storage in self._kept.values()])
 
 
 def _storages(tensors: Iterable[torch.Tensor]) -> dict[int, torch.UntypedStorage]:
-    """What lies under them, by address, each once; nothing of those that are empty."""
+    """The storages of the tensors by address, each once, without empty ones."""
     storages = (tensor.untyped_storage() for tensor in tensors)
     return {storage.data_ptr(): storage for storage in storages if storage.nbytes()}
 

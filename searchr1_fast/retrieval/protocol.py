@@ -1,4 +1,4 @@
-"""What every retriever is: queries in, passages out, best first. And the one error a failed search raises."""
+"""The interface of every retriever (queries in, passages out, best first) and the error that a failed search raises."""
 
 from __future__ import annotations
 
@@ -9,51 +9,51 @@ from typing import Literal, Protocol, runtime_checkable
 from searchr1_fast.retrieval.statistics import SearchStatistics
 from searchr1_fast.types import Passage, SearchError
 
-# Of a search over vectors. `exact`: every row is compared. `exact_certified`: 8-bit codes propose, a bound on their
-# error proves that no other row is better, and what is not proven is compared: results are the same.
-# `approximate`: neither.
+# How a search over vectors finds its rows. `exact`: every row is compared. `exact_certified`: 8-bit codes propose rows,
+# a bound on the codes' error proves that no other row is better, and rows without such a proof are compared: the
+# results are those of `exact`. `approximate`: neither.
 Mode = Literal["exact", "exact_certified", "approximate"]
 
 
 class RetrievalError(SearchError):
-    """A search that failed for good: what was asked of whom, how often, and the last cause, in one sentence."""
+    """A search that failed for good; one sentence says what was asked of whom, how often, and the last cause."""
 
 
 class RetrievalTimeout(RetrievalError):
-    """A search whose deadline passed. What was found by then is not returned: it would change the reward."""
+    """A search that missed its deadline. What it had found by then is not returned: it would change the reward."""
 
 
 class RetrievalParked(RetrievalError):
-    """A search of an index whose GPU memory was given to others. It is refused: to wait would be to hang, where nobody
-    else is there to take the memory back."""
+    """A search of an index whose GPU memory has been lent to others. It is refused rather than left waiting: where
+    nobody else is there to take the memory back, waiting would hang."""
 
     def __init__(self) -> None:
         super().__init__("the index is parked: its GPU memory is others' for now; call unpark() before you search")
 
 
 class Retriever(Protocol):
-    """Safe to call from several threads at once."""
+    """Finds passages for queries. Safe to call from several threads at once."""
 
     def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
-        """For each query at most `k` passages, best first; fewer where fewer were found, never invented ones.
+        """Find at most `k` passages for each query, best first; fewer where fewer were found, never made-up ones.
 
-        Raises RetrievalError when the search failed: an empty list means that nothing was found.
+        Raises RetrievalError if the search failed, so an empty list means that nothing was found.
         """
         ...
 
 
 @runtime_checkable
 class Counts(Protocol):
-    """A retriever that knows more of its searches than who calls it."""
+    """A retriever that knows more about its searches than its caller does."""
 
     def take_statistics(self) -> SearchStatistics:
-        """Since they were last taken."""
+        """The statistics since they were last taken."""
         ...
 
 
 @runtime_checkable
 class Remembers(Protocol):
-    """A retriever whose results can be kept beside a checkpoint."""
+    """A retriever whose results can be saved beside a checkpoint."""
 
     identity: str
     """What is searched, by what; a file of another identity is refused. Empty: it cannot be told from others."""
@@ -65,8 +65,8 @@ class Remembers(Protocol):
 
 @runtime_checkable
 class Parks(Protocol):
-    """A retriever, or what is below one, whose GPU memory others can have for a time. Both do nothing where it was
-    done, and are called by one thread."""
+    """A retriever, or a part of one, whose GPU memory can be lent to others for a time. `park` and `unpark` do nothing
+    the second time, and are called by one thread."""
 
     @property
     def is_parked(self) -> bool: ...
@@ -76,13 +76,13 @@ class Parks(Protocol):
 
 @runtime_checkable
 class Closes(Protocol):
-    """A retriever with threads to end."""
+    """A retriever with threads that must be ended."""
 
     def close(self) -> object: ...
 
 
 def innermost(retriever: Retriever) -> Retriever:
-    """The retriever that searches, below those that only change what it found."""
+    """The retriever that searches, beneath any wrappers that only change what it found."""
     while (inner := getattr(retriever, "inner", None)) is not None:
         retriever = inner
     return retriever
@@ -98,6 +98,6 @@ class NullRetriever:
 
 
 def check_k(k: int) -> None:
-    """Every retriever refuses the same nonsense in the same words."""
+    """Raise ValueError if `k` is below 1, in the same words for every retriever."""
     if k < 1:
         raise ValueError(f"k is the number of passages a query gets; it must be at least 1, not {k}")

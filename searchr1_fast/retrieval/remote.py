@@ -1,8 +1,8 @@
 """Client of a search server that speaks Search-R1's `POST /retrieve`.
 
-The original sends a request without timeout, retry or a look at the status, so one hiccup of the server ends the run.
-Here a request is tried again after a pause that doubles, with jitter, but only where trying again can help: the
-connection failed or timed out, the server answered 429 or 5xx. Every other answer is an error at once.
+The original sends a request without timeout, retry or a check of the status, so one hiccup of the server ends the run.
+Here a request is retried after a pause that doubles, with jitter, but only where a retry can help: the connection
+failed or timed out, or the server answered 429 or 5xx. Every other answer is an error at once.
 
 Left out: proxies (`http_proxy` is not read: the server is part of the run) and redirects.
 """
@@ -41,8 +41,8 @@ class RemoteStatistics:
 
 
 class RemoteRetriever:
-    """One kept-alive connection per thread. `timeout` is for connecting and for every wait on the server; `token` goes
-    into every request, for servers that want one."""
+    """Searches over HTTP, with one kept-alive connection per thread. `timeout` is for connecting and for every wait on
+    the server; `token` goes into every request, for servers that want one."""
 
     def __init__(self, url: str, timeout: float = 30.0, max_retries: int = 4, token: str = "") -> None:
         parts = urlsplit(url)
@@ -64,7 +64,7 @@ class RemoteRetriever:
         self._retries_taken = 0
 
     def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
-        """One request for the whole batch, equal queries sent once; more than `k` results of a query are cut to `k`."""
+        """Send one request for the whole batch, equal queries once; more than `k` results of a query are cut to `k`."""
         check_k(k)
         if not queries:
             return []
@@ -83,13 +83,13 @@ class RemoteRetriever:
         return [list(found[query]) for query in queries]
 
     def take_statistics(self) -> SearchStatistics:
-        """Retries since it was last asked; all else is known to who calls."""
+        """The retries since this was last called; everything else the caller knows."""
         with self._lock:
             retries, self._retries_taken = self.statistics.retries - self._retries_taken, self.statistics.retries
         return SearchStatistics(retries=retries)
 
     def _post(self, body: bytes) -> bytes:
-        """The body of the 200 answer, after as many attempts as it takes and `max_retries` allows."""
+        """The body of the 200 answer, after as many attempts as it takes, within `max_retries` retries."""
         for attempt in range(1, self._max_retries + 2):
             wait = 0.0
             try:
@@ -114,10 +114,10 @@ class RemoteRetriever:
         return min(_LONGEST_PAUSE, _FIRST_PAUSE * 2 ** (attempt - 1)) * self._jitter.uniform(0.5, 1.0)
 
     def _exchange(self, body: bytes) -> tuple[int, float, bytes]:
-        """One request: status, seconds the server asks to wait, body.
+        """Make one request -> (status, seconds the server asks to wait, body).
 
-        A kept-alive connection may have been closed by the server meanwhile, which shows only now and says nothing
-        about its health: that one is opened anew without counting as a failed attempt.
+        The server may have closed a kept-alive connection in the meantime, which shows only now and says nothing about
+        its health: the connection is then reopened, and no failed attempt is counted.
         """
         kept: http.client.HTTPConnection | None = getattr(self._local, "connection", None)
         if kept is not None:
@@ -137,7 +137,7 @@ class RemoteRetriever:
         except _CONNECTION_ERRORS:
             connection.close()
             raise
-        self._local.connection = connection  # http.client reopens it by itself where the server said `close`
+        self._local.connection = connection  # http.client reopens it by itself if the server said `close`
         return response.status, _seconds(response.getheader("Retry-After")), answer
 
 

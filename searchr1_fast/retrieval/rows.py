@@ -1,14 +1,14 @@
-"""Rows of vectors that are searched: what every kind of them does, and those of a CPU.
+"""Searchable rows of vectors: the interface of every kind, and the kind for a CPU.
 
     HostRows      memory-mapped, one `TopKIndex` per file                                this file
     DeviceRows    copied to a GPU once, one `TopKIndex` for all                          device_rows.py
-    ShardedRows   cut over the ranks of a machine, which search for one another          sharded_rows.py
+    ShardedRows   split over the ranks of a machine, which search for one another        sharded_rows.py
 
-The last two can be parked (`protocol.Parks`): `park()` gives the memory of a GPU to others, `unpark()` takes it back.
-Meanwhile a search waits. `HostRows` lie on no GPU, and have neither.
+The last two can be parked (`protocol.Parks`): `park()` gives the memory of a GPU to others, `unpark()` takes it back,
+and a search in between waits. `HostRows` are on no GPU and have neither method.
 
-They stack: what a rank of `ShardedRows` holds is one of the other two. The order is total (score descending, then row
-ascending), so files, shards and batches are cut and merged without changing a bit of a result.
+They nest: what a rank of `ShardedRows` holds is one of the other two. The order is total (score descending, then row
+ascending), so cutting and merging files, shards and batches changes no bit of a result.
 
 Shape legend
     Q  queries    K  hits of a query: k, or all rows if fewer    D  components
@@ -31,7 +31,7 @@ Part = tuple[int, np.ndarray]  # (first row, vectors [rows, D] fp16)
 
 
 class RowSearch(Protocol):
-    """Safe to call from several threads."""
+    """Rows that can be searched. Safe to call from several threads."""
 
     @property
     def mode(self) -> Mode: ...
@@ -44,7 +44,7 @@ class RowSearch(Protocol):
 
 
 class HostRows:
-    """Consecutive parts, of which the first may begin at any row. They stay where they are; beside them memory holds
+    """Consecutive parts, the first of which may begin at any row. They stay where they are; memory holds, in addition,
     the 8-bit codes that propose candidates, one byte per component."""
 
     mode: Mode = "exact_certified"
@@ -65,11 +65,11 @@ class HostRows:
         return self._num_rows
 
     def search(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Part by part. ValueError where a mapped file has changed."""
+        """Search part by part. ValueError if a mapped file has changed."""
         queries, k = torch.from_numpy(vectors), min(k, len(self))
         found = [(np.empty((len(vectors), 0), np.float32), np.empty((len(vectors), 0), np.int64))]  # of no rows
         with self._lock:
-            for file in self._mapped.values():  # here, when its turn has come: what changed while it waited counts
+            for file in self._mapped.values():  # checked under the lock, so that a change while it waited is noticed
                 file.check()
             for first, part in self._parts:
                 scores, rows = topk_inner_product(queries, part, min(k, len(part)))
@@ -80,7 +80,7 @@ class HostRows:
 def merge(found: list[tuple[np.ndarray, np.ndarray]], k: int) -> tuple[np.ndarray, np.ndarray]:
     """The best k of several results (scores [Q,·] fp32, rows [Q,·] int64), by score descending, then row ascending.
 
-    The plain twin of `_C.merge_topk`, which wants no more than that the result be as wide as there are hits.
+    The plain twin of `_C.merge_topk`, except that the result is no wider than there are hits.
     """
     if len(found) == 1:
         return found[0]
@@ -90,7 +90,7 @@ def merge(found: list[tuple[np.ndarray, np.ndarray]], k: int) -> tuple[np.ndarra
 
 
 def cut(parts: Iterable[Part], begin: int, end: int) -> Iterator[Part]:
-    """What lies in rows begin to end, as views; rows keep their numbers."""
+    """The parts of rows begin to end, as views; rows keep their numbers."""
     for first, vectors in parts:
         low, high = max(begin - first, 0), min(end - first, len(vectors))
         if low < high:
@@ -98,5 +98,5 @@ def cut(parts: Iterable[Part], begin: int, end: int) -> Iterator[Part]:
 
 
 def share(num_rows: int, place: int, num_shares: int) -> tuple[int, int]:
-    """(begin, end): the rows of one of several shares that differ by one row at most."""
+    """(begin, end): the rows of one of several shares, whose sizes differ by one row at most."""
     return num_rows * place // num_shares, num_rows * (place + 1) // num_shares

@@ -3,14 +3,14 @@
     {"queries": ["…"], "topk": 3, "return_scores": true}
     -> {"result": [[{"document": {"id", "contents"}, "score"}, …], …]}
 
-Without scores (the protocol's default) the documents stand alone. What is wrong is answered `{"error": "…"}`: 400 not
-JSON, 401 no or another token, 404, 405, 413 too large, 422 JSON that asks for nonsense, 502 the search failed, 504 it
-took too long. `GET /health` is open to everyone; `GET /metrics` speaks Prometheus' text format.
+Without scores (the protocol's default) the documents stand alone. Errors are answered with `{"error": "…"}`: 400 not
+JSON, 401 no token or a wrong one, 404, 405, 413 too large, 422 JSON that is no valid request, 502 the search failed,
+504 it took too long. `GET /health` is open to everyone; `GET /metrics` answers in Prometheus' text format.
 
-Requests of all clients are searched together: by the batcher where the retriever is one, else here, where whatever
-arrived during one search is the next. Whoever ends the server (SIGTERM) lets it finish what it has accepted.
+Requests of all clients are searched together: by the batcher if the retriever is one, otherwise here, where whatever
+arrived during one search is the next. On SIGTERM the server finishes what it has accepted.
 
-Left out: TLS and rates per client, which are a proxy's business.
+Left out: TLS and per-client rate limits, which are a proxy's business.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from searchr1_fast.retrieval.protocol import Retriever
 from searchr1_fast.retrieval.server_metrics import ServerMetrics
 from searchr1_fast.types import Passage
 
-LARGEST_TOPK = 2**20  # what the batcher takes
-MOST_PASSAGES = 2**20  # that one request may ask for, all queries together: hundreds of megabytes of JSON
+LARGEST_TOPK = 2**20  # the batcher's limit
+MOST_PASSAGES = 2**20  # per request, all its queries together: hundreds of megabytes of JSON
 MAX_BODY_BYTES = 64 * 2**20  # ten thousand queries are a few megabytes
 
 
 class RequestError(Exception):
-    """A request that cannot be answered; the sentence goes back to who sent it."""
+    """A request that cannot be answered; the sentence goes back to the client."""
 
     def __init__(self, status: int, sentence: str) -> None:
         super().__init__(sentence)
@@ -40,7 +40,7 @@ class RequestError(Exception):
 
 
 class RetrievalServer:
-    """`serve_forever()` answers until SIGTERM, Ctrl-C or `shutdown()`; port 0 takes a free one, see `url`.
+    """Answers in `serve_forever()` until SIGTERM, Ctrl-C or `shutdown()`. Port 0 takes a free one (see `url`).
 
     The port is bound at once, so that it is known to be free before a corpus is loaded, and refuses connections until
     `serve_forever`. `retriever` may be set until then.
@@ -55,8 +55,8 @@ class RetrievalServer:
         token: str = "",
         max_body_bytes: int = MAX_BODY_BYTES,
     ) -> None:
-        """`topk`: passages where a request does not say. `token`: what requests carry as `Authorization: Bearer …`,
-        if not empty. OSError: the port is taken. ValueError: the packages that serve are not installed."""
+        """`topk`: passages per query if a request does not say. `token`: if not empty, requests must carry it as
+        `Authorization: Bearer …`. OSError: the port is taken. ValueError: the packages that serve are not installed."""
         try:
             from searchr1_fast.retrieval import server_http
         except ModuleNotFoundError as error:
@@ -89,7 +89,7 @@ class RetrievalServer:
 
     @property
     def url(self) -> str:
-        """Where a client on this machine finds it."""
+        """The address of `POST /retrieve` for a client on this machine."""
         host, port = self.address
         return f"http://[{host}]:{port}/retrieve" if ":" in host else f"http://{host}:{port}/retrieve"
 
@@ -99,19 +99,19 @@ class RetrievalServer:
         self._http.serve(self, self._socket)
 
     def on_start(self, stop: Callable[[], None]) -> None:
-        """`server_http` hands in what ends it; a `shutdown` that came before counts."""
+        """Called by `server_http` with the function that stops it; a `shutdown` that came before takes effect here."""
         self._stop = stop
         if self._stopping:
             stop()
 
     def shutdown(self) -> None:
-        """Make `serve_forever` return once what was accepted is answered. From any thread."""
+        """Make `serve_forever` return once what was accepted is answered. Callable from any thread."""
         self._stopping = True
         if self._stop is not None:
             self._stop()
 
     def close(self) -> None:
-        """Give the port back."""
+        """Release the port."""
         self._socket.close()
 
     def __enter__(self) -> RetrievalServer:
@@ -121,7 +121,7 @@ class RetrievalServer:
         self.close()
 
     def authorise(self, header: str) -> None:
-        """RequestError unless the Authorization header carries the token. Takes as long for every wrong one."""
+        """Raise RequestError unless the Authorization header carries the token, in equal time for every wrong one."""
         if self._token and not hmac.compare_digest(header.encode(), f"Bearer {self._token}".encode()):
             raise RequestError(401, "this server wants its token as `Authorization: Bearer …`")
 
@@ -142,7 +142,7 @@ def read_body(body: bytes) -> Any:
 
 
 def read_request(request: Any, default_topk: int) -> tuple[list[str], int, bool]:
-    """(queries, passages per query, with scores) of a decoded body."""
+    """(queries, passages per query, whether with scores) of a decoded body."""
     if not isinstance(request, dict):
         raise RequestError(422, "the body must be an object with `queries`")
     queries = request.get("queries")
@@ -167,7 +167,7 @@ def read_request(request: Any, default_topk: int) -> tuple[list[str], int, bool]
 
 
 def render(hits: Sequence[Passage], return_scores: bool) -> list[dict[str, Any]]:
-    """The passages of one query, as the protocol has them."""
+    """The passages of one query, in the protocol's form."""
     documents = [{"id": hit.id, "contents": passage_contents(hit)} for hit in hits]
     if not return_scores:
         return documents

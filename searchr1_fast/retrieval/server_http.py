@@ -1,4 +1,4 @@
-"""The HTTP of server.py: a Starlette application, and uvicorn to run it. Only this needs the `serve` extra."""
+"""The HTTP side of server.py: a Starlette application, run by uvicorn. Only this module needs the `serve` extra."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from searchr1_fast.retrieval.protocol import RetrievalError, RetrievalTimeout
 from searchr1_fast.retrieval.server import RequestError, RetrievalServer, read_body, read_request, render
 from searchr1_fast.types import Passage
 
-_DRAIN_SECONDS = 60  # that requests under way get when the server is told to end
+_DRAIN_SECONDS = 60  # for requests in flight once the server is told to stop
 _BACKLOG = 2048  # every rank of a run may connect at the same moment
-_KEEP_ALIVE_SECONDS = 75  # longer than the pause between two steps' searches usually is
+_KEEP_ALIVE_SECONDS = 75  # longer than the usual pause between the searches of two steps
 _CLIENT_GONE = 499  # nobody reads it, but it is counted
 
 
@@ -50,7 +50,7 @@ def serve(server: RetrievalServer, bound: socket.socket) -> None:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's, but a signal that ended it is not raised once more: who drains on SIGTERM has done what was asked."""
+    """uvicorn's server, but a signal that ended it is not raised again: draining on SIGTERM is what was asked."""
 
     interrupted = False
 
@@ -74,7 +74,7 @@ class _Server(uvicorn.Server):
 
 
 def application(server: RetrievalServer) -> Starlette:
-    """The ASGI application, for who has a server of their own."""
+    """The ASGI application, for use in another server."""
     endpoints = _Endpoints(server)
     routes = [
         Route("/retrieve", endpoints.retrieve, methods=["POST"]),
@@ -86,7 +86,7 @@ def application(server: RetrievalServer) -> Starlette:
 
 
 class _Endpoints:
-    """What the routes call."""
+    """The handlers of the routes."""
 
     def __init__(self, server: RetrievalServer) -> None:
         self._server = server
@@ -94,7 +94,7 @@ class _Endpoints:
 
     @asynccontextmanager
     async def lifespan(self, _: Starlette) -> AsyncIterator[None]:
-        """The batcher waits for coroutines by itself; for other retrievers their searches are gathered here."""
+        """Choose how to search: a batcher serves coroutines itself; for other retrievers a Coalescer gathers them."""
         retriever = self._server.retriever
         assert retriever is not None
         if hasattr(retriever, "search_async"):
@@ -155,7 +155,7 @@ class _Endpoints:
         self._server.authorise(request.headers.get("authorization", ""))
 
     async def _read(self, request: Request) -> bytes:
-        """The body. What is too long is not read to its end, whatever its headers say."""
+        """Read the body. One that is too long is not read to its end, whatever its headers say."""
         most = self._server.max_body_bytes
         sentence = f"the body is longer than the {most} bytes that this server reads"
         length = request.headers.get("content-length", "")
@@ -170,7 +170,7 @@ class _Endpoints:
 
 
 def _json(content: dict[str, Any], status: int = 200) -> Response:
-    """In ASCII: a corpus may hold lone surrogates, which JSON can write and UTF-8 cannot."""
+    """A JSON response in ASCII: a corpus may hold lone surrogates, which JSON can write and UTF-8 cannot."""
     return Response(json.dumps(content).encode(), status, media_type="application/json")
 
 
@@ -184,5 +184,5 @@ async def _not_allowed(request: Request, _: Exception) -> Response:
 
 
 async def _broken(_: Request, error: Exception) -> Response:
-    """Starlette raises the exception once more after this, so that uvicorn logs its traceback."""
+    """Answer 500. Starlette raises the exception again after this, so that uvicorn logs its traceback."""
     return _json({"error": f"the server failed: {type(error).__name__}"}, 500)

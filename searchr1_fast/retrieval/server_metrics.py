@@ -1,6 +1,6 @@
-"""What the server counts, and how Prometheus reads it (text exposition format 0.0.4).
+"""The server's counters, and their page for Prometheus (text exposition format 0.0.4).
 
-Counted in the event loop's thread alone, so nothing is locked.
+Only the event loop's thread counts, so there is no lock.
 """
 
 from __future__ import annotations
@@ -45,18 +45,18 @@ class ServerMetrics:
         self._batch_rows = _Histogram(_ROWS)
 
     def request(self, status: int, num_queries: int, seconds: float) -> None:
-        """A request was answered."""
+        """Count an answered request."""
         self._requests[status] += 1
         self._queries += num_queries
         self._seconds.add(seconds)
 
     def batch(self, num_queries: int) -> None:
-        """Queries are searched together."""
+        """Count a batch of queries searched together."""
         self._batch_rows.add(num_queries)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """A request waits for its search."""
+        """Count a request as waiting for its search."""
         self._waiting += 1
         try:
             yield

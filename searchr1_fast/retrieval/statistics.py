@@ -1,4 +1,4 @@
-"""What searches cost a step of training: how many, how many of them twice, how long they were waited for.
+"""What searches cost in a training step: how many there were, how many were repeats, how long callers waited.
 
 Counted where the trainer calls (`environment.py`), so that every backend has them; a retriever that batches adds what
 it alone knows. Those of several ranks add up, and percentiles are over all waits of all ranks.
@@ -14,17 +14,17 @@ import numpy as np
 
 @dataclass(slots=True)
 class SearchStatistics:
-    """Since they were last taken."""
+    """Counts since they were last taken."""
 
     queries: int = 0  # asked for
-    unique: int = 0  # that had to be searched: neither a copy of one under way nor known from before
+    unique: int = 0  # that had to be searched: neither a copy of one in flight nor in the cache
     cache_hits: int = 0
-    batches: int = 0  # calls of what searches
+    batches: int = 0  # calls of the backend
     batch_rows: int = 0  # different queries in them
     timeouts: int = 0  # searches that passed their deadline
     retries: int = 0  # attempts after the first
     failures: int = 0  # searches that ended in an error
-    page_failures: int = 0  # pages of the web that could not be read, whose snippets stand in
+    page_failures: int = 0  # web pages that could not be read; their snippets stand in
     waits: list[tuple[float, int]] = field(default_factory=list)  # (seconds, queries) of every search
 
     def __add__(self, other: SearchStatistics) -> SearchStatistics:
@@ -41,7 +41,7 @@ class SearchStatistics:
 
 
 def percentile(waits: Iterable[tuple[float, int]], percent: float) -> float | None:
-    """The seconds that `percent` of the queries did not exceed; waits: (seconds, queries). None: there were none."""
+    """The wait in seconds that `percent` of the queries did not exceed; `waits`: (seconds, queries). None without any."""
     ordered = sorted(waits)
     ends = np.cumsum([count for _, count in ordered])
     if not ordered or not ends[-1]:

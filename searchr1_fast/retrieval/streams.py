@@ -1,9 +1,9 @@
-"""A CUDA stream that work is queued on, from whatever thread, or recorded on.
+"""Queueing work on a CUDA stream from any thread, and recording it there.
 
-Searches run in threads, and a thread begins with device 0 for its current one. `torch.cuda.stream` alone selects the
-stream's device and goes back to device 0 by `cudaSetDevice`, which since CUDA 12 opens a context there: so every rank
-would take memory of the first GPU, for a device on which it has nothing to do. `torch.cuda.device` goes back to a
-device only where this process has a context.
+Searches run in threads, and a thread starts with device 0 as its current one. `torch.cuda.stream` alone selects the
+stream's device and then returns to device 0 by `cudaSetDevice`, which since CUDA 12 opens a context there: every rank
+would take memory of the first GPU, on which it has nothing to do. `torch.cuda.device` returns to a device only if this
+process has a context there.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 @contextmanager
 def on_stream(stream: torch.cuda.Stream | None) -> Iterator[None]:
-    """What is queued within is queued there, and its device is the current one. None, as on a CPU: nothing changes."""
+    """Queue what runs inside on `stream`, with its device the current one. None, as on a CPU, changes nothing."""
     if stream is None:
         yield
         return
@@ -27,11 +27,11 @@ def on_stream(stream: torch.cuda.Stream | None) -> Iterator[None]:
 
 @contextmanager
 def recording_again(graph: torch.cuda.CUDAGraph, **options: Any) -> Iterator[None]:
-    """What is queued within, on the current stream, is recorded and does not run; it has run before. `options`: of
+    """Record what is queued inside, on the current stream, without running it; it has run before. `options`: of
     `CUDAGraph.capture_begin`.
 
-    `torch.cuda.graph` waits for the device and empties torch's cache, and for neither is there a reason here: copies
-    that are on their way to what the graph reads were queued before every replay.
+    `torch.cuda.graph` waits for the device and empties torch's cache. Neither is needed here: copies still on their way
+    to what the graph reads were queued before every replay.
     """
     # thread_local: a trainer in another thread may use the device while this one records
     graph.capture_begin(capture_error_mode="thread_local", **options)
