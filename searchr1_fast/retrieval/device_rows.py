@@ -1,20 +1,21 @@
-"""Rows of vectors in the memory of a GPU: copied there once, searched by `topk_inner_product` on a stream of their own.
+"""Rows of vectors in a GPU's memory: copied there once, searched by `topk_inner_product` on a stream of their own.
 
-One tensor for all rows, however many files they come from: a search is one pass, and there is nothing to merge.
+All rows are one tensor, however many files they come from: a search is one pass, and there is nothing to merge.
 
-What keeps out of the trainer's way: every kernel and copy is queued on one stream that nobody else uses (a thread that
-names none would get the default one, and wait for the decoding and training that is queued there); queries and results
-pass through pinned memory; and one search at a time is under way, so memory is that of one.
+Staying out of the trainer's way: every kernel and copy is queued on one stream that nothing else uses (a thread that
+names none gets the default stream, and waits for the decoding and training queued there); queries and results pass
+through pinned memory; and one search runs at a time, so working memory is that of one.
 
-What keeps the host out of the search's way: its kernels are one launch (`recorded_search.py`), one copy brings the hits
-together with whether they are proven, and what a search of so many queries and hits reads and writes is named once
-(`_Lane`): slices, views and streams entered anew took Python 0.45 ms a search, named once they take 0.07 (32 queries,
-beside an H200, 2026-11-27). Where a hit is not proven the host looks again, and `settled` counts it.
+Keeping the host's share small: a search's kernels are one launch (`recorded_search.py`), one copy brings the hits
+together with whether they are proven, and the tensors that a search of a given size reads and writes are made once
+(`_Lane`). Making slices and views and entering streams anew took Python 0.45 ms a search; made once, 0.07 ms (32
+queries, on an H200's host, 2026-11-27). A hit that is not proven is searched again by the host, and counted in
+`settled`.
 
-What lets others have the memory for a time: `park` and `unpark` (parking.py). A search that meets parked rows waits
-until they are back; who may not wait is told so above (batcher.py).
+Lending out the memory: `park` and `unpark` (parking.py). A search that meets parked rows waits until they are back;
+callers that must not wait are refused in batcher.py.
 
-The whole class runs on a CPU too, where it is the twin that tests compare: ring, row numbers, cutting of batches.
+The whole class also runs on a CPU, as the twin that tests compare: ring, row numbers, cutting of batches.
 
 Shape legend
     Q  queries    K  hits of a query    M  rows    D  components
@@ -40,15 +41,15 @@ from searchr1_fast.retrieval.streams import on_stream
 from searchr1_fast.types import Progress
 
 _BYTES_BETWEEN_SIGNS = 2**28  # of progress
-_MAX_HITS = 192  # of a search that can be recorded; more are searched as one that cannot
-_RECORDED_HITS = 16  # what the batcher asks for unless somebody wants more
-# Of rows, from which on reading them is what takes time: only then is it worth the seconds of finding out how.
+_MAX_HITS = 192  # of a search that can be recorded; a search for more runs unrecorded
+_RECORDED_HITS = 16  # what the batcher asks for unless a caller wants more
+# Of rows. From this size on, reading them dominates; only then is tuning worth the seconds that it takes.
 _TUNED_BYTES = 2**28
 _TUNED_QUERIES = (16, 32, 64, 128, 256)
 
 
 class _Lane(NamedTuple):
-    """The way of a search of Q queries for K hits, there and back. Numpy's arrays are views of the pinned tensors."""
+    """The buffers of a search of Q queries for K hits, to the device and back. Arrays are views of pinned tensors."""
 
     staged: torch.Tensor  # [Q, D] fp32, pinned
     vectors: np.ndarray  # of `staged`
@@ -61,7 +62,7 @@ class _Lane(NamedTuple):
 
 
 class DeviceRows:
-    """Consecutive parts, of which the first may begin at any row."""
+    """Consecutive parts in one device's memory; the first may begin at any row."""
 
     def __init__(
         self,
@@ -70,7 +71,7 @@ class DeviceRows:
         scan: Scan = "float16",
         progress: Progress | None = None,  # (MiB copied, MiB in all)
     ) -> None:
-        """ValueError where the device's free memory is too small; nothing was allocated then."""
+        """ValueError, before anything is allocated, if the device's free memory is too small."""
         parts = list(parts)
         if not parts:
             raise ValueError("a device is given at least one row of vectors")
@@ -85,15 +86,15 @@ class DeviceRows:
         self._copies = copies_of(self._device, self._stream)
         self._queries, self._results = HostBuffer(self._copies), HostBuffer(self._copies)
         self._lanes: dict[tuple[int, int], _Lane] = {}  # by queries and hits
-        self._lock = threading.Condition()  # one search at a time; news: the rows are back
+        self._lock = threading.Condition()  # one search at a time; notified when the rows are back
         with on_stream(self._stream):
             corpus = torch.empty(shape, dtype=torch.float16, device=self._device)
             self._load(parts, corpus, progress)
-            # A CPU multiplies 8-bit codes fastest, whatever was asked for; the bits are the same.
+            # A CPU is fastest with 8-bit codes, whatever was asked for; the bits are the same.
             coarse = "float" if scan == "float16" and self._device.type == "cuda" else "int8"
             self._index = TopKIndex(corpus, coarse=coarse)
         if self._device.type == "cuda":
-            torch.cuda.empty_cache()  # preparing took gigabytes, which torch would keep for this stream alone
+            torch.cuda.empty_cache()  # preparing took gigabytes, which torch would keep for this stream
         with on_stream(self._stream):
             self._search = open_search(self._index, MAX_QUERIES, min(_MAX_HITS, len(self._index)))
         kind = CudaRecordedSearches if self._device.type == "cuda" else RecordedSearches
@@ -108,7 +109,7 @@ class DeviceRows:
 
     @property
     def mode(self) -> Mode:
-        """Whether codes propose."""
+        """`exact_certified` if codes propose rows, else `exact`."""
         return "exact" if self._index.coarse == "float" else "exact_certified"
 
     @property
@@ -122,21 +123,21 @@ class DeviceRows:
         return self._memory.is_parked
 
     def park(self) -> None:
-        """Give the memory of rows, codes and work to others, once the search under way has ended. Again: nothing.
-        ValueError, and nothing is parked, where the machine does not lock as much host memory."""
+        """Give the memory of rows, codes and work to others once the current search has ended. Does nothing if parked
+        already. ValueError, with nothing parked, if the machine does not lock that much host memory."""
         with self._lock:
             if not self.is_parked:
                 self.recorded.forget()
                 try:
                     self._memory.park()
-                except ValueError:  # the machine does not lock so much: the rows are where they were
+                except ValueError:  # the rows are where they were
                     with on_stream(self._stream):
                         self.recorded.record_again()
                     raise
 
     def unpark(self) -> None:
-        """Take the memory back and queue the copies; nothing is waited for. Again: nothing. Where there is not enough
-        (torch.OutOfMemoryError) the rows stay parked."""
+        """Take the memory back and queue the copies, without waiting. Does nothing if not parked. If there is not
+        enough memory (torch.OutOfMemoryError), the rows stay parked."""
         with self._lock, on_stream(self._stream):
             if self.is_parked:
                 self._memory.unpark()
@@ -156,18 +157,18 @@ class DeviceRows:
         return scores, rows
 
     def bytes_read(self, num_queries: int) -> int:
-        """By the pass over the rows, or over their codes, that a search of so many makes."""
+        """The bytes read by the pass over the rows, or their codes, in a search of this many queries."""
         return self._search.bytes_read(bucket_size(num_queries))
 
     def _search_part(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The results are views of memory that the next search overwrites; rows counted from the first."""
+        """Search one part; results are views that the next search overwrites, with rows counted from the first."""
         num_queries, size = len(vectors), bucket_size(len(vectors))
         if not self._search.can_launch(size, k):
             queries = torch.tensor(vectors, dtype=torch.float32, device=self._device)
             return tuple(tensor.cpu().numpy() for tensor in topk_inner_product(queries, self._index, k))
         lane = self._lanes.get((size, k)) or self._lane(size, k)
         lane.vectors[:num_queries] = vectors
-        lane.vectors[num_queries:] = 0  # rows of the bucket that nobody asks for
+        lane.vectors[num_queries:] = 0  # rows of the bucket without a query
         lane.queries.copy_(lane.staged, non_blocking=True)
         self.recorded.launch(size, k)
         self._fetch(lane)
@@ -177,8 +178,8 @@ class DeviceRows:
         return lane.scores[:num_queries], lane.rows[:num_queries]
 
     def _lane(self, size: int, k: int) -> _Lane:
-        """Named for good. Lanes have pinned memory in common, as one search at a time is under way; where it had to
-        grow, those named before keep what they have."""
+        """Make a lane, once for each size. Lanes share pinned memory, because only one search runs at a time; when it
+        has to grow, earlier lanes keep the memory that they have."""
         staged = self._queries.view((size, self._index.corpus.shape[1]), torch.float32)
         packed = self._search.packed_hits(size, k)
         landed = self._results.view((packed.numel(),), torch.uint8)
@@ -189,13 +190,13 @@ class DeviceRows:
         return self._lanes[size, k]
 
     def _fetch(self, lane: _Lane) -> None:
-        """What the search left, into pinned memory."""
+        """Copy the hits into pinned memory, and wait."""
         lane.landed.copy_(lane.packed, non_blocking=True)
         self._copies.finish()
 
     def _warm_up(self) -> None:
-        """Every kernel that batches of any size want is compiled, and the memory of the largest is torch's to keep. A
-        deadline allows for neither, and a later `cudaMalloc` may wait for whatever else the device is doing."""
+        """Compile every kernel that a batch of any size needs, and have torch cache the memory of the largest. No
+        deadline allows for either, and a later `cudaMalloc` may wait for whatever else the device is doing."""
         with on_stream(self._stream):
             if self._device.type == "cuda" and self._index.corpus.nbytes >= _TUNED_BYTES:
                 self.ways = {size: self._search.tune(size) for size in _TUNED_QUERIES}

@@ -3,20 +3,20 @@ dependence on the batch.
 
 How a text becomes a vector is read from the folder, in the files that sentence-transformers writes (`modules.json`,
 the pooling module's `config.json`, `sentence_bert_config.json`, `prompts` in `config_sentence_transformers.json`), or
-given explicitly; what neither says is asked for. The original chooses prefixes by "e5" in the model's name, and an
-index built under another name loses them in silence.
+given explicitly; what neither says is asked for. The original adds prefixes if the model's name contains "e5", and an
+index built under another name silently loses them.
 
 Texts are sorted by length and laid end to end, so no token is padding. Why a vector does not depend on the batch:
 
-- Products of tokens with weights are done in tiles of a fixed number of tokens (the last filled up with zeros), always
-  the same library call on the same shape. A library chooses its order of summation by shape, and fp32 MKL on this
-  project's machines gives other last bits for 1 and 2 rows than for 4 and more.
-- Attention runs over all texts of one length at once, [texts, heads, length, size], each matrix for itself; on a GPU by
+- Products of tokens with weights run in tiles of a fixed number of tokens (the last filled up with zeros), always the
+  same library call on the same shape. A library chooses its order of summation by shape, and fp32 MKL on this project's
+  machines gives other last bits for 1 and 2 rows than for 4 and more.
+- Attention runs over all texts of one length at once, [texts, heads, length, size], each matrix by itself; on a GPU by
   `searchr1_kernels.cached_attention`, in which a token's arithmetic is a function of its text.
-- All else (normalisation, activation, pooling) is done for each token or text by itself.
+- Everything else (normalisation, activation, pooling) is computed for each token or text by itself.
 
-Larger tiles are faster (weights are read less often), so a second tile size is used where a probe, when the model is
-loaded, finds its rows bit for bit equal to the small tile's. Equal bits hold on one machine with one number of threads.
+Larger tiles are faster (weights are read less often), so a second tile size is used if a probe at load time finds its
+rows bit for bit equal to the small tile's. Equal bits hold on one machine with one number of threads.
 
 On a GPU a pass is one launch, recorded once per number of tokens (recorded_encoder.py).
 
@@ -73,8 +73,9 @@ _LARGE_TILE = {"cpu": 256, "cuda": 8192}
 
 
 class BertEncoder:
-    """Safe to call from several threads (nothing is changed by a call), but to park, which is for when nobody else
-    calls. On a GPU it can be parked (`protocol.Parks`): its weights leave, and what recorded passes work in."""
+    """Encodes texts. Safe to call from several threads (a call changes nothing), except to park, which needs all other
+    calls to have ended. On a GPU it can be parked (`protocol.Parks`): its weights and the working memory of recorded
+    passes are freed."""
 
     def __init__(
         self,
@@ -94,11 +95,11 @@ class BertEncoder:
             "tokenizer": file_digest(self.folder / "tokenizer.json"),
             "config": file_digest(self.folder / "config.json"),
         }
-        place = torch.device(check_device(device))  # with its number: threads that search have another current device
+        place = torch.device(check_device(device))  # with its number: searching threads have another current device
         self._model = _Bert(self._config, read_weights(weights), place, getattr(torch, dtype), self.folder)
         self.dimension = self._model.hidden_size
         self._recorded: RecordedForward | None = None
-        self._memory: ParkedMemory | None = None  # a CPU has nothing to give
+        self._memory: ParkedMemory | None = None  # none on a CPU
         if place.type == "cuda":
             self._memory = ParkedMemory(self._model.tensors, [], place)
         if place.type == "cuda" and find_spec("triton"):
@@ -108,7 +109,7 @@ class BertEncoder:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Kind, settings, digests of weights, tokenizer and configuration. Not the folder: models move."""
+        """Kind, settings, and digests of weights, tokenizer and configuration. Not the folder: models move."""
         return {
             "kind": "bert",
             "dimension": self.dimension,
@@ -123,9 +124,9 @@ class BertEncoder:
 
     @classmethod
     def open(cls, record: dict[str, Any], folder: str | Path | None, device: str = "cpu") -> BertEncoder:
-        """The encoder of an index: settings as recorded, and a model that is the recorded one to the byte.
+        """Open the encoder of an index: settings as recorded, and a model that is the recorded one to the byte.
 
-        It computes in fp32 whatever its passages were encoded in: queries are few.
+        It computes in fp32, whatever the passages were encoded in: queries are few.
         """
         folder = Path(record["path"] if folder is None else folder)
         if not folder.is_dir():
@@ -141,17 +142,17 @@ class BertEncoder:
         return encoder
 
     def fit(self, folder: Path, texts: TextColumn, progress: Progress) -> dict[str, Any]:
-        """Nothing is learned from the corpus."""
+        """Return the record for the manifest; nothing is learned from the corpus."""
         return self.identity | {"path": str(self.folder.resolve())}
 
     @property
     def is_parked(self) -> bool:
-        """Whether its memory is others'."""
+        """Whether its memory is lent to others."""
         return self._memory is not None and self._memory.is_parked
 
     def park(self) -> None:
-        """Give its memory to others. Waits for the current stream, on which it was called. Again: nothing. ValueError,
-        and nothing is parked, where the machine does not lock as much host memory."""
+        """Give its memory to others. Waits for the current stream, which must be the one that encoding used. Does
+        nothing if parked already. ValueError, with nothing parked, if the machine does not lock that much memory."""
         if self._memory is not None and not self.is_parked:
             if self._recorded is not None:
                 self._recorded.forget()
@@ -163,8 +164,8 @@ class BertEncoder:
                 raise
 
     def unpark(self) -> None:
-        """Take it back: copies are queued on the current stream, on which it is to be called. Again: nothing. Where
-        there is not enough (torch.OutOfMemoryError) it stays parked."""
+        """Take the memory back. Copies are queued on the current stream, which encoding must then use. Does nothing if
+        not parked. If there is not enough memory (torch.OutOfMemoryError), it stays parked."""
         if self._memory is not None and self.is_parked:
             self._memory.unpark()
             if self._recorded is not None:
@@ -183,13 +184,13 @@ class BertEncoder:
     def _encode(self, texts: Sequence[str]) -> np.ndarray:
         vectors = np.empty((len(texts), self.dimension), dtype=np.float32)
         for begin in range(0, len(texts), _TEXTS_AT_ONCE):
-            # Lone surrogates, which a policy's bytes may decode to, are no Unicode; the tokenizer would refuse them.
+            # A policy's bytes may decode to lone surrogates, which are not valid Unicode: the tokenizer would refuse.
             part = [text.encode("utf-8", "replace").decode() for text in texts[begin : begin + _TEXTS_AT_ONCE]]
             token_ids = [encoding.ids for encoding in self._tokenizer.encode_batch_fast(part)]
             lengths = np.array([len(ids) for ids in token_ids])
             order = np.argsort(lengths, kind="stable")
-            # A text of no tokens, where a tokenizer adds none of its own, has no mean and no first token. Its vector is
-            # zero, as the hashing encoder's of a text without words: every row scores the same.
+            # A text without tokens (possible if the tokenizer adds none of its own) has no mean and no first token. Its
+            # vector is zero, like the hashing encoder's for a text without words: every row scores the same.
             order = order[np.count_nonzero(lengths == 0) :]
             vectors[begin : begin + len(part)][lengths == 0] = 0.0
             for rows in _batches(order, token_ids):
@@ -200,7 +201,7 @@ class BertEncoder:
         return vectors
 
     def _pooled(self, token_ids: Sequence[Sequence[int]]) -> torch.Tensor:
-        """[N,H] fp32 on the host, for texts in order of their length."""
+        """[N,H] fp32 on the host, for texts in order of length."""
         if self._recorded is not None:
             return self._recorded.pooled(token_ids)
         return self._model.pooled(token_ids, self.settings.pooling).cpu()
@@ -258,7 +259,7 @@ class _Bert:
 
     @torch.inference_mode()
     def pooled(self, token_ids: Sequence[Sequence[int]], pooling: Pooling | None) -> torch.Tensor:
-        """[N,H] fp32 for texts in order of their length."""
+        """[N,H] fp32 for texts in order of length."""
         lengths = [len(ids) for ids in token_ids]
         padding = [0] * (-sum(lengths) % self._small)
         flat = torch.tensor([token for ids in token_ids for token in ids] + padding, device=self._device)
@@ -275,7 +276,7 @@ class _Bert:
     @torch.inference_mode()
     def pooled_packed(self, texts: PackedTexts, pooling: Pooling | None) -> torch.Tensor:
         """[S,H] fp32 for texts in any order: a fixed list of launches for each number of rows and of places."""
-        # Keys of a text are rows from its first on: as many slots of a cache as rows, each one row behind the other.
+        # A text's keys are the rows from its first on. So each row is a slot of the cache: a window that starts there.
         longest, heads, width = self._positions.shape[0], self._heads, self.hidden_size
         num_rows, size, tiles = len(texts.token_ids), width // heads, texts.tiles.int()
 
@@ -291,7 +292,7 @@ class _Bert:
         hidden = self._hidden(texts.token_ids, texts.positions, attend, longest - 1)
         if pooling == "cls":
             return hidden[texts.text_firsts].float()
-        # A mean is attention that finds all alike: its sum has an order that depends on the text alone.
+        # A mean is attention with equal weights, whose order of summation depends on the text alone.
         states = hidden.new_empty(num_rows + longest - 1, width, dtype=torch.float32)
         states[:num_rows] = hidden
         alike, values = states.new_zeros(len(texts.text_firsts), heads, size), from_each_row(states, 0)
@@ -306,7 +307,7 @@ class _Bert:
     ) -> torch.Tensor:  # [T, H]
         hidden = self._words[token_ids] + self._positions[positions + self._first_position]
         hidden = self._norm(hidden, self._embedding_norm)
-        # What is between has no name: one would hold it through the next layer, which needs half as much again then.
+        # Intermediates have no names: a name would keep one alive through the next layer, for half as much memory again.
         for layer in self._layers:
             hidden = self._norm(
                 hidden + self._linear(attend(self._linear(hidden, *layer.qkv, spare_rows)), *layer.output), layer.norm
@@ -330,8 +331,8 @@ class _Bert:
     def _linear(
         self, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, spare_rows: int = 0
     ) -> torch.Tensor:
-        """inputs [T,·], T a multiple of the small tile; weight [in, out], bias [out] -> [T + spare_rows, out], of which
-        the last are not written."""
+        """inputs [T,·], T a multiple of the small tile; weight [in, out], bias [out] -> [T + spare_rows, out], whose
+        spare rows are not written."""
         outputs = inputs.new_empty(inputs.shape[0] + spare_rows, weight.shape[1])
         begin = 0
         while begin < inputs.shape[0]:
@@ -346,8 +347,8 @@ class _Bert:
 
     @torch.inference_mode()
     def _probe(self, large: int) -> int:
-        """The large tile if its rows have the small tile's bits for this model's shapes on this machine, else the
-        small one."""
+        """The large tile if its rows equal the small tile's to the bit, for this model's shapes on this machine; else
+        the small one."""
         self._large = self._small
         generator = torch.Generator().manual_seed(0)
         for weight, bias in self._layers[0].products if self._layers else ():
@@ -358,7 +359,7 @@ class _Bert:
 
 
 def _groups(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
-    """(first token, number of texts, length of each) of texts in order of their length."""
+    """(first token, number of texts, length of each) for runs of equally long texts, given in order of length."""
     groups: list[tuple[int, int, int]] = []
     token = 0
     for length in lengths:

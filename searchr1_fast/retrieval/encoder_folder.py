@@ -1,7 +1,7 @@
-"""What a Hugging Face folder says of how its encoder wants texts (pooling, length, prefixes, …), and its files.
+"""Reads a Hugging Face folder: how its encoder wants texts (pooling, length, prefixes, …), tokenizer and weights.
 
-The files are those that sentence-transformers writes; an option that is given goes before them. What neither says is
-asked for, never guessed.
+The settings are in the files that sentence-transformers writes; options take precedence over them. What neither gives
+is asked for, never guessed.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from searchr1_fast.retrieval.index_format import combine, file_digests
 
 Pooling = Literal["mean", "cls"]
 
-FAMILY = {"bert": 0, "roberta": 1, "xlm-roberta": 1, "camembert": 1}  # 1: positions begin after the padding token's id
+FAMILY = {"bert": 0, "roberta": 1, "xlm-roberta": 1, "camembert": 1}  # 1: positions start after the padding token's id
 
 
 @dataclass(frozen=True)
 class BertSettings:
-    """How texts become vectors. None: as the model's folder says."""
+    """How texts become vectors; None: as the model's folder says."""
 
     pooling: Pooling | None = None
     normalize: bool | None = None
@@ -33,7 +33,7 @@ class BertSettings:
 
 
 def complete_settings(folder: Path, given: BertSettings) -> BertSettings:
-    """What the folder says where `given` does not; ValueError with the option to give where neither does."""
+    """Fill in from the folder what `given` leaves open; ValueError, with the options to give, for what neither says."""
     if not folder.is_dir():
         raise ValueError(f"there is no model folder {folder}")
     modules = read_json(folder / "modules.json") or []
@@ -93,7 +93,7 @@ def _read_pooling(path: Path) -> Pooling:
 
 
 def read_json(path: Path, required: bool = False) -> Any:
-    """A file's JSON; None where there is no file and none is `required`."""
+    """The JSON of a file; None if it does not exist and is not `required`."""
     if not path.is_file():
         if required:
             raise ValueError(f"there is no file {path}")
@@ -105,7 +105,7 @@ def read_json(path: Path, required: bool = False) -> Any:
 
 
 def read_tokenizer(folder: Path, max_length: int | None) -> Tokenizer:
-    """The folder's fast tokenizer, which cuts at `max_length` tokens and does not pad."""
+    """The folder's fast tokenizer, set to truncate at `max_length` tokens and not to pad."""
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise ValueError(f"there is no file {path}; save the model's fast tokenizer there")
@@ -116,7 +116,7 @@ def read_tokenizer(folder: Path, max_length: int | None) -> Tokenizer:
 
 
 def weights_file(folder: Path) -> Path:
-    """Where the folder's weights are."""
+    """The path of the folder's weights."""
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (folder / name).is_file():
             return folder / name
@@ -124,7 +124,7 @@ def weights_file(folder: Path) -> Path:
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Tensors by their names below the encoder: a classifier's file has them below `bert.`."""
+    """Tensors by their names within the encoder: a classifier's file has them under `bert.`."""
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
@@ -136,5 +136,5 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def file_digest(path: Path) -> str:
-    """Of a whole file."""
+    """The digest of a whole file."""
     return combine(list(file_digests(path, 2**24)))

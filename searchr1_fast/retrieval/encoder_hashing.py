@@ -1,19 +1,19 @@
-"""An encoder without a model: every word is hashed to a few signed components, weighted as BM25 would.
+"""An encoder without a model: hashes every word to a few signed components, weighted as in BM25.
 
     passage component of a word   idf * tf / (tf + k1 * (1 - b + b * length / mean length))
     query component of a word     idf * tf
 
-Each word adds its weight to four components chosen by its hash, with signs chosen by its hash, over the square root of
-four. In expectation the inner product is the sum over shared words of the product of their weights (feature hashing,
-Weinberger et al. 2009, equation 5); collisions add noise that falls with the square root of the dimension. idf on both
-sides, rather than once as in BM25, keeps frequent words from making that noise.
+Each word adds its weight, divided by the square root of four, to four components; its hash chooses the components and
+their signs. In expectation the inner product is the sum over shared words of the product of their weights (feature
+hashing, Weinberger et al. 2009, equation 5); collisions add noise that falls with the square root of the dimension. idf
+on both sides, rather than once as in BM25, keeps frequent words from making that noise.
 
 Document frequencies are counted in 2^18 buckets by hash, so that what is kept of the corpus is 1 MiB whatever its
-vocabulary; a rare word that meets another in a bucket counts as a little less rare. Words are those of bm25.py.
+vocabulary; a rare word that shares a bucket with another counts as a little less rare. Words are those of bm25.py.
 
 Measured on 2WikiMultihopQA (605 questions, 6,119 passages), R@2 / R@5: 512 components 47.9 / 58.4 %, 1,024 55.0 / 64.7,
-2,048 57.0 / 67.4, 4,096 57.5 / 68.0. Tried at 1,024 and not taken: one component per word 44.3 / 56.4, eight 55.5 /
-64.6; vectors of length 1 43.5 / 57.3; pairs of words too 43.0 / 50.4, character 4-grams too 53.8 / 63.1.
+2,048 57.0 / 67.4, 4,096 57.5 / 68.0. Tried at 1,024 and rejected: one component per word 44.3 / 56.4, eight 55.5 /
+64.6; vectors of length 1 43.5 / 57.3; word pairs added 43.0 / 50.4, character 4-grams added 53.8 / 63.1.
 
 Shape legend
     N  texts    Z  words of all texts    D  components    B  buckets
@@ -34,16 +34,16 @@ from searchr1_fast.retrieval.index_format import TextColumn, digest_bytes
 from searchr1_fast.types import Progress
 
 FILE = "encoder-hashing.bin"
-_SCHEME = 1  # of words, hashes and weights; vectors of different schemes must not meet
+_SCHEME = 1  # of words, hashes and weights; vectors of different schemes must not be compared
 _NUM_BUCKETS = 1 << 18
 _COPIES = 4  # components that a word adds to
 _K1, _B = 0.9, 0.4
 _TEXTS_AT_ONCE = 4096
-_MAX_CACHED_WORDS = 1 << 20  # about 150 MB; a corpus of numbers would otherwise fill the memory with words seen once
+_MAX_CACHED_WORDS = 1 << 20  # about 150 MB; a corpus of numbers would otherwise fill memory with words seen once
 
 
 class HashingEncoder:
-    """`fit` first: weights come from the corpus."""
+    """Encodes by hashed words. Call `fit` (or `count`) first: weights come from the corpus."""
 
     def __init__(self, dimension: int = 2048) -> None:
         if dimension < 64:
@@ -72,7 +72,7 @@ class HashingEncoder:
         return encoder
 
     def fit(self, folder: Path, texts: TextColumn, progress: Progress) -> dict[str, Any]:
-        """Count in how many texts each bucket's words stand; kept in `folder`."""
+        """Count the texts in which each bucket's words occur, and keep the counts in `folder`."""
         counts, num_words = self.count((texts.slice(begin, min(begin + _TEXTS_AT_ONCE, len(texts)))
                                         for begin in range(0, len(texts), _TEXTS_AT_ONCE)),
                                        lambda done: progress(done, len(texts)))  # fmt: skip
@@ -93,7 +93,7 @@ class HashingEncoder:
         return counts, num_words
 
     def encode_queries(self, queries: Sequence[str]) -> np.ndarray:
-        """[N,D] fp32. A query of unknown words only still has a vector; one without words is zero."""
+        """[N,D] fp32. A query of unknown words only still has a vector; that of a query without words is zero."""
         return self._encode(queries, True)
 
     def encode_passages(self, contents: Sequence[str]) -> np.ndarray:
@@ -103,7 +103,7 @@ class HashingEncoder:
     def _set(self, counts: np.ndarray, num_texts: int, num_words: int) -> None:
         """counts [B] uint32."""
         self._digest = digest_bytes(counts.astype("<u4").tobytes())
-        # fp64 logarithms rounded to fp32: the last bit of a logarithm differs between libraries, after rounding hardly.
+        # fp64, then rounded to fp32: libraries differ in the last bit of a logarithm, after rounding hardly ever.
         ratio = (num_texts - counts.astype(np.float64) + 0.5) / (counts + 0.5)
         self._idf = np.log1p(np.maximum(ratio, 0.0)).astype(np.float32)
         self._mean_length = max(1.0, num_words / max(1, num_texts))
@@ -115,7 +115,7 @@ class HashingEncoder:
         return vectors
 
     def _words(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """(hashes of words [Z] uint64, where each text's begin [N+1] int64), without stop words if there are others."""
+        """(hashes of words [Z] uint64, where each text's begin [N+1] int64), stop words left out if there are others."""
         if len(self._hashes) > _MAX_CACHED_WORDS:
             self._hashes.clear()
         hashes: list[int] = []
@@ -127,7 +127,7 @@ class HashingEncoder:
         return np.array(hashes, dtype=np.uint64), bounds
 
     def _hash(self, word: str) -> tuple[int, bool]:
-        """(hash of the word's term, whether that is a stop word). Worked out once per word, not per occurrence."""
+        """(hash of the word's term, whether that is a stop word). Computed once per word, not per occurrence."""
         term = term_of(word)
         digest = hashlib.blake2b(term.encode("utf-8", "surrogatepass"), digest_size=8).digest()
         self._hashes[word] = known = (int.from_bytes(digest, "little"), term in STOP_TERMS)
@@ -154,7 +154,7 @@ def _project(
     is_query: bool,
     vectors: np.ndarray,  # [N,D] fp32, zero
 ) -> None:
-    """Words in the order of their hashes, so that the sum of a component has one order whatever the text's."""
+    """Add up words in the order of their hashes, so that a component's sum does not depend on the text's order."""
     mask = np.uint64(len(idf) - 1)
     dimension = np.uint64(vectors.shape[1])
     for text in range(len(bounds) - 1):
@@ -176,7 +176,7 @@ def _project(
 
 @numba.njit(nogil=True, inline="always")
 def _next(state: int) -> int:
-    """splitmix64 (Steele, Lea, Flood 2014): the next of a sequence of well-mixed 64-bit numbers."""
+    """splitmix64 (Steele, Lea, Flood 2014): the next in a sequence of well-mixed 64-bit numbers."""
     state += np.uint64(0x9E3779B97F4A7C15)
     state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

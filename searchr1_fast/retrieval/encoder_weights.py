@@ -1,4 +1,4 @@
-"""The weights of an encoder of the BERT family, as its forward pass wants them.
+"""The weights of a BERT-family encoder, laid out for its forward pass.
 
 Products take weights [in, out], and query, key and value are one product.
 
@@ -16,7 +16,7 @@ import torch
 
 @dataclass(frozen=True)
 class Layer:
-    """Weights [in, out] with their biases [out], and the two normalisations."""
+    """One layer: weights [in, out] with their biases [out], and the two normalisations."""
 
     qkv: tuple[torch.Tensor, torch.Tensor]
     output: tuple[torch.Tensor, torch.Tensor]
@@ -27,17 +27,17 @@ class Layer:
 
     @property
     def products(self) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
-        """What is multiplied with tokens."""
+        """The weights and biases of the matrix products."""
         return self.qkv, self.output, self.up, self.down
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        """All of them."""
+        """All tensors of the layer."""
         return tuple(tensor for pair in (*self.products, self.norm, self.last_norm) for tensor in pair)
 
 
 class Taker:
-    """Takes tensors out of a state dict by name, in the type that the computation has."""
+    """Takes tensors out of a state dict by name, on the device and in the dtype of the computation."""
 
     def __init__(self, weights: dict[str, torch.Tensor], device: torch.device, dtype: torch.dtype, folder: Path):
         self._weights, self._device, self._dtype, self._folder = weights, device, dtype, folder
@@ -52,12 +52,12 @@ class Taker:
         return self(f"{name}.weight"), self(f"{name}.bias")
 
     def linear(self, *names: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Several layers side by side are one: weight [in, out], bias [out]."""
+        """Layers of these names, side by side as one: weight [in, out], bias [out]."""
         weight = torch.cat([self(f"{name}.weight") for name in names]).t().contiguous()
         return weight, torch.cat([self(f"{name}.bias") for name in names])
 
     def layer(self, prefix: str) -> Layer:
-        """The layer whose names begin so."""
+        """The layer whose names begin with `prefix`."""
         own = f"{prefix}attention.self."
         return Layer(
             qkv=self.linear(f"{own}query", f"{own}key", f"{own}value"),

@@ -1,10 +1,10 @@
-"""Text to vectors: what an encoder is, and how the one that an index was built with is opened again.
+"""Text to vectors: the `Encoder` protocol, and reopening the encoder that an index was built with.
 
     encoder_bert.py     any Hugging Face folder of the BERT family: E5, BGE, MiniLM (settings: encoder_folder.py)
     encoder_hashing.py  no model: words hashed into signed components, weighted by the corpus
 
 An index records its encoder completely (kind, prefixes, pooling, digests of weights and tokenizer), so that a query is
-encoded as the passages were, or refused in one sentence. Nothing is concluded from the name of a model.
+encoded as the passages were, or refused in one sentence. Nothing is inferred from a model's name.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from searchr1_fast.types import Progress
 
 
 class Encoder(Protocol):
-    """A vector is a function of its text alone: neither the batch nor its order change a bit of it."""
+    """Turns texts into vectors. A vector is a function of its text alone: the batch and its order change no bit."""
 
     dimension: int
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What vectors depend on, as JSON. Vectors of equal identities may be compared."""
+        """What the vectors depend on, as JSON. Vectors of equal identities may be compared."""
         ...
 
     def fit(self, folder: Path, texts: TextColumn, progress: Progress) -> dict[str, Any]:
-        """Learn from the corpus what is to be learned, keep it in `folder`; returns the record for the manifest."""
+        """Learn from the corpus what there is to learn, keep it in `folder`, and return the record for the manifest."""
         ...
 
     def encode_queries(self, queries: Sequence[str]) -> np.ndarray:
@@ -51,11 +51,11 @@ class EncodingSource:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The encoder's."""
+        """The encoder's identity."""
         return {"encoder": self.encoder.identity}
 
     def prepare(self, folder: Path, texts: TextColumn, progress: Progress) -> dict[str, Any]:
-        """Let the encoder see the corpus."""
+        """Fit the encoder to the corpus."""
         return self.encoder.fit(folder, texts, progress)
 
     def rows(self, begin: int, end: int, texts: TextColumn) -> np.ndarray:
@@ -64,7 +64,7 @@ class EncodingSource:
 
 
 def check_device(device: str) -> str:
-    """`device`, if there is one, and with its number: `cuda` alone is another one in another thread."""
+    """`device` with its number, if it exists: `cuda` alone may mean another device in another thread."""
     import torch
 
     place = torch.device(device)
@@ -81,7 +81,7 @@ def check_device(device: str) -> str:
 def open_encoder(record: dict[str, Any], folder: Path, path: str | Path | None = None, device: str = "cpu") -> Encoder:
     """The encoder of an index in `folder` whose manifest holds `record`.
 
-    `path`: where the model lies now, if not where it lay when the index was built. ValueError if it is another model.
+    `path`: where the model is now, if it has moved since the index was built. ValueError if it is another model.
     """
     kind = record.get("kind")
     if kind == "hashing":

@@ -1,10 +1,10 @@
-"""Search of a faiss file that others built (flat, IVF, HNSW, CAGRA, …), by faiss itself.
+"""Searches a faiss file built elsewhere (flat, IVF, HNSW, CAGRA, …), by faiss itself.
 
-For `searchr1 serve` alone, whose process has no trainer in it: faiss brings an OpenMP and a BLAS of its own beside
-torch's, and its GPU indexes are not safe to search from two threads. Here one thread calls it, the batcher's.
+Only for `searchr1 serve`, whose process contains no trainer: faiss brings an OpenMP and a BLAS of its own beside
+torch's, and its GPU indexes are not safe to search from two threads. Here only the batcher's thread calls it.
 
-Only a flat file is searched exactly; everything else says so (`mode`), and what a query finds may differ from what the
-vectors hold. Whoever has the vectors has more of `searchr1 index import`.
+Only a flat file is searched exactly. Any other is reported as approximate (`mode`), and a query may not find the best
+vectors. If you have the vectors, `searchr1 index import` serves you better.
 
 Shape legend
     Q  queries    K  hits of a query: k, or all rows if fewer    D  components
@@ -27,8 +27,8 @@ class FaissSearch:
     """A backend of two stages for the batcher: queries to vectors, vectors to rows."""
 
     def __init__(self, path: str | Path, encoder: Encoder, parameters: str = "") -> None:
-        """`parameters`: what faiss' ParameterSpace takes, such as `nprobe=64` or `efSearch=128`. ValueError where the
-        file is no index, faiss is not there, or the encoder's vectors are of another size."""
+        """`parameters`: for faiss' ParameterSpace, such as `nprobe=64` or `efSearch=128`. ValueError if the file is no
+        index, faiss is not installed, or the encoder's vectors are of another size."""
         self.encoder = encoder
         self._faiss = _import_faiss()
         self._index = self._read(Path(path), parameters)
@@ -47,26 +47,26 @@ class FaissSearch:
 
     @property
     def mode(self) -> Mode:
-        """Flat files are searched exactly."""
+        """`exact` for a flat file, else `approximate`."""
         is_flat = isinstance(self._faiss.downcast_index(self._index), self._faiss.IndexFlat)
         return "exact" if is_flat else "approximate"
 
     @property
     def kind(self) -> str:
-        """faiss' name of it."""
+        """faiss' name for the kind of index."""
         return type(self._faiss.downcast_index(self._index)).__name__
 
     def search_ids(self, queries: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
         """(scores [Q,K] fp32, rows [Q,K] int64), best first, equal scores by row; scores of squared distances are
-        negative. Where fewer were found the rest is -inf and -1."""
+        negative. Where a query has fewer hits, the rest is -inf and -1."""
         return self.search_prepared(self.prepare(queries), k)
 
     def prepare(self, queries: Sequence[str]) -> np.ndarray:
-        """The first stage: vectors [Q,D] fp32."""
+        """The first stage: queries -> vectors [Q,D] fp32."""
         return self.encoder.encode_queries(queries)
 
     def search_prepared(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The second: vectors [Q,D] fp32 -> what `search_ids` gives."""
+        """The second stage: vectors [Q,D] fp32 -> what `search_ids` returns."""
         check_k(k)
         found, rows = self._index.search(np.ascontiguousarray(vectors, np.float32), min(k, len(self)))
         self._check_rows(rows)
@@ -75,14 +75,14 @@ class FaissSearch:
         return np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows.astype(np.int64), order, axis=1)
 
     def _named_rows(self) -> np.ndarray:
-        """The ids of all vectors [M], where the file says them in one piece (an IDMap); else none."""
+        """The ids of all vectors [M] if the file stores them together (an IDMap), else an empty array."""
         index = self._faiss.downcast_index(self._index)
         if not isinstance(index, self._faiss.IndexIDMap | self._faiss.IndexIDMap2):
             return np.empty(0, np.int64)
         return self._faiss.vector_to_array(index.id_map)
 
     def _check_rows(self, rows: np.ndarray) -> None:
-        """faiss lets a vector have any id, but a passage is found by its row. -1 is no vector."""
+        """Raise ValueError for an id that is no row: faiss allows any id, but passages are found by row. -1: no hit."""
         strange = rows[(rows < -1) | (rows >= len(self))]
         if strange.size:
             raise ValueError(
@@ -114,6 +114,6 @@ def _import_faiss() -> Any:
 
 
 def _first_line(error: BaseException) -> str:
-    """What faiss says, without the function, source file and condition that come first."""
+    """faiss' message without the function, source file and condition that precede it."""
     line = str(error).strip().splitlines()[0]
     return re.sub(r"^Error in .*? at \S+:\d+: ", "", line).rpartition("failed: ")[2]

@@ -1,8 +1,8 @@
-"""The best k of what several parts found, as it comes in from them: where the hits lie, and who merges them.
+"""Merges the hits of several parts into the best k: the memory that hits arrive in, and the merge itself.
 
-    HostMerge      in C++ (csrc/merge.cpp): the twin, and all that there is without a GPU
+    HostMerge      in C++ (csrc/merge.cpp): the twin, and the only one without a GPU
     DeviceMerge    by a kernel (csrc/merge.cu) that reads and writes the pinned memory where sockets put the hits
-    choose_merge   whichever of them is faster here, if they agree to the bit
+    choose_merge   picks whichever is faster here, if they agree to the bit
 
 Shape legend
     Q  queries    S  parts    W  hits that one part has    k  hits of a query
@@ -23,28 +23,28 @@ from searchr1_fast.retrieval.device_code import Launch, load_kernel
 from searchr1_fast.retrieval.staging import Copies, CudaCopies, HostBuffer
 from searchr1_fast.retrieval.streams import on_stream
 
-HIT_BYTES = 12  # a row, int64, and a score, fp32
-SHARED_BYTES = 48 * 1024  # what a block may have without asking, on every GPU
+HIT_BYTES = 12  # a row (int64) and a score (fp32)
+SHARED_BYTES = 48 * 1024  # what a block may use without opting in, on every GPU
 _NUM_THREADS = 128
 
 Hits = tuple[np.ndarray, np.ndarray]
 
 
 class Merge(Protocol):
-    """Takes the hits of one search after the other; one thread at a time."""
+    """Merges the hits of one search at a time; called by one thread at a time."""
 
     def rooms(self, num_queries: int, widths: Sequence[int]) -> list[memoryview]:
-        """Where the parts' hits belong, bytes: rows [Q,W] int64, then scores [Q,W] fp32, each row of them in order."""
+        """Memory for each part's hits: bytes of rows [Q,W] int64, then of scores [Q,W] fp32; each query's in order."""
         ...
 
     def merge(self, k: int) -> Hits:
-        """What `rooms` were filled with -> scores [Q,k] fp32, rows [Q,k] int64: score descending, then row ascending;
-        where there are fewer hits, the rest is -inf and -1."""
+        """Merge what `rooms` were filled with -> scores [Q,k] fp32, rows [Q,k] int64: score descending, then row
+        ascending; where a query has fewer hits, the rest is -inf and -1."""
         ...
 
 
 class HostMerge:
-    """In C++, without the GIL."""
+    """Merges in C++, without the GIL."""
 
     def __init__(self) -> None:
         self._parts: list[Hits] = []
@@ -61,7 +61,7 @@ class HostMerge:
 
 
 class DeviceMerge:
-    """By a kernel, in pinned memory. What does not fit in a block's shared memory is left to the twin."""
+    """Merges by a kernel, in pinned memory. What does not fit in a block's shared memory is left to the twin."""
 
     def __init__(self, launch: Launch, copies: Copies, synchronize: Callable[[], None]) -> None:
         """`synchronize` returns when what was launched has run."""
@@ -72,7 +72,7 @@ class DeviceMerge:
         self._stride = 0
 
     def rooms(self, num_queries: int, widths: Sequence[int]) -> list[memoryview]:
-        """In one buffer, each beginning at a multiple of 16 bytes."""
+        """Parts of one buffer, each beginning at a multiple of 16 bytes."""
         self._shape = num_queries, list(widths)
         self._stride = -(-HIT_BYTES * num_queries * max(widths, default=0) // 16) * 16
         everything = memoryview(self._hits.view((len(widths) * self._stride,), torch.uint8).numpy())
@@ -112,8 +112,8 @@ class DeviceMerge:
 
 
 def choose_merge(device: str, num_parts: int, num_queries: int = 256, k: int = 16) -> tuple[Merge, str]:
-    """The faster of both for searches of this size on this device, and a sentence on why. RuntimeError where they do
-    not agree to the bit: then this GPU must not be trusted with anything."""
+    """The faster merge for searches of this size on this device, and a sentence on why. RuntimeError if the two do not
+    agree to the bit: such a GPU must not be trusted with anything."""
     if torch.device(device).type != "cuda":
         return HostMerge(), "in C++"
     if importlib.util.find_spec("cupy") is None:
@@ -138,7 +138,7 @@ def choose_merge(device: str, num_parts: int, num_queries: int = 256, k: int = 1
 def compare_merges(
     merges: Sequence[Merge], num_parts: int, num_queries: int, k: int, repetitions: int = 10
 ) -> list[float]:
-    """The median seconds of each over the same hits. RuntimeError where the results differ."""
+    """The median seconds of each merge over the same hits. RuntimeError if the results differ."""
     hits = example_hits(num_parts, num_queries, k)
     expected: Hits | None = None
     seconds = []
@@ -158,7 +158,7 @@ def compare_merges(
 
 
 def example_hits(num_parts: int, num_queries: int, k: int, num_levels: int = 100) -> list[bytes]:
-    """What parts might have found, as `Merge.rooms` want it; few levels of scores make many ties."""
+    """Made-up hits of parts, laid out for `Merge.rooms`; few levels of scores make many ties."""
     generator = np.random.default_rng(0)
     bodies = []
     for part in range(num_parts):
@@ -179,5 +179,5 @@ def hits_in(body: bytes | bytearray | np.ndarray, num_queries: int, width: int) 
 
 
 def merge_shared_bytes(num_hits: int, k: int) -> int:
-    """What a block of csrc/merge.cu wants for a query of so many hits."""
+    """The shared memory that a block of csrc/merge.cu needs for a query with this many hits."""
     return HIT_BYTES * num_hits + 4 * k

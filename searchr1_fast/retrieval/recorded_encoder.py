@@ -1,16 +1,15 @@
-"""An encoder's forward pass over packed texts, recorded once per number of tokens, and replayed.
+"""An encoder's forward pass over packed texts, recorded as a CUDA graph once per number of tokens, and replayed.
 
-A pass is some hundred small kernels, which the host launches one by one for longer than the device takes for a few
-queries. Recorded as a CUDA graph they are one launch, which reads the texts from memory that stays where it is and
-leaves vectors in memory that stays. A graph has a fixed number of rows, so a batch takes the next larger of some sizes;
-of the rows beyond its tokens the last is a text of its own, to which everything points that stands for no text. Nobody
-looks at what becomes of it.
+A pass is some hundred small kernels, which take the host longer to launch than the device to run for a few queries.
+Recorded as a CUDA graph they are one launch, which reads texts from and leaves vectors in memory at fixed addresses. A
+graph has a fixed number of rows, so a batch uses the next larger of some sizes. Of the rows beyond its tokens, the last
+is a text of its own; every unused entry points to it, and its result is ignored.
 
-What makes this possible with texts of any lengths is attention that reads on the device where each text begins and ends
+What makes this possible for texts of any length is attention that reads on the device where each text begins and ends
 (`searchr1_kernels.cached_attention`; keys are the packed tokens, and every token sees all of its text). Attention by
-torch, one launch for all texts of a length, has as many launches as there are lengths, of other shapes in every batch:
-that cannot be recorded. Each row's arithmetic is the same whatever the batch, so vectors are bit for bit the same alone
-and among others.
+torch, one launch for all texts of a length, takes as many launches as there are lengths, with other shapes in every
+batch; that cannot be recorded. Each row's arithmetic is the same in every batch, so a text's vector is bit for bit the
+same alone and among others.
 
 `RecordedForward` replays by calling the function that would be recorded: the plain twin, for tests on a CPU.
 `CudaRecordedForward` records it.
@@ -33,11 +32,11 @@ from searchr1_fast.retrieval.staging import HostBuffer, copies_of
 from searchr1_fast.retrieval.streams import on_stream, recording_again
 
 _MULTIPLES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
-_ROWS_OF_A_TEXT = 4  # a size has places for a quarter as many texts, and tiles; shorter texts take a larger one
+_ROWS_OF_A_TEXT = 4  # R rows have places for R / 4 texts and R / 4 tiles; batches of shorter texts use a larger size
 
 
 class PackedTexts(NamedTuple):
-    """Texts end to end, int64 on the device."""
+    """Texts laid end to end, int64 on the device."""
 
     token_ids: torch.Tensor  # [T]
     positions: torch.Tensor  # [T]: in the text
@@ -49,7 +48,7 @@ class PackedTexts(NamedTuple):
 
     @classmethod
     def views(cls, memory: torch.Tensor, num_rows: int) -> PackedTexts:
-        """memory [at least `num_numbers` of them] int64, on any device."""
+        """Views of memory [at least `num_numbers`] int64, on any device."""
         places = num_places(num_rows)
         sizes = [num_rows] * 4 + [places] * 2 + [2 * places]
         parts = memory[: sum(sizes)].split(sizes)
@@ -57,12 +56,12 @@ class PackedTexts(NamedTuple):
 
 
 def num_places(num_rows: int) -> int:
-    """For texts, and for tiles, in so many rows."""
+    """The number of places for texts, and for tiles, that this many rows have."""
     return num_rows // _ROWS_OF_A_TEXT
 
 
 def num_numbers(num_rows: int) -> int:
-    """Of `PackedTexts` of so many rows."""
+    """The count of numbers in a `PackedTexts` of this many rows."""
     return 4 * num_rows + 4 * num_places(num_rows)
 
 
@@ -70,13 +69,13 @@ Forward = Callable[[PackedTexts], torch.Tensor]  # -> [S, H] fp32, a vector for 
 
 
 class RecordedForward:
-    """Replays passes of one encoder, one at a time. Here a pass is replayed by running it."""
+    """Replays passes of one encoder, one at a time; here, by running them."""
 
     def __init__(self, forward: Forward, device: torch.device, step: int, most_tokens: int) -> None:
-        """`step`: sizes are multiples of it. `most_tokens`, one too: of a batch; larger ones are cut."""
+        """`step`: sizes are multiples of it. `most_tokens`, also a multiple: of a batch; larger ones are cut."""
         assert most_tokens % step == 0
         self.sizes = (*(step * many for many in _MULTIPLES if step * many <= most_tokens), most_tokens + step)
-        self.enabled = True  # False: launch kernel by kernel, as a benchmark wants to see it
+        self.enabled = True  # False: launch kernel by kernel, for benchmarks
         self._forward, self._device = forward, device
         self._host = HostBuffer(copies_of(device))
         self._memory = torch.zeros(num_numbers(self.sizes[-1]), dtype=torch.int64, device=device)
@@ -84,30 +83,30 @@ class RecordedForward:
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
-        """How many sizes were recorded."""
+        """How many sizes are recorded."""
         return len(self._replays)
 
     def record(self) -> None:
-        """All sizes, the largest first, whose memory the others have in common; waits for the device."""
+        """Record all sizes, the largest first, so that the others share its memory; waits for the device."""
         with self._lock:
             for size in reversed(self.sizes):
                 self._send([[0]], size)
                 self._replays[size] = self._record(self._pass(size))
 
     def forget(self) -> None:
-        """The memory of the weights is about to go, and addresses with it; what passes work in goes too."""
+        """Drop the recordings and their working memory: the weights' memory is about to go, and addresses with it."""
         with self._lock:
             self._replays.clear()
 
     def record_again(self) -> None:
-        """All sizes, with the weights as they lie now. Nothing runs, and nothing is waited for."""
+        """Record all sizes with the weights at their present addresses. Nothing runs, and nothing is waited for."""
         with self._lock:
             self._begin_again()
             for size in reversed(self.sizes):
                 self._replays[size] = self._record_again(self._pass(size))
 
     def pooled(self, texts: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Token ids of N texts, none empty -> their vectors [N,H] fp32, on the host."""
+        """Token ids of N texts, none of them empty -> their vectors [N,H] fp32 on the host."""
         with self._lock:
             return torch.cat([self._encode(part) for part in self._cut(texts)])
 
@@ -126,12 +125,12 @@ class RecordedForward:
         """Write the texts where the pass of this size reads them."""
         staged = self._host.view((num_numbers(size),), torch.int64)
         fill(PackedTexts.views(staged, size), texts)
-        # On the current stream, before the pass. What was staged before has arrived: its vectors have been fetched.
+        # On the current stream, before the pass. The buffer is free: the vectors of what it last held were fetched.
         stream = None if self._device.type == "cpu" else torch.cuda.current_stream(self._device)
         copies_of(self._device, stream).start(self._memory[: len(staged)], staged)
 
     def _cut(self, texts: Sequence[Sequence[int]]) -> Iterator[Sequence[Sequence[int]]]:
-        """Parts that fit the largest size."""
+        """Cut texts into parts that fit the largest size."""
         begin = tokens = tiles = 0
         for place, text in enumerate(texts):
             tokens, tiles = tokens + len(text), tiles + _num_tiles(text)
@@ -145,16 +144,16 @@ class RecordedForward:
         return run
 
     def _begin_again(self) -> None:
-        """Before the first of `record_again`."""
+        """Called before the first recording of `record_again`."""
 
     def _record_again(self, run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-        """The same, where `run` has run before."""
+        """`_record`, for a `run` that has run before."""
         return run
 
 
 class CudaRecordedForward(RecordedForward):
-    """Records passes as CUDA graphs. Each runs once before: kernels are compiled and loaded then, and libraries take
-    their memory, none of which may happen in a recording."""
+    """Records passes as CUDA graphs. Each runs once beforehand, so that kernels are compiled and loaded and libraries
+    take their memory: none of this may happen during a recording."""
 
     def __init__(self, forward: Forward, device: torch.device, step: int, most_tokens: int) -> None:
         super().__init__(forward, device, step, most_tokens)
@@ -168,7 +167,7 @@ class CudaRecordedForward(RecordedForward):
             run()
         current.wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        # The device: `torch.cuda.graph` waits for the current one, and what was staged must have arrived there.
+        # The device is set because `torch.cuda.graph` waits for the current one: what was staged must have arrived.
         # thread_local: a trainer in another thread may use the device while this one records
         recording = {"pool": self._pool, "stream": self._stream, "capture_error_mode": "thread_local"}
         with torch.cuda.device(self._device), torch.cuda.graph(graph, **recording):
@@ -176,7 +175,7 @@ class CudaRecordedForward(RecordedForward):
         return _replay(graph, vectors)
 
     def _begin_again(self) -> None:
-        # The pool of graphs that are gone is going too: a recording must not join it.
+        # The pool of the dropped graphs is going away too: a recording must not join it.
         self._pool = torch.cuda.graph_pool_handle()
 
     def _record_again(self, run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
@@ -187,7 +186,7 @@ class CudaRecordedForward(RecordedForward):
 
 
 def _replay(graph: torch.cuda.CUDAGraph, vectors: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """Runs a graph that leaves vectors [S,H] where it always does."""
+    """A function that runs the graph and returns the vectors [S,H] that it leaves, always in the same memory."""
 
     def replay() -> torch.Tensor:
         graph.replay()
@@ -197,11 +196,11 @@ def _replay(graph: torch.cuda.CUDAGraph, vectors: torch.Tensor) -> Callable[[], 
 
 
 def fill(target: PackedTexts, texts: Sequence[Sequence[int]]) -> None:
-    """Write texts to memory of the host; the rest is the text of one token in the last row."""
+    """Write texts to host memory; the remaining entries point to a text of one token in the last row."""
     lengths = np.array([len(text) for text in texts])
     begins, num_tokens = np.cumsum(lengths) - lengths, int(lengths.sum())
     counts = -(-lengths // tile_tokens(1))
-    number = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)  # of a tile in its text
+    number = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)  # of each tile in its text
     skipped = number * tile_tokens(1)
     spare = len(target.token_ids) - 1
     assert num_tokens <= spare and len(skipped) <= len(target.tiles)

@@ -1,13 +1,13 @@
-"""How the ranks of one machine reach one another: a socket from each to each, and memory that all of them see.
+"""How the ranks of one machine reach one another: a socket between each pair, and shared memory.
 
-Queries are large and go to everyone: the rank that asks writes them into shared memory, once, and each of the others
-reads them there. Everything else is small and goes through Unix sockets: "I ask" (24 bytes), and the hits (12 bytes
-each). A socket wakes who waits for it without a poll, holds hits of any number, and closes by itself when a process
-ends, however it ends; a lock or a counter in shared memory does none of this.
+Queries are large and go to every rank: the rank that asks writes them once into shared memory, where the others read
+them. Everything else is small and goes through Unix sockets: the request (16 bytes) and the hits (12 bytes each). A
+socket wakes its reader without polling, holds any number of hits, and closes by itself however a process ends; a lock
+or a counter in shared memory does none of this.
 
-The collectives of the training are used once, to exchange addresses. Afterwards ranks owe each other no turn.
+The training's collectives are used once, to exchange addresses. Afterwards ranks need not act in step.
 
-The shared memory is a file without a name, handed over through the sockets: nothing is left over when a process is
+The shared memory is a file without a name, passed through the sockets, so nothing is left over when a process is
 killed. Left out: other machines. Every machine holds the whole index.
 """
 
@@ -34,7 +34,7 @@ _LONGEST_FOLDER = 70  # a socket's path may have about 100 characters
 
 
 class Peers(Protocol):
-    """All ranks of a run, as `distributed.Ranks` has them."""
+    """All ranks of a run, in the form of `distributed.Ranks`."""
 
     @property
     def rank(self) -> int: ...
@@ -45,12 +45,12 @@ class Peers(Protocol):
 
 @dataclass(frozen=True)
 class Link:
-    """One rank among those of its machine. Lists are by place; a rank is linked with itself like with the others."""
+    """One rank among those of its machine. Lists are by place; a rank is linked with itself as with the others."""
 
     place: int
     ranks: list[int]
-    asks: list[socket.socket]  # to whom this rank puts its questions
-    answers: list[socket.socket]  # from whom it hears theirs
+    asks: list[socket.socket]  # this rank sends its requests here
+    answers: list[socket.socket]  # and gets the others' requests here
     queries: list[np.ndarray]  # [rows, D] fp32, shared: each rank writes its own
 
     @property
@@ -62,8 +62,8 @@ class Link:
 def meet(peers: Peers, num_queries: int, dimension: int, identity: str, timeout: float) -> Link:
     """Link the ranks of this machine, with room for `num_queries` queries [·, dimension] fp32 each. A collective.
 
-    ValueError, on every rank, where two have another `identity`: they would search different rows. RetrievalError where
-    a rank that gave its address is not heard of again within `timeout` seconds.
+    ValueError, on every rank, if two differ in `identity`: they would search different rows. RetrievalError if a rank
+    that gave its address is not heard from again within `timeout` seconds.
     """
     folder = tempfile.mkdtemp(prefix="searchr1-", dir=_temporary_folder())  # nobody else may enter it
     try:
@@ -83,7 +83,8 @@ def meet(peers: Peers, num_queries: int, dimension: int, identity: str, timeout:
 
 
 def _connect(listener: socket.socket, place: int, ranks: list[int], paths: list[str], shape: tuple[int, int]) -> Link:
-    """Nobody waits for anybody who lives: connections are made before they are accepted, hellos fit into buffers."""
+    """Connect to every rank, then accept from every rank. Connecting needs no accept, and hellos fit into buffers, so
+    no two live ranks wait for each other."""
     size = 4 * shape[0] * shape[1]
     with _shared_file(size) as file:
         asks = []
@@ -120,10 +121,10 @@ def _connect(listener: socket.socket, place: int, ranks: list[int], paths: list[
 
 
 def _shared_file(size: int) -> IO[bytes]:
-    """A file of memory where the system has such, without a name; closed, it lives on in those who mapped it."""
+    """A file without a name, in memory if the system has that; once closed, it lives on in processes that mapped it."""
     memory = "/dev/shm"
     file = tempfile.TemporaryFile(dir=memory if os.access(memory, os.W_OK) else None)  # noqa: SIM115 (returned)
-    if hasattr(os, "posix_fallocate"):  # taken now: where memory is short an error, not a signal when it is written
+    if hasattr(os, "posix_fallocate"):  # allocated now: short memory is an error here, not a signal on writing
         os.posix_fallocate(file.fileno(), 0, size)
     else:
         file.truncate(size)
@@ -136,8 +137,8 @@ def _temporary_folder() -> str:
 
 
 def _machine() -> tuple:
-    """The same for two processes if they can reach each other's sockets: one kernel, and one folder for them. (Two
-    containers on one host share a kernel, perhaps, but not the folder.)"""
+    """Equal for two processes that can reach each other's sockets: one kernel, and one folder for sockets. (Two
+    containers on one host may share a kernel, but not the folder.)"""
     boot = Path("/proc/sys/kernel/random/boot_id")
     kernel = boot.read_text().strip() if boot.is_file() else platform.node()
     folder = os.stat(_temporary_folder())
@@ -148,17 +149,17 @@ def _machine() -> tuple:
 
 
 class Incoming:
-    """A message of a head of fixed size and a body, as it comes in, piece by piece."""
+    """A message with a head of fixed size and a body, read piece by piece as it arrives."""
 
     def __init__(self, head_bytes: int, room: Callable[[bytes], memoryview]) -> None:
-        """`room`: where the body belongs, all of it, by the head."""
+        """`room`: head -> the memory for the whole body."""
         self.head = bytearray(head_bytes)
         self.body: memoryview | None = None
         self._room = room
         self._rest = memoryview(self.head)
 
     def read(self, source: socket.socket) -> bool:
-        """Take what is there; whether the message is whole. ConnectionError where the other side is gone."""
+        """Take what has arrived -> whether the message is complete. ConnectionError if the other side is gone."""
         count = source.recv_into(self._rest)
         if count == 0:
             raise ConnectionResetError("the connection was closed")

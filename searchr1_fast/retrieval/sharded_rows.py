@@ -1,21 +1,21 @@
-"""Rows cut over the ranks of a machine: each holds its part, and answers for it whoever asks, whenever.
+"""Rows split over the ranks of a machine: each holds one part, and searches it for any rank at any time.
 
     a rank that searches             writes its queries where all can read them, asks every rank (itself too), waits for
                                      all answers, merges them
-    the thread `shard` of each rank  takes whatever requests have come, of one rank or of several, searches its part for
-                                     all of them at once, and answers
+    the thread `shard` of each rank  takes whatever requests have come, from one rank or from several, searches its part
+                                     for all of them at once, and answers
 
-Why it cannot lock up: nobody takes turns. The thread that answers never waits for another rank's search, and it runs as
-long as its process does: while the rank trains, sits in a collective, or has long finished its rollout. So ranks may
-search at any time, any number of times, some of them never. A rank that ends takes its connections with it, and who
-needs it hears of that at once; one that hangs is noticed after `timeout` seconds. Either is an error that names the
+Why it cannot deadlock: no rank waits for its turn. The thread that answers never waits for another rank's search, and
+it runs as long as its process does: while the rank trains, sits in a collective, or has long finished its rollout. So
+ranks may search at any time, any number of times, some of them never. When a rank ends, its connections close, and
+ranks that need it notice at once; one that hangs is noticed after `timeout` seconds. Either is an error that names the
 rank, and final: a search without one part would be a wrong result.
 
-Why it is worth it: beside the memory, requests of several ranks that come together cost one pass over a part. Results
-are exact whatever came together: a score is a function of its query and row, and the order is total, so the k best of a
-part are the first of its k + 1 best, and the best of all parts are the best of all rows.
+Why it is worth it: besides saving memory, requests of several ranks that come together cost one pass over a part.
+Results are exact whatever came together: a score is a function of its query and row, and the order is total, so the k
+best of a part are the first of its k + 1 best, and the best of all parts are the best of all rows.
 
-Left out: NCCL. Its collectives want all ranks at once, and a second communicator beside the training's may block both.
+Left out: NCCL. Its collectives need all ranks at once, and a second communicator beside the training's may block both.
 
 Shape legend
     Q  queries    K  hits of a query: k, or all rows if fewer    W  hits that one part has    D  components
@@ -42,9 +42,9 @@ from searchr1_fast.retrieval.rows import RowSearch, share
 from searchr1_fast.retrieval.shard_link import Incoming, Link, Peers, meet
 
 _REQUEST = struct.Struct("<qq")  # queries, k
-_ANSWER = struct.Struct("<qq")  # how it went; bytes that follow: rows [Q,W] int64, scores [Q,W] fp32, or a sentence
+_ANSWER = struct.Struct("<qq")  # outcome; bytes that follow: rows [Q,W] int64, scores [Q,W] fp32, or a sentence
 _FOUND, _FAILED = 0, 1
-_CLOSING_SECONDS = 10.0  # that this rank's part gets for the search that it is at
+_CLOSING_SECONDS = 10.0  # for this rank's part to finish its current search
 
 
 def open_sharded(
@@ -56,18 +56,18 @@ def open_sharded(
     timeout: float,
     choose_merge: Callable[[int], Merge] = lambda num_parts: HostMerge(),
 ) -> RowSearch:
-    """Search over all rows, of which this rank holds its share of those of its machine. A collective: every rank calls
-    it, and every rank raises where one cannot open its part.
+    """Open a search over all rows, which the ranks of a machine share. A collective: every rank calls it, and every
+    rank raises if one cannot open its part.
 
-    open_part: (begin, end) -> the search over these rows, which may be none. timeout: seconds that another rank
-    may take to link up, and for one search. choose_merge: number of parts -> who merges their hits.
+    open_part: (begin, end) -> the search over these rows, which may be none. timeout: seconds that another rank may
+    take to link up, and for one search. choose_merge: number of parts -> what merges their hits.
     """
     link = meet(peers, MAX_QUERIES, dimension, identity, timeout)
     own, failure = None, None
     try:
         own = open_part(*share(num_rows, link.place, link.size))
-        own.search(np.ones((1, dimension), np.float32), 1)  # the first compiles: nobody is to wait for that
-    except (ValueError, OSError, RuntimeError) as error:  # does not fit, cannot be read, or CUDA's
+        own.search(np.ones((1, dimension), np.float32), 1)  # the first search compiles: no other rank is to wait for it
+    except (ValueError, OSError, RuntimeError) as error:  # does not fit, cannot be read, or an error of CUDA's
         failure = error
     failures = peers.gather(None if failure is None else f"{type(failure).__name__}: {failure}")
     if failure is not None:
@@ -80,7 +80,7 @@ def open_sharded(
 
 
 class ShardedRows:
-    """All rows, through the ranks of this machine. Close it, or leave it to the garbage collector or to the exit."""
+    """All rows, through the ranks of this machine. Close it, or leave that to the garbage collector or program exit."""
 
     def __init__(self, link: Link, own: RowSearch, num_rows: int, timeout: float, merge: Merge) -> None:
         self._link = link
@@ -92,7 +92,7 @@ class ShardedRows:
         self._lock = threading.Lock()
         self._failure: RetrievalError | None = None
         self._own = own
-        # It holds the link and this rank's rows, never this object.
+        # The thread holds the link and this rank's rows, never this object.
         thread = threading.Thread(target=_answer_all, args=(link, own, timeout), name="shard", daemon=True)
         self.close = weakref.finalize(self, _close, link, thread)
         thread.start()
@@ -102,28 +102,28 @@ class ShardedRows:
 
     @property
     def mode(self) -> Mode:
-        """Of this rank's part; the others are of its kind."""
+        """The mode of this rank's part; the other parts are of the same kind."""
         return self._own.mode
 
     @property
     def is_parked(self) -> bool:
-        """Of this rank's part."""
+        """Whether this rank's part is parked."""
         return isinstance(self._own, Parks) and self._own.is_parked
 
     def park(self) -> None:
-        """This rank's part, which the others need for their searches too: to be called when all ranks have searched.
-        One that searches nevertheless waits, as long as it would wait for a rank that hangs."""
+        """Park this rank's part. The searches of other ranks need it too, so call this once all ranks have searched; a
+        rank that still searches waits, as long as it would wait for a rank that hangs."""
         if isinstance(self._own, Parks):
             self._own.park()
 
     def unpark(self) -> None:
-        """This rank's part. The ranks need not do it together: who searches waits for those that are not there yet."""
+        """Unpark this rank's part. Ranks need not do so together: a search waits for parts that are not back yet."""
         if isinstance(self._own, Parks):
             self._own.unpark()
 
     def search(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """vectors [Q,D] fp32 -> (scores [Q,K] fp32, rows [Q,K] int64). RetrievalError where a rank is gone, hangs, or
-        failed: then every later search raises it too."""
+        """vectors [Q,D] fp32 -> (scores [Q,K] fp32, rows [Q,K] int64). RetrievalError if a rank is gone, hangs, or
+        failed; every later search then raises it too."""
         k = min(k, len(self))
         scores, rows = np.empty((len(vectors), k), np.float32), np.empty((len(vectors), k), np.int64)
         with self._lock:
@@ -141,7 +141,7 @@ class ShardedRows:
         try:
             self._ask(vectors, k, self._merge.rooms(len(vectors), widths))
         except RetrievalError as error:
-            self._failure = error  # answers may be on their way still: the next would not be the one asked for
+            self._failure = error  # answers may still be on their way, which the next search would take for its own
             raise
         return self._merge.merge(k)
 
@@ -157,7 +157,7 @@ class ShardedRows:
                 raise self._gone(place) from error
             waiting[place] = Incoming(_ANSWER.size, partial(_room, rooms[place]))
         deadline = time.monotonic() + self._timeout
-        # All at once: a rank whose answer is not read could not turn to those that wait for it.
+        # All at once: a rank whose answer is not read could not serve the others that wait for it.
         with selectors.DefaultSelector() as selector:
             for place, connection in enumerate(link.asks):
                 selector.register(connection, selectors.EVENT_READ, place)
@@ -201,10 +201,10 @@ def _room(room: memoryview, head: bytes) -> memoryview:
 
 
 def _answer_all(link: Link, own: RowSearch, timeout: float) -> None:
-    """Until this rank closes its own connection. Whatever ends it closes all connections, which the others hear."""
+    """Answer until this rank closes its own connection. However it ends, all connections close, and others notice."""
     with selectors.DefaultSelector() as selector:
         for place, connection in enumerate(link.answers):
-            connection.settimeout(timeout)  # of a rank that does not take its answer
+            connection.settimeout(timeout)  # for a rank that does not take its answer
             selector.register(connection, selectors.EVENT_READ, place)
         try:
             while True:
@@ -216,7 +216,7 @@ def _answer_all(link: Link, own: RowSearch, timeout: float) -> None:
                     elif key.data == link.place:
                         return
                     else:
-                        selector.unregister(key.fileobj)  # it asks no more
+                        selector.unregister(key.fileobj)  # it will not ask again
                 for batch in _batches(requests):
                     gone = _answer(link, own, batch)
                     if link.place in gone:
@@ -229,7 +229,7 @@ def _answer_all(link: Link, own: RowSearch, timeout: float) -> None:
 
 
 def _answer(link: Link, own: RowSearch, batch: list[tuple[int, int, int]]) -> list[int]:
-    """Answer requests (place, queries, k) by one search; the places of those that could not be told."""
+    """Answer requests (place, queries, k) by one search; returns the places of ranks that could not be reached."""
     vectors = np.concatenate([link.queries[place][:num_queries] for place, num_queries, _ in batch])
     ends = np.cumsum([num_queries for _, num_queries, _ in batch])
     try:
@@ -239,20 +239,20 @@ def _answer(link: Link, own: RowSearch, batch: list[tuple[int, int, int]]) -> li
             part = slice(end - num_queries, end), slice(0, k)
             body = rows[part].tobytes() + scores[part].tobytes()
             messages.append(_ANSWER.pack(_FOUND, len(body)) + body)
-    except Exception as error:  # whatever it is: it belongs to those who asked
+    except Exception as error:  # of any kind: it goes to the ranks that asked
         sentence = f"{type(error).__name__}: {error}".encode()
         messages = [_ANSWER.pack(_FAILED, len(sentence)) + sentence] * len(batch)
     gone = []
     for (place, _, _), message in zip(batch, messages, strict=True):
         try:
             link.answers[place].sendall(message)
-        except OSError:  # it ended while its search ran, or hangs: it is not there to be told
+        except OSError:  # the rank ended while its search ran, or hangs
             gone.append(place)
     return gone
 
 
 def _batches(requests: Iterable[tuple[int, int, int]]) -> Iterator[list[tuple[int, int, int]]]:
-    """Requests (place, queries, k) in the order they came, those together that may be one search."""
+    """Group requests (place, queries, k), in order of arrival, into searches of at most MAX_QUERIES queries."""
     batch: list[tuple[int, int, int]] = []
     total = 0
     for request in requests:
@@ -266,7 +266,7 @@ def _batches(requests: Iterable[tuple[int, int, int]]) -> Iterator[list[tuple[in
 
 
 def _receive(connection: socket.socket) -> bytes | None:
-    """A request; None from one that is gone."""
+    """One request; None if its sender is gone."""
     head = Incoming(_REQUEST.size, lambda _: memoryview(b""))
     try:
         while not head.read(connection):
@@ -277,7 +277,7 @@ def _receive(connection: socket.socket) -> bytes | None:
 
 
 def _close(link: Link, thread: threading.Thread) -> None:
-    """First the connections: this rank's thread hears it from its own, and ends after the search that it is at."""
+    """Shut the connections first: this rank's thread notices that on its own one, and ends after its current search."""
     for connection in link.asks:
         try:
             connection.shutdown(socket.SHUT_RDWR)
@@ -285,7 +285,7 @@ def _close(link: Link, thread: threading.Thread) -> None:
             continue
     if threading.current_thread() is not thread:
         thread.join(_CLOSING_SECONDS)
-        if thread.is_alive():  # of a device that hangs, or of rows that were parked and never will be back
+        if thread.is_alive():  # on a device that hangs, or on parked rows that never come back
             sentence = f"a search for another rank did not end within {_CLOSING_SECONDS:g} s of closing; left behind"
             print(f"searchr1: {sentence}", file=sys.stderr, flush=True)
     for connection in link.asks:

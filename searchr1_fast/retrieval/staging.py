@@ -1,12 +1,12 @@
-"""Memory between host and device: a ring of pinned buffers for what is large, one growing buffer for what is small.
+"""Pinned memory for copies to a device: a ring of buffers for large ones, a single growing buffer for small ones.
 
-A copy from pageable memory (a memory map is that) makes CUDA stage it in pieces of its own while the host waits, and a
-copy from pinned memory runs by itself. So the host fills one buffer of the ring while the device empties the other, on
-a stream of its own; nothing on the training stream waits, and never more than the ring is in memory twice.
+A copy from pageable memory, such as a memory map, makes CUDA stage it piece by piece while the host waits; a copy from
+pinned memory runs asynchronously. So the host fills one buffer of the ring while the device empties the other, on a
+stream of its own. Nothing on the training stream waits, and never more than the ring is in memory twice.
 
-There is no CUDA C++ in this: a copy is the driver's, and a kernel that copied would only take the place of others.
+There is no CUDA C++ here: the driver copies, and a kernel that copied would only displace others.
 
-On a CPU the same ring runs with copies that are made at once: the twin that tests use.
+On a CPU the same ring runs with synchronous copies: the twin that tests use.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 
 from searchr1_fast.retrieval.streams import on_stream
 
-RING_BYTES = 2**26  # of one buffer: some milliseconds of PCIe, so that starting a copy is nothing beside it
+RING_BYTES = 2**26  # of one buffer: some milliseconds of PCIe, so that starting a copy costs nothing beside it
 NUM_BUFFERS = 2
 
 
@@ -30,20 +30,20 @@ class Copies(Protocol):
         ...
 
     def start(self, target: torch.Tensor, source: torch.Tensor) -> Any:
-        """Begin to copy one of these buffers, or a part of it; returns what `wait` takes."""
+        """Begin to copy from one of these buffers, or a part of it; returns the handle for `wait`."""
         ...
 
     def wait(self, handle: Any) -> None:
-        """Return when that copy has been made."""
+        """Wait until that copy is done."""
         ...
 
     def finish(self) -> None:
-        """Return when everything has been made that was queued where copies are, copies or not."""
+        """Wait until everything queued where copies are queued is done, copies or not."""
         ...
 
 
 class CpuCopies:
-    """At once."""
+    """Copies synchronously."""
 
     def buffer(self, num_bytes: int) -> torch.Tensor:
         """[num_bytes] uint8."""
@@ -54,14 +54,14 @@ class CpuCopies:
         target.copy_(source)
 
     def wait(self, handle: None) -> None:
-        """Nothing is left to wait for."""
+        """Do nothing: the copy is done."""
 
     def finish(self) -> None:
-        """Nor here."""
+        """Do nothing, likewise."""
 
 
 class CudaCopies:
-    """From pinned memory, on a stream."""
+    """Copies from pinned memory, on a stream."""
 
     def __init__(self, stream: torch.cuda.Stream) -> None:
         self._stream = stream
@@ -77,34 +77,34 @@ class CudaCopies:
             return self._stream.record_event()
 
     def wait(self, handle: torch.cuda.Event) -> None:
-        """Without the GIL, which an event's `synchronize` gives up."""
+        """Wait without the GIL, which an event's `synchronize` releases."""
         handle.synchronize()
 
     def finish(self) -> None:
-        """Without the GIL, as before."""
+        """Wait without the GIL, likewise."""
         self._stream.synchronize()
 
 
 def copies_of(device: torch.device, stream: torch.cuda.Stream | None = None) -> Copies:
-    """How this device copies; `stream`: where on a GPU."""
+    """The `Copies` of a device; `stream`: where they are queued on a GPU, None for a new one."""
     if device.type == "cpu":
         return CpuCopies()
     return CudaCopies(torch.cuda.Stream(device) if stream is None else stream)
 
 
 class StagingRing:
-    """Host arrays to device tensors, through pinned buffers that take turns."""
+    """Copies host arrays to device tensors through pinned buffers, used in turn."""
 
     def __init__(self, copies: Copies, num_bytes: int = RING_BYTES, num_buffers: int = NUM_BUFFERS) -> None:
         if num_bytes < 1 or num_buffers < 1:
             raise ValueError(f"a ring needs buffers, and bytes in them; got {num_buffers} of {num_bytes} bytes")
         self._copies = copies
         self._buffers = [copies.buffer(num_bytes) for _ in range(num_buffers)]
-        self._handles: list[Any] = [None] * num_buffers  # of the copy that a buffer is the source of
+        self._handles: list[Any] = [None] * num_buffers  # of the copy that reads each buffer
         self._next = 0
 
     def upload(self, source: np.ndarray, target: torch.Tensor) -> None:
-        """Copy `source` into `target`, of the same bytes, both contiguous. `flush` says when all of it is there."""
+        """Copy `source` into `target`, both contiguous, of as many bytes. `flush` waits until all has arrived."""
         if not source.flags.c_contiguous or not target.is_contiguous():
             raise ValueError("upload: source and target must be contiguous")
         if source.nbytes != target.nbytes:
@@ -117,11 +117,11 @@ class StagingRing:
         for begin in range(0, len(origin), step):
             part = origin[begin : begin + step]
             buffer = self._free_buffer()
-            np.copyto(buffer.numpy()[: len(part)], part)  # here the disk is read; the GIL is given up
+            np.copyto(buffer.numpy()[: len(part)], part)  # the disk is read here, without the GIL
             self._started(self._copies.start(end[begin : begin + len(part)], buffer[: len(part)]))
 
     def flush(self) -> None:
-        """Return when every upload has arrived."""
+        """Wait until every upload has arrived."""
         for number, handle in enumerate(self._handles):
             if handle is not None:
                 self._copies.wait(handle)
@@ -139,14 +139,14 @@ class StagingRing:
 
 
 class HostBuffer:
-    """Pinned memory that is used again and again, and grows: to pin memory stops the whole device for a while."""
+    """Pinned memory that is reused and grows: pinning memory stops the whole device for a while."""
 
     def __init__(self, copies: Copies) -> None:
         self._copies = copies
         self._bytes = copies.buffer(0)
 
     def view(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """A tensor in it, which the next call overwrites."""
+        """A tensor in this memory, which the next call overwrites."""
         size = int(np.prod(shape)) * dtype.itemsize
         if size > self._bytes.nbytes:
             self._bytes = self._copies.buffer(2 * size)

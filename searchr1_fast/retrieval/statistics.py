@@ -41,7 +41,7 @@ class SearchStatistics:
 
 
 def percentile(waits: Iterable[tuple[float, int]], percent: float) -> float | None:
-    """The wait in seconds that `percent` of the queries did not exceed; `waits`: (seconds, queries). None without any."""
+    """The seconds that `percent` of the queries did not exceed; waits: (seconds, queries). None if there were none."""
     ordered = sorted(waits)
     ends = np.cumsum([count for _, count in ordered])
     if not ordered or not ends[-1]:
