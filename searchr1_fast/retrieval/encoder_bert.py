@@ -276,7 +276,7 @@ class _Bert:
     @torch.inference_mode()
     def pooled_packed(self, texts: PackedTexts, pooling: Pooling | None) -> torch.Tensor:
         """[S,H] fp32 for texts in any order: a fixed list of launches for each number of rows and of places."""
-        # A text's keys are the rows from its first on. So each row is a slot of the cache: a window that starts there.
+        # A text's keys are the rows from its first on: each row begins a slot of the cache, and slots overlap.
         longest, heads, width = self._positions.shape[0], self._heads, self.hidden_size
         num_rows, size, tiles = len(texts.token_ids), width // heads, texts.tiles.int()
 
@@ -307,7 +307,7 @@ class _Bert:
     ) -> torch.Tensor:  # [T, H]
         hidden = self._words[token_ids] + self._positions[positions + self._first_position]
         hidden = self._norm(hidden, self._embedding_norm)
-        # Intermediates have no names: a name would keep one alive through the next layer, for half as much memory again.
+        # Intermediates have no names: a name would keep one through the next layer, which then needs half as much again.
         for layer in self._layers:
             hidden = self._norm(
                 hidden + self._linear(attend(self._linear(hidden, *layer.qkv, spare_rows)), *layer.output), layer.norm

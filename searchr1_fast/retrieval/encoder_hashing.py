@@ -115,7 +115,7 @@ class HashingEncoder:
         return vectors
 
     def _words(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """(hashes of words [Z] uint64, where each text's begin [N+1] int64), stop words left out if there are others."""
+        """(hashes of words [Z] uint64, where each text's begin [N+1] int64), without stop words if there are others."""
         if len(self._hashes) > _MAX_CACHED_WORDS:
             self._hashes.clear()
         hashes: list[int] = []

@@ -1,16 +1,16 @@
-"""Making an index: passages first, then vectors chunk by chunk, the manifest last; killed at any point, it goes on.
+"""Builds an index: passages, then vectors chunk by chunk, then the manifest; a build killed at any point can resume.
 
-Everything is made in `NAME.partial` and renamed when it is whole. What is finished there is written down only after it
-is on the disk:
+Everything is made in `NAME.partial`, which is renamed when complete. Progress is recorded there only once the data is
+on the disk:
 
-    settings.json     what is being made of what; going on with anything else is refused
+    settings.json     what is being built from what; resuming with anything else is refused
     passages.json     the texts are complete: how many, and the records of their files
     vectors.log       one line per chunk of vectors that is on the disk, with its digest
 
-A run that finds them skips what they say; a torn last line, and bytes of vectors beyond the last line, are cut off. One
-process at a time: the folder is locked while it works.
+A run that finds these files skips what they record; it cuts off a torn last line, and bytes of vectors beyond the last
+line. One process at a time: the folder is locked during a build.
 
-Left out: encoding on several GPUs at once. Vectors come from a `VectorSource`, and that may be one that does.
+Left out: encoding on several GPUs at once. Vectors come from a `VectorSource`, which may do so.
 
 Shape legend
     N  rows of a chunk    D  components
@@ -48,7 +48,7 @@ from searchr1_fast.retrieval.index_format import (
     vector_file,
 )
 
-_ROWS_AT_ONCE = 8192  # of text, between two calls of `progress`
+_ROWS_AT_ONCE = 8192  # of text between two calls of `progress`
 _SECONDS_BETWEEN_SYNCS = 2.0  # an fsync per chunk would slow an import down; encoding is slower than this anyway
 _SCAFFOLDING = ("settings.json", "passages.json", "vectors.log", "lock")
 
@@ -60,11 +60,11 @@ class VectorSource(Protocol):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What the vectors depend on beside the corpus. Known before `prepare`, and the same when a build goes on."""
+        """What the vectors depend on besides the corpus. Known before `prepare`, and the same when a build resumes."""
         ...
 
     def prepare(self, folder: Path, texts: TextColumn, progress: Progress) -> dict[str, Any]:
-        """Look at all texts before the first vector. Returns the manifest's `encoder`; may write `encoder-*.bin`."""
+        """See all texts before the first vector. Returns the manifest's `encoder`; may write `encoder-*.bin`."""
         ...
 
     def rows(self, begin: int, end: int, texts: TextColumn) -> np.ndarray:
@@ -73,13 +73,13 @@ class VectorSource(Protocol):
 
 
 class Phases(Protocol):
-    """A `Console`, or whatever else shows phases: `with show.phase("passages", total) as progress`."""
+    """A `Console`, or anything else that shows phases: `with show.phase("passages", total) as progress`."""
 
     def phase(self, name: str, total: int | None = None) -> Any: ...
 
 
 def build_index(target: Path, corpus: Path, source: VectorSource, show: Phases, restart: bool = False) -> Index:
-    """Make the index `target` of a JSONL corpus, or go on with it.
+    """Build the index `target` from a JSONL corpus, or resume building it.
 
     ValueError: the target exists, the corpus is malformed (file and line), or what was begun differs (`restart` begins
     anew).
@@ -100,7 +100,7 @@ def build_index(target: Path, corpus: Path, source: VectorSource, show: Phases, 
         files |= vectors.records()
         for path in sorted(partial.glob("encoder-*.bin")):
             files[path.name] = record_file(path)
-            sync(path)  # before the manifest, which says that it is there
+            sync(path)  # before the manifest, which lists it
         manifest = Manifest(
             num_rows=num_rows,
             dimension=source.dimension,
@@ -115,7 +115,7 @@ def build_index(target: Path, corpus: Path, source: VectorSource, show: Phases, 
         _write_whole(partial / MANIFEST, manifest.dumps())
         os.rename(partial, target)
         sync(target.resolve().parent)
-        for name in _SCAFFOLDING:  # last: a run that is killed before the rename still finds them
+        for name in _SCAFFOLDING:  # last: a run killed before the rename must find them
             (target / name).unlink(missing_ok=True)
     return open_index(target)
 
@@ -134,7 +134,7 @@ def _locked(partial: Path) -> Iterator[None]:
 
 
 def _settle(partial: Path, corpus: Path, source: VectorSource, restart: bool) -> None:
-    """Begin, or make sure that what was begun is the same."""
+    """Begin a build, or make sure that the one to resume is the same."""
     if not corpus.is_file():
         raise ValueError(f"there is no file {corpus}")
     state = corpus.stat()
@@ -159,7 +159,7 @@ def _settle(partial: Path, corpus: Path, source: VectorSource, restart: bool) ->
 
 
 def _write_whole(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all."""
+    """Write a file, whole or not at all."""
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.write_text(text)
     sync(temporary)
@@ -171,7 +171,8 @@ def _write_whole(path: Path, text: str) -> None:
 
 
 def _passages(partial: Path, corpus: Path, show: Phases) -> tuple[int, str, dict[str, FileRecord]]:
-    """(number of rows, how ids are kept, records). The corpus is read again from its beginning after a kill."""
+    """Write the passages -> (number of rows, how ids are kept, records). After a kill the corpus is read from the
+    beginning again."""
     done = partial / "passages.json"
     if done.is_file():
         state = json.loads(done.read_text())
@@ -215,7 +216,7 @@ def _record(values: dict[str, Any]) -> FileRecord:
 
 
 class _ColumnWriter:
-    """Writes one text column, a batch of rows at a time; offsets go to the disk as they come."""
+    """Writes one text column, a batch of rows at a time; offsets are written as they come."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self._bytes = (folder / f"{name}.bin").open("wb")
@@ -242,14 +243,14 @@ class _ColumnWriter:
 
 @dataclass(frozen=True)
 class _Chunk:
-    """A finished chunk, as vectors.log has it."""
+    """A finished chunk, as recorded in vectors.log."""
 
     digest: str
     lossless: bool
 
 
 class _VectorWriter:
-    """The files of vectors, from the first chunk that is missing on."""
+    """Writes the files of vectors, from the first missing chunk on."""
 
     def __init__(self, partial: Path, num_rows: int, dimension: int) -> None:
         self.rows_per_chunk = index_format.rows_per_chunk(dimension)
@@ -266,7 +267,7 @@ class _VectorWriter:
         return all(chunk.lossless for chunk in self._chunks)
 
     def write(self, source: VectorSource, texts: TextColumn, show: Phases) -> None:
-        """Everything that is missing."""
+        """Write every missing chunk."""
         pending: list[_Chunk] = []
         last_sync = time.monotonic()
         with show.phase("vectors", self._num_rows) as progress, self._log_path.open("a") as log:
@@ -281,7 +282,7 @@ class _VectorWriter:
                 pending.append(_Chunk(digest_bytes(data.data), lossless))
                 end_of_file = end % self.rows_per_file == 0 or end == self._num_rows
                 if end_of_file or time.monotonic() - last_sync >= _SECONDS_BETWEEN_SYNCS:
-                    sync(path)  # the vectors first, then the lines that say that they are there
+                    sync(path)  # the vectors first, then the lines that record them
                     log.writelines(json.dumps(asdict(chunk)) + "\n" for chunk in pending)
                     log.flush()
                     os.fsync(log.fileno())
@@ -310,7 +311,7 @@ class _VectorWriter:
         return [_Chunk(**json.loads(line)) for line in whole.splitlines()]
 
     def _cut(self) -> None:
-        """Make the files of vectors end where the log does."""
+        """Truncate the files of vectors to what the log records."""
         done = min(len(self._chunks) * self.rows_per_chunk, self._num_rows)
         for number, begin in enumerate(range(0, self._num_rows, self.rows_per_file)):
             path = self._partial / vector_file(number)
@@ -323,7 +324,7 @@ class _VectorWriter:
 
 
 def _to_fp16(vectors: np.ndarray, first: int) -> tuple[np.ndarray, bool]:
-    """(vectors [N,D] fp16, whether that changed nothing)."""
+    """(vectors [N,D] fp16, whether the conversion changed nothing)."""
     if vectors.dtype == np.float16:
         stored, lossless = vectors, True
     else:

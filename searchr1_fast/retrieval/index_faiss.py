@@ -1,4 +1,4 @@
-"""faiss' flat files, read without faiss and without a copy in memory: `e5_Flat.index`, whole or in its pieces.
+"""Reads faiss' flat files without faiss and without a copy in memory: `e5_Flat.index`, whole or in pieces.
 
 A flat file is a header and then raw fp32 rows (faiss, impl/index_write.cpp):
 
@@ -8,11 +8,11 @@ A flat file is a header and then raw fp32 rows (faiss, impl/index_write.cpp):
     33  int32     metric (0 inner product, 1 squared distance)
     37  uint64    M * D                  45  float32   rows
 
-The published index comes as pieces (`part_aa`, `part_ab`) that are meant to be joined; they are read as they lie, which
-saves the disk another 65 GB.
+The published index comes as pieces (`part_aa`, `part_ab`) that are meant to be joined; they are read as they are, which
+saves another 65 GB of disk.
 
-Left out: every file that is not flat. Squared distance is accepted where all rows have one length, because then its
-order is that of the inner product.
+Left out: every file that is not flat. Squared distance is accepted if all rows have the same length, because its order
+is then that of the inner product.
 
 Shape legend
     M  rows    N  rows of a chunk    D  components
@@ -36,7 +36,7 @@ _LENGTH_TOLERANCE = 2e-3  # of rows under squared distance: fp16 arithmetic leav
 
 
 class FlatFile:
-    """A flat file in one piece or several, in their order."""
+    """A flat file in one piece, or in several given in order."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = [Path(path) for path in paths]
@@ -87,7 +87,7 @@ class FlatFile:
             )
 
     def _read(self, begin: int, count: int) -> bytearray:
-        """Bytes of the pieces as if they were joined."""
+        """Read bytes of the pieces as if they were joined."""
         data = bytearray(count)
         view, done = memoryview(data), 0
         while done < count:

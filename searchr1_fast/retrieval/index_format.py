@@ -1,13 +1,13 @@
-"""An index on disk: what lies in its folder, opened as memory maps, and how damage to it is found and named.
+"""An index on disk: the files in its folder, opening them as memory maps, and detecting and naming damage.
 
-    manifest.json            written last; everything else is only meant if it is there
+    manifest.json            written last; the other files count only if it is there
     vectors-00000.f16, …     little-endian fp16 rows [rows_per_file, D], no header: a row's place is arithmetic
     passages.bin, .u64       the corpus' `contents`, UTF-8, end to end; M+1 byte offsets, little-endian
-    ids.bin, ids.u64         the ids likewise; absent where the id of every row is its number
-    encoder-….bin            what the encoder learned of the corpus, if it learned something
+    ids.bin, ids.u64         the ids likewise; absent if the id of every row is its number
+    encoder-….bin            what the encoder learned from the corpus, if anything
 
-The manifest holds, for every file, its size and a BLAKE2b digest per chunk, and a digest of itself: `open_index`
-compares sizes (a truncated file is found at once), `Index.verify` reads every byte and says which file and which bytes
+The manifest holds a digest of itself and, for every file, its size and a BLAKE2b digest per chunk. `open_index`
+compares sizes, so a truncated file is found at once; `Index.verify` reads every byte and says which bytes of which file
 changed.
 
 Shape legend
@@ -38,11 +38,11 @@ FILE_BYTES = 2**30  # of vectors; a file is mapped whole, and copied to a GPU in
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What one file must be."""
+    """The size and digests that one file must have."""
 
     num_bytes: int
     chunk_bytes: int
-    digests: tuple[str, ...]  # of consecutive chunks, the last one shorter
+    digests: tuple[str, ...]  # of consecutive chunks; the last may be shorter
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Manifest:
     lossless: bool  # every component was an fp16 number before it was stored
     ids: Literal["rows", "column"]
     encoder: dict[str, Any]
-    source: dict[str, Any]  # where rows and vectors came from, for people
+    source: dict[str, Any]  # where rows and vectors came from, for human readers
     files: dict[str, FileRecord]
     dtype: str = "float16"
     metric: str = "inner_product"
@@ -66,7 +66,7 @@ class Manifest:
         return json.dumps(self._body() | {"digest": self.digest()}, indent=1) + "\n"
 
     def digest(self) -> str:
-        """Of everything: two indexes with one digest hold the same passages and vectors of the same encoder."""
+        """A digest of everything: indexes that share it hold the same passages and vectors of the same encoder."""
         return digest_bytes(_canonical(self._body()))
 
     def _body(self) -> dict[str, Any]:
@@ -84,13 +84,13 @@ def rows_per_chunk(dimension: int) -> int:
 
 
 def rows_per_file(dimension: int) -> int:
-    """A whole number of chunks."""
+    """Rows in one file of vectors: a whole number of chunks."""
     per_chunk = rows_per_chunk(dimension)
     return per_chunk * max(1, FILE_BYTES // (2 * dimension * per_chunk))
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of an index, its own digest checked."""
+    """Read the manifest of an index and check its own digest."""
     path = folder / MANIFEST
     if not path.is_file():
         hint = "; it was not finished, build it again to go on" if partial_folder(folder).is_dir() else ""
@@ -118,13 +118,13 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def partial_folder(folder: Path) -> Path:
-    """Where an index is made before it is renamed."""
+    """The folder in which an index is built before it is renamed."""
     folder = folder.resolve()
     return folder.with_name(f"{folder.name}.partial")
 
 
 class TextColumn:
-    """Texts of all rows, memory-mapped: `column[row]` decodes one. Nothing but the rows asked for is read."""
+    """The texts of all rows, memory-mapped: `column[row]` decodes one. Only the rows asked for are read."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self.offsets = np.memmap(folder / f"{name}.u64", dtype="<u8", mode="r")  # [M+1]
@@ -151,7 +151,7 @@ class TextColumn:
 
 
 class Index:
-    """An opened index. Maps are private and copied on write, so that torch may have them; nothing writes to them."""
+    """An open index. Maps are private and copy-on-write, so that torch accepts them; nothing writes to them."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder = folder
@@ -171,14 +171,14 @@ class Index:
         return self.manifest.dimension
 
     def vector_parts(self) -> Iterator[tuple[int, np.ndarray]]:
-        """(number of its first row, vectors [rows, D] fp16), one for each file, without reading them."""
+        """(number of the first row, vectors [rows, D] fp16) for each file, without reading it."""
         for number, begin in enumerate(range(0, len(self), self.manifest.rows_per_file)):
             num_rows = min(self.manifest.rows_per_file, len(self) - begin)
             path = self.folder / vector_file(number)
             yield begin, np.memmap(path, dtype="<f2", mode="c", shape=(num_rows, self.dimension))
 
     def contents(self, row: int) -> str:
-        """The corpus' `contents`, to the letter."""
+        """The corpus' `contents`, unchanged."""
         return self._texts[row]
 
     def passages(self, rows: Sequence[int], scores: Sequence[float]) -> list[Passage]:
@@ -205,7 +205,7 @@ class Index:
 
 
 def open_index(folder: str | Path) -> Index:
-    """Open an index after checking that every file of the manifest is there and has its size."""
+    """Open an index, after checking that every file of the manifest exists and has the right size."""
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"there is no index {folder}")
@@ -222,16 +222,16 @@ def open_index(folder: str | Path) -> Index:
 
 
 class OpenFile:
-    """A mapped file as it was when it was opened: read after it was cut, it would end the process (SIGBUS), and other
-    bytes would be other rows."""
+    """The state of a mapped file when it was opened, to notice changes: reading one that was cut short ends the process
+    (SIGBUS), and other bytes would be other rows."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._state = self._look()
 
     def check(self) -> None:
-        """ValueError where it was cut, written to or replaced since. One that was deleted is still there for who has it
-        open."""
+        """ValueError if the file was cut short, written to or replaced since. A deleted file is still there for a
+        process that has it open."""
         try:
             num_bytes, modified = self._look()
         except FileNotFoundError:
@@ -254,17 +254,17 @@ def file_digests(path: Path, chunk_bytes: int) -> Iterator[str]:
 
 
 def record_file(path: Path) -> FileRecord:
-    """The record of a file that is finished."""
+    """The record of a finished file."""
     return FileRecord(path.stat().st_size, CHUNK_BYTES, tuple(file_digests(path, CHUNK_BYTES)))
 
 
 def combine(digests: Sequence[str]) -> str:
-    """One digest for many."""
+    """One digest of many."""
     return digest_bytes("\n".join(digests).encode())
 
 
 def sync(path: Path) -> None:
-    """Make a file's, or a folder's, present state survive a power cut."""
+    """Make the present state of a file or folder survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -277,5 +277,5 @@ def _canonical(body: dict[str, Any]) -> bytes:
 
 
 def digest_bytes(data: bytes | memoryview | np.ndarray) -> str:
-    """BLAKE2b of 128 bits, in hexadecimal: in the standard library, and about 1 GB/s a core."""
+    """BLAKE2b of 128 bits, in hexadecimal: in the standard library, and about 1 GB/s per core."""
     return hashlib.blake2b(data, digest_size=16).hexdigest()

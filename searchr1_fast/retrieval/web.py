@@ -1,16 +1,16 @@
-"""Live web search: services with JSON answers in the manner of Serper and SerpAPI, behind the `Retriever` protocol.
+"""Live web search: services that answer in JSON like Serper and SerpAPI, behind the `Retriever` protocol.
 
     serper    POST {"q", "num"}, the key in X-API-KEY          -> {"organic": [{"title", "link", "snippet"}, …]}
     serpapi   GET ?engine=google&q=…&num=…&api_key=…           -> {"organic_results": [the same]}
 
-A query becomes one request, equal queries one, and what was found is remembered. A passage is a result's title and the
-service's snippet, or with `pages` what its page says around that (web_pages.py). Of one host no more requests are under
-way than `per_host`, whoever's queries they are for. What can pass is tried again as in remote.py; what cannot is a
-RetrievalError. A page that cannot be read costs its passage no more than the longer text, and is counted.
+Each query becomes one request, equal queries share one, and results are cached. A passage is a result's title and the
+service's snippet, or with `pages` what its page says around that (web_pages.py). No host gets more than `per_host`
+requests at once, whatever queries they are for. Errors that can pass are retried as in remote.py; others are a
+RetrievalError. A page that cannot be read costs its passage only the longer text, and is counted.
 
-The web changes: what a query finds depends on the day, so runs do not repeat, and nothing of it is kept in checkpoints.
+The web changes: what a query finds depends on the day, so runs are not repeatable, and checkpoints keep no results.
 
-Left out: proxies, other services (one that answers Search-R1's `/retrieve` is `remote`).
+Left out: proxies, other services (for one that answers Search-R1's `/retrieve` there is `remote`).
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ KEY_VARIABLES: dict[WebEngine, str] = {"serper": "SERPER_API_KEY", "serpapi": "S
 
 _THREADS = 16  # queries at once
 _REMEMBERED = 100_000  # queries
-_LEAST_RESULTS = 10  # asked for, which costs as much as one
+_LEAST_RESULTS = 10  # asked for: they cost as much as one
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 30.0  # seconds
 
 
 class Result(NamedTuple):
-    """Of a service, or with the text of its page."""
+    """One result of a service: with its snippet, or with the text of its page."""
 
     title: str
     link: str
@@ -53,18 +53,18 @@ class Result(NamedTuple):
 
 @dataclass(slots=True)
 class WebCounts:
-    """Since they were last taken. Written under the lock."""
+    """Counts since they were last taken. Written under the lock."""
 
     queries: int = 0
-    requests: int = 0  # queries that the service was asked
+    requests: int = 0  # queries sent to the service
     remembered: int = 0
     retries: int = 0
     failures: int = 0
-    page_failures: int = 0  # pages that could not be read, for which the service's snippet stands
+    page_failures: int = 0  # pages that could not be read; the service's snippet stands in
 
 
 class HostLimits:
-    """No more requests to a host at once than so many; the others wait."""
+    """Limits the requests to each host at once; further ones wait."""
 
     def __init__(self, per_host: int) -> None:
         self._per_host = per_host
@@ -72,13 +72,13 @@ class HostLimits:
         self._lock = threading.Lock()
 
     def of(self, url: str) -> AbstractContextManager[Any]:
-        """To be held while a request to the host of this address is under way."""
+        """The semaphore to hold during a request to the host of this address."""
         with self._lock:
             return self._hosts.setdefault(urlsplit(url).netloc, threading.Semaphore(self._per_host))
 
 
 class WebRetriever:
-    """Close it, or leave its threads to the exit."""
+    """Searches the web through a service. Close it, or leave its threads to program exit."""
 
     def __init__(
         self,
@@ -91,7 +91,7 @@ class WebRetriever:
         timeout: float = 30.0,
         max_retries: int = 4,
     ) -> None:
-        """`url`: of the service, if not its own. `timeout`: seconds of every wait on a host."""
+        """`url`: replaces the service's own address. `timeout`: seconds for every wait on a host."""
         self._engine, self._key, self._url = engine, key, url or URLS[engine]
         self._pages, self._timeout, self._max_retries = pages, timeout, max_retries
         self._limits = HostLimits(per_host)
@@ -102,8 +102,8 @@ class WebRetriever:
         self.counts = WebCounts()
 
     def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
-        """The first `k` results of each query as the service orders them; fewer where it has fewer. The score of rank r
-        is 1 / r."""
+        """The first `k` results of each query in the service's order; fewer if it has fewer. The score of rank r is
+        1 / r."""
         check_k(k)
         unique = list(dict.fromkeys(queries))
         with self._lock:
@@ -121,7 +121,7 @@ class WebRetriever:
         ]
 
     def take_statistics(self) -> SearchStatistics:
-        """Since they were last taken."""
+        """The statistics since they were last taken."""
         with self._lock:
             taken, self.counts = self.counts, WebCounts()
         return SearchStatistics(
@@ -131,7 +131,7 @@ class WebRetriever:
         )  # fmt: skip
 
     def close(self) -> None:
-        """Give the threads back; again, if you like."""
+        """End the threads. May be called more than once."""
         self._is_closed = True
         self._threads.shutdown(wait=False, cancel_futures=True)
 
@@ -151,7 +151,7 @@ class WebRetriever:
             raise
         if self._pages:
             results = [self._with_page(result, query) for result in results[:k]] + results[k:]
-            asked_for = k  # the others lack their pages
+            asked_for = k  # later results lack their pages
         with self._lock:
             self._remembered[query] = asked_for, results
             while len(self._remembered) > _REMEMBERED:
@@ -159,8 +159,8 @@ class WebRetriever:
         return results
 
     def _ask(self, query: str, count: int) -> bytes:
-        """The service's answer, after as many attempts as it takes and `max_retries` allows."""
-        query = query.encode("utf-8", "replace").decode()  # a policy's bytes may be no Unicode
+        """The service's answer, after as many attempts as it takes, within `max_retries` retries."""
+        query = query.encode("utf-8", "replace").decode()  # a policy's bytes may not be valid Unicode
         for attempt in range(1, self._max_retries + 2):
             wait = 0.0
             try:
@@ -191,7 +191,7 @@ class WebRetriever:
         return fetch("GET", f"{self._url}?{asked}", self._timeout)
 
     def _with_page(self, result: Result, query: str) -> Result:
-        """With what the page says around its snippet."""
+        """The result with what its page says around the snippet; unchanged if the page cannot be read."""
         try:
             with self._limits.of(result.link):
                 text = page_text(fetch("GET", result.link, self._timeout))
@@ -208,7 +208,7 @@ class WebRetriever:
 
 
 def read_results(answer: bytes, engine: WebEngine, url: str) -> list[Result]:
-    """The results of a service's answer. What has another shape is an error, not an empty result."""
+    """The results in a service's answer. An answer of another shape is an error, not an empty result."""
     try:
         document = json.loads(answer)
     except ValueError as error:
@@ -216,7 +216,7 @@ def read_results(answer: bytes, engine: WebEngine, url: str) -> list[Result]:
     name, sign = ("organic", "searchParameters") if engine == "serper" else ("organic_results", "search_information")
     results = document.get(name) if isinstance(document, dict) else None
     if results is None and isinstance(document, dict) and isinstance(document.get(sign), dict):
-        return []  # it found nothing, and then leaves the list out
+        return []  # a service that found nothing leaves the list out
     if not isinstance(results, list) or not all(isinstance(result, dict) for result in results):
         raise RetrievalError(f'the web search {url} answered without a list "{name}"')
     texts = ([result.get(part) for part in ("title", "link", "snippet")] for result in results)

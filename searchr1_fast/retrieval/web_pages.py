@@ -1,4 +1,4 @@
-"""Web pages: fetched within bounds, their text without markup, and the part of it that a snippet was taken from."""
+"""Fetches web pages within bounds, strips their markup, and finds the part that a snippet was taken from."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from urllib.parse import urljoin, urlsplit
 
 CONNECTION_ERRORS = (OSError, http.client.HTTPException)  # refused, reset, timed out, closed in the middle
 
-_MOST_BYTES = 2**20  # of an answer that are read
+_MOST_BYTES = 2**20  # read of an answer
 _MOST_REDIRECTS = 3
 _EXCERPT_WORDS = 150
 _STEP_WORDS = 25
@@ -22,7 +22,7 @@ _AGENT = "searchr1_fast"
 
 
 class Answer(NamedTuple):
-    """Of one request."""
+    """The answer to one request."""
 
     status: int
     body: bytes  # the first `_MOST_BYTES` of it
@@ -34,8 +34,8 @@ class Answer(NamedTuple):
 def fetch(
     method: str, url: str, timeout: float, headers: Mapping[str, str] | None = None, body: bytes | None = None
 ) -> Answer:
-    """One request; a GET follows a few redirects. ValueError for an address that is none of the web's, and one of
-    `CONNECTION_ERRORS` where there is no answer."""
+    """Make one request; a GET follows a few redirects. ValueError for an address that is not of the web or too many
+    redirects, and one of `CONNECTION_ERRORS` if there is no answer."""
     for _ in range(_MOST_REDIRECTS + 1):
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -72,12 +72,12 @@ def _read(response: http.client.HTTPResponse) -> Answer:
 
 
 def page_text(answer: Answer) -> str:
-    """What a reader sees of a page, on one line; empty where it is none, or of another kind than text."""
+    """The text that a reader sees of a page, on one line; empty if it is no page, or not text."""
     if answer.status != 200 or answer.kind not in ("text/html", "application/xhtml+xml", "text/plain"):
         return ""
     try:
         text = answer.body.decode(answer.charset, "replace")
-    except LookupError:  # a charset that nobody knows
+    except LookupError:  # an unknown charset
         text = answer.body.decode("utf-8", "replace")
     if answer.kind != "text/plain":
         reader = _Reader()
@@ -88,7 +88,7 @@ def page_text(answer: Answer) -> str:
 
 
 def excerpt(text: str, wanted: str) -> str:
-    """The part of `text`, of at most `_EXCERPT_WORDS` words, that has most of the words wanted; the first of equals."""
+    """The part of `text`, at most `_EXCERPT_WORDS` words, with the most of the words wanted; of equals the first."""
     words, sought = text.split(), set(_words(wanted))
     begins = range(0, max(1, len(words) - _EXCERPT_WORDS + _STEP_WORDS), _STEP_WORDS)
     parts = [" ".join(words[begin : begin + _EXCERPT_WORDS]) for begin in begins]
@@ -100,12 +100,12 @@ def _words(text: str) -> list[str]:
 
 
 class _Reader(HTMLParser):
-    """Collects text outside of what shows none."""
+    """Collects text outside of elements that show none."""
 
     def __init__(self) -> None:
         super().__init__()
         self.parts: list[str] = []
-        self._hidden = 0  # elements without text that are open
+        self._hidden = 0  # open elements that show no text
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self._hidden += tag in _WITHOUT_TEXT
