@@ -18,7 +18,7 @@ PyObject* none() { return Py_NewRef(Py_None); }
 
 // ---- a task and what it awaits ----------------------------------------------------------------------------------
 
-// False where it was settled before. `found` is taken over either way.
+// False if it was settled before. Takes ownership of `found` either way.
 bool settle(AwaitedSearch* self, State state, PyObject* found) {
   if (self->state != State::pending) {
     Py_XDECREF(found);
@@ -30,7 +30,7 @@ bool settle(AwaitedSearch* self, State state, PyObject* found) {
   return true;
 }
 
-// Step the task that awaits it. False where that raised, which is what tasks do not keep.
+// Step the task that awaits it. False if that raised, with an exception that tasks do not keep.
 bool wake_now(AwaitedSearch* self) {
   PyObject* wake = self->wake;
   PyObject* context = self->context;
@@ -47,7 +47,7 @@ bool wake_now(AwaitedSearch* self) {
   return result != nullptr;
 }
 
-// Have the loop step it in its next turn, as a future would.
+// Have the loop step the task in its next turn, as a future would.
 bool wake_soon(AwaitedSearch* self) {
   if (self->wake == nullptr) return true;
   PyObject* call_soon = PyObject_GetAttrString(self->loop, "call_soon");
@@ -66,7 +66,7 @@ bool wake_soon(AwaitedSearch* self) {
   return handle != nullptr;
 }
 
-// Its exception, raised; null.
+// Raise the search's exception; returns null.
 PyObject* raise(AwaitedSearch* self) {
   PyObject* exceptions = PyImport_ImportModule("asyncio.exceptions");
   if (exceptions == nullptr) return nullptr;
@@ -101,10 +101,10 @@ PySendResult send(PyObject* object, PyObject*, PyObject** result) {
   return PYGEN_ERROR;
 }
 
-PyObject* next(PyObject* object) {  // where a tracer or a debugger keeps `await` from calling `send`
+PyObject* next(PyObject* object) {  // used where a tracer or a debugger keeps `await` from calling `send`
   PyObject* result = nullptr;
   if (send(object, Py_None, &result) != PYGEN_RETURN) return result;
-  PyObject* stop = PyObject_CallOneArg(PyExc_StopIteration, result);  // set as it is, a tuple would be its arguments
+  PyObject* stop = PyObject_CallOneArg(PyExc_StopIteration, result);  // set directly, a tuple would become its arguments
   Py_DECREF(result);
   if (stop) PyErr_SetObject(PyExc_StopIteration, stop);
   Py_XDECREF(stop);
@@ -275,7 +275,7 @@ PyObject* deliver(PyObject*, PyObject* const* arguments, Py_ssize_t num_argument
     return nullptr;
   }
   PyObject* searches = arguments[0];
-  std::optional<py::error_already_set> raised;  // what a task could not keep
+  std::optional<py::error_already_set> raised;  // an exception that a task does not keep
   Py_ssize_t begin = 0;
   for (Py_ssize_t index = 0; index < PyList_GET_SIZE(searches); ++index) {
     const Py_ssize_t end = PyLong_AsSsize_t(PyList_GET_ITEM(arguments[1], index));
@@ -285,7 +285,7 @@ PyObject* deliver(PyObject*, PyObject* const* arguments, Py_ssize_t num_argument
       PyObject* part = part_of(arguments[2], begin, end);
       if (part != nullptr) {
         settle(self, State::done, part);
-      } else {  // there is no memory, or an end was no number
+      } else {  // no memory, or an end that is no number
         const py::error_already_set error;
         settle(self, State::failed, Py_NewRef(error.value().ptr()));
       }

@@ -40,7 +40,7 @@ int32_t depth_for(int32_t k, int32_t min_depth) {
   return depth;
 }
 
-// The hits of one row, up to the first id -1. Throws where it is not what a search returns.
+// The hits of one row, up to the first id -1. Throws if the row is not a valid result of a search.
 Hits read_row(const std::string& query, const float* scores, const int64_t* ids, int64_t width) {
   Hits hits;
   hits.reserve(static_cast<size_t>(width));
@@ -78,7 +78,7 @@ Ticket::Ticket(std::shared_ptr<Core> core, std::vector<std::string> queries, int
 
 Ticket::~Ticket() {
   if (core_->is_forked()) {
-    parts_.release();  // leaked: what it points into cannot be taken apart here
+    parts_.release();  // leaked: what it points into cannot be destroyed here
   } else {
     core_->abandon(*this);
   }
@@ -139,7 +139,7 @@ void Batch::complete(const float* scores, const int64_t* ids, int64_t width) {
     hits.push_back(read_row(query(row), scores + row * width, ids + row * width, width));
   }
   core_->complete(flights_, std::move(hits), taken_at_);
-  is_answered_ = true;  // not before: if that was thrown out of, dropping the batch fails everything
+  is_answered_ = true;  // only now: if that threw, dropping the batch fails everything
 }
 
 // ---- Batcher ----------------------------------------------------------------------------------------------------
@@ -175,7 +175,7 @@ std::shared_ptr<Batch> Batcher::take(Clock::duration patience) {
   const int32_t depth = flights.front()->depth;
   try {
     return std::make_shared<Batch>(core_, std::move(flights), depth);
-  } catch (const std::bad_alloc&) {  // they are in no queue any more
+  } catch (const std::bad_alloc&) {  // the flights are in no queue any more
     core_->fail("there is no memory for a batch");
     throw;
   }
@@ -193,7 +193,7 @@ void Batcher::fail(const std::string& error) {
 }
 
 void Batcher::close() {
-  if (!core_->is_forked()) core_->close();  // there is nothing to close in a child, and interpreters close at exit
+  if (!core_->is_forked()) core_->close();  // a child has nothing to close, but its interpreter calls this at exit
 }
 
 Statistics Batcher::statistics(bool reset) {

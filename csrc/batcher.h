@@ -1,20 +1,20 @@
-// The batcher: many searches at once become few calls of a backend that is fast in batches.
+// The batcher turns many concurrent searches into few calls of a backend that is fast in batches.
 //
-//   caller   submit(queries, k, deadline) -> Ticket: wait for it, or hear of it through a Channel
+//   caller   submit(queries, k, deadline) -> Ticket: wait for it, or be told through a Channel
 //   worker   take() -> Batch; search; complete(scores, ids) or fail(error)
 //
-// A query that was found before comes from the cache; one that is under way is joined, not searched again; the others
-// queue. Dispatch is continuous: no timer, no waiting for a full batch. Whatever queued while the last batch ran is
-// the next one, up to a budget, so batches grow with the load by themselves. One more batch than is searched may be
-// taken, so that a backend of two stages prepares one while it searches the other.
+// A query with a cached result is answered at once; one in flight is joined, not searched again; the others queue.
+// Dispatch is continuous: no timer, no waiting for a full batch. Whatever queued while the last batch ran is the next
+// one, up to a budget, so batches grow with the load by themselves. One batch more than is being searched may be taken,
+// so that a backend of two stages prepares one while it searches the other.
 //
-// Every ticket settles, exactly once: done, failed, expired or cancelled. An error of the backend is final: it fails
-// all tickets, pending and future ones, with the first message. Deadlines are absolute and are kept by a thread of
-// their own, whatever the backend does. What is pending is bounded in bytes: a submission that does not fit waits in
-// line (a caller without a channel with it), and is never rejected.
+// Every ticket settles exactly once: done, failed, expired or cancelled. An error of the backend is final: it fails all
+// tickets, pending and future ones, with the first message. Deadlines are absolute, and a thread of their own enforces
+// them whatever the backend does. Pending work is bounded in bytes: a submission that does not fit waits in line (and
+// its caller with it, unless it has a channel), and is never rejected.
 //
-// Locking: one mutex guards everything (core.h). A channel's own is taken below it; nothing is called back, and no
-// thread of this library ever touches Python. After a fork every call throws UsedAfterFork: the threads are not there.
+// Locking: one mutex guards everything (core.h); a channel's own mutex is taken inside it. There are no callbacks, and
+// no thread of this library ever touches Python. After a fork, calls throw UsedAfterFork: the child lacks the threads.
 #pragma once
 
 #include <chrono>
@@ -36,9 +36,9 @@ struct BatcherOptions {
   int64_t max_batch_bytes = 1 << 16;      // of text: about 16k tokens of English; a longer query goes alone
   int64_t max_pending_bytes = 64 << 20;   // texts and results of tickets that are admitted and not settled
   int64_t max_cache_bytes = 64 << 20;
-  int32_t min_depth = 16;                 // hits that are searched for; doubled until it covers k
-  int32_t max_batches_in_flight = 2;      // one that is searched and one that is prepared
-  std::string identity;                   // of corpus and encoder: what a saved cache must have been saved from
+  int32_t min_depth = 16;                 // hits to search for; doubled until it covers k
+  int32_t max_batches_in_flight = 2;      // one being searched and one being prepared
+  std::string identity;                   // of corpus and encoder; a saved cache must have the same
 };
 
 enum class Outcome { pending, done, failed, expired, cancelled };
@@ -58,16 +58,16 @@ class Ticket {
   int64_t num_queries() const;
   int32_t k() const;
   Outcome outcome() const;
-  std::string error() const;  // of one that failed
+  std::string error() const;  // why it failed
 
-  // False where the time ran out first. Admitted includes settled.
+  // False if the time ran out first. Admitted includes settled.
   bool wait_admitted(Clock::duration patience) const;
   bool wait_settled(Clock::duration patience) const;
 
-  // Nothing, where it is settled already. Others that wait for an equal query are not disturbed.
+  // Does nothing if it is settled. Other tickets that wait for an equal query are not affected.
   void cancel();
 
-  // Of one that is done, [num_queries, k]: best first; where there were fewer hits, the rest is -inf and -1.
+  // The results once done, [num_queries, k]: best first; where there were fewer hits, the rest is -inf and -1.
   const std::vector<float>& scores() const;
   const std::vector<int64_t>& ids() const;
 
@@ -79,7 +79,7 @@ class Ticket {
   std::unique_ptr<Parts> parts_;
 };
 
-// Different queries to search together, all to one depth. Dropping it unanswered fails everything, as an error does.
+// Distinct queries to search together, all to one depth. Dropping it unanswered fails everything, as an error does.
 class Batch {
  public:
   Batch(std::shared_ptr<Core> core, std::vector<std::shared_ptr<struct Flight>> flights, int32_t depth);
@@ -92,7 +92,7 @@ class Batch {
   const std::string& query(int64_t row) const;
 
   // scores, ids: [size, width], 1 <= width <= depth, best first; id -1 fills rows that have fewer hits. Throws
-  // InvalidInput for a row out of order, with a NaN, or with hits after its end; the batch is then still to answer.
+  // InvalidInput for a row out of order, with a NaN, or with hits after its end; the batch must then still be answered.
   void complete(const float* scores, const int64_t* ids, int64_t width);
 
  private:
@@ -103,9 +103,9 @@ class Batch {
   bool is_answered_ = false;
 };
 
-// What is under way at this moment.
+// What is in flight at this moment.
 struct Gauges {
-  int64_t queued = 0;   // different queries
+  int64_t queued = 0;   // distinct queries
   int64_t blocked = 0;  // tickets in line for room
   int64_t pending_bytes = 0;
   int64_t batches_in_flight = 0;
@@ -121,25 +121,25 @@ class Batcher {
   Batcher(const Batcher&) = delete;
   Batcher& operator=(const Batcher&) = delete;
 
-  // Never blocks: see Ticket::wait_admitted. Without a deadline: Clock::time_point::max(). `now` is the caller's, who
-  // read the clock for the deadline: to read it took 0.4 us on one virtual machine (AMD EPYC, 2026-11-25).
+  // Never blocks: see Ticket::wait_admitted. Clock::time_point::max() is no deadline. The caller, having read the clock
+  // for the deadline, passes `now`: reading it took 0.4 us on one virtual machine (AMD EPYC, 2026-11-25).
   std::shared_ptr<Ticket> submit(std::vector<std::string> queries, int64_t k, Clock::time_point now,
                                  Clock::time_point deadline, std::shared_ptr<Channel> channel = nullptr);
 
-  // Null where there was nothing to do in that time, or where there never will be (`is_finished`).
+  // Null if there was nothing to do in that time, or never will be (`is_finished`).
   std::shared_ptr<Batch> take(Clock::duration patience);
   bool is_finished() const;  // closed, or the backend failed
 
-  // The backend's error: fails what is pending and everything after with these words. Once it is over: nothing.
+  // Fails everything pending and later with the backend's error. Does nothing once closed or failed.
   void fail(const std::string& error);
 
-  // Fails what is pending and everything after. Again: nothing.
+  // Fails everything pending and later. Does nothing the second time.
   void close();
 
   Statistics statistics(bool reset = false);
   Gauges gauges() const;
 
-  // Whole or not at all: a temporary file that is renamed. Loading adds to what is there, and returns how many.
+  // Saves whole or not at all, by renaming a temporary file. Loading adds to what is there, and returns how many.
   void save_cache(const std::string& path) const;
   int64_t load_cache(const std::string& path);
 

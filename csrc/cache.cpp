@@ -73,7 +73,7 @@ void ResultCache::insert(const Key& key, Hits hits) noexcept {
     one.push_front({std::string(key.query), key.depth, std::move(hits)});
     if (!places_.emplace(Key{one.front().query, key.depth}, one.begin()).second) return;  // loaded meanwhile
     entries_.splice(entries_.begin(), one);
-  } catch (const std::bad_alloc&) {  // what is remembered is what can best be done without
+  } catch (const std::bad_alloc&) {  // the cache is what can best be done without
     num_evicted_ += size() + 1;
     places_.clear();
     entries_.clear();

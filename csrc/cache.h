@@ -1,7 +1,7 @@
-// What was found before: (query, depth) -> the hits, bounded by bytes, the least recently used leave first.
+// A cache of results: (query, depth) -> hits, bounded in bytes; the least recently used are evicted first.
 //
-// An entry never goes stale: corpus and encoder are frozen, and `identity` says which they are. Ids are kept, not
-// texts: 12 bytes a hit. No lock of its own; the batcher's is held around every call.
+// An entry never goes stale: corpus and encoder are frozen, and `identity` says which they are. Ids are kept, not texts:
+// 16 bytes a hit, 12 when saved. There is no lock here; the batcher's is held around every call.
 #pragma once
 
 #include <cstdint>
@@ -39,15 +39,15 @@ class ResultCache {
   // `max_bytes` 0: nothing is kept.
   explicit ResultCache(int64_t max_bytes) : max_bytes_(max_bytes) {}
 
-  // Null where it is not there; valid until the next call.
+  // Null if absent; valid until the next call.
   const Hits* find(const Key& key);
-  void insert(const Key& key, Hits hits) noexcept;  // without memory for it, everything is forgotten
+  void insert(const Key& key, Hits hits) noexcept;  // empties the cache if there is no memory
 
   int64_t size() const { return static_cast<int64_t>(entries_.size()); }
   int64_t num_bytes() const { return num_bytes_; }
   int64_t num_evicted() const { return num_evicted_; }
 
-  // All of it as one string, least recently used first, and back. `deserialize` is static, so that a file is read
+  // The whole cache as one string, least recently used first, and back. `deserialize` is static, so that a file is read
   // and checked without the lock.
   struct Entry {
     std::string query;

@@ -58,7 +58,7 @@ void Channel::push(uint64_t ticket_id) noexcept {
   --num_expected_;
   if (settled_.size() > 1) return;  // it is readable already
   const uint64_t one = 1;
-  // At most one wake-up is under way at a time, so neither a counter nor a pipe can be full.
+  // At most one wake-up is pending at a time, so neither a counter nor a pipe can be full.
   while (write(write_end_, &one, sizeof one) < 0 && errno == EINTR) {
   }
 }

@@ -21,15 +21,15 @@ class Channel {
   int descriptor() const { return read_end_; }
 
   // Called by the batcher, from any thread. A ticket is expected before it is submitted, and then either pushed once or
-  // no longer expected: room for it is made where that may fail, in the thread that submits, so that `push` cannot.
+  // no longer expected. Room for it is made in the submitting thread, where that may fail, so that `push` cannot.
   void expect();
   void expect_no_longer();
   void push(uint64_t ticket_id) noexcept;
 
-  // Tickets that are under way: what `push` has room for. For tests.
+  // Tickets in flight, for which `push` has room. For tests.
   size_t num_expected();
 
-  // The tickets that settled since the last call, in the order they did.
+  // The tickets that settled since the last call, in the order in which they settled.
   std::vector<uint64_t> drain();
 
  private:

@@ -1,7 +1,7 @@
-// Errors of the C++ part, in one place: what a caller did wrong, and what went wrong at run time.
+// Errors of the C++ part, in one place: mistakes of the caller, and failures at run time.
 //
 // The bindings turn InvalidInput into ValueError and every other exception here into RuntimeError. A search that fails,
-// expires or is cancelled is no exception but an Outcome of its ticket: it belongs to whoever waits for it.
+// expires or is cancelled throws nothing: that is an Outcome of its ticket, for the caller that waits for it.
 #pragma once
 
 #include <stdexcept>
@@ -20,9 +20,9 @@ struct UsedAfterFork : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// One string of strings and whole numbers. Without a stream, as in all of the extension: where another library in the
-// process brings a C++ library of its own (seen with torch 2.11 for CUDA 13 and its neighbours, Python 3.12), writing to
-// a std::ostringstream ended in a segmentation fault.
+// Joins strings and whole numbers. No part of the extension uses a stream: where another library in the process brings
+// its own C++ library (seen with torch 2.11 for CUDA 13 and its neighbours, Python 3.12), writing to a
+// std::ostringstream ended in a segmentation fault.
 template <typename... Parts>
 std::string message(const Parts&... parts) {
   const auto text = [](const auto& part) {

@@ -12,9 +12,9 @@
 namespace searchr1 {
 namespace {
 
-constexpr size_t kAnswersAtOnce = 64;  // flights of a batch that are answered before the mutex is free for a moment
+constexpr size_t kAnswersAtOnce = 64;  // flights of a batch answered before the mutex is released for a moment
 
-std::atomic<unsigned> num_forks{0};  // of the processes that this one descends from, since this library was loaded
+std::atomic<unsigned> num_forks{0};  // from the process that loaded this library down to this one
 
 unsigned current_generation() {
   static const int registered = pthread_atfork(nullptr, nullptr, [] { num_forks.fetch_add(1); });
@@ -92,7 +92,7 @@ void Core::begin_locked(Ticket& ticket, Clock::time_point deadline) {
   }
 }
 
-// Whatever is too large for the bound alone is let in alone.
+// A ticket that exceeds the bound by itself is admitted when nothing else is.
 bool Core::has_room_locked(int64_t cost) const {
   return pending_bytes == 0 || pending_bytes + cost <= options.max_pending_bytes;
 }
@@ -102,7 +102,7 @@ void Core::admit_blocked_locked() {
     Ticket& ticket = *blocked.front();
     blocked.pop_front();
     ticket.parts_->is_blocked = false;
-    // Before it is admitted, after which it may be settled and gone; who is woken waits for the mutex anyway.
+    // Before admission, after which the ticket may be settled and gone; a woken thread waits for the mutex anyway.
     for (auto* sleeper : ticket.parts_->sleepers) sleeper->notify_all();
     admit_locked(ticket, Clock::now());
   }
@@ -112,7 +112,7 @@ void Core::admit_locked(Ticket& ticket, Clock::time_point now) {
   Ticket::Parts& parts = *ticket.parts_;
   const int64_t num_queries = parts.num_queries;
   const size_t size = static_cast<size_t>(num_queries) * static_cast<size_t>(parts.k);
-  try {  // to throw from here would end the process in the clock's thread, and leave a dead ticket in the lists
+  try {  // a throw from here would end the process in the clock's thread, and leave a dead ticket in the lists
     parts.rows.resize(static_cast<size_t>(num_queries));
     parts.scores.assign(size, -std::numeric_limits<float>::infinity());
     parts.ids.assign(size, -1);
@@ -166,7 +166,7 @@ void Core::search_locked(Ticket& ticket, int64_t row, std::string query, Clock::
   place.flight = std::move(flight);
 }
 
-// All of it or, where there is no memory, nothing.
+// Does all of it or, if there is no memory, nothing.
 void Core::queue_locked(const std::shared_ptr<Flight>& flight) {
   std::list<std::shared_ptr<Flight>> one{flight};
   auto& queue = queues[flight->depth];
@@ -210,7 +210,7 @@ void Core::settle_locked(Ticket& ticket, Outcome outcome) {
   statistics.num_failed += outcome == Outcome::failed;
   statistics.num_expired += outcome == Outcome::expired;
   statistics.num_cancelled += outcome == Outcome::cancelled;
-  for (auto* sleeper : parts.sleepers) sleeper->notify_all();  // they cannot look before the mutex is free
+  for (auto* sleeper : parts.sleepers) sleeper->notify_all();  // they cannot look until the mutex is free
   const std::shared_ptr<Channel> channel = parts.is_announced ? parts.channel : nullptr;
   const uint64_t id = parts.id;
   parts.outcome.store(outcome, std::memory_order_release);  // from here on the ticket may be gone
@@ -233,7 +233,7 @@ void Core::leave_locked(Ticket::Parts::Row& row) {
 }
 
 void Core::abandon(Ticket& ticket) {
-  // Of one that is settled nothing is touched any more: whoever drops thousands of them need not wait for the mutex.
+  // A settled ticket is left alone, so that dropping thousands of them does not wait for the mutex.
   if (ticket.parts_->outcome.load(std::memory_order_acquire) != Outcome::pending) return;
   std::lock_guard lock(mutex);
   if (ticket.parts_->outcome.load(std::memory_order_relaxed) != Outcome::pending) return;
@@ -290,14 +290,14 @@ std::vector<std::shared_ptr<Flight>> Core::take(Clock::duration patience) {
   return {};
 }
 
-// From the queue whose first has waited longest.
+// Takes from the queue whose first entry has waited longest.
 std::vector<std::shared_ptr<Flight>> Core::form_batch_locked() {
   auto oldest = std::min_element(queues.begin(), queues.end(), [](const auto& a, const auto& b) {
     return a.second.front()->sequence < b.second.front()->sequence;
   });
   auto& queue = oldest->second;
   std::vector<std::shared_ptr<Flight>> batch;
-  batch.reserve(std::min(queue.size(), static_cast<size_t>(options.max_batch_rows)));  // before anything changes
+  batch.reserve(std::min(queue.size(), static_cast<size_t>(options.max_batch_rows)));  // before any change
   int64_t num_bytes = 0;
   while (!queue.empty() && static_cast<int64_t>(batch.size()) < options.max_batch_rows) {
     num_bytes += static_cast<int64_t>(queue.front()->query.size());
@@ -322,9 +322,9 @@ void Core::complete(const std::vector<std::shared_ptr<Flight>>& batch, std::vect
   --batches_in_flight;
   work.notify_one();
   statistics.batch_nanoseconds.add(static_cast<uint64_t>((now - taken_at) / std::chrono::nanoseconds(1)));
-  for (size_t index = 0; index < batch.size() && !is_over; ++index) {  // over: everybody was told
+  for (size_t index = 0; index < batch.size() && !is_over; ++index) {  // over: every ticket has failed already
     if (index % kAnswersAtOnce == 0) {
-      if (index > 0) {  // who submits need not wait for all of them; what is not answered yet can still be joined
+      if (index > 0) {  // lets submitters in meanwhile; what is not answered yet can still be joined
         lock.unlock();
         lock.lock();
         if (is_over) return;
@@ -353,7 +353,7 @@ void Core::fail(const std::string& text) {
   std::shared_ptr<const std::string> message = no_memory;
   try {
     message = std::make_shared<const std::string>(text);
-  } catch (const std::bad_alloc&) {  // whoever waits must be told, if not why
+  } catch (const std::bad_alloc&) {  // waiting callers must be told, if not why
   }
   std::lock_guard lock(mutex);
   end_locked(std::move(message));
@@ -371,7 +371,7 @@ void Core::end_locked(std::shared_ptr<const std::string> message) {
   while (!flights.empty()) {
     const std::shared_ptr<Flight> flight = flights.begin()->second;
     while (!flight->waiters.empty()) fail_ticket(*flight->waiters.front().ticket);
-    flights.erase(flight->key());  // one that was queued has left by itself
+    flights.erase(flight->key());  // a queued one is gone already
   }
   work.notify_all();
   clock_news.notify_all();

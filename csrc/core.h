@@ -1,6 +1,6 @@
-// What the batcher's handles share: the state behind the one mutex, and every transition of it.
+// The state that the batcher's handles share, behind one mutex, and its every transition.
 //
-//   Ticket --waits for--> Flight (one different query under way) --queued--> Batch --> hits --> cache and tickets
+//   Ticket --waits for--> Flight (one distinct query in flight) --queued--> Batch --> hits --> cache and tickets
 //
 // Functions that end in `_locked` are called with the mutex held.
 #pragma once
@@ -30,7 +30,7 @@ struct Flight {
   std::string query;
   int32_t depth = 0;
   uint64_t sequence = 0;      // first come, first served
-  std::list<Waiter> waiters;  // empty: nobody wants it any more
+  std::list<Waiter> waiters;  // empty: no ticket wants it any more
   bool is_queued = false;
   std::list<std::shared_ptr<Flight>>::iterator place;  // in its queue
   Key key() const { return {query, depth}; }
@@ -38,41 +38,41 @@ struct Flight {
 
 struct Ticket::Parts {
   struct Row {
-    std::shared_ptr<Flight> flight;  // null: has its hits, or none was needed
+    std::shared_ptr<Flight> flight;  // null: the row has its hits, or needed no flight
     std::list<Waiter>::iterator place;
   };
   uint64_t id;
   int32_t k;
   int32_t depth;
   int64_t num_queries;
-  int64_t cost;  // bytes that it counts against max_pending_bytes
+  int64_t cost;  // bytes counted against max_pending_bytes
   Clock::time_point submitted_at;
   std::shared_ptr<Channel> channel;
-  // Written last: whoever sees it settled may read the results, and take the ticket apart.
+  // Written last: a thread that sees it settled may read the results, and destroy the ticket.
   std::atomic<Outcome> outcome{Outcome::pending};
   std::shared_ptr<const std::string> error;
   std::vector<float> scores;
   std::vector<int64_t> ids;
 
-  // Guarded by the mutex, and of no meaning once it is settled.
+  // Guarded by the mutex, and meaningless once the ticket has settled.
   std::vector<std::string> queries;  // until it is admitted
   std::vector<Row> rows;
   int64_t num_missing = 0;
   bool is_admitted = false;
-  bool is_announced = false;  // its settling is news to the channel: submit has returned
+  bool is_announced = false;  // the channel must hear when it settles: submit has returned
   bool has_deadline = false;
   std::multimap<Clock::time_point, Ticket*>::iterator deadline;
   bool is_blocked = false;
   std::list<Ticket*>::iterator blocked_place;
-  std::vector<std::condition_variable*> sleepers;  // on the stacks of those who wait
+  std::vector<std::condition_variable*> sleepers;  // on the stacks of waiting threads
 };
 
 struct Core {
   explicit Core(BatcherOptions options);
   ~Core();
 
-  // A condition variable cannot be destroyed in a forked child (it waits for sleepers that are not there), nor a mutex
-  // be locked (its holder is not there): the child keeps what it inherited and leaks it.
+  // A forked child can neither destroy a condition variable (that waits for sleepers that do not exist there) nor lock a
+  // mutex (its holder does not exist there), so it leaks what it inherited.
   static std::shared_ptr<Core> make(BatcherOptions options);
   bool is_forked() const;
   void check_process() const;
@@ -110,7 +110,7 @@ struct Core {
   std::unordered_map<Key, std::shared_ptr<Flight>, KeyHash> flights;    // queued or in a batch; keys borrow from them
   std::map<int32_t, std::list<std::shared_ptr<Flight>>> queues;         // by depth; none is empty
   std::multimap<Clock::time_point, Ticket*> deadlines;
-  std::list<Ticket*> blocked;  // in line for room
+  std::list<Ticket*> blocked;  // waiting in line for room
   ResultCache cache;
   Statistics statistics;
   int64_t pending_bytes = 0;

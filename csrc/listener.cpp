@@ -14,7 +14,7 @@ struct Settled {
   PyObject* search;  // owned
 };
 
-// Results of one k, one under the other: (searches, ends, scores [R, k], ids [R, k]). Takes the searches over.
+// Results of one k, stacked: (searches, ends, scores [R, k], ids [R, k]). Takes ownership of the searches.
 py::tuple stacked(const std::vector<Settled>& settled, int32_t k) {
   py::list searches(settled.size()), ends(settled.size());
   int64_t end = 0;
@@ -54,7 +54,7 @@ py::object Listener::search(const py::object& self, const py::object& loop, cons
 
 void Listener::cancel(uint64_t number) {
   auto node = pending_.extract(number);
-  if (!node.empty()) Py_DECREF(node.mapped().search);  // and to drop the ticket is to cancel it
+  if (!node.empty()) Py_DECREF(node.mapped().search);  // dropping the ticket cancels it
 }
 
 py::tuple Listener::drain() {

@@ -9,8 +9,8 @@
 
 namespace searchr1::python {
 
-// Nothing here blocks, and what a search costs Python is one call and its share of a drain: tickets stay in C++, and
-// the results of all that settled come as two arrays.
+// Nothing here blocks. A search costs Python one call and its share of a drain: tickets stay in C++, and the results of
+// all that settled come as two arrays.
 class Listener {
  public:
   explicit Listener(std::shared_ptr<Batcher> batcher) : batcher_(std::move(batcher)) {}
@@ -18,8 +18,8 @@ class Listener {
 
   int descriptor() const { return channel_->descriptor(); }
 
-  // The ticket if it is settled already, else an AwaitedSearch, which is the listener's until `drain` gives it out: a
-  // task that nobody holds but what it waits for is not to be collected.
+  // The ticket if it is settled already, else an AwaitedSearch. The listener holds that until `drain` hands it out: a
+  // task that only its search refers to must not be collected.
   static py::object search(const py::object& self, const py::object& loop, const py::sequence& queries, int64_t k,
                            std::optional<double> timeout);
   void cancel(uint64_t number);
@@ -28,7 +28,7 @@ class Listener {
   // searches[i] end at ends[i]; others is a list of (search, ticket) of those that have no result.
   py::tuple drain();
 
-  // For the garbage collector: tasks wait for searches, and coroutines hold what holds this.
+  // For the garbage collector, as there are cycles: tasks wait for searches, and coroutines hold what holds this.
   int visit(visitproc visit, void* arg) const;
   void forget();
 
@@ -42,7 +42,7 @@ class Listener {
   std::unordered_map<uint64_t, Pending> pending_;  // by the ticket's number; guarded by the GIL
 };
 
-// Lets the garbage collector look into a listener.
+// Lets the garbage collector traverse a listener.
 void set_up_listener_type(PyHeapTypeObject* type);
 
 }  // namespace searchr1::python

@@ -1,4 +1,4 @@
-// A file mapped read-only, and an error instead of a crash where it is not what it was.
+// A file mapped read-only, with an error instead of a crash if it has changed.
 #pragma once
 
 #include <cstddef>
@@ -19,7 +19,7 @@ class MappedFile {
   size_t size() const { return size_; }
   const std::string& path() const { return path_; }
 
-  // Throws where the file was cut or written to while it was open: to read past its new end would kill the process
+  // Throws if the file was cut short or written to while it was open: reading past its new end would kill the process
   // (SIGBUS), and other bytes would be other passages.
   void check_unchanged() const;
 

@@ -1,12 +1,13 @@
-// The best k of several parts' best, on a GPU, in total order: score descending, then id ascending (merge.h's twin).
+// Merges the best hits of several parts into the best k on a GPU, in total order: score descending, then id ascending
+// (merge.h's twin).
 //
-// The hits come over sockets into pinned host memory, and the result is wanted there. A kernel may read and write such
-// memory where it lies, which a library's sort may not: so this is one launch instead of copies to the device, a sort by
-// two keys, a gather and copies back, each of which costs more to start than the work it does.
+// The hits arrive over sockets in pinned host memory, and the result is wanted there. A kernel may read and write such
+// memory in place, which a library's sort may not. So this is one launch instead of copies to the device, a sort by two
+// keys, a gather and copies back, each of which costs more to start than the work it does.
 //
-// Every part is in order already. So the place of a hit in the result is its place in its own part plus, for each other
-// part, how many hits there are better, which a binary search says: no sort, no exchange between threads but two
-// barriers, and the answer does not depend on which thread came first, as no two hits have one place.
+// Every part is sorted already. So the place of a hit in the result is its place in its own part plus, for each other
+// part, the number of better hits there, which a binary search finds. There is no sort, and threads meet only at two
+// barriers. The result does not depend on which thread came first, because no two hits have the same place.
 //
 // Q queries, one block for each; S parts of W hits each, W by part; n hits of a query in all.
 
@@ -17,7 +18,7 @@ __device__ inline bool is_better(float score, long long id, float other_score, l
 // hits      part p begins at p * stride: ids [Q, W_p] int64, then scores [Q, W_p] fp32. In order; ids differ, are >= 0.
 // widths    [S] W of each part
 // ids, scores  [Q, k]; where there are fewer hits, the rest is -1 and -inf
-// shared    12 bytes for each of the n hits, 4 for each of k: `merge_shared_bytes` of device_merge.py
+// shared    12 bytes for each of the n hits, 4 for each of k: `merge_shared_bytes` of hit_merge.py
 extern "C" __global__ void __launch_bounds__(128)
 merge_hits(const unsigned char* hits, long long stride, const int* widths, int num_parts, int num_queries, int k,
            long long* ids, float* scores) {
@@ -29,7 +30,7 @@ merge_hits(const unsigned char* hits, long long stride, const int* widths, int n
   int* const order = reinterpret_cast<int*>(own_scores + num_hits);  // [k] which hit is the i-th best
   const long long query = blockIdx.x;
 
-  // Once and in a row: memory of the host is far away, and a search in it would go there for every step.
+  // Read once, consecutively: host memory is far away, and a binary search in it would go there at every step.
   int begin = 0;
   for (int part = 0; part < num_parts; ++part) {
     const int width = widths[part];
@@ -55,7 +56,7 @@ merge_hits(const unsigned char* hits, long long stride, const int* widths, int n
       int other_begin = 0;
       for (int other = 0; other < num_parts && place < k; ++other) {
         int low = 0;
-        int high = other == part ? 0 : widths[other];  // of itself the place says it
+        int high = other == part ? 0 : widths[other];  // `place` counts its own part already
         while (low < high) {
           const int middle = (low + high) / 2;
           const int at = other_begin + middle;

@@ -10,7 +10,7 @@
 
 namespace searchr1 {
 
-// `contents` of a passage is its title in double quotes, a newline, the text; views into what was gathered.
+// The `contents` of a passage: its title in double quotes, a newline, its text. Views into what was gathered.
 struct PassageText {
   std::string_view title;
   std::string_view text;

@@ -17,8 +17,7 @@ void check_signals() {
   if (PyErr_CheckSignals() != 0) throw py::error_already_set();
 }
 
-// Runs `wait(slice)` until it says true, without the GIL unless it says so at once: to ask for the GIL again may take
-// 5 ms.
+// Calls `wait(slice)` until it returns true, without the GIL except at first: to get the GIL back may take 5 ms.
 template <typename Wait>
 void wait_in_slices(const Wait& wait) {
   if (wait(Clock::duration::zero())) return;

@@ -1,6 +1,6 @@
-// Between Python objects and the C++ of this folder: arguments, results, and who holds the GIL while.
+// Glue between Python objects and the C++ of this folder: arguments, results, and when the GIL is held.
 //
-// Whatever may block releases the GIL, and comes back ten times a second to see whether a signal (Ctrl-C) arrived.
+// A call that may block releases the GIL, and takes it ten times a second to see whether a signal (Ctrl-C) has arrived.
 #pragma once
 
 #include <pybind11/numpy.h>
@@ -29,7 +29,7 @@ std::shared_ptr<Batcher> make_batcher(int64_t max_batch_rows, int64_t max_batch_
 
 std::vector<std::string> texts_of(const py::sequence& queries);
 
-// From now on, not a time of Python's: its clock and this one differ where a machine slept (macOS).
+// Counted from `now`, not a time of Python's clock, which differs from this one if the machine has slept (macOS).
 Clock::time_point deadline_of(std::optional<double> timeout, Clock::time_point now);
 
 // Blocks until there is room. `timeout`: seconds from now.

@@ -1,8 +1,8 @@
-// Records of different lengths, end to end in one file, and where each begins in another. Both files are mapped, so a
-// corpus of any size costs the memory of the pages that are read.
+// Records of varying length, end to end in one file, and where each begins in another. Both files are mapped, so a
+// corpus of any size costs only the memory of the pages that are read.
 //
 //   data     num_bytes bytes
-//   offsets  num_records + 1 little-endian uint64: 0 first, num_bytes last, none below the one before
+//   offsets  num_records + 1 little-endian uint64: 0 first, num_bytes last, never decreasing
 #pragma once
 
 #include <cstdint>
@@ -20,7 +20,7 @@ class RecordFile {
 
   int64_t size() const { return num_records_; }
 
-  // The records of these rows one after the other, copied; `ends[i]` is where record i ends.
+  // Copies of the records of these rows, end to end; `ends[i]` is where record i ends.
   struct Gathered {
     std::string bytes;
     std::vector<int64_t> ends;

@@ -1,4 +1,4 @@
-// Counters of a batcher, and a histogram that answers for percentiles in constant memory.
+// Counters of a batcher, and a histogram that gives percentiles in constant memory.
 #pragma once
 
 #include <array>
@@ -6,7 +6,7 @@
 
 namespace searchr1 {
 
-// Buckets of 16 to the octave: a percentile is at most 1/16 above the true one, never below it.
+// 16 buckets per octave: a percentile is at most 1/16 above the true one, never below it.
 class Histogram {
  public:
   void add(uint64_t value, int64_t count = 1) {
@@ -20,7 +20,7 @@ class Histogram {
   double mean() const { return total_ ? sum_ / static_cast<double>(total_) : 0.0; }
   uint64_t largest() const { return largest_; }
 
-  // The value that a share of at least `percent`/100 of all values does not exceed; 0 where there is none.
+  // The value that a share of at least `percent`/100 of all values does not exceed; 0 if there are none.
   uint64_t percentile(double percent) const {
     const double wanted = percent / 100.0 * static_cast<double>(total_);
     int64_t seen = 0;
@@ -57,15 +57,15 @@ class Histogram {
   uint64_t largest_ = 0;
 };
 
-// Since the start, or since they were last reset. A query that was asked twice counts twice.
+// Counts since the start, or since they were last reset. A query that was asked twice counts twice.
 struct Statistics {
   int64_t num_searches = 0;   // tickets
   int64_t num_queries = 0;    // asked, once they were admitted
   int64_t num_unique = 0;     // had to be searched
-  int64_t num_coalesced = 0;  // joined an equal one under way
+  int64_t num_coalesced = 0;  // joined an equal one in flight
   int64_t num_cache_hits = 0;
   int64_t num_batches = 0;
-  int64_t num_failed = 0;     // tickets that ended so
+  int64_t num_failed = 0;     // tickets that ended this way
   int64_t num_expired = 0;
   int64_t num_cancelled = 0;
   int64_t num_blocked = 0;    // tickets that had to wait for room

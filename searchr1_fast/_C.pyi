@@ -1,4 +1,4 @@
-"""The C++ extension (csrc/), as Python sees it. Q queries, k hits of each, R rows, S shards."""
+"""The C++ extension (csrc/) as seen from Python. Q queries, k hits of each, R rows, S shards."""
 
 from asyncio import AbstractEventLoop
 from collections.abc import Generator, Sequence
@@ -17,7 +17,7 @@ class Outcome(Enum):
     CANCELLED = ...
 
 class Ticket:
-    """One search. Dropped while it is pending, it is cancelled."""
+    """One search. Dropping it while it is pending cancels it."""
 
     @property
     def id(self) -> int: ...
@@ -35,10 +35,10 @@ class Ticket:
     def wait(self) -> Outcome: ...
     def cancel(self) -> None: ...
     def result(self) -> tuple[np.ndarray, np.ndarray]:
-        """scores [Q,k] fp32, ids [Q,k] int64; -inf and -1 where there were fewer hits."""
+        """scores [Q,k] fp32, ids [Q,k] int64; where a query has fewer hits, the rest is -inf and -1."""
 
 class Batch:
-    """Different queries to search together. Dropped without an answer, it fails every search."""
+    """Distinct queries to search together. Dropping it without an answer fails every search."""
 
     @property
     def depth(self) -> int:
@@ -47,7 +47,7 @@ class Batch:
     def queries(self) -> list[str]: ...
     def __len__(self) -> int: ...
     def complete(self, scores: np.ndarray, ids: np.ndarray) -> None:
-        """scores [Q,k'] fp32, descending, ids [Q,k'] int64, -1 after the last hit of a row; k' <= depth."""
+        """Answer with scores [Q,k'] fp32, descending, and ids [Q,k'] int64, -1 after a row's last hit; k' <= depth."""
 
 class Batcher:
     def __init__(
@@ -62,25 +62,25 @@ class Batcher:
         identity: str,
     ) -> None: ...
     def submit(self, queries: Sequence[str], k: int, timeout: float | None = None) -> Ticket:
-        """Blocks until there is room. `timeout` in seconds."""
+        """Submit a search; blocks until there is room. `timeout` in seconds."""
     def take(self) -> Batch | None:
-        """The next batch, when there is one; None: closed, or the backend failed."""
+        """Wait for the next batch. None: closed, or the backend failed."""
     def fail(self, error: str) -> None:
-        """The backend's error: every search, pending or later, fails with it. Nothing where it is over already."""
+        """Fail every search, pending or later, with the backend's error. Does nothing once closed or failed."""
     def close(self) -> None: ...
     def statistics(self, reset: bool = False) -> dict[str, Any]: ...
     def save_cache(self, path: str) -> None: ...
     def load_cache(self, path: str) -> int: ...
 
 class Listener:
-    """The searches of one event loop, and what it watches: readable while some of them have settled."""
+    """The searches of one event loop, and the descriptor it watches, readable while settled ones are to be drained."""
 
     def __init__(self, batcher: Batcher) -> None: ...
     def fileno(self) -> int: ...
     def search(
         self, loop: AbstractEventLoop, queries: Sequence[str], k: int, timeout: float | None = None
     ) -> Ticket | AwaitedSearch:
-        """Never blocks. The ticket if it is settled already, else what a coroutine of the loop awaits."""
+        """Submit a search, without blocking. The ticket if it is settled already, else what a coroutine awaits."""
     def drain(
         self,
     ) -> tuple[list[tuple[list[AwaitedSearch], list[int], np.ndarray, np.ndarray]], list[tuple[AwaitedSearch, Ticket]]]:
@@ -91,7 +91,7 @@ class Listener:
         """
 
 class AwaitedSearch:
-    """A search that one task awaits. What a task wants of a future it has; a future's other methods it has not."""
+    """A search that one task awaits. It has what a task needs of a future, and none of a future's other methods."""
 
     def __await__(self) -> Generator[Any, None, Any]: ...
     def cancel(self, msg: object = None) -> bool: ...
@@ -99,11 +99,11 @@ class AwaitedSearch:
     def done(self) -> bool: ...
     def result(self) -> Any: ...
     def set_exception(self, error: BaseException) -> None:
-        """The task goes on with it in the loop's next turn. Nothing where it is settled already."""
+        """Resume the task with `error` in the loop's next turn. Does nothing if the search is settled already."""
 
 def deliver(searches: list[AwaitedSearch], ends: list[int], found: Sequence[Any] | tuple[Sequence[Any], ...]) -> None:
-    """Rows ends[i-1] to ends[i] of `found`, or of each in a tuple, are what searches[i] found, and its task goes on at
-    once: to be called by the loop, not by a task. Those that are settled already, cancelled ones, are passed over."""
+    """Complete searches[i] with rows ends[i-1] to ends[i] of `found`, or of each in a tuple, and resume its task at
+    once. For the loop to call, not a task. Searches that are settled already (cancelled ones) are skipped."""
 
 class PassageStore:
     def __init__(

@@ -307,7 +307,7 @@ class _Bert:
     ) -> torch.Tensor:  # [T, H]
         hidden = self._words[token_ids] + self._positions[positions + self._first_position]
         hidden = self._norm(hidden, self._embedding_norm)
-        # Intermediates have no names: a name would keep one through the next layer, which then needs half as much again.
+        # Intermediates have no names: one with a name would live through the next layer, for half as much memory again.
         for layer in self._layers:
             hidden = self._norm(
                 hidden + self._linear(attend(self._linear(hidden, *layer.qkv, spare_rows)), *layer.output), layer.norm
