@@ -104,7 +104,7 @@ PySendResult send(PyObject* object, PyObject*, PyObject** result) {
 PyObject* next(PyObject* object) {  // used where a tracer or a debugger keeps `await` from calling `send`
   PyObject* result = nullptr;
   if (send(object, Py_None, &result) != PYGEN_RETURN) return result;
-  PyObject* stop = PyObject_CallOneArg(PyExc_StopIteration, result);  // set directly, a tuple would become its arguments
+  PyObject* stop = PyObject_CallOneArg(PyExc_StopIteration, result);  // set as it is, a tuple would become arguments
   Py_DECREF(result);
   if (stop) PyErr_SetObject(PyExc_StopIteration, stop);
   Py_XDECREF(stop);

@@ -1,7 +1,7 @@
 // A search that a coroutine awaits. asyncio's tasks take it for a future, at a fraction of a future's cost.
 //
-// A future schedules the task that awaits it (a handle, a turn of the loop's queue, its bytecode), and it takes a
-// dictionary to find it from the search. This object is itself what the listener keeps for a search, and when the search
+// A future schedules the task that awaits it (a handle, a turn of the loop's queue, its bytecode), and a dictionary has
+// to lead to it from the search. This object is itself what the listener keeps for a search, and when the search
 // settles, the task that awaits it is stepped there and then: the loop's reader makes the call, so no other task is
 // running. As with futures, searches that settled together run in one turn of the loop, in the order they settled.
 //

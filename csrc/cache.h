@@ -1,7 +1,7 @@
 // A cache of results: (query, depth) -> hits, bounded in bytes; the least recently used are evicted first.
 //
-// An entry never goes stale: corpus and encoder are frozen, and `identity` says which they are. Ids are kept, not texts:
-// 16 bytes a hit, 12 when saved. There is no lock here; the batcher's is held around every call.
+// An entry never goes stale: corpus and encoder are frozen, and `identity` says which they are. Ids are kept, not
+// texts: 16 bytes a hit, 12 when saved. There is no lock here; the batcher's is held around every call.
 #pragma once
 
 #include <cstdint>

@@ -92,7 +92,7 @@ void Core::begin_locked(Ticket& ticket, Clock::time_point deadline) {
   }
 }
 
-// A ticket that exceeds the bound by itself is admitted when nothing else is.
+// A ticket that exceeds the bound by itself is admitted when nothing else is pending.
 bool Core::has_room_locked(int64_t cost) const {
   return pending_bytes == 0 || pending_bytes + cost <= options.max_pending_bytes;
 }

@@ -71,8 +71,8 @@ struct Core {
   explicit Core(BatcherOptions options);
   ~Core();
 
-  // A forked child can neither destroy a condition variable (that waits for sleepers that do not exist there) nor lock a
-  // mutex (its holder does not exist there), so it leaks what it inherited.
+  // A forked child can neither destroy a condition variable (which waits for sleepers that do not exist there) nor lock
+  // a mutex (its holder does not exist there), so it leaks what it inherited.
   static std::shared_ptr<Core> make(BatcherOptions options);
   bool is_forked() const;
   void check_process() const;

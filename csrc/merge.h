@@ -1,5 +1,5 @@
-// Merges the best hits of several shards in total order: score descending, then id ascending. The order is complete, so
-// the result does not depend on how the corpus was cut.
+// Merges the best hits of several shards in total order: score descending, then id ascending. That order leaves no ties,
+// so the result does not depend on how the corpus was cut.
 #pragma once
 
 #include <cstdint>

@@ -93,7 +93,7 @@ class BatchedRetriever:
         )
         self._failure = Failure()
         self._reading = ThreadPoolExecutor(1, thread_name_prefix="passages")  # no thread until a coroutine needs it
-        # Keyed by the id of the event loop; a loop's entries are removed when it ends.
+        # Keyed by the id of the event loop; a loop's entries go when it is collected.
         self._row_searches: dict[int, RowSearches] = {}
         self._passage_searches: dict[int, PassageSearches] = {}
         self.threads = start_workers(self._batcher, backend, self._failure)

@@ -3,7 +3,7 @@
     DenseSearch      queries -> scores and rows; an encoder, and rows that are searched (rows.py)
     DenseRetriever   passages on top of it, one call after the other: the plain twin of `batcher.BatchedRetriever`
     MemoryStore      a corpus in memory, where no index was built beforehand
-    open_dense       opens an index: memory-mapped on a CPU, copied to a GPU, or a part on each of several ranks
+    open_dense       opens an index: memory-mapped on a CPU, copied to a GPU; with several ranks, a part on each
 
 The order is total (score descending, then row ascending), so merging files, shards and batches changes no result.
 

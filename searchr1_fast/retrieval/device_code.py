@@ -42,7 +42,7 @@ def load_kernel(name: str, function: str) -> Launch:
 
 
 class _CurrentStream:
-    """torch's current stream, in the protocol that CuPy asks for (which not every supported torch has)."""
+    """torch's current stream, by the protocol that CuPy asks for (not every supported torch has it)."""
 
     def __cuda_stream__(self) -> tuple[int, int]:
         import torch

@@ -7,10 +7,9 @@ names none gets the default stream, and waits for the decoding and training queu
 through pinned memory; and one search runs at a time, so working memory is that of one.
 
 Keeping the host's share small: a search's kernels are one launch (`recorded_search.py`), one copy brings the hits
-together with whether they are proven, and the tensors that a search of a given size reads and writes are made once
-(`_Lane`). Making slices and views and entering streams anew took Python 0.45 ms a search; made once, 0.07 ms (32
-queries, on an H200's host, 2026-11-27). A hit that is not proven is searched again by the host, and counted in
-`settled`.
+together with whether they are proven, and the tensors that a search of Q queries for K hits reads and writes are made
+once (`_Lane`). Making slices and views and entering streams anew took Python 0.45 ms a search; made once, 0.07 ms (32
+queries, on the host of an H200, 2026-11-27). Hits that are not proven the host settles, and counts in `settled`.
 
 Lending out the memory: `park` and `unpark` (parking.py). A search that meets parked rows waits until they are back;
 callers that must not wait are refused in batcher.py.
@@ -94,7 +93,7 @@ class DeviceRows:
             coarse = "float" if scan == "float16" and self._device.type == "cuda" else "int8"
             self._index = TopKIndex(corpus, coarse=coarse)
         if self._device.type == "cuda":
-            torch.cuda.empty_cache()  # preparing took gigabytes, which torch would keep for this stream
+            torch.cuda.empty_cache()  # preparing took gigabytes, which torch would keep for this stream alone
         with on_stream(self._stream):
             self._search = open_search(self._index, MAX_QUERIES, min(_MAX_HITS, len(self._index)))
         kind = CudaRecordedSearches if self._device.type == "cuda" else RecordedSearches

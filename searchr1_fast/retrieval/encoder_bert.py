@@ -151,8 +151,8 @@ class BertEncoder:
         return self._memory is not None and self._memory.is_parked
 
     def park(self) -> None:
-        """Give its memory to others. Waits for the current stream, which must be the one that encoding used. Does
-        nothing if parked already. ValueError, with nothing parked, if the machine does not lock that much memory."""
+        """Give its memory to others. Waits for the current stream, which must be the one that encoding used. Nothing if
+        parked already. ValueError, with nothing parked, if the machine does not lock that much host memory."""
         if self._memory is not None and not self.is_parked:
             if self._recorded is not None:
                 self._recorded.forget()

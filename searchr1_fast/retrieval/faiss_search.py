@@ -3,8 +3,8 @@
 Only for `searchr1 serve`, whose process contains no trainer: faiss brings an OpenMP and a BLAS of its own beside
 torch's, and its GPU indexes are not safe to search from two threads. Here only the batcher's thread calls it.
 
-Only a flat file is searched exactly. Any other is reported as approximate (`mode`), and a query may not find the best
-vectors. If you have the vectors, `searchr1 index import` serves you better.
+Only a flat file is searched exactly. Any other is reported as approximate (`mode`), and its results may differ from an
+exact search of the vectors. If you have the vectors, `searchr1 index import` serves you better.
 
 Shape legend
     Q  queries    K  hits of a query: k, or all rows if fewer    D  components

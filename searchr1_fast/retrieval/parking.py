@@ -6,12 +6,12 @@
 
 The tensor objects survive: the memory under them is taken away and given back (`UntypedStorage.resize_`), perhaps at
 other addresses, so whatever was recorded with the old ones (CUDA graphs) must be recorded again. What is `kept` never
-changes, so it is copied to the host only the first time; later parks only free the memory. `scratch` holds nothing
-between its uses, and is not copied.
+changes, so it is copied to the host only the first time; after that, its memory is only freed, and copied back.
+`scratch` holds nothing between its uses, and is not copied.
 
 Parking returns the memory to the driver, with all that torch's allocator held unused: memory freed on one stream would
 otherwise serve that stream alone. Addresses are not kept: that would take memory that torch's allocator does not know
-of (CUDA's virtual memory), only to save recordings, and that of a search, ten kernels, is a small one.
+of (CUDA's virtual memory), only to save recording again, and a search is a small recording, of ten kernels.
 
 On a CPU the same code copies from host to host, for tests; there memory is overwritten instead of freed, because torch
 does not let go of memory that numpy has seen.

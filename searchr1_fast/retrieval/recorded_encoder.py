@@ -61,7 +61,7 @@ def num_places(num_rows: int) -> int:
 
 
 def num_numbers(num_rows: int) -> int:
-    """The count of numbers in a `PackedTexts` of this many rows."""
+    """How many numbers a `PackedTexts` of this many rows holds."""
     return 4 * num_rows + 4 * num_places(num_rows)
 
 

@@ -1,4 +1,4 @@
-"""How the ranks of one machine reach one another: a socket between each pair, and shared memory.
+"""How the ranks of one machine reach one another: a socket from each rank to each, and shared memory.
 
 Queries are large and go to every rank: the rank that asks writes them once into shared memory, where the others read
 them. Everything else is small and goes through Unix sockets: the request (16 bytes) and the hits (12 bytes each). A
@@ -124,7 +124,7 @@ def _shared_file(size: int) -> IO[bytes]:
     """A file without a name, in memory if the system has that; once closed, it lives on in processes that mapped it."""
     memory = "/dev/shm"
     file = tempfile.TemporaryFile(dir=memory if os.access(memory, os.W_OK) else None)  # noqa: SIM115 (returned)
-    if hasattr(os, "posix_fallocate"):  # allocated now: short memory is an error here, not a signal on writing
+    if hasattr(os, "posix_fallocate"):  # allocated now: a lack of memory is an error here, not a signal on writing
         os.posix_fallocate(file.fileno(), 0, size)
     else:
         file.truncate(size)

@@ -17,7 +17,7 @@ import torch
 
 @contextmanager
 def on_stream(stream: torch.cuda.Stream | None) -> Iterator[None]:
-    """Queue what runs inside on `stream`, with its device the current one. None, as on a CPU, changes nothing."""
+    """Make `stream` and its device the current ones in a `with` block. None, as on a CPU, changes nothing."""
     if stream is None:
         yield
         return
@@ -27,7 +27,7 @@ def on_stream(stream: torch.cuda.Stream | None) -> Iterator[None]:
 
 @contextmanager
 def recording_again(graph: torch.cuda.CUDAGraph, **options: Any) -> Iterator[None]:
-    """Record what is queued inside, on the current stream, without running it; it has run before. `options`: of
+    """Record what a `with` block queues on the current stream, without running it; it has run before. `options`: of
     `CUDAGraph.capture_begin`.
 
     `torch.cuda.graph` waits for the device and empties torch's cache. Neither is needed here: copies still on their way

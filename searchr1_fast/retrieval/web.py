@@ -64,7 +64,7 @@ class WebCounts:
 
 
 class HostLimits:
-    """Limits the requests to each host at once; further ones wait."""
+    """Limits how many requests each host gets at once; further ones wait."""
 
     def __init__(self, per_host: int) -> None:
         self._per_host = per_host
