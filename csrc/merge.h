@@ -1,4 +1,4 @@
-// Merges the best hits of several shards in total order: score descending, then id ascending. That order leaves no ties,
+// Merges the best hits of several shards in total order: score descending, then id ascending. The order leaves no ties,
 // so the result does not depend on how the corpus was cut.
 #pragma once
 
