@@ -32,7 +32,7 @@ class SearchBackend(Protocol):
     """
 
     def search_ids(self, queries: list[str], k: int) -> tuple[np.ndarray, np.ndarray]:
-        """scores [Q,k'] fp32, descending, and rows [Q,k'] int64; k' <= k. A row with fewer hits ends in row -1."""
+        """scores [Q,k'] fp32, descending, and rows [Q,k'] int64; k' <= k. A query with fewer hits ends in row -1."""
         ...
 
 

@@ -77,7 +77,7 @@ class BM25Retriever:
         self._offsets: np.ndarray = index.scores["indptr"].astype(np.int64)  # [V+1]: where each term's postings begin
 
     def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
-        """Best first, equal scores by row. Fewer than `k` where fewer passages share a word with the query."""
+        """Passages best first, equal scores by row. Fewer than `k` if fewer of them share a word with the query."""
         check_k(k)
         # Queries with the same known terms are searched once.
         places: dict[tuple[int, ...], int] = {}
@@ -143,7 +143,7 @@ def words_of(text: str) -> list[str]:
 
 
 def runs_of(text: str) -> list[list[str]]:
-    """The `words_of` a text, split where anything but blanks stands between them."""
+    """The words of a text, in runs that end where anything but blanks stands between two words."""
     return [words for part in _BREAK.split(text) if (words := words_of(part))]
 
 

@@ -148,7 +148,7 @@ class DenseRetriever:
         self._store = store
 
     def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
-        """Best first, equal scores by row; equal queries are searched once."""
+        """The passages of each query, best first, equal scores by row; equal queries are searched once."""
         check_k(k)
         if not queries:
             return []

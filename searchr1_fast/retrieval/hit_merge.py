@@ -56,7 +56,7 @@ class HostMerge:
         return [memoryview(body) for body in bodies]
 
     def merge(self, k: int) -> Hits:
-        """By `_C.merge_topk`."""
+        """Merge by `_C.merge_topk`."""
         return _C.merge_topk([scores for scores, _ in self._parts], [rows for _, rows in self._parts], k)
 
 
@@ -81,7 +81,7 @@ class DeviceMerge:
         ]
 
     def merge(self, k: int) -> Hits:
-        """One launch, and a wait."""
+        """Merge by one launch, and wait for it."""
         if k < 1:
             raise ValueError(f"k must be at least 1, not {k}")
         num_queries, widths = self._shape

@@ -110,7 +110,7 @@ class RemoteRetriever:
         raise RetrievalError(f"the search server {self.url} gave no answer in {tries}; the last failed with {cause}")
 
     def _pause(self, attempt: int) -> float:
-        """Doubles with every attempt; the jitter keeps ranks that failed together from coming back together."""
+        """The seconds to wait, doubled by every attempt; jitter keeps ranks that failed together from returning so."""
         return min(_LONGEST_PAUSE, _FIRST_PAUSE * 2 ** (attempt - 1)) * self._jitter.uniform(0.5, 1.0)
 
     def _exchange(self, body: bytes) -> tuple[int, float, bytes]:
