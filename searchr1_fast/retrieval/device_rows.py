@@ -9,7 +9,7 @@ through pinned memory; and one search runs at a time, so working memory is that 
 Keeping the host's share small: a search's kernels are one launch (`recorded_search.py`), one copy brings the hits
 together with whether they are proven, and the tensors that a search of Q queries for K hits reads and writes are made
 once (`_Lane`). Making slices and views and entering streams anew took Python 0.45 ms a search; made once, 0.07 ms (32
-queries, on the host of an H200, 2026-11-27). Hits that are not proven the host settles, and counts in `settled`.
+queries, on the host of an H200, 2026-11-27). The host settles hits that are not proven, counted in `settled`.
 
 Lending out the memory: `park` and `unpark` (parking.py). A search that meets parked rows waits until they are back;
 callers that must not wait are refused in batcher.py.
