@@ -1,4 +1,4 @@
-"""What is installed beside torch and numba. Asking loads nothing."""
+"""What is installed besides torch and numba. Asking imports nothing."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ import warnings
 
 
 def triton_is_installed() -> bool:
-    """For what cannot do without."""
+    """Whether Triton is installed, for code that cannot do without it."""
     return importlib.util.find_spec("triton") is not None
 
 
 @functools.cache
 def has_triton() -> bool:
-    """For CUDA tensors that torch's own operators could take as well. Says so, once, where they have to."""
+    """Whether Triton is installed, for CUDA tensors that torch's own operators can take as well.
+
+    If they have to, warns once."""
     installed = triton_is_installed()
     if not installed:
         warnings.warn(

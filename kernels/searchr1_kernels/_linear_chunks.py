@@ -1,18 +1,18 @@
-"""What `linear_logprob` and `linear_policy_loss` share: hidden states through the head, chunk by chunk.
+"""Hidden states through the head, chunk by chunk: what `linear_logprob` and `linear_policy_loss` share.
 
-All chunks use one workspace of logits, so its size is that of a chunk, whatever N is. Three classes know what happens
-to a chunk's logits: `PlainRows` here, in torch, its faster twin `FusedRows` in `_linear_rows_triton`, and where a
-matrix product of our own is worth it `KeptRows` in `_linear_gradient_triton`. All offer
+All chunks share one workspace of logits, so it is as large as one chunk, whatever N is. Three classes process a chunk's
+logits: `PlainRows` here, in torch; its faster twin `FusedRows` in `_linear_rows_triton`; and, where a matrix product of
+our own is worth it, `KeptRows` in `_linear_gradient_triton`. All of them offer
 
-    scores(rows, …)     logits, then log-probability and entropy of every row
-    gradient(…)         after that: the gradient of the logits, for the two matrix products that remain, and what its
-                        rows are still to be multiplied by, or None
+    scores(rows, …)     computes the logits, then the log-probability and entropy of every row
+    gradient(…)         after `scores`: the gradient of the logits, for the two matrix products that remain, and the
+                        factors [C] that its rows must still be multiplied by, or None
 
-and `PlainRows` also recall(rows, …), logits again for a backward pass of its own (that of `FusedRows` is in
-`_linear_slabs`), and select(…), to go on with some of the rows.
+`PlainRows` also has recall(rows, …), which restores the logits for a backward pass of its own (`FusedRows` has its
+backward pass in `_linear_slabs`), and select(…), which continues with a subset of the rows.
 
-Left out: skipping rows without a gradient on CUDA. Only the device knows how many they are, and the shape of a matrix
-product is given by the host, which would have to wait. `FusedRows` saves reading such rows' logits, no more.
+Rows without a gradient are not skipped on CUDA: only the device knows how many there are, and the host, which sets the
+shape of a matrix product, would have to wait for it. `FusedRows` skips reading such rows' logits, no more.
 
 Shape legend: N rows, D hidden size, V vocabulary, C rows of a chunk, K rows kept for the backward pass.
 """
@@ -30,39 +30,38 @@ from searchr1_kernels._linear_sums import Gradients, compute_dtype, multiply, op
 # Bytes of one chunk's logits and their gradient. CPU: small enough for the cache. CUDA: large enough for the matrix
 # products, but at most a quarter of the free memory.
 _CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 1 << 30}
-# Bytes of a chunk of `KeptRows`, which has 2 a logit: 2,048 rows of a vocabulary of 151,936 at a time for 16,384, whose
-# gradient, of 2,048 columns, is 128 tiles of 128 by 256: one for nearly every multiprocessor of an H200. Twice as many
-# where it would be more than `_linear_sums.ROUNDED_SUMS` chunks, here from 17,664 rows on.
+# Bytes of a chunk of `KeptRows`, at 2 bytes a logit. With 16,384 rows and a vocabulary of 151,936, a chunk is 2,048
+# rows; its hidden gradient, of 2,048 columns, is 128 tiles of 128 by 256: one for nearly every multiprocessor of an
+# H200. Doubled where there would be more than `_linear_sums.ROUNDED_SUMS` chunks, here from 17,664 rows on.
 _KEPT_BYTES = 5 << 27
-# Whether matrix products of our own, with the passes over logits inside, may take the place of a library's.
+# Whether our own matrix products, with the passes over logits inside, may replace the library's.
 OWN_PRODUCTS = True
 # Below this many rows the weight and its gradient would be re-read too often to be worth a smaller workspace.
 _MIN_CHUNK_ROWS = 256
-# Chunks on CUDA are multiples of so many rows, so that no tile of a matrix product is left half empty.
+# On CUDA, chunks are multiples of this many rows, so that no tile of a matrix product is left half empty.
 _TILE_ROWS = 128
-# Chunks of logits up to so many bytes are kept for the backward pass, whatever N is; the others are recomputed.
+# Chunks of logits up to this many bytes are kept for the backward pass, whatever N is; the others are recomputed.
 _KEEP_BYTES = {"cpu": 32 << 20, "cuda": 0}
-# Rows of every product that gives logits are filled up to a multiple of so many. Of other numbers a library adds up the
-# last few rows in another order (MKL on an AMD EPYC: of no multiple of 4, in fp64 always, in fp32 below 12), and a row
-# would not have the bits alone that it has in a batch.
+# The rows of every product that gives logits are padded to a multiple of this. At other counts a library sums the last
+# few rows in another order (MKL on an AMD EPYC: where the count is no multiple of 4, in fp64 always, in fp32 below 12),
+# and a row alone would not have the same bits as in a batch.
 _ROW_STEP = 16
-# With a smaller share of rows than this to differentiate, recomputing only those beats using what was kept of all.
+# If the share of rows to differentiate is smaller than this, recomputing those beats using what was kept of all rows.
 _LIVE_SHARE = 0.6
 
 
 class PlainRows:
-    """The passes in torch. Logits are overwritten by log-probabilities, and those by the gradient."""
+    """The passes in torch. Log-probabilities overwrite the logits, and the gradient overwrites those."""
 
     def __init__(self, hidden, weight, temperature, softcap, num_rows: int, *, for_gradient: bool) -> None:
-        """`weight` [V,D] as `operand` gives it; the workspace is for chunks of up to `num_rows`."""
+        """`weight` [V,D] is as `operand` returns it; the workspace holds chunks of up to `num_rows`."""
         self.weight, self.temperature, self.softcap, self.for_gradient = weight, temperature, softcap, for_gradient
         self._height, self._dtype = _filled_up(num_rows), compute_dtype(hidden)
         self._spares: dict[str, torch.Tensor] = {}
 
     @staticmethod
     def saved_shape(hidden, weight, softcap, differentiable: bool) -> tuple[int, int]:
-        """[K,V]: log-probabilities of the first chunks, as many as may be kept; of all rows, with those they are
-        filled up with."""
+        """-> [K,V], for the log-probabilities of as many first chunks as may be kept; of all rows, with padding."""
         num_rows, vocabulary = hidden.shape[0], weight.shape[0]
         row_bytes = vocabulary * compute_dtype(hidden).itemsize
         budget = _KEEP_BYTES.get(hidden.device.type, 0) // row_bytes if differentiable and softcap is None else 0
@@ -76,23 +75,23 @@ class PlainRows:
     def scores(self, rows, targets, logprobs, entropy, saved=None) -> None:
         """rows [C,D], targets [C] -> fills logprobs [C] and, where not None, entropy [C].
 
-        `saved` [C or more, V] or None gets what `recall` wants, in its first C rows; those after them may change too.
-        With entropy `gradient` may follow.
+        `saved` [C or more, V], unless None, gets what `recall` needs in its first C rows; later rows may change too.
+        `gradient` may follow only if entropy was computed.
         """
         log_p = self._products(rows, saved)
         torch.log_softmax(log_p, dim=-1, out=log_p)
         torch.gather(log_p, 1, targets[:, None], out=logprobs[:, None])
         if entropy is not None:
             self._weigh(log_p)
-            # Two rows at the least: of one alone, torch would split the sum between threads.
+            # At least two rows: torch would split the sum of a single one between threads.
             sums = self._spare("logits")[: max(2, len(log_p))].sum(dim=-1)
             torch.neg(sums[: len(log_p)], out=entropy)
 
     def recall(self, rows, saved, with_entropy: bool) -> None:
-        """rows [C,D] and what `scores` saved of them, [C,V] or None."""
+        """Prepare for `gradient` from rows [C,D] and what `scores` saved of them, [C,V] or None."""
         log_p = self._products(rows) if saved is None else saved
         if not with_entropy:
-            # Of logits or log-probabilities alike.
+            # The same for logits and log-probabilities.
             self._p = torch.softmax(log_p, dim=-1, out=self._spare("logits")[: len(rows)])
             return
         if saved is None:
@@ -100,7 +99,7 @@ class PlainRows:
         self._weigh(log_p)
 
     def select(self, index: torch.Tensor, with_entropy: bool) -> None:
-        """Go on with the rows at `index` [L] of the chunk alone."""
+        """Keep only the chunk's rows at `index` [L]."""
         length = len(index)
         self._p = torch.index_select(self._p, 0, index, out=self._spare("selected")[:length])
         if with_entropy:
@@ -109,9 +108,9 @@ class PlainRows:
             self._tanh = self._tanh[index]
 
     def gradient(self, targets, g, e, entropy) -> tuple[torch.Tensor, None]:  # [C,V] in the dtype of the operand
-        """targets [C]; g, e [C] the gradients of log-probability and entropy H [C], e None where there is none.
+        """Gradient of the logits, given targets [C] and the gradients g, e [C] of log-probability and entropy H [C].
 
-        With p the probabilities
+        e is None where the entropy has no gradient. With p the probabilities
             d logits = (g * (1[target] - p)  -  e * p * (log p + H)) / temperature,  times 1 - tanh^2 under a softcap
         """
         g, targets = g[:, None] / self.temperature, targets[:, None]
@@ -127,8 +126,8 @@ class PlainRows:
         return gradient.to(self.weight.dtype), None
 
     def _products(self, rows: torch.Tensor, saved: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits [C,V] after softcap and temperature, in the first rows of `saved`, or of the workspace. A gradient
-        wants the tanh as well."""
+        """-> logits [C,V] after softcap and temperature, in the first rows of `saved` or of the workspace. Under a
+        softcap, the tanh is kept too where a gradient will need it."""
         missing = _filled_up(len(rows)) - len(rows)
         filled = torch.nn.functional.pad(rows, (0, 0, 0, missing)) if missing else rows
         has_room = saved is not None and len(saved) >= len(filled)
@@ -143,30 +142,29 @@ class PlainRows:
         return out
 
     def _weigh(self, log_p: torch.Tensor) -> None:
-        """[C,V] log p -> p and p log p. Overwrites `log_p` where that lies in the workspace."""
+        """Compute p and p log p from log p [C,V]. Overwrites `log_p` where it lies in the workspace."""
         self._p = torch.softmax(log_p, dim=-1, out=self._spare("p")[: len(log_p)])  # a third faster than exp
         self._weighted = torch.mul(log_p, self._p, out=self._spare("logits")[: len(log_p)])
 
     def _spare(self, name: str) -> torch.Tensor:
-        """[C,V] filled up, made when first wanted: the workspace, "logits", and what one operation or the other needs
-        beside it."""
+        """-> [C,V] with padding, allocated on first use: the workspace "logits", or more room for some operation."""
         if name not in self._spares:
             self._spares[name] = self.weight.new_empty(self._height, self.weight.shape[0], dtype=self._dtype)
         return self._spares[name]
 
 
 def _filled_up(num_rows: int) -> int:
-    """Rows of a product for so many."""
+    """-> rows of the product that computes `num_rows` rows: with padding."""
     return num_rows + -num_rows % _ROW_STEP
 
 
 def runs_fused(hidden: torch.Tensor) -> bool:
-    """Whether Triton's row passes take tensors of this kind."""
+    """Whether the row passes in Triton take tensors of this kind."""
     return hidden.device.type == "cuda" and hidden.dtype != torch.float64 and has_triton()
 
 
 def runs_products(hidden: torch.Tensor, weight: torch.Tensor, softcap: float | None) -> bool:
-    """Whether Triton's products with the passes inside take these."""
+    """Whether the products in Triton, with the passes inside, take these tensors."""
     if not OWN_PRODUCTS or softcap is not None or hidden.dtype != torch.bfloat16 or not runs_fused(hidden):
         return False
     from searchr1_kernels import _linear_forward_triton
@@ -175,7 +173,7 @@ def runs_products(hidden: torch.Tensor, weight: torch.Tensor, softcap: float | N
 
 
 def rows_class(hidden: torch.Tensor, kept: bool = False) -> Any:
-    """The passes for tensors of this kind; `kept`: those of `runs_products`."""
+    """-> the class with the passes for tensors of this kind; `kept`: where `runs_products` holds, `KeptRows`."""
     if kept:
         from searchr1_kernels._linear_gradient_triton import KeptRows
 
@@ -196,7 +194,7 @@ def score_chunks(
     return_entropy: bool,
     differentiable: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """-> logprobs [N], entropy [N] or None, both fp32 (fp64 for fp64), and what `gradient_chunks` wants saved."""
+    """-> logprobs [N], entropy [N] or None, both fp32 (fp64 for fp64), and what `gradient_chunks` needs saved."""
     rows_type = rows_class(hidden)
     logprobs = hidden.new_empty(hidden.shape[0], dtype=compute_dtype(hidden))
     entropy = torch.empty_like(logprobs) if return_entropy else None
@@ -216,7 +214,7 @@ def score_chunks(
 
 
 def head_gradients(hidden: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """`gradient_chunks`, or for tensors of this kind its twin `slab_gradients`."""
+    """`gradient_chunks`, or its twin `slab_gradients` for tensors that `runs_fused` accepts."""
     if runs_fused(hidden):
         from searchr1_kernels._linear_slabs import slab_gradients
 
@@ -237,8 +235,7 @@ def gradient_chunks(
     want_hidden: bool,
     want_weight: bool,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """-> grad_hidden [N,D], grad_weight [V,D]: None where not wanted, else of the types `Gradients` says. By
-    `PlainRows`."""
+    """-> grad_hidden [N,D], grad_weight [V,D], by `PlainRows`, in the types of `Gradients`; None where not wanted."""
     num_rows, live = hidden.shape[0], live_rows(grad_logprobs, grad_entropy, _LIVE_SHARE)
     if live is not None:
         hidden, targets, grad_logprobs, saved = hidden[live], targets[live], grad_logprobs[live], saved[:0]
@@ -259,8 +256,9 @@ def gradient_chunks(
 
 
 def live_rows(slope: torch.Tensor, entropy_slope: torch.Tensor | None, share: float) -> torch.Tensor | None:
-    """[N] each -> [L] int64: rows with any gradient at all (clipped tokens have none); None where that is more than a
-    share of them. On CUDA always None: finding out would wait for the GPU."""
+    """Slopes [N] -> [L] int64: rows with any gradient (clipped tokens have none); None if at least `share` have one.
+
+    On CUDA always None: finding out would wait for the GPU."""
     if slope.device.type != "cpu":
         return None
     live = slope != 0
@@ -272,7 +270,7 @@ def live_rows(slope: torch.Tensor, entropy_slope: torch.Tensor | None, share: fl
 def chunk_ranges(
     hidden: torch.Tensor, weight: torch.Tensor, *, for_gradient: bool, kept: bool = False
 ) -> list[slice]:  # fmt: skip
-    """Slices that cover [0, N), of equal size but for the last. `weight` as an operand; `kept`: for `KeptRows`."""
+    """-> slices that cover [0, N), equal but for the last. `weight` is an operand; `kept`: for `KeptRows`."""
     if kept:
         for most in (_KEPT_BYTES, 2 * _KEPT_BYTES):
             fitting = memory_budget(hidden.device, most) // (weight.shape[0] * weight.dtype.itemsize)
@@ -283,7 +281,7 @@ def chunk_ranges(
     compute = compute_dtype(hidden)
     bytes_per_logit = compute.itemsize
     if for_gradient and weight.dtype != compute:
-        bytes_per_logit += weight.dtype.itemsize  # the gradient has a buffer of its own
+        bytes_per_logit += weight.dtype.itemsize  # the gradient has its own buffer
     size = chunk_size(hidden.shape[0], _chunk_rows(hidden.device, weight.shape[0] * bytes_per_logit))
     if hidden.device.type == "cuda":
         size = whole_tiles(size)
@@ -291,39 +289,43 @@ def chunk_ranges(
 
 
 def chunk_size(total: int, most: int) -> int:
-    """Rows of a chunk when `total` are cut into as few equal chunks as hold at most `most`; 1 for none."""
+    """-> rows per chunk when `total` rows are cut into the fewest equal chunks of at most `most`; 1 for none."""
     return -(-total // -(-total // most)) if total else 1
 
 
 def whole_tiles(size: int) -> int:
-    """Rows of a chunk, up to the next whole tile of a GPU's products. A chunk's part of a vector then begins where the
-    vector does, as far as Triton looks: another alignment would be another kernel, compiled in the middle of a step."""
+    """Round rows of a chunk up to whole tiles of a GPU's matrix products.
+
+    A chunk's slice of a vector then has the vector's alignment as Triton sees it; with another one, Triton would
+    compile another kernel in the middle of a step."""
     return -(-size // _TILE_ROWS) * _TILE_ROWS
 
 
 def ranges(total: int, size: int) -> list[slice]:
-    """Slices of `size` that cover [0, total); the last may be shorter."""
+    """-> slices of `size` that cover [0, total); the last may be shorter."""
     return [slice(begin, min(begin + size, total)) for begin in range(0, total, size)]
 
 
 def longest(chunks: list[slice]) -> int:
-    """Rows of the first, which is the largest."""
+    """-> rows of the first chunk, which is the largest."""
     return chunks[0].stop if chunks else 0
 
 
 def memory_budget(device: torch.device, most: int) -> int:
-    """Bytes for a workspace: `most`, and on CUDA no more than a quarter of the free memory. That counts in powers of
-    two: where it is plenty the chunks, and with them the order of sums, do not depend on what else is in memory."""
+    """-> bytes for a workspace: `most`, but on CUDA at most a quarter of the free memory.
+
+    That quarter is rounded down to a power of two. Where memory is plentiful, the chunks, and with them the order of
+    sums, do not depend on what else is in memory."""
     if device.type != "cuda":
         return most
     free = torch.cuda.mem_get_info(device)[0]
-    if free < 8 * most:  # torch's statistics are a dictionary of hundreds, made anew for every look
+    if free < 8 * most:  # torch's statistics are a dictionary of hundreds, rebuilt for every look
         statistics = torch.cuda.memory_stats(device)
         free += statistics.get("reserved_bytes.all.current", 0) - statistics.get("allocated_bytes.all.current", 0)
     return min(most, 1 << (free // 4).bit_length() >> 1)
 
 
 def _chunk_rows(device: torch.device, row_bytes: int) -> int:
-    """Rows that a chunk may have."""
+    """-> the most rows that a chunk may have."""
     most = _CHUNK_BYTES.get(device.type, _CHUNK_BYTES["cuda"])
     return max(_MIN_CHUNK_ROWS, memory_budget(device, most) // row_bytes)

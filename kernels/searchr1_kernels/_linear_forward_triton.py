@@ -1,18 +1,18 @@
 """Log-probability and entropy without logits in memory: the matrix product folds each tile into running statistics.
 
-`scan_vocabulary` gives each program some rows and one span of the vocabulary, and writes three numbers per row and
-span. `merge_spans` joins the spans in order, against the target's logit. No locks and no atomics. Spans and tiles do
-not depend on N or on where a row stands, and a row of a tile does not see its neighbours; so a row's result has the
-same bits alone and in any batch.
+Each program of `scan_vocabulary` takes some rows and one span of the vocabulary, and writes three numbers per row and
+span. `merge_spans` joins the spans in order and compares the target's logit with them. There are no locks and no
+atomics. Spans and tiles do not depend on N or on a row's position, and the rows of a tile do not affect each other; so
+a row's result has the same bits alone and in any batch.
 
-For passes without a gradient: a reference, a scorer; and for `linear_logprob`'s forward pass where its backward pass
-has products of our own too (`_linear_gradient_triton`) and wants a row's normalizer alone. Weights beyond V never
-count: what the last tile reads past the end is replaced by the identity of the maximum before any exponential.
+Used for passes without a gradient (a reference, a scorer), and for the forward pass of `linear_logprob` where its
+backward pass has products of our own too (`_linear_gradient_triton`) and needs only a row's normalizer. Weights beyond
+V never count: what the last tile reads past the end is replaced by the identity of the maximum before any exponential.
 
-`target_logits` computes the target's logit, by the same matrix instructions in the same order as a tile's. A tensor
-core cuts off what a sum in fp32 would round (of logits of 50 some 5e-5, nearly always to the same side), which is gone
-from the difference to the log-sum-exp where the target is likely. With a more exact logit it would stay: more than the
-whole log-probability of a target that is all but certain.
+`target_logits` computes the target's logit with the same matrix instructions, in the same order, as a tile. A tensor
+core truncates where a sum in fp32 would round (some 5e-5 for logits of 50, nearly always to the same side). Where the
+target is likely, this error cancels in the difference to the log-sum-exp. With a more exact logit it would remain, and
+exceed the whole log-probability of a target that is all but certain.
 
 Shape legend: N rows, D hidden size, V vocabulary, S spans of it.
 """
@@ -28,15 +28,15 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from searchr1_kernels._linear_rows_triton import _LN_2, _LOG2_E, _LOWEST, fold, tanh
 
-# Rows, columns and depth of a tile, warps, pipeline stages. Without multicast the width of a tile decides how often the
-# caches are read, and this is the widest without a spill: 172 registers, 255 with a softcap (Triton 3.6 and 3.9,
+# Rows, columns and depth of a tile, warps, pipeline stages. Without multicast, a tile's width decides how often the
+# caches are read, and this is the widest that does not spill: 172 registers, 255 with a softcap (Triton 3.6 and 3.9,
 # sm_90 and sm_100, 2026-11-24).
 _TILE = (128, 256, 64, 8, 3)
-# GPUs with descriptor loads and the shared memory that the tile wants. Before sm_90 the loads are not pipelined.
+# GPUs with descriptor loads and enough shared memory for the tile. Before sm_90 the loads are not pipelined.
 ARCHITECTURES = (90, 100)
-# Columns of a span, a multiple of the tile's. More spans keep a GPU busy with few rows, and cost 12 bytes a row each.
+# Columns of a span, a multiple of the tile's. More spans keep a GPU busy with few rows; each costs 12 bytes a row.
 _SPAN = 2048
-# Row tiles that take a span together, which then stays in the L2 cache while they do.
+# Row tiles that process a span together, so that it stays in the L2 cache.
 _GROUP = 32
 # Rows of one launch; bounds the partial results.
 _MAX_ROWS = 32768
@@ -48,7 +48,7 @@ _MERGE_ROWS = 32
 
 @triton.jit
 def place(N, V, ROWS: tl.constexpr, SPAN: tl.constexpr, GROUP: tl.constexpr):
-    """-> first row and number of the span of this program: a group of row tiles takes one span after the other."""
+    """-> this program's first row and its span's number. A group of row tiles takes one span after the other."""
     program = tl.program_id(0)
     row_tiles, spans = tl.cdiv(N, ROWS), tl.cdiv(V, SPAN)
     group = program // (GROUP * spans)
@@ -87,7 +87,7 @@ def scan_vocabulary(
     GROUP: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
-    """Statistics of ROWS rows over one span of the vocabulary."""
+    """Compute the statistics of ROWS rows over one span of the vocabulary."""
     row, span = place(N, V, ROWS, SPAN, GROUP)
     highest = tl.full([ROWS], _LOWEST, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -111,7 +111,7 @@ def target_logits(
     hidden_ptr,  # [N, D]
     weight_ptr,  # [V, D]
     targets_ptr,  # [N] int64
-    logits_ptr,  # [N] fp32: gets the result; 0 where the target is no token
+    logits_ptr,  # [N] fp32: gets the result; 0 where the target is not a token
     N,
     V,
     D,
@@ -122,7 +122,7 @@ def target_logits(
     DEPTH: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
-    """The diagonal of a product of ROWS rows with the weights of their targets."""
+    """Compute ROWS target logits: the diagonal of the product of the rows with their targets' weights."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     target = tl.load(targets_ptr + rows, mask=rows < N, other=-1)
     known = (target >= 0) & (target < V)
@@ -158,7 +158,7 @@ def merge_spans(
     ENTROPY: tl.constexpr,
     NORMALIZERS: tl.constexpr,
 ):
-    """The spans of ROWS rows joined, first to last, and the target's logit against them."""
+    """Join the spans of ROWS rows, first to last, and compare the target's logit with them."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = rows < N
     highest = tl.full([ROWS], _LOWEST, tl.float32)
@@ -179,7 +179,7 @@ def merge_spans(
     known = inside & (target >= 0) & (target < V)
     logit = tl.load(logits_ptr + rows, mask=inside, other=0.0)
     log_total = tl.log2(total)
-    # Rounding must not make a probability exceed 1. A NaN stays one; by default the smaller of NaN and 0 is 0 on a GPU,
+    # Rounding must not push a probability above 1. A NaN must stay a NaN: by default a GPU's minimum of NaN and 0 is 0,
     # a certainty.
     logprob = ((logit - highest) * scale - log_total) * _LN_2
     logprob = tl.minimum(logprob, 0.0, propagate_nan=tl.PropagateNan.ALL)
@@ -200,7 +200,7 @@ def score_without_logits(
     return_entropy: bool,
     normalizers: torch.Tensor | None = None,  # [N, 2] fp32: gets those of `score_rows`
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """-> logprobs [N] fp32, NaN where the target is no token; and entropy [N] fp32 or None."""
+    """-> logprobs [N] fp32, NaN where the target is not a token; and entropy [N] fp32 or None."""
     num_rows, vocabulary = hidden.shape[0], weight.shape[0]
     logprobs = hidden.new_empty(num_rows, dtype=torch.float32)
     entropy = torch.empty_like(logprobs) if return_entropy else None
@@ -222,18 +222,18 @@ def score_without_logits(
 
 
 def grid(hidden: torch.Tensor, columns: int) -> tuple[int]:
-    """Programs for all rows and spans of so many columns."""
+    """-> the number of programs that cover all rows and all spans of `columns` columns."""
     return (triton.cdiv(len(hidden), _TILE[0]) * triton.cdiv(columns, _SPAN),)
 
 
 def descriptors(hidden: torch.Tensor, weight: torch.Tensor) -> tuple[TensorDescriptor, TensorDescriptor]:
-    """Of the operands, as `product` loads them."""
+    """-> descriptors of the operands, as `product` loads them."""
     rows, columns, depth = _TILE[:3]
     return TensorDescriptor.from_tensor(hidden, [rows, depth]), TensorDescriptor.from_tensor(weight, [columns, depth])
 
 
 def launch_options(temperature: float, softcap: float | None) -> dict[str, Any]:
-    """Of kernels that multiply."""
+    """-> launch options of the kernels that call `product`."""
     rows, columns, depth, warps, stages = _TILE
     return {
         "scale": _LOG2_E / temperature, "softcap": softcap or 1.0, "SOFTCAP": softcap is not None,
@@ -249,7 +249,7 @@ def find_targets(
     softcap: float | None,
     logits: torch.Tensor,  # [N] fp32 or more: gets the result
 ) -> None:
-    """`target_logits` of all rows."""
+    """Launch `target_logits` for all rows."""
     rows, depth, warps, stages = _OWN
     target_logits[(triton.cdiv(len(hidden), rows),)](
         hidden, weight, targets, logits, len(hidden), *weight.shape, hidden.stride(0), weight.stride(0),
@@ -267,7 +267,7 @@ def merge(
     entropy: torch.Tensor | None,  # [N] fp32, likewise
     normalizers: torch.Tensor | None,  # [N, 2] fp32, likewise
 ) -> None:
-    """`merge_spans` of all rows."""
+    """Launch `merge_spans` for all rows."""
     merge_spans[(triton.cdiv(len(targets), _MERGE_ROWS),)](
         partial, logits, targets, logprobs, logprobs if entropy is None else entropy,
         logprobs if normalizers is None else normalizers, len(targets), vocabulary, triton.cdiv(vocabulary, _SPAN),
@@ -277,7 +277,7 @@ def merge(
 
 
 def takes(hidden: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether `score_without_logits` can take CUDA tensors [N,D] and [V,D] of one type."""
+    """Whether `score_without_logits` accepts CUDA tensors [N,D] and [V,D] of the same type."""
     return (
         hidden.dtype in (torch.bfloat16, torch.float16)
         and torch.version.cuda is not None

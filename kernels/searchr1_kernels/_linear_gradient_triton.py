@@ -1,26 +1,28 @@
-"""Gradients of logits that never were in memory: formed in the matrix product that makes the logits, tile by tile.
+"""Gradients of logits that are never in memory: formed tile by tile in the matrix product that makes the logits.
 
-With a row's normalizer known (`linear_logprob`'s backward pass), `differentiate_products` writes a slab's gradient in
-the operand's type, 2 bytes a logit for bf16; fp32 logits that a library writes, a pass reads, and turns into a gradient
-move 10.
+Where a row's normalizer is known (the backward pass of `linear_logprob`), `differentiate_products` writes a slab's
+gradient in the operand's type, which moves 2 bytes a logit for bf16. fp32 logits that a library writes and that a pass
+reads and turns into a gradient move 10.
 
-Where it is not yet known (`linear_policy_loss`, which goes through the head once), `keep_probabilities` writes
-probabilities times an unknown factor, 2^((z - m) scale), m being the logit of the row's target, which `find_targets`
-finds first. A tile in which a logit is above that by more than `_HEADROOM` takes its maximum for m, and so do the
-span's later tiles; a sampler's choice is seldom so unlikely. What the factor was is known afterwards, and
+Where the normalizer is not yet known (`linear_policy_loss`, which goes through the head once), `keep_probabilities`
+writes K = 2^((z - m) scale): the probabilities up to a factor. m is the logit of the row's target, which `find_targets`
+computes first. If a logit of a tile exceeds m by more than `_HEADROOM`, the tile takes its maximum as m, and the span's
+later tiles start from that; a sampler seldom chooses so unlikely a token. Afterwards the factor is known, and
 `normalize_rows` does what remains:
 
-- Where m was the target's all along, a row is one factor away from its gradient: p is 2^((z - m) scale - log2 sum).
-  It sets the target's place, and gives the factor to the two products, which it suits to multiply [C,D] instead of
-  [C,V]: grad_hidden = diag(s) K weight, and grad_weight = K^T (diag(s) hidden). 2 bytes a logit in all, written once.
-- Other rows it turns into gradients in place, and so all rows with a gradient of the entropy, which is not linear in p:
-  6 bytes a logit, against the 14 of a library's fp32 logits.
+- Where m was the target's logit throughout, a row is one factor away from its gradient, as p is
+  2^((z - m) scale - log2 sum). `normalize_rows` sets the target's entry and leaves the factor s to the two products,
+  where it multiplies [C,D] instead of [C,V]: grad_hidden = diag(s) K weight, and grad_weight = K^T (diag(s) hidden).
+  That is 2 bytes a logit in all, written once.
+- Other rows are turned into gradients in place, as are all rows if the entropy, which is not linear in p, has a
+  gradient: 6 bytes a logit, against 14 with a library's fp32 logits.
 
-Rounded to the operand's type, relative to themselves, are probabilities and then either gradients or, for grad_weight
-alone, rows of hidden. What would suffer from that, the target's 1 - p, is formed from its fp32 log-probability, and so
-rounded once or, with a row of hidden, twice: grad_weight, itself rounded to bf16, is then off by 2.9e-3 of its norm and
-not by 2.4e-3, grad_hidden by 2.3e-3 on both ways (512 rows of 256, V 8,192, flat and peaky, in bf16 on a CPU). Left
-out: a softcap, whose slope wants the logit itself, and with which `keep_probabilities` spills (Triton 3.6, sm_90).
+What is rounded to the operand's type, each with a relative error, is the probabilities and then either the gradients
+or, for grad_weight alone, the rows of hidden. The target's 1 - p would suffer from that, so it is formed from the fp32
+log-probability and rounded once, or twice with a row of hidden. grad_weight, itself rounded to bf16, is then off by
+2.9e-3 of its norm instead of 2.4e-3, and grad_hidden by 2.3e-3 either way (512 rows of 256, V 8,192, flat and peaky, in
+bf16 on a CPU). A softcap is not supported: its slope needs the logit itself, and `keep_probabilities` would spill
+(Triton 3.6, sm_90).
 
 Shape legend: C rows of a chunk, D hidden size, V vocabulary, W columns of a slab, S spans and T tiles of a row.
 """
@@ -42,13 +44,14 @@ ARCHITECTURES = forward.ARCHITECTURES
 # Tiles of a row that a program of `normalize_rows` holds at a time, and its warps.
 _TILES_AT_ONCE = 32
 _ROW_WARPS = 8
-# By how many powers of two a probability may exceed the target's before it is related to a maximum. All of them are in
-# the range of bf16 and of fp32 sums, and a row's entropy, a difference of two numbers about as large, is good to 1e-5.
-# Of 151,936 tokens those this unlikely are together 4e-5 at the most, so a sampler finds one in 28,000 tokens or none.
+# Powers of two by which a probability may exceed the target's before a maximum replaces the target's logit. Up to here
+# all are in the range of bf16 and of fp32 sums, and a row's entropy, a difference of two numbers about as large, is
+# good to 1e-5. Of 151,936 tokens, those this unlikely have at most 4e-5 of the probability together, so a sampler
+# chooses one in 28,000 tokens or none.
 _HEADROOM = 32.0
-# Whether rows are left to the products to multiply.
+# Whether the factors of rows are left to the products.
 SCALE_ROWS = True
-# A row of gradients begins at a multiple of so many numbers: descriptors want 16 bytes.
+# A row of gradients begins at a multiple of this many numbers: descriptors require 16 bytes.
 _ALIGNED = 8
 
 
@@ -67,7 +70,7 @@ def differentiate_products(
     D,
     first,  # number of the first column
     scale,  # log2(e) / temperature
-    softcap,  # not used: one is not supported
+    softcap,  # unused: not supported
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -76,7 +79,7 @@ def differentiate_products(
     SOFTCAP: tl.constexpr,
     ENTROPY: tl.constexpr,
 ):
-    """Gradient of the logits of ROWS rows over one span of the slab, as `differentiate_rows` forms it."""
+    """Form the gradient of the logits of ROWS rows over one span of the slab, as `differentiate_rows` does."""
     row, span = place(N, W, ROWS, SPAN, GROUP)
     rows = row + tl.arange(0, ROWS)
     inside = rows < N
@@ -109,14 +112,14 @@ def keep_probabilities(
     hidden_desc,  # [N, D]
     weight_desc,  # [V, D]
     kept_desc,  # [N, V]
-    references_ptr,  # [N] fp32: what a row's probabilities are relative to where they may be
+    references_ptr,  # [N] fp32: what a row's probabilities are relative to, unless one exceeds HEADROOM
     partial_ptr,  # [S, 3, N] fp32, as of `scan_vocabulary`
-    peaks_ptr,  # [T, N] fp32: what a tile's probabilities are relative to
+    peaks_ptr,  # [T, N] fp32: the m to which a tile's probabilities are relative
     N,
     V,
     D,
     scale,  # log2(e) / temperature
-    softcap,  # not used: one is not supported
+    softcap,  # unused: not supported
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -125,8 +128,9 @@ def keep_probabilities(
     SOFTCAP: tl.constexpr,
     HEADROOM: tl.constexpr,
 ):
-    """`scan_vocabulary`, and the probabilities times a factor. The "maximum" of the statistics is what they are
-    relative to: never less than the reference."""
+    """Do what `scan_vocabulary` does, and write the probabilities up to a factor.
+
+    The "maximum" of the statistics is the m that they are relative to: never less than the reference."""
     row, span = place(N, V, ROWS, SPAN, GROUP)
     rows = row + tl.arange(0, ROWS)
     highest = tl.load(references_ptr + rows, mask=rows < N, other=0.0)
@@ -164,7 +168,7 @@ def normalize_rows(
     entropy_ptr,  # [N] fp32
     normalizer_ptr,  # [N, 2] fp32
     references_ptr,  # [N] fp32: if SCALES
-    scales_ptr,  # [N] fp32: gets what the row is still to be multiplied by, if SCALES
+    scales_ptr,  # [N] fp32: gets the factor that the row must still be multiplied by, if SCALES
     N,
     V,
     stride,  # of a row
@@ -174,8 +178,9 @@ def normalize_rows(
     ENTROPY: tl.constexpr,
     SCALES: tl.constexpr,  # without ENTROPY
 ):
-    """Gradient of a row's logits. A row whose g and e are 0 is not read. If SCALES no row is that one factor makes a
-    gradient of."""
+    """Form the gradient of a row's logits. A row whose g and e are 0 is not read.
+
+    If SCALES, a row that is one factor away from its gradient is not read either."""
     row = tl.program_id(0).to(tl.int64)
     kept_ptr += row * stride
     target = tl.load(targets_ptr + row)
@@ -186,7 +191,7 @@ def normalize_rows(
         e = tl.load(e_ptr + row) * inverse_temperature
         entropy = tl.load(entropy_ptr + row)
     logprob = tl.load(logprobs_ptr + row)
-    # The target's own, from fp32: 1 - p would lose what rounding p has taken.
+    # The target's own gradient, from fp32: 1 - p would lose what rounding took from p.
     known = tl.exp2(logprob / _LN_2)
     at_target = g * (1.0 - known) - known * e * (logprob + entropy)
     highest = tl.load(normalizer_ptr + 2 * row)
@@ -219,13 +224,13 @@ def normalize_rows(
 
 
 def aligned_rows(buffer: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    """-> [rows, columns] of a flat buffer of `aligned_width(columns)` numbers a row or more."""
+    """-> view [rows, columns] of a flat buffer that has `aligned_width(columns)` numbers a row or more."""
     width = aligned_width(columns)
     return buffer[: rows * width].view(rows, width)[:, :columns]
 
 
 def aligned_width(columns: int) -> int:
-    """Numbers from one row to the next."""
+    """-> numbers from one row to the next."""
     return columns + -columns % _ALIGNED
 
 
@@ -241,9 +246,9 @@ def differentiate_slab(
     normalizers: torch.Tensor,  # [N, 2]
     temperature: float,
 ) -> None:
-    """`differentiate_products` of a slab."""
+    """Launch `differentiate_products` for a slab."""
     with_entropy = e is not None
-    g = g.contiguous()  # of a sum it is one number, repeated by a stride of 0
+    g = g.contiguous()  # the gradient of a sum is one number, repeated by a stride of 0
     e, entropy = (e.contiguous(), entropy) if with_entropy else (g, g)
     columns = weight.shape[0]
     differentiate_products[forward.grid(hidden, columns)](
@@ -254,10 +259,10 @@ def differentiate_slab(
 
 
 class KeptRows:
-    """The passes of a chunk, as `PlainRows` in `_linear_chunks` has them, without a softcap."""
+    """The passes over a chunk, with the interface of `PlainRows` in `_linear_chunks`, without a softcap."""
 
     def __init__(self, hidden, weight, temperature, softcap, num_rows: int, *, for_gradient: bool) -> None:
-        """`weight` [V,D] as `operand` gives it; the workspace is for chunks of up to `num_rows`."""
+        """`weight` [V,D] is as `operand` returns it; the workspace holds chunks of up to `num_rows`."""
         assert softcap is None, "probabilities do not say what a softcap made of a logit"
         self.weight, self.temperature = weight, temperature
         vocabulary = weight.shape[0]
@@ -265,7 +270,7 @@ class KeptRows:
         self.peaks = hidden.new_empty(triton.cdiv(vocabulary, forward._TILE[1]) * num_rows, dtype=torch.float32)
         self.partial = self.peaks.new_empty(triton.cdiv(vocabulary, forward._SPAN) * 3 * num_rows)
         self.normalizers = self.peaks.new_empty(num_rows, 2)
-        # Not parts of one tensor: where the second began would choose between two kernels, so N would.
+        # Not parts of one tensor: the second's alignment, and so N, would choose between two kernels.
         self.references, self.scales = self.peaks.new_empty(num_rows), self.peaks.new_empty(num_rows)
 
     def scores(self, rows, targets, logprobs, entropy, saved=None) -> None:
@@ -284,8 +289,9 @@ class KeptRows:
         )
 
     def gradient(self, targets, g, e, entropy) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """targets [C]; g, e [C] the gradients of log-probability and entropy H [C], e None where there is none -> [C,V]
-        in the dtype of the operand, and what its rows are still to be multiplied by [C] or None."""
+        """-> gradient of the logits [C,V] in the operand's dtype; factors [C] its rows must still be multiplied by, or
+        None. targets [C]; g, e [C] are the gradients of log-probability and entropy H [C], e None where there is none.
+        """
         with_entropy = e is not None
         scales = None if with_entropy or not SCALE_ROWS else self.scales[: len(targets)]
         g = g.contiguous()

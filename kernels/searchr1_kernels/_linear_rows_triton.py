@@ -1,10 +1,10 @@
 """The passes over a chunk's logits on a GPU, one program per row: each reads its row once and keeps fp32 statistics.
 
-`PlainRows` in `_linear_chunks` is the plain twin, with the formulas in one place each. Here the logits stay as the
-matrix product left them: softcap and temperature are applied on the way in, and the gradient on the way out.
+`PlainRows` in `_linear_chunks` is the plain twin, with each formula in one place. Here the logits stay as the matrix
+product left them: softcap and temperature are applied on the way in, and the gradient on the way out.
 
-Exponents are taken to base 2, and of differences to the row's maximum only: a logit of 1e4 times a factor would have
-lost what the difference to its neighbour says. The identity of the maximum is finite, so no difference is a NaN.
+Exponentials are to base 2, and only of differences to the row's maximum: scaling a logit of 1e4 itself would round away
+its difference to its neighbours. The identity of the maximum is finite, so no difference is a NaN.
 
 Shape legend: C rows of a chunk, V vocabulary, W columns of it.
 """
@@ -23,14 +23,14 @@ from searchr1_kernels._linear_sums import compute_dtype, multiply
 _BLOCK = 8192
 _WARPS = 8
 _LOG2_E = 1.4426950408889634
-# Below every logit, and its square is finite.
+# Below every logit, with a finite square.
 _LOWEST = tl.constexpr(-1e18)
 _LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
 def tanh(x):
-    """From one exponential, which cannot overflow; absolute error 1e-7."""
+    """tanh from one exponential, which cannot overflow; absolute error 1e-7."""
     t = tl.exp2(tl.abs(x) * -2.8853900817779268)
     y = (1.0 - t) / (1.0 + t)
     return tl.where(x < 0, -y, y)
@@ -38,8 +38,9 @@ def tanh(x):
 
 @triton.jit
 def fold(z, scale, highest, total, weighted, axis: tl.constexpr):
-    """Join logits along an axis to running statistics: the maximum m, the sum of p = 2^((z - m) scale), and the sum of
-    p (z - m) scale."""
+    """Fold logits along an axis into running statistics.
+
+    These are the maximum m, the sum of p = 2^((z - m) scale), and the sum of p (z - m) scale."""
     new = tl.maximum(highest, tl.max(z, axis))
     shift = (highest - new) * scale
     shrink = tl.exp2(shift)
@@ -64,8 +65,8 @@ def score_rows(
     SOFTCAP: tl.constexpr,
     ENTROPY: tl.constexpr,
 ):
-    """Log-probability of the target and entropy of a row, and what `differentiate_rows` wants to know of it."""
-    row = tl.program_id(0).to(tl.int64)  # C * V passes 2^31
+    """Compute a row's target log-probability, its entropy, and the normalizer that `differentiate_rows` needs."""
+    row = tl.program_id(0).to(tl.int64)  # C * V exceeds 2^31
     logits_ptr += row * stride
     highest, total, weighted = _LOWEST + 0.0, 0.0, 0.0
     for begin in tl.range(0, V, BLOCK, num_stages=2):
@@ -105,7 +106,7 @@ def differentiate_rows(
     SOFTCAP: tl.constexpr,
     ENTROPY: tl.constexpr,
 ):
-    """Gradient of W of a row's logits. A row whose g and e are 0 is not read."""
+    """Compute the gradient of W of a row's logits. A row whose g and e are 0 is not read."""
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * stride
     gradient_ptr += row * stride
@@ -138,7 +139,7 @@ def differentiate_rows(
 
 
 def launch_options(temperature: float, softcap: float | None, columns: int) -> dict[str, Any]:
-    """What both row kernels are launched with for so many columns."""
+    """-> launch options of both row kernels, for `columns` columns."""
     return {
         "scale": _LOG2_E / temperature,
         "softcap": softcap or 1.0,
@@ -159,9 +160,9 @@ def differentiate(
     normalizer: torch.Tensor,  # [C, 2] of `score_rows`
     options: dict[str, Any],  # of `launch_options`
 ) -> None:
-    """`differentiate_rows` of W columns."""
+    """Launch `differentiate_rows` for W columns."""
     with_entropy = e is not None
-    g = g.contiguous()  # of a sum it is one number, repeated by a stride of 0
+    g = g.contiguous()  # the gradient of a sum is one number, repeated by a stride of 0
     e, entropy = (e.contiguous(), entropy) if with_entropy else (g, g)
     differentiate_rows[(len(logits),)](
         logits, gradient, targets.contiguous(), g, e, entropy, normalizer, first, logits.shape[1],
@@ -170,10 +171,10 @@ def differentiate(
 
 
 class FusedRows:
-    """The passes of a chunk, as `PlainRows` has them. The gradient overwrites the logits where it is of their type."""
+    """The passes over a chunk, with the interface of `PlainRows`. A gradient of the logits' type overwrites them."""
 
     def __init__(self, hidden, weight, temperature, softcap, num_rows: int, *, for_gradient: bool) -> None:
-        """`weight` [V,D] as `operand` gives it; the workspace is for chunks of up to `num_rows`."""
+        """`weight` [V,D] is as `operand` returns it; the workspace holds chunks of up to `num_rows`."""
         self.weight = weight
         self.logits = hidden.new_empty(num_rows, weight.shape[0], dtype=compute_dtype(hidden))
         self.gradients = self.logits
@@ -184,12 +185,13 @@ class FusedRows:
 
     @staticmethod
     def saved_shape(hidden, weight, softcap, differentiable: bool) -> tuple[int, int]:
-        """[N,2]: normalizers."""
+        """-> [N,2], for the normalizers."""
         return (hidden.shape[0] if differentiable else 0), 2
 
     def scores(self, rows, targets, logprobs, entropy, saved=None) -> None:
-        """rows [C,D], targets [C] -> fills logprobs [C] and, where not None, entropy [C]; the first C rows of `saved`
-        [C or more, 2], or None, get what a backward pass wants to know."""
+        """rows [C,D], targets [C] -> fills logprobs [C] and, where not None, entropy [C].
+
+        The first C rows of `saved` [C or more, 2], unless None, get the normalizers that a backward pass needs."""
         self.normalizer = self.normalizers[: len(rows)] if saved is None else saved
         self._products(rows)
         score_rows[(len(rows),)](
@@ -198,7 +200,9 @@ class FusedRows:
         )  # fmt: skip
 
     def gradient(self, targets, g, e, entropy) -> tuple[torch.Tensor, None]:  # [C,V] in the dtype of the operand
-        """targets [C]; g, e [C] the gradients of log-probability and entropy H [C], e None where there is none."""
+        """Gradient of the logits, given targets [C] and the gradients g, e [C] of log-probability and entropy H [C].
+
+        e is None where the entropy has no gradient."""
         gradient = self.gradients[: len(targets)]
         differentiate(self.chunk, gradient, 0, targets, g, e, entropy, self.normalizer, self.options)
         return gradient, None

@@ -1,12 +1,13 @@
 """The backward pass of `linear_logprob` on a GPU: slabs of the vocabulary outside, rows inside.
 
-With a row's normalizer known, the gradient of any of its logits can be formed without the others. So a slab of columns
-is finished before the next one is begun, over all rows: its part of the weight's gradient is one matrix product,
-summed in fp32 by the library and rounded once into the type of the weight. Chunks of rows would add to all of that
-gradient in fp32 every time, which takes twice its memory and, at 16k rows of D 2,048, four times the reading and
-writing that adding to the gradient of `hidden` slab by slab takes here.
+With a row's normalizer known, the gradient of any of its logits can be formed without the others. So each slab of
+columns is finished, over all rows, before the next one begins: its part of the weight's gradient is one matrix product,
+summed in fp32 by the library and rounded once into the type of the weight. Chunks of rows would each add to all of that
+gradient in fp32. This would take twice its memory and, at 16k rows of D 2,048, four times the reading and writing that
+it takes here to add to the gradient of `hidden` slab by slab.
 
-Most of what a call takes, in bytes; hidden and weight of b bytes a number (2 for bf16), gradients of logits likewise:
+Most of the memory that a call takes, in bytes; hidden and weight have b bytes a number (2 for bf16), as have the
+gradients of the logits:
 
     V D b           gradient of the weight, the result
     N D (4 + b)     gradient of hidden: its sum in fp32, and the result
@@ -14,7 +15,7 @@ Most of what a call takes, in bytes; hidden and weight of b bytes a number (2 fo
                     the product forms the gradient itself (`_linear_gradient_triton`), b R C
     4 C D           where there are more rows than R: the slab's sum in fp32
 
-For V 151,936, D 2,048, N 16,384 in bf16: 622 + 201 + 403 = 1,226 MB, and of that only 537 are not results. With the
+For V 151,936, D 2,048, N 16,384 in bf16: 622 + 201 + 403 = 1,226 MB, of which only 537 are not results. With the
 gradient formed in the product: 622 + 201 + 537 = 1,360 MB, with a quarter as many slabs.
 
 Shape legend: N rows, D hidden size, V vocabulary, R rows at once, C columns of a slab.
@@ -30,9 +31,9 @@ from searchr1_kernels._linear_chunks import chunk_size, longest, memory_budget, 
 from searchr1_kernels._linear_rows_triton import differentiate, launch_options
 from searchr1_kernels._linear_sums import compute_dtype, multiply, multiply_add, operand
 
-# Workspace at the most; on a GPU also a quarter of the free memory.
+# The largest workspace; on a GPU also at most a quarter of the free memory.
 _SLAB_BYTES = 512 << 20
-# Rows whose logits are there at once at the most, and columns at the least: matrix products want both to be large.
+# The most rows whose logits exist at once, and the fewest columns: matrix products are efficient where both are large.
 _MAX_ROWS = 16_384
 _MIN_COLUMNS = 1024
 
@@ -79,7 +80,7 @@ def slab_gradients(
 
 
 def _library_product(hidden: torch.Tensor, weight: torch.Tensor, height: int, width: int) -> Callable:
-    """-> what fills a workspace of so many rows and columns with gradients: a product, then a pass over its logits."""
+    """-> function that fills a workspace [height, width] with gradients: a product, then a pass over its logits."""
     compute, operand_dtype = compute_dtype(hidden), operand(weight[:0]).dtype
     logits = hidden.new_empty(height * width, dtype=compute)
     gradients = logits if operand_dtype == compute else torch.empty_like(logits, dtype=operand_dtype)
@@ -96,7 +97,7 @@ def _library_product(hidden: torch.Tensor, weight: torch.Tensor, height: int, wi
 
 
 def _own_product(hidden: torch.Tensor, weight: torch.Tensor, height: int, width: int) -> Callable:
-    """As `_library_product`, in one."""
+    """-> function like that of `_library_product`, with product and pass in one kernel."""
     from searchr1_kernels._linear_gradient_triton import aligned_rows, aligned_width, differentiate_slab
 
     gradients = hidden.new_empty(height * aligned_width(width), dtype=weight.dtype)
@@ -110,7 +111,7 @@ def _own_product(hidden: torch.Tensor, weight: torch.Tensor, height: int, width:
 
 
 def tiles(hidden: torch.Tensor, weight: torch.Tensor, products: bool) -> tuple[list[slice], int]:
-    """-> chunks of rows, and columns of a slab: all, or a power of two. `products`: for those of `runs_products`."""
+    """-> chunks of rows, and columns of a slab: all, or a power of two. `products`: where `runs_products` holds."""
     rows = whole_tiles(chunk_size(hidden.shape[0], _MAX_ROWS))
     operand_dtype, compute = operand(weight[:0]).dtype, compute_dtype(hidden)
     bytes_per_logit = operand_dtype.itemsize

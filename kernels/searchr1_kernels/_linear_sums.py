@@ -1,5 +1,4 @@
-"""The gradients of hidden states and weight: sums that the two matrix products of every chunk of logits add to, in the
-types that keep them as exact as plain torch's.
+"""The gradients of hidden states and weight, summed over chunks of logits in types as exact as plain torch's.
 
 Shape legend: N rows, D hidden size, V vocabulary, C rows of a chunk.
 """
@@ -10,15 +9,16 @@ import torch
 
 from searchr1_kernels._scaling import scale_rows
 
-# Up to so many chunks (`_linear_chunks`: of 35,000 rows, V 151,936) the weight's gradient is summed in the type it will
-# have, and rounded as often; of more in fp32, which takes twice the memory.
+# Up to this many chunks (`_linear_chunks`: 35,000 rows, V 151,936), the weight's gradient is summed in its final type,
+# and rounded as often; with more chunks, in fp32, which takes twice the memory.
 ROUNDED_SUMS = 8
 
 
 class Gradients:
-    """The sums that the two matrix products of every chunk add to: grad_hidden [N,D], in fp32 where hidden is fp16,
-    whose range ends at 6e-8; grad_weight [V,D], of the type `weight_gradient_dtype` says, and of more than
-    `ROUNDED_SUMS` chunks summed in fp32 (fp64 for fp64)."""
+    """The sums grad_hidden [N,D] and grad_weight [V,D], to which the two matrix products of every chunk add.
+
+    grad_hidden is fp32 where hidden is fp16, whose range ends at 6e-8. grad_weight has the type that
+    `weight_gradient_dtype` gives; over more than `ROUNDED_SUMS` chunks it is summed in fp32 (fp64 for fp64)."""
 
     def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, want_hidden: bool, want_weight: bool) -> None:
         self.operand = operand(weight)
@@ -30,8 +30,8 @@ class Gradients:
     def add(
         self, gradient: torch.Tensor, scales: torch.Tensor | None, rows: torch.Tensor, where: slice | torch.Tensor
     ) -> None:  # fmt: skip
-        """gradient [C,V], its rows times scales [C] or None, of the logits of rows [C,D], as `operand` gives them,
-        which are those `where` in N."""
+        """Add a chunk: rows [C,D], as `operand` returns them, which stand at `where` in N, and the gradient of their
+        logits: gradient [C,V], its rows times scales [C] unless None."""
         if self._hidden is not None:
             self._add_hidden(gradient, scales, where)
         if self._want_weight:
@@ -41,7 +41,7 @@ class Gradients:
             self._add_weight(gradient, rows)
 
     def _add_hidden(self, gradient, scales, where) -> None:
-        if scales is not None:  # of an fp32 product, so that it is rounded once
+        if scales is not None:  # applied to an fp32 product, so that it is rounded once
             part = self._hidden.new_empty(len(gradient), self._shape[1], dtype=self._compute)
             multiply(gradient, self.operand, out=part)
             scale_rows(part, scales, out=self._hidden[where])
@@ -56,17 +56,17 @@ class Gradients:
         if self._weight is not None:
             multiply_add(gradient.t(), rows, out=self._weight)
         else:
-            # The sum with a chunk is made in fp32 by its product, and rounded. The square of that error is as large as
-            # the rows' share that is in it, so n chunks are off by the root of (n + 1) / 2 times as much as one, 8 by
-            # 2.1. Plain torch is off by its logits in bf16 and their gradient too: simulated (16,384 rows, V 1,500,
-            # D 64), 8 chunks are off by 0.14 times as much where logits are spread by 10, 0.6 by 4, 1.9 by 1, and 2.0
-            # where all are nearly 0 and all rows pull the same way.
+            # A chunk's product adds to the sum in fp32, and the result is rounded. The square of that error is
+            # proportional to the share of rows in the sum, so n chunks are off by sqrt((n + 1) / 2) times as much as
+            # one, 8 by 2.1. Plain torch also has the errors of bf16 logits and their gradient: simulated (16,384 rows,
+            # V 1,500, D 64), 8 chunks are off by 0.14 times as much as it where logits are spread by 10, 0.6 by 4, 1.9
+            # by 1, and 2.0 where all are nearly 0 and all rows pull the same way.
             dtype = self._weight_dtype if ROUNDED_SUMS * len(rows) >= self._num_rows else self._compute
             self._weight = rows.new_empty(self._shape, dtype=dtype)
             multiply(gradient.t(), rows, out=self._weight)
 
     def results(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """grad_hidden, grad_weight; None where not wanted."""
+        """-> grad_hidden, grad_weight; None where not wanted."""
         if not self._want_weight:
             return self._hidden, None
         if self._weight is None:
@@ -75,8 +75,9 @@ class Gradients:
 
 
 def multiply(left: torch.Tensor, right: torch.Tensor, *, out: torch.Tensor, scale: float = 1.0) -> None:
-    """out = scale * left @ right, summed in at least fp32 and rounded at most once. Products into a given tensor are
-    left alone by autocast, which would round the operands of all others."""
+    """out = scale * left @ right, summed in at least fp32 and rounded at most once.
+
+    Autocast leaves products into a given tensor alone; it would round the operands of all others."""
     if left.dtype == out.dtype:
         torch.addmm(out, left, right, beta=0, alpha=scale, out=out)  # beta 0: `out` is not read
     elif out.dtype == torch.float32:
@@ -96,25 +97,27 @@ def multiply_add(left: torch.Tensor, right: torch.Tensor, *, out: torch.Tensor) 
 
 
 def compute_dtype(tensor: torch.Tensor) -> torch.dtype:
-    """Of everything but the operands of matrix products."""
+    """-> dtype of everything but the operands of matrix products."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def gradient_dtype(hidden: torch.Tensor) -> torch.dtype:
-    """Of `Gradients`' grad_hidden."""
+    """-> dtype of the grad_hidden of `Gradients`."""
     return torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
 
 
 def weight_gradient_dtype(weight: torch.Tensor) -> torch.dtype:
-    """Of `Gradients`' grad_weight."""
+    """-> dtype of the grad_weight of `Gradients`."""
     if weight.device.type == "cuda" and weight.dtype == torch.bfloat16:
         return weight.dtype
     return compute_dtype(weight)
 
 
 def operand(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor as the matrix products take it: bf16 stays so on CUDA, which multiplies it with fp32 results. A CPU
-    would round the logits to bf16, and fp16 cannot hold gradients divided by a large number of tokens."""
+    """-> the tensor in the dtype that the matrix products take.
+
+    bf16 stays bf16 on CUDA, which multiplies it with fp32 results. A CPU would round the logits to bf16, and fp16
+    cannot hold gradients divided by a large number of tokens."""
     if tensor.device.type == "cuda" and tensor.dtype == torch.bfloat16:
         return tensor
     return tensor.to(compute_dtype(tensor))

@@ -1,4 +1,4 @@
-"""The objective as an operator on log-probabilities, and what it shares with the one that has the head inside.
+"""The objective as an operator on log-probabilities, and what it shares with the operator that includes the head.
 
 Shape legend: N tokens, R rows that predict them.
 """
@@ -26,7 +26,7 @@ from searchr1_kernels.policy_objective import (
 )
 from searchr1_kernels.registration import register
 
-# The part of both schemas that says what log-probabilities are put to, in the order of `arguments`.
+# The part of both operators' schemas that describes the objective, in the order of `arguments`.
 SCHEMA = (
     "Tensor rollout_logprobs, Tensor advantages, Tensor? ref_logprobs, Tensor? old_logprobs, Tensor? token_weights, "
     "Tensor? token_rows, Tensor? cu_seqlens, str kind, float clip_low, float clip_high, float dual_clip, "
@@ -38,14 +38,14 @@ _NUM_LOSS_ARGUMENTS = len(PolicyLoss.__dataclass_fields__)
 
 
 def arguments(tokens: PolicyRows, token_rows, cu_seqlens, loss: PolicyLoss, on_policy: bool) -> tuple[Any, ...]:
-    """What `SCHEMA` names."""
+    """-> the operators' arguments that `SCHEMA` names."""
     settings = tuple(getattr(loss, name) for name in PolicyLoss.__dataclass_fields__)
     return (*tokens, None if token_rows is None else token_rows.long(), cu_seqlens, *settings, on_policy)
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What the log-probabilities of the rows are put to."""
+    """The loss, and the data of the tokens, that the rows' log-probabilities are evaluated with."""
 
     loss: PolicyLoss
     tokens: PolicyRows  # [N] each
@@ -55,7 +55,7 @@ class Objective:
 
     @classmethod
     def of(cls, num_rows: int, values: tuple[Any, ...]) -> Objective:
-        """Of R and `arguments`, whose numbers are looked at on a CPU."""
+        """Build from R and `arguments`; on a CPU, the numbers in `token_rows` and `cu_seqlens` are checked."""
         tokens, rest = PolicyRows(*values[:_NUM_TOKEN_ARGUMENTS]), values[_NUM_TOKEN_ARGUMENTS:]
         token_rows, cu_seqlens, *settings, on_policy = rest
         sharing = None
@@ -69,11 +69,13 @@ class Objective:
     def slopes(
         self, logprobs: torch.Tensor, begin: int, end: int
     ) -> tuple[torch.Tensor, torch.Tensor | None, RowTerms]:
-        """logprobs [R] -> derivatives by the log-probabilities and by the entropies of rows `begin` to `end`, summed
-        over a row's tokens, and the terms behind them. Of `logprobs` those rows are read, and for gspo all."""
+        """logprobs [R] -> slopes of rows `begin` to `end`, and the terms behind them.
+
+        The slopes are the derivatives with respect to log-probabilities and entropies, summed over a row's tokens.
+        Only these rows of `logprobs` are read; for gspo, all are."""
         tokens = self.tokens
         if self.sharing is not None:
-            # Which tokens are of these rows only the device knows: all are looked at, and the others ignored.
+            # Only the device knows which tokens belong to these rows: all are computed, and the others ignored.
             logprobs = self.sharing.to_tokens(logprobs)
         elif self.cu_seqlens is None:
             tokens, logprobs = tokens.slice(begin, end), logprobs[begin:end]
@@ -86,7 +88,7 @@ class Objective:
     def value(
         self, logprobs: torch.Tensor, entropy: torch.Tensor, terms: RowTerms | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Both [R] -> `total_and_metrics`. `terms`: of `slopes` of all rows, where one call did all."""
+        """logprobs, entropy [R] -> `total_and_metrics`. `terms`: from `slopes`, if one call covered all rows."""
         if self.sharing is not None:
             logprobs, entropy = self.sharing.to_tokens(logprobs), self.sharing.to_tokens(entropy)
         if terms is None:
@@ -95,19 +97,19 @@ class Objective:
 
 
 def _forward(logprobs, entropy, *values):
-    """logprobs, entropy [R] -> total and metrics; the slopes by both [R], empty where the entropy has none."""
+    """logprobs, entropy [R] -> total, metrics, and the slopes of both [R], empty where the entropy has none."""
     objective = Objective.of(len(logprobs), values)
     slope, by_entropy, terms = objective.slopes(logprobs, 0, len(logprobs))
     return *objective.value(logprobs, entropy, terms), slope, slope.new_empty(0) if by_entropy is None else by_entropy
 
 
 def _has_bonus(values: tuple[Any, ...]) -> bool:
-    """Whether `arguments` have a coefficient of the entropy."""
+    """Whether the entropy's coefficient in `arguments` is not 0."""
     return bool(values[_NUM_TOKEN_ARGUMENTS + 2 + _NUM_LOSS_ARGUMENTS - 1])
 
 
 def _forward_fake(logprobs, entropy, *values):
-    """Shapes and types of `_forward`'s outputs."""
+    """-> empty tensors of the shapes and types of `_forward`'s outputs."""
     by_entropy = torch.empty_like(logprobs) if _has_bonus(values) else logprobs.new_empty(0)
     return logprobs.new_empty(()), logprobs.new_empty(NUM_METRICS), torch.empty_like(logprobs), by_entropy
 

@@ -1,9 +1,10 @@
-"""A tensor times a number, or each of its rows times one of its own, rounded once. Where the number is 1, which only
-the device knows, nothing is read or written.
+"""Scale a tensor by one number, or each of its rows by its own, rounding once.
 
-Torch rounds a 0-d factor to the type of what it multiplies before it does: 1 / 4915 in bf16 is off by a thousandth, in
-every gradient alike. And on CUDA a tensor of bf16 times one of fp32 takes a kernel that casts number by number: 1.17 ms
-for 622 MB there and back, at 1.1 TB/s (H200, 2026-11-27).
+A factor of 1, which only the device knows to be one, costs no reads or writes.
+
+Torch rounds a 0-d factor to the type of the other operand before it multiplies: 1 / 4915 in bf16 is off by a
+thousandth, in every gradient alike. And on CUDA, a bf16 tensor times an fp32 one takes a kernel that casts number by
+number: 1.17 ms to read and write 622 MB, at 1.1 TB/s (H200, 2026-11-27).
 
 Shape legend: C rows, D columns.
 """
@@ -14,16 +15,16 @@ import torch
 
 from searchr1_kernels._installed import has_triton
 
-# Whether a gradient that nobody will ask for again is scaled where it lies.
+# Whether a gradient that will not be needed again is scaled in place.
 IN_PLACE = True
 
 
 def scaled(gradient: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype, may_change: bool) -> torch.Tensor:
-    """gradient, saved by a node whose backward pass this is, times factor (0-d, fp32 or fp64), in `dtype`.
+    """-> gradient times factor (0-d, fp32 or fp64), in `dtype`. Called in the backward pass of the node that saved it.
 
-    If it may change, by which the caller says that the node alone has it, the result is the saved tensor itself where
-    the backward pass frees the graph: no later one can ask for it, and the node drops it before the gradient goes on.
-    With `retain_graph`, while a compiler traces, and for another type it is a new one.
+    With `may_change` the caller asserts that only the node holds the gradient. Where the backward pass frees the graph,
+    the result is then the saved tensor itself: no later pass can ask for it, and the node drops it before the gradient
+    goes on. With `retain_graph`, while a compiler traces, and for another type the result is a new tensor.
     """
     may_change = may_change and IN_PLACE and gradient.dtype == dtype and type(gradient) is torch.Tensor
     if may_change and not torch._C._autograd._get_current_graph_task_keep_graph():
@@ -33,8 +34,8 @@ def scaled(gradient: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype, may
 
 
 def scale(tensor: torch.Tensor, factor: torch.Tensor) -> None:
-    """tensor *= factor (0-d, fp32 or fp64), in the type of the factor."""
-    if _fused(tensor) and tensor.is_contiguous():  # a hook for saved tensors may give back another view
+    """tensor *= factor (0-d, fp32 or fp64), computed in the factor's type."""
+    if _fused(tensor) and tensor.is_contiguous():  # a hook for saved tensors may return another view
         from searchr1_kernels import _scaling_triton
 
         _scaling_triton.scale(tensor, factor)
@@ -43,7 +44,7 @@ def scale(tensor: torch.Tensor, factor: torch.Tensor) -> None:
 
 
 def scale_rows(rows: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> None:
-    """rows [C,D] times scales [C], in the type of the scales -> out [C,D], of any type. rows may be a view."""
+    """out [C,D], of any type, = rows [C,D] times scales [C], computed in the scales' type. rows may be a view."""
     if _fused(rows):
         from searchr1_kernels import _scaling_triton
 

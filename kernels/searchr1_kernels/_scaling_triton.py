@@ -15,14 +15,14 @@ import triton.language as tl
 # Numbers that a program holds at a time, and its warps: four vectors of 16 bytes a thread in bf16.
 _BLOCK = 4096
 _WARPS = 4
-# Programs on a multiprocessor at a time: 64 kB under way hide the latency, and programs beyond those that fit would
-# cost a factor of 1 their start.
+# Programs per multiprocessor: 64 kB in flight hide the latency. With more programs than fit, a factor of 1 would still
+# pay for starting them.
 _PROGRAMS = 8
 
 
 @triton.jit
 def scale_all(values_ptr, factor_ptr, count, BLOCK: tl.constexpr):
-    """values[:count] *= factor. Nothing of them is read where that is 1."""
+    """values[:count] *= factor. Reads no values where the factor is 1."""
     factor = tl.load(factor_ptr)
     begin = tl.program_id(0).to(tl.int64) * BLOCK
     end = tl.where(factor == 1.0, begin, count)
@@ -42,7 +42,7 @@ def scale_each(
     out_stride,
     BLOCK: tl.constexpr,
 ):
-    """Some of a row times its own number."""
+    """Multiply BLOCK numbers of a row by the row's factor."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     scale = tl.load(scales_ptr + row)
@@ -51,7 +51,7 @@ def scale_each(
 
 
 def scale(tensor: torch.Tensor, factor: torch.Tensor) -> None:
-    """tensor *= factor (0-d, fp32 or fp64); contiguous."""
+    """tensor *= factor (0-d, fp32 or fp64); the tensor is contiguous."""
     count = tensor.numel()
     if count == 0:
         return
@@ -61,7 +61,7 @@ def scale(tensor: torch.Tensor, factor: torch.Tensor) -> None:
 
 
 def scale_rows(rows: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> None:
-    """rows [C,D] times scales [C] -> out [C,D]. Components of a row lie together."""
+    """out [C,D] = rows [C,D] times scales [C]. The numbers of a row are contiguous."""
     num_rows, columns = rows.shape
     block = min(1024, triton.next_power_of_2(columns))
     if num_rows:
@@ -72,7 +72,7 @@ def scale_rows(rows: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> N
 
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
-    """Some, where the interpreter runs on a CPU."""
+    """-> multiprocessors of a GPU; an arbitrary number for the interpreter on a CPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 

@@ -1,4 +1,4 @@
-"""Sums over runs of rows, in one order whatever the device: `index_add` on CUDA has none.
+"""Sums over runs of rows, in a fixed order on every device: `index_add` on CUDA has none.
 
 Shape legend: N tokens, R rows that predict them, S segments.
 """
@@ -9,8 +9,9 @@ import torch
 
 
 def segment_sums(values: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    """values [N], offsets [S+1] int64 that rise from 0 to N -> [S] fp64. `unsafe`: a check of the offsets would wait
-    for the device."""
+    """values [N], offsets [S+1] int64 that rise from 0 to N -> sums [S] fp64.
+
+    `unsafe` because checking the offsets would wait for the device."""
     return torch.segment_reduce(values.double(), "sum", offsets=offsets, initial=0.0, unsafe=True)
 
 
@@ -24,7 +25,7 @@ class TokenRows:
         self._offsets = torch.searchsorted(ordered, torch.arange(num_rows + 1, device=ordered.device))  # [R+1]
 
     def to_tokens(self, values: torch.Tensor) -> torch.Tensor:
-        """[R] -> [N], each token its row's."""
+        """[R] -> [N], for each token its row's value."""
         return values[self._rows]
 
     def to_rows(self, values: torch.Tensor) -> torch.Tensor:
