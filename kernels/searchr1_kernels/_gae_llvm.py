@@ -1,16 +1,16 @@
-"""The scan of `gae` on a CPU: eight tokens at a time, as vector instructions that are written out.
+"""The scan of `gae` on a CPU: eight tokens at a time, in vector instructions that are written out.
 
-Every token maps what the one before it gets, as in `_gae_triton`:
+As in `_gae_triton`, every token maps the X that it receives to the X that the token before it receives:
 
     unmasked    X <- gamma * V + gamma * lam * (r - V + X)         masked    X <- r + X
 
 The maps of eight tokens are composed in three steps across lanes, so that a sequence waits for one multiplication and
-addition per eight tokens. Of eight that all count the slopes are known powers; of eight that are all masked only the
-rewards are added up. Memory is asked ahead.
+addition per eight tokens. Where all eight count, the slopes are known powers; where all eight are masked, only the
+rewards are added up. Memory is prefetched.
 
-In the cache 0.36 ns a token where turns of 100 tokens take turns with an environment's, 0.69 where the mask is random;
-three loops over a block, as a compiler makes vectors of them, took 1.0. Out of it, 1 M tokens into new memory: 1.7 ms,
-those loops 2.7 (one thread of an Intel Xeon, with work on the other core, 2026-11-27).
+In the cache it takes 0.36 ns a token where turns of 100 tokens alternate with an environment's, and 0.69 where the mask
+is random; three loops over a block, vectorised by a compiler, took 1.0. Out of cache, 1 M tokens into new memory take
+1.7 ms, and those loops 2.7 (one thread of an Intel Xeon, with work on the other core, 2026-11-27).
 
 Shape legend: N tokens, S sequences.
 """
@@ -28,7 +28,7 @@ from searchr1_kernels._threads import share
 from searchr1_kernels._vector_code import INDEX, NUMBER, add_product
 
 EIGHT = 8
-# Tokens whose memory is asked for while these are worked on: 4,096 ahead is as slow as not to ask.
+# Distance in tokens at which memory is prefetched: 4,096 is as slow as no prefetch.
 _AHEAD = 256
 _ALL = np.uint64(0x0101010101010101)  # a mask of eight that count
 _POWERS = 5  # rows of `_powers`
@@ -52,8 +52,9 @@ def scan(
     advantages,  # [N] fp32 or fp64
     returns,  # [N] the same
 ):
-    """Fills advantages and returns of the sequences whose turn it is. Of a sequence the last eight tokens are the first
-    eight, so its results do not depend on where it lies."""
+    """Fill advantages and returns of the sequences that `share` hands to this thread.
+
+    Groups of eight are counted from a sequence's end, so its results do not depend on where it lies."""
     powers = _powers(decay)
     for sequence in share(turns, cuts):
         begin, end = offsets[sequence], offsets[sequence + 1]
@@ -62,7 +63,7 @@ def scan(
 
 @numba.njit(cache=True, nogil=True, fastmath={"contract"})
 def _scan_sequence(begin, t, rewards, values, mask, gamma, decay, powers, advantages, returns):
-    """From before t to begin."""
+    """Scan the tokens from before t down to begin."""
     carry = 0.0
     while t - begin >= EIGHT:
         t -= EIGHT
@@ -91,8 +92,9 @@ def cut(
     total,  # N
     num_parts,
 ):
-    """-> the offsets, [S+1] int64, and before which sequences to cut for parts of about as many tokens, [num_parts+1]
-    int64; no cuts at all where the offsets do not rise from 0 to `total`."""
+    """-> the offsets, [S+1] int64, and the sequences before which to cut, [num_parts+1] int64.
+
+    The parts have about equally many tokens. There are no cuts at all if the offsets do not rise from 0 to `total`."""
     offsets, cuts = np.empty(len(cu_seqlens), np.int64), np.empty(num_parts + 1, np.int64)
     before, part = np.int64(0), 0
     for sequence in range(len(cu_seqlens)):
@@ -108,7 +110,7 @@ def cut(
 
 @numba.njit(cache=True, nogil=True)
 def _powers(decay):
-    """[_POWERS * 8]: of decay the first, second and fourth; 7 to 0, which the tokens' own carry is weighed by; 8."""
+    """-> [_POWERS * 8] powers of decay: 1, 2 and 4; 7 to 0, the factors of the carry in each lane; 8."""
     powers = np.empty((_POWERS, EIGHT))
     powers[0], powers[1], powers[2], powers[4] = decay, decay**2, decay**4, decay**8
     for lane in range(EIGHT):
@@ -117,12 +119,13 @@ def _powers(decay):
 
 
 # ----------------------------------------------------------------------------------------------------------- intrinsics
-# Of the eight tokens from t on, to whose last `carry` comes in; -> what goes on to the token before them, both fp64.
+# Each processes the eight tokens from t on. `carry` enters at the last of them; the result is the carry to the token
+# before them. Both are fp64.
 
 
 @intrinsic
 def _word(typing_context, mask, t):
-    """Their mask, as one number."""
+    """-> the mask of the eight tokens, as one number."""
 
     def generate(context, builder, signature, arguments):
         pointer = vectors.place(context, builder, signature, arguments, 0, 1)
@@ -136,7 +139,7 @@ def _word(typing_context, mask, t):
 
 @intrinsic
 def _scan_masked(typing_context, rewards, values, advantages, returns, t, carry):
-    """None counts; values are asked for, for those ahead that may."""
+    """Scan eight tokens that are all masked. Values are prefetched for tokens ahead, which may count."""
 
     def generate(context, builder, signature, arguments):
         rewards, values, *outputs = (
@@ -155,7 +158,7 @@ def _scan_masked(typing_context, rewards, values, advantages, returns, t, carry)
 
 @intrinsic
 def _scan_kept(typing_context, rewards, values, advantages, returns, t, gamma, decay, carry, powers):
-    """All count; `powers` by `_powers`."""
+    """Scan eight tokens that all count; `powers` are from `_powers`."""
 
     def generate(context, builder, signature, arguments):
         rewards, values, *outputs = (
@@ -182,7 +185,7 @@ def _scan_kept(typing_context, rewards, values, advantages, returns, t, gamma, d
 
 @intrinsic
 def _scan_mixed(typing_context, rewards, values, mask, advantages, returns, t, gamma, decay, carry):
-    """Some count."""
+    """Scan eight tokens of which some count."""
 
     def generate(context, builder, signature, arguments):
         rewards, values, mask, *outputs = (
@@ -213,17 +216,17 @@ def _scan_mixed(typing_context, rewards, values, mask, advantages, returns, t, g
 
 
 def _shift(builder, value, delta, gamma, decay):
-    """What a token that counts maps 0 to."""
+    """-> what a token that counts maps 0 to."""
     return add_product(builder, _splat(builder, gamma), value, builder.fmul(_splat(builder, decay), delta))
 
 
 def _carried(builder, slopes, shifts, carry):
-    """What each token gets: `slopes` are those from its next one on, `shifts` those from itself on."""
+    """-> the X that each token receives: `slopes` are composed from its next one on, `shifts` from itself on."""
     return add_product(builder, slopes, _splat(builder, carry), _moved(builder, shifts, 1, _ZEROS))
 
 
 def _moved(builder, vector, lanes: int, filling):
-    """Each lane's is that of so many lanes further, or `filling`."""
+    """-> the vector shifted: each lane gets the one `lanes` further, or `filling` past the end."""
     order = [lane + lanes for lane in range(EIGHT)]
     return builder.shuffle_vector(vector, filling, ir.Constant(ir.VectorType(NUMBER, EIGHT), order))
 
@@ -239,7 +242,7 @@ def _first(builder, vector):
 
 
 def _load(builder, pointer):
-    """Eight numbers of fp32 or fp64, as fp64; those ahead are asked for."""
+    """-> eight numbers of fp32 or fp64, as fp64. Prefetches ahead."""
     _ask_ahead(builder, pointer)
     kind = pointer.type.pointee
     loaded = vectors.load(builder, pointer, ir.VectorType(kind, EIGHT))
@@ -247,7 +250,7 @@ def _load(builder, pointer):
 
 
 def _store(builder, vector, pointer) -> None:
-    """The inverse of `_load`. Memory is asked for to be written, too: a store to what is far away has to read it."""
+    """The inverse of `_load`. Prefetches for writing: a store to memory outside the cache has to read it first."""
     _ask_ahead(builder, pointer, to_write=True)
     kind = pointer.type.pointee
     narrow = vector if kind == _DOUBLE else builder.fptrunc(vector, ir.VectorType(kind, EIGHT))
@@ -255,7 +258,6 @@ def _store(builder, vector, pointer) -> None:
 
 
 def _ask_ahead(builder, pointer, to_write: bool = False) -> None:
-    """Scans go from right to left. Before an array there is nothing to read, which a prefetch may ask for all the
-    same."""
+    """Prefetch to the left, as scans go from right to left. A prefetch may point before the beginning of an array."""
     ahead = vectors.at(builder, pointer, INDEX(-_AHEAD))
     vectors.ask(builder, builder.bitcast(ahead, vectors.BYTE.as_pointer()), to_write)

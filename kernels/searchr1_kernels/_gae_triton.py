@@ -1,19 +1,20 @@
-"""The scan of `gae` on a GPU: tiles of each sequence in parallel, then what comes in from the tiles to their right.
+"""The scan of `gae` on a GPU: tiles of each sequence in parallel, then the carries from the tiles to their right.
 
-Let X be what a token adds to the advantage of the unmasked token before it: gamma * V_next + gamma * lam * A_next, and
-the rewards of masked tokens in between. Right to left, every token maps X to X:
+Let X be what a token contributes to the advantage of the unmasked token before it: gamma * V_next + gamma * lam *
+A_next, and the rewards of masked tokens in between. Right to left, every token maps X to X:
 
     unmasked    X <- gamma * V + gamma * lam * (r - V + X)         its advantage is r - V + X
     masked      X <- r + X
     past the end of a sequence    X <- 0
 
-Maps x -> a * x + b compose to such maps, associatively: one scan, with nothing to compact and no wait for the host.
+Maps x -> a * x + b compose to maps of the same form, associatively: one scan, with nothing to compact and no wait for
+the host.
 
-Tiles are counted from the end of their sequence and handed on in that order, so a sequence's result does not depend on
-the others in the batch. One program takes a sequence, tile by tile, and loads the next one while it scans
-(`scan_sequences`). Where there are so few sequences for the tokens that a GPU would have little to do, every tile gets
-a program (`scan_tiles`, `apply_carries`), with the same arithmetic: tile `cu_seqlens[s] // B + s + c` is then the c-th
-of sequence s; so many are always enough, and some stay empty.
+Tiles are counted from the end of their sequence and processed in that order, so a sequence's result does not depend on
+the others in the batch. One program takes a sequence, tile by tile, and loads the next tile while it scans
+(`scan_sequences`). Where sequences are so few and long that a GPU would have little to do, every tile gets a program
+(`scan_tiles`, `apply_carries`), with the same arithmetic. Tile `cu_seqlens[s] // B + s + c` is then the c-th of
+sequence s; N // B + S tiles are always enough, and some stay empty.
 
 Shape legend: N tokens, S sequences, T tiles of B tokens.
 """
@@ -31,37 +32,37 @@ from triton import knobs
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.runtime import driver
 
-# 4,096 sequences of 244 tokens are one tile each; by their registers 6 programs of `scan_sequences` fit on a
-# multiprocessor (sm_90, Triton 3.6; 5 of 3.9), 10 and 12 of the others.
+# 4,096 sequences of 244 tokens are one tile each. By registers, a multiprocessor holds 6 programs of `scan_sequences`
+# (sm_90, Triton 3.6; 5 with 3.9), and 10 and 12 of the other kernels.
 TILE = 512
 NUM_WARPS = 4
-# Tokens per sequence from which on every tile gets a program: a program would scan 16 tiles or more in a row.
+# Tokens per sequence above which every tile gets a program: one program would scan 16 tiles or more in a row.
 _LONG = 16 * TILE
-# Maps that `apply_carries` loads together. Past a sequence's own it reads others, or memory behind the last, and uses
-# none of them: with a mask, or where a rest was loaded one by one, every load would wait for the one before.
+# Maps that `apply_carries` loads together. Past a sequence's own maps it reads others, or the room after the last, and
+# uses none of them: with a mask, or with the remainder loaded one by one, every load would wait for the previous one.
 _AHEAD = tl.constexpr(8)
-# Whether `apply_carries` begins while `scan_tiles` ends, where a GPU can (sm_90 on). Not yet measured.
+# Whether `apply_carries` starts while `scan_tiles` ends, on GPUs that can (sm_90 and later). Not yet measured.
 OVERLAP = False
 # Whether to remember compiled kernels by the types of their arguments.
 LAUNCH_DIRECTLY = True
 _kernels: dict[tuple, Any] = {}
 _POINTERS = ["rewards", "values", "mask", "cu_seqlens", "outputs", "maps"]
-# Nothing is loaded or stored in vectors, so no launch needs to look at what divides what.
+# Nothing is loaded or stored in vectors, so no launch needs to check alignments.
 _ANY = {"do_not_specialize_on_alignment": _POINTERS}
 
 
 @triton.jit
 def _compose(a1, b1, a2, b2):
-    """First the map 1, then the map 2."""
+    """-> the map that applies map 1, then map 2."""
     return a1 * a2, a2 * b1 + b2
 
 
 @triton.jit
 def _place(cu_seqlens, num_sequences, search_steps, B: tl.constexpr):
-    """-> first token, end and number c of this program's tile; the tile is empty where end - c * B <= first token."""
+    """-> begin and end of this program's sequence, and the number c of its tile, empty where end - c * B <= begin."""
     tile = tl.program_id(0)
-    # The last sequence whose tiles begin here or before: one of `span` from `low` on. So many places are looked at
-    # together that one load, or two, take the place of one for every bit of their number.
+    # Find the last sequence whose tiles begin at this one or before, among `span` from `low` on. B places are probed at
+    # a time, so that one or two loads replace one for every bit of their number.
     low, span = 0, num_sequences
     for _ in range(search_steps):
         step = tl.cdiv(span, B)
@@ -78,7 +79,7 @@ def _place(cu_seqlens, num_sequences, search_steps, B: tl.constexpr):
 
 @triton.jit
 def _load(rewards, values, mask, begin, last, end, B: tl.constexpr, MASKED: tl.constexpr):
-    """-> reward, value and mask [B] of the tokens that follow those from `last` down; 0, 0 and 1 past either end."""
+    """-> reward, value and mask [B] of the tokens after each of those from `last` down; 0, 0 and 1 past either end."""
     back = tl.arange(0, B)
     known = (back < _clip(last + 1 - begin, B)) & (back > _clip(last + 1 - end, B))
     reward = tl.load(rewards + (last + 1) - back, mask=known, other=0.0)
@@ -91,7 +92,7 @@ def _load(rewards, values, mask, begin, last, end, B: tl.constexpr, MASKED: tl.c
 
 @triton.jit
 def _clip(number, B: tl.constexpr):
-    """A difference of places as a number of 32 bits: beyond a tile all are alike."""
+    """-> a difference of places, in 32 bits: clipped, because beyond a tile all values are equivalent."""
     return tl.maximum(tl.minimum(number, B), -1).to(tl.int32)
 
 
@@ -100,8 +101,7 @@ def _scan(
     reward, value, kept, begin, last, end, gamma, gamma_rest, decay, decay_rest,
     B: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """What `_load` gives -> the maps [B] that give the X that each of the tokens from `last` down gets, of the X that
-    `last` gets."""
+    """What `_load` returns -> maps [B] from the X that `last` receives to the X of each token from `last` down."""
     back = tl.arange(0, B)
     gamma = tl.zeros((B,), tl.float64) + gamma + gamma_rest
     decay = tl.zeros((B,), tl.float64) + decay + decay_rest
@@ -122,7 +122,7 @@ def _scan(
 
 @triton.jit
 def _last(a, B: tl.constexpr):
-    """The last element."""
+    """-> the last element."""
     return tl.sum(tl.where(tl.arange(0, B) == B - 1, a, 0.0), 0)
 
 
@@ -130,7 +130,7 @@ def _last(a, B: tl.constexpr):
 def _write(
     rewards, values, mask, outputs, num_tokens, begin, last, x, B: tl.constexpr, MASKED: tl.constexpr
 ):  # fmt: skip
-    """Of the tokens from `last` down, of what they get, x [B]."""
+    """Write advantages and returns of the tokens from `last` down, given the X [B] that each receives."""
     back = tl.arange(0, B)
     inside = back < _clip(last + 1 - begin, B)
     reward = tl.load(rewards + last - back, mask=inside, other=0.0).to(tl.float64)
@@ -154,15 +154,15 @@ def scan_sequences(
     outputs,  # [2, N]: advantages, returns
     num_tokens,
     gamma,
-    gamma_rest,  # of gamma's fp64 value
+    gamma_rest,  # the remainder of gamma's fp64 value
     decay,  # gamma * lam
     decay_rest,
     B: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Advantages and returns of a sequence."""
+    """Compute advantages and returns of a sequence."""
     sequence = tl.program_id(0)
-    # Offsets of 64 bits that tokens do not need spill 8 bytes without a mask (Triton 3.6).
+    # 64-bit offsets where 32 bits are enough would spill 8 bytes without a mask (Triton 3.6).
     begin = tl.load(cu_seqlens + sequence).to(num_tokens.dtype).to(tl.int64)
     end = tl.load(cu_seqlens + sequence + 1).to(num_tokens.dtype).to(tl.int64)
     reward, value, kept = _load(rewards, values, mask, begin, end - 1, end, B, MASKED)
@@ -175,7 +175,7 @@ def scan_sequences(
         )  # fmt: skip
         x = b + a * carry
         _write(rewards, values, mask, outputs, num_tokens, begin, last, x, B, MASKED)
-        if last - B >= begin:  # the warps would wait for each other, and most sequences are one tile
+        if last - B >= begin:  # `_last` makes warps wait for each other, and most sequences are one tile
             carry = _last(x, B)
         reward, value, kept = after
         last -= B
@@ -188,9 +188,9 @@ def scan_tiles(
     num_tokens, gamma, gamma_rest, decay, decay_rest, num_sequences, search_steps,
     B: tl.constexpr, MASKED: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    """Advantages and returns of every sequence's last tile, to which nothing comes in; the map of every whole tile."""
+    """Compute each tile's composed map, and advantages and returns of each sequence's last tile, which has no carry."""
     if OVERLAPS:
-        gdc_launch_dependents()  # when all programs have come so far
+        gdc_launch_dependents()  # takes effect once all programs have reached it
     begin, end, number = _place(cu_seqlens, num_sequences, search_steps, B)
     last = end - 1 - number.to(tl.int64) * B
     if last >= begin:
@@ -210,14 +210,14 @@ def apply_carries(
     gamma, gamma_rest, decay, decay_rest, num_sequences, search_steps,
     B: tl.constexpr, MASKED: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    """Advantages and returns of all other tiles."""
+    """Compute advantages and returns of all other tiles."""
     begin, end, number = _place(cu_seqlens, num_sequences, search_steps, B)
     last = end - 1 - number.to(tl.int64) * B
     if (last >= begin) & (number > 0):
         maps += tl.program_id(0) - number
         reward, value, kept = _load(rewards, values, mask, begin, last, end, B, MASKED)  # arrives during the loop
         if OVERLAPS:
-            gdc_wait()  # for the maps, of which none is read before
+            gdc_wait()  # for the maps; none is read before
         carry = tl.full((), 0.0, tl.float64)
         for first in range(0, number, _AHEAD):
             slopes, shifts = (), ()
@@ -232,12 +232,13 @@ def apply_carries(
         _write(rewards, values, mask, outputs, num_tokens, begin, last, b + a * carry, B, MASKED)
     else:
         if OVERLAPS:
-            gdc_wait()  # or the next launch would follow on this one, and not on the maps' too
+            gdc_wait()  # or the next launch would wait for this one only, not for `scan_tiles` too
 
 
 def scan(rewards, values, cu_seqlens, gamma, decay, mask, outputs) -> None:
-    """Fills advantages and returns, outputs [2, N]; all contiguous, on one device, N and S above 0; mask [N] bool or
-    None."""
+    """Fill outputs [2, N] with advantages and returns.
+
+    All tensors are contiguous and on one device, N and S above 0; mask [N] bool or None."""
     device = rewards.get_device()  # -1 in the interpreter
     if device >= 0 and device != driver.active.get_current_device():
         with torch.cuda.device(device):
@@ -260,12 +261,12 @@ def scan(rewards, values, cu_seqlens, gamma, decay, mask, outputs) -> None:
 
 @functools.cache
 def _can_overlap(device: int) -> bool:
-    """Not in the interpreter."""
+    """Whether the device can overlap launches; False in the interpreter."""
     return device >= 0 and torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def _search_steps(num_sequences: int) -> int:
-    """In how many steps `_place` finds one of them."""
+    """-> the number of steps in which `_place` finds a sequence."""
     steps = 0
     while num_sequences > 1:
         num_sequences, steps = -(-num_sequences // TILE), steps + 1
@@ -273,11 +274,13 @@ def _search_steps(num_sequences: int) -> int:
 
 
 def _launch(kernel: Any, programs: int, types: tuple, tensors: tuple, numbers: tuple, constants: tuple) -> None:
-    """From the second call on without what Triton does on the host: to find the kernel that fits the arguments, where
-    here their types say which, and to ask CUDA for each pointer whose it is. Not where a profiler has hooks in it.
+    """Launch a kernel, from the second call on without Triton's work on the host.
 
-    With checks in one expression and nothing imported on the way that makes 11 us of Python a call of 18, Triton's C
-    and CUDA not counted (one core of an Intel Xeon, 2026-11-27).
+    Triton looks for the kernel that fits the arguments, which their types determine here, and asks CUDA about each
+    pointer. Its own launch is used while a profiler has hooks set.
+
+    With checks in one expression and no imports on the way, this takes a call from 18 to 11 us of Python, not counting
+    Triton's C and CUDA (one core of an Intel Xeon, 2026-11-27).
     """
     key = (id(kernel), types, constants, NUM_WARPS)  # a kernel hashes its source
     compiled = _kernels.get(key)
@@ -294,26 +297,26 @@ def _launch(kernel: Any, programs: int, types: tuple, tensors: tuple, numbers: t
 
 
 def _has_hooks() -> bool:
-    """Triton keeps lists of them; who sets one in place of a list has one."""
+    """Whether launch hooks are set: in Triton's list of them, or as a single one in the list's place."""
     before, after = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
     return bool(getattr(before, "calls", before) or getattr(after, "calls", after))
 
 
 @functools.lru_cache(maxsize=16)
 def _split(*numbers: float) -> tuple[float, ...]:
-    """For each two fp32 numbers whose sum is an fp64 one, to 2^-48: a launch rounds what it is given to fp32."""
+    """-> for each fp64 number, two fp32 ones that sum to it, to 2^-48: a launch rounds its arguments to fp32."""
     highs = [float(np.float32(number)) for number in numbers]
     return tuple(part for number, high in zip(numbers, highs, strict=True) for part in (high, number - high))
 
 
 def compile_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int, int, set[str]]]:
     """What is shipped, for the compile test: name, kernel, signature, constants, warps, stages, and the arguments that
-    are multiples of 16: none need be."""
+    are multiples of 16, of which there are none."""
     pointers = {"rewards": "*fp32", "values": "*fp32", "mask": "*u8", "cu_seqlens": "*i32", "outputs": "*fp32"}
     numbers = dict.fromkeys(("gamma", "gamma_rest", "decay", "decay_rest"), "fp32") | {"num_tokens": "i32"}
     tiled = pointers | numbers | {"maps": "*fp64", "num_sequences": "i32", "search_steps": "i32"}
     constants = {"B": TILE, "MASKED": True}
-    of_tiles = constants | {"OVERLAPS": False}  # which sm_80 does not know
+    of_tiles = constants | {"OVERLAPS": False}  # sm_80 does not support it
     return [
         ("gae_scan_sequences", scan_sequences, pointers | numbers, constants, NUM_WARPS, 3, set()),
         ("gae_scan_tiles", scan_tiles, tiled, of_tiles, NUM_WARPS, 3, set()),

@@ -1,15 +1,17 @@
 """Sampling of tokens on a GPU where every token may be drawn; `_sampling_triton` has the rest, and launches both.
 
-The vocabulary is cut into parts of `PART` tokens, a program each, so that a few rows are enough for a GPU.
+The vocabulary is cut into parts of `PART` tokens, one program each, so that a few rows are enough to fill a GPU.
 
-    summarise    every part's largest logit and its sum of exponentials: all that is read of the logits as a whole
-    draw         a program per row: the part that the uniform falls into, by sums of parts; the token, by sums in it
+    summarise    every part's largest logit and sum of exponentials: the only pass over all logits
+    draw         a program per row: the part that the uniform falls into, by the parts' sums; then the token, by sums
+                 within the part
 
-A token's weight is exp((logit - the row's largest) / temperature), at most 1. It is computed wherever it is needed, and
-compared with itself elsewhere. It has the same bits everywhere: a difference and products, which no compiler fuses.
+A token's weight is exp((logit - the row's largest) / temperature), at most 1. It is recomputed wherever it is needed,
+and compared with itself as computed elsewhere. It has the same bits everywhere: a difference and products, which no
+compiler fuses.
 
-How a row is cut depends on the vocabulary alone, and sums have one order: a row has the same bits alone and in any
-batch.
+How a row is cut depends on the vocabulary alone, and sums have a fixed order, so a row has the same bits alone and in
+any batch.
 
 Shape legend
     S  rows    V  vocabulary    P  parts of a row
@@ -23,34 +25,34 @@ import triton
 import triton.language as tl
 
 PART = 4096  # tokens
-BLOCK = 64  # tokens of which the largest logit is kept, where it bounds what top-k and top-p leave
+BLOCK = 64  # tokens whose largest logit is kept, to bound what top-k and top-p leave
 NUM_WARPS = 8
 VOCABULARIES = (500, 50_257, 151_936, 1_000_000)  # of `compile_cases`
-# A program loads one: where those of a step begin, behind other numbers of 8 bytes, must not choose the kernel.
+# A program loads one number: the alignment of a step's, after other numbers of 8 bytes, must not choose the kernel.
 ANYWHERE = ["uniforms"]
 
 
 @triton.jit
 def weigh(logit, peak, scale):
-    """-> the weight. scale: log2(e) / temperature."""
+    """-> the weight of a logit. scale: log2(e) / temperature."""
     return tl.exp2((logit - peak) * scale)
 
 
 @triton.jit
 def bits_of(weight):
-    """-> int32, in the order of the weights."""
+    """-> the weight's bits as int32, ordered like the weights."""
     return weight.to(tl.int32, bitcast=True)
 
 
 @triton.jit
 def total_of(values):
-    """Of a matrix."""
+    """-> the sum of a matrix."""
     return tl.sum(tl.sum(values, 1), 0)
 
 
 @triton.jit
 def load_parts(peaks, sums, row, num_parts, scale, PARTS: tl.constexpr):
-    """-> the row's largest logit; the sum of weights of every part, above 0 where that of its largest logit is."""
+    """-> the row's largest logit; each part's largest; each part's sum of weights, 0 only if its peak's weight is 0."""
     part = tl.arange(0, PARTS)
     known = part < num_parts
     peak = tl.load(peaks + row * num_parts + part, mask=known, other=float("-inf"))
@@ -61,17 +63,17 @@ def load_parts(peaks, sums, row, num_parts, scale, PARTS: tl.constexpr):
 
 @triton.jit
 def _first(hit, index, SIZE: tl.constexpr):
-    """-> the first hit; 0 where none is (NaN)."""
+    """-> the index of the first hit; 0 where there is none (NaN)."""
     first = tl.min(tl.where(hit, index, SIZE), 0)
     return tl.where(first < SIZE, first, 0)
 
 
 @triton.jit
 def _first_above(weight, fraction, index, SIZE: tl.constexpr):
-    """-> the first place at which the running sum passes the fraction of the total, of those that add to it; 0 of NaN.
+    """-> the first place of positive weight at which the running sum exceeds `fraction` of the total; 0 for NaN.
 
-    In fp64: sums of a scan in parallel do not rise from place to place but for rounding, and a token of next to no
-    weight would be drawn as often as that is off."""
+    In fp64: the sums of a parallel scan rise from place to place only up to rounding, and a token of next to no weight
+    would be drawn as often as that is off."""
     sums = tl.cumsum(weight.to(tl.float64), 0)
     total = tl.max(tl.where(weight > 0, sums, 0.0), 0)
     return _first((weight > 0) & ((sums > fraction * total) | (sums >= total)), index, SIZE)
@@ -82,7 +84,7 @@ def draw_token(
     logits, uniform, peak, highest, mass, least, scale, vocabulary,
     CUT: tl.constexpr, GREEDY: tl.constexpr, PART_SIZE: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """-> the token, and its logit. logits: the row's; peak, mass [P]: of its parts; least: bits, read if CUT."""
+    """-> the token and its logit. logits: the row's; peak, mass [P]: its parts'; least: bits, read if CUT."""
     parts = tl.arange(0, PARTS)
     place = tl.arange(0, PART_SIZE)
     part = _first(peak == highest, parts, PARTS) if GREEDY else _first_above(mass, uniform, parts, PARTS)
@@ -97,7 +99,7 @@ def draw_token(
         weight = weigh(logit, highest, scale)
         if CUT:
             weight = tl.where(bits_of(weight) >= least, weight, 0.0)
-        # A fraction: the sum of the part is rounded, and what is left over would fall to its last token.
+        # As a fraction: the part's sum is rounded, and the difference would fall to its last token.
         place = _first_above(weight, rest / tl.sum(tl.where(parts == part, exact, 0.0), 0), place, PART_SIZE)
     token = part * PART_SIZE + place
     return token, tl.load(logits + token)
@@ -105,7 +107,8 @@ def draw_token(
 
 @triton.jit
 def write_row(ids, logprobs, row, token, logit, highest, total, inverse):
-    """total: of all weights, fp64, whatever was left out; inverse: 1 / temperature."""
+    """Write a row's token and log-probability. total: of all weights, fp64, including those left out; inverse:
+    1 / temperature."""
     tl.store(ids + row, token.to(tl.int64))
     tl.store(logprobs + row, ((logit - highest) * inverse - tl.log(total)).to(tl.float32))
 
@@ -122,7 +125,7 @@ def summarise(
     BLOCK_SIZE: tl.constexpr,
     BOUNDED: tl.constexpr,
 ):
-    """A part's largest logit, and its sum of exponentials of what each logit is below that."""
+    """Compute a part's largest logit, and its sum of exponentials of the logits' differences to that."""
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     block = tl.arange(0, BLOCKS)
@@ -154,7 +157,7 @@ def draw(
     PART_SIZE: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """A row's token of the whole vocabulary."""
+    """Draw a row's token from the whole vocabulary."""
     row = tl.program_id(0).to(tl.int64)
     highest, peak, mass = load_parts(peaks, sums, row, num_parts, scale, PARTS)
     total = tl.sum(mass.to(tl.float64), 0)
@@ -167,7 +170,7 @@ def draw(
 
 
 def room(num_parts: int) -> int:
-    """For how many parts a program of a row has room."""
+    """-> the number of parts that a row's program has room for."""
     return triton.next_power_of_2(num_parts)
 
 
@@ -195,7 +198,7 @@ _TYPES = (
 
 
 def case(name: str, kernel: Any, constants: dict[str, Any], vocabulary: int = 0) -> tuple:
-    """One of `compile_cases`, of a vocabulary that 16 divides or not."""
+    """-> one of `compile_cases`, for a vocabulary that 16 divides or not."""
     signature = {argument: _TYPES[argument] for argument in kernel.arg_names if argument not in constants}
     divided = {argument for argument, kind in signature.items() if kind.startswith("*")} - {*ANYWHERE}
     if vocabulary % 16 == 0:

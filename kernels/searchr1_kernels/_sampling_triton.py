@@ -1,19 +1,18 @@
-"""Sampling of tokens on a GPU: two launches where every token may be drawn (`_sampling_draw_triton`), four where top-k
-or top-p leaves some out.
+"""Sampling of tokens on a GPU, in two launches (`_sampling_draw_triton`), or four where top-k or top-p applies.
 
-What is left is all weights of at least some value, and weights, being positive, are ordered as their bits are as
-integers. So that value is searched among integers; nothing is sorted:
+The tokens that top-k or top-p leaves are all those whose weight is at least some threshold. Weights are positive, so
+their bits as integers have the same order; the threshold is searched for among integers, and nothing is sorted:
 
     summarise    as in `_sampling_draw_triton`; also the largest logit of every block of 64 tokens
-    bound        a program per row: what the value cannot be below, from the largest weights of blocks (those of k
+    bound        a program per row: a lower bound of the threshold, from the largest weights of blocks (those of k
                  blocks are k tokens), and for top-p from what all weights below could add up to
-    collect      every part's weights from there on, packed; parts without one read nothing
-    choose       a program per row: the value, by counts (top-k) or sums (top-p) of the packed weights above three
+    collect      every part's weights from the bound up, packed; parts without one read no logits
+    choose       a program per row: the threshold, by counts (top-k) or sums (top-p) of the packed weights above three
                  candidates at a time; then as `draw`
 
-The bound decides how long the search takes, never what it finds. Where it excludes little (top-p of a flat
-distribution) a row's weights are read from the cache once per two bits. No atomics: a row has the same bits alone and
-in any batch.
+The bound affects how long the search takes, never what it finds. Where it excludes little (top-p of a flat
+distribution), a row's weights are read from the cache once per two bits. There are no atomics, so a row has the same
+bits alone and in any batch.
 
 Shape legend
     S  rows    V  vocabulary    P  parts of a row
@@ -41,19 +40,20 @@ from searchr1_kernels._sampling_draw_triton import (
     write_row,
 )
 
-# Packed weights of a row that `choose` looks at together. With 16 warps it spills (sm_90, Triton 3.9: 16 bytes of a
+# Packed weights of a row that `choose` processes at a time. With 16 warps it spills (sm_90, Triton 3.9: 16 bytes for a
 # vocabulary that 16 does not divide).
 AT_ONCE = 8192
 _ONE = tl.constexpr(0x3F800000)  # bits of the weight 1, the largest
-# What a bound may be wrong by: sums of weights round at about 1e-6 of their total.
+# Relative slack of a bound: sums of weights round at about 1e-6 of their total.
 _SLACK = tl.constexpr(1e-5)
-_LEAST_REST = tl.constexpr(1e-4)  # 1 - top_p from which on it is worth more than their rounding
+_LEAST_REST = tl.constexpr(1e-4)  # below this, 1 - top_p is not used as a bound: it is worth no more than the rounding
 
 
 @triton.jit
 def _narrow(low, high, first, second, third, target):
-    """-> what is left of (low, high], given the totals above the three candidates in between. Less even where one of
-    them is NaN: a search must end."""
+    """-> the rest of (low, high], given the totals above the three candidates in between.
+
+    It shrinks even if a total is NaN: a search must end."""
     step = high - low
     quarter = tl.maximum(step // 4, 1)
     new_low = tl.where(first >= target, low + quarter, low)
@@ -67,7 +67,7 @@ def _narrow(low, high, first, second, third, target):
 
 @triton.jit
 def _search_blocks(weight, high, target, WEIGHTED: tl.constexpr):
-    """-> the smallest bits that weights [n] above which number less than the target, or if WEIGHTED add up to less."""
+    """-> the smallest bits above which there are fewer weights [n] than `target`, or if WEIGHTED a smaller sum."""
     low = high * 0
     bits = bits_of(weight)
     value = weight if WEIGHTED else tl.full((weight.shape[0],), 1.0, tl.float32)
@@ -83,7 +83,7 @@ def _search_blocks(weight, high, target, WEIGHTED: tl.constexpr):
 
 @triton.jit
 def _load_lists(lists, counts, start, WIDTH: tl.constexpr):
-    """-> weights [P, WIDTH] from place `start` of each list on; 0 past its end."""
+    """-> weights [P, WIDTH] of each list from place `start` on; 0 past its end."""
     place = start + tl.arange(0, WIDTH)
     return tl.load(lists[:, None] + place[None, :], mask=place[None, :] < counts[:, None], other=0.0)
 
@@ -92,7 +92,7 @@ def _load_lists(lists, counts, start, WIDTH: tl.constexpr):
 def _search_lists(
     lists, counts, longest, low, target, WEIGHTED: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr
 ):
-    """`_search_blocks` of the packed weights, above `low`."""
+    """Search as `_search_blocks` does, over the packed weights and above `low`."""
     high = low * 0 + _ONE
     while high - low > 1:
         step = high - low
@@ -128,7 +128,10 @@ def bound(
     PARTS: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """With top-k the k-th largest weight of a block, as what top-p keeps of k tokens depends on all of them."""
+    """Compute a row's lower bound of the weights that are kept.
+
+    With top-k it is the k-th largest of the blocks' peaks, even with top-p: what that keeps of k tokens depends on all
+    of them."""
     row = tl.program_id(0).to(tl.int64)
     highest, peak, mass = load_parts(peaks, sums, row, num_parts, scale, PARTS)
     block = tl.arange(0, PARTS * BLOCKS)
@@ -141,7 +144,7 @@ def bound(
     else:
         total = tl.sum(mass, 0)
         cut = _search_blocks(weight, one, top_p * (1 + _SLACK) * total, True)
-        # Tokens below this weight are less than what top-p leaves out, if all of the vocabulary were.
+        # Even if the whole vocabulary lay below this weight, it would add up to less than top-p leaves out.
         small = tl.where(top_p_rest < _LEAST_REST, 0.0, 0.9 * top_p_rest * total / vocabulary)
         cut = tl.maximum(cut, bits_of(small))
     tl.store(tops + row, highest)
@@ -160,7 +163,7 @@ def collect(
     scale,
     PART_SIZE: tl.constexpr,
 ):
-    """The weights of a part that may be kept, in the order of its tokens."""
+    """Pack the weights of a part that may be kept, in the order of its tokens."""
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     entry = row * tl.num_programs(1) + part
@@ -201,7 +204,7 @@ def choose(
     PARTS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """A row's token of those that are kept."""
+    """Draw a row's token from those that are kept."""
     row = tl.program_id(0).to(tl.int64)
     highest, peak, mass = load_parts(peaks, sums, row, num_parts, scale, PARTS)
     total = tl.sum(mass.to(tl.float64), 0)
@@ -214,7 +217,7 @@ def choose(
     if COUNTED:
         least = _search_lists(lists, count, longest, least - 1, top_k.to(tl.float32), False, PARTS, WIDTH)
     if WEIGHTED:
-        if COUNTED:  # the weights of exactly k tokens, whichever of equals they are
+        if COUNTED:  # the total weight of exactly k tokens, whichever of equal ones they are
             num_above = tl.zeros((PARTS, WIDTH), tl.float32)
             above = tl.zeros((PARTS, WIDTH), tl.float32)
             for start in range(0, longest, WIDTH):
@@ -242,9 +245,10 @@ def sample(
     top_k: int,
     top_p: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """-> ids [S] int64, logprobs [S] fp32; arguments as the operator's."""
+    """-> ids [S] int64, logprobs [S] fp32. The arguments are the operator's."""
     (num_rows, vocabulary), device = logits.shape, logits.device
-    # Triton compiles by what divides addresses and strides, and the order of sums may follow: here V alone decides it.
+    # Triton specializes on the alignment of addresses and strides, and the order of sums may depend on it. This makes V
+    # alone decide it.
     logits = logits.contiguous()
     if logits.data_ptr() % 16 and vocabulary % 16 == 0:
         logits = logits.clone()
@@ -278,7 +282,7 @@ def sample(
 
 
 def _choose(tensors, block_peaks, outputs, numbers, top_k, top_p) -> None:
-    """What follows `summarise`; the first arguments are those of `draw`."""
+    """Launch the kernels that follow `summarise`; `tensors`, `outputs` and `numbers` are those of `draw`."""
     logits, _, peaks, sums = tensors
     (num_rows, num_parts, blocks), device, part = block_peaks.shape, logits.device, {"PART_SIZE": drawing.PART}
     vocabulary, _, scale, _ = numbers
@@ -301,7 +305,7 @@ def _choose(tensors, block_peaks, outputs, numbers, top_k, top_p) -> None:
 
 
 def configuration(num_parts: int) -> dict[str, int]:
-    """Of `choose`: room for parts, and how many weights of each it looks at together."""
+    """-> meta-parameters of `choose`: room for parts, and how many weights of each it processes at a time."""
     parts = drawing.room(num_parts)
     return {"PARTS": parts, "WIDTH": max(1, min(drawing.PART, AT_ONCE // parts))}
 

@@ -1,11 +1,11 @@
-"""Compiled loops that let go of the interpreter's lock, on as many threads as torch uses.
+"""Run compiled loops that release the interpreter's lock, on as many threads as torch uses.
 
-The caller works too, and helpers that stay take what it has not begun. A helper may sleep too deep to come in time (on
-a virtual machine 5 ms have been seen): then it finds nothing left, and nobody has waited for it. Threads that are
-started for each call, and waited for, took 3.9 ms for a scan of 1.4 (2 cores of an Intel Xeon, 2026-11-27).
+The caller works too, and persistent helper threads take parts that nobody has begun. A helper may wake too late (5 ms
+have been seen on a virtual machine): then it finds nothing left, and nobody has waited for it. Starting threads for
+each call and waiting for them took 3.9 ms for a scan of 1.4 ms (2 cores of an Intel Xeon, 2026-11-27).
 
-Parts are taken in compiled code. Where the interpreter handed them out, threads slept for its lock at every part: the
-scan of 1 M tokens took two threads 0.9 ms, as it takes one; now it takes them 0.54 (there too).
+Parts are taken in compiled code. When the interpreter handed them out, threads slept for its lock at every part: the
+scan of 1 M tokens took two threads 0.9 ms, the same as one; it now takes them 0.54 ms (on the same machine).
 """
 
 from __future__ import annotations
@@ -24,27 +24,29 @@ from numba.extending import intrinsic
 
 from searchr1_kernels import _vector_code as vectors
 
-# Parts a thread: one that comes late, or is slow, then leaves the others no more than a quarter of its own to do.
+# Parts per thread. At the end, the others wait for at most one part of a late or slow thread, a quarter of its share.
 _PARTS_PER_THREAD = 4
-# Where the counters of a call lie: of parts that somebody has taken, and of those that are over. Apart, so that who
-# asks for one does not wait for the other's line of the cache.
+# Indices of a call's counters of parts taken and of parts done, and their array's size. They lie apart so that a thread
+# that reads one does not wait for the cache line of the other.
 _TAKEN, _OVER, _COUNTERS = 0, 8, 16
-# How often a thread with nothing left looks whether the others are done before it sleeps: for 0.24 ms. To wake takes
-# some 10 us, and 2 ms have been seen (2 cores of an Intel Xeon, 2026-11-27).
+# How often a thread with nothing left checks whether the others are done before it sleeps: 0.24 ms. Waking takes some
+# 10 us, and 2 ms have been seen (2 cores of an Intel Xeon, 2026-11-27).
 _LOOKS = 50_000
 
 
 def num_parts(size: int, least: int) -> int:
-    """Into how many parts of no fewer than `least` to cut so much work; 1 where torch has one thread."""
+    """-> into how many parts to cut `size` units of work, at least `least` in each; 1 where torch has one thread."""
     threads = torch.get_num_threads()
     return max(1, min(_PARTS_PER_THREAD * threads, size // least)) if threads > 1 else 1
 
 
 def numba_as_torch() -> None:
-    """Numba's parallel loops that this thread calls next take as many threads as torch does: numba alone takes every
-    core, whatever OMP_NUM_THREADS says, and where others are at work two threads on two cores then wait for each other
-    at every loop (`rms_norm` of 8 rows 3 to 10 ms instead of 0.03, 2 cores of an Intel Xeon, 2026-11-27). As it starts,
-    numba's OpenMP layer sets the number of threads of the runtime, which may be torch's as well: that is set back."""
+    """Make the numba parallel loops that this thread calls next use as many threads as torch does.
+
+    By itself numba takes every core, whatever OMP_NUM_THREADS says; where the cores have other work, two threads on two
+    cores then wait for each other at every loop (`rms_norm` of 8 rows 3 to 10 ms instead of 0.03, 2 cores of an Intel
+    Xeon, 2026-11-27). When it starts, numba's OpenMP layer sets the thread count of the OpenMP runtime, which torch may
+    share; that is undone."""
     wanted = torch.get_num_threads()
     possible = min(wanted, numba.config.NUMBA_NUM_THREADS)
     if numba.get_num_threads() != possible:
@@ -54,9 +56,10 @@ def numba_as_torch() -> None:
 
 
 def run_parts(run: Callable[[np.ndarray], object], number: int) -> None:
-    """`run(turns)`, here and in other threads at the same time, which loops over `share(turns, cuts)` of so many parts.
-    Returns when all are over. Raises what one of the threads raised, when none is at work any more; parts may be left
-    then."""
+    """Call `run(turns)`, which loops over `share(turns, cuts)` of `number` parts, here and in other threads at once.
+
+    Returns when all parts are done. If a thread raises, raises that error once no thread is at work; parts may then be
+    left undone."""
     if number <= 1:
         run(np.zeros(_COUNTERS, np.int64))
         return
@@ -67,7 +70,7 @@ def run_parts(run: Callable[[np.ndarray], object], number: int) -> None:
 
 @intrinsic
 def _add(typing_context, counters, place, number):
-    """To one of the counters; -> what it was. No thread comes between."""
+    """Atomically add a number to one of the counters; -> its previous value."""
 
     def generate(context, builder, signature, arguments):
         counter = vectors.place(context, builder, signature, arguments, 0, 1)
@@ -78,8 +81,9 @@ def _add(typing_context, counters, place, number):
 
 @numba.njit(nogil=True)
 def share(turns, cuts):
-    """For a compiled loop: the numbers of one part after the other that nobody has taken, each part's from its last to
-    its first. Parts go from one of the cuts, [num_parts+1], to before the next. `turns` [_COUNTERS] int64."""
+    """Yield, to a compiled loop, the indices of one untaken part after the other, each part from its last to its first.
+
+    A part goes from one of the cuts, [num_parts+1], to before the next. `turns` [_COUNTERS] int64."""
     part = _add(turns, _TAKEN, 1)
     while part < len(cuts) - 1:
         for number in range(cuts[part + 1] - 1, cuts[part] - 1, -1):  # noqa: UP028 (numba has no `yield from`)
@@ -97,7 +101,7 @@ def _all_over(turns, number, looks):
 
 
 class _Work:
-    """Parts of one call."""
+    """The work of one call."""
 
     def __init__(self, run: Callable[[np.ndarray], object], number: int) -> None:
         self._run: Callable[[np.ndarray], object] | None = run
@@ -106,24 +110,24 @@ class _Work:
         self._errors: list[BaseException] = []
 
     def help(self) -> None:
-        """Take parts until none is left; for those who may come too late."""
+        """Take parts until none is left. Called by helpers, which may come too late."""
         with self._lock:
             run = self._run
             if run is None:
                 return
             self._num_helpers += 1
         self._take_parts(run)
-        del run  # before the caller, who may be waiting, goes on
+        del run  # before the caller, which may be waiting, goes on
         self._gone.put(None)
 
     def do(self) -> None:
-        """As `help`, and wait for those who came."""
+        """Take parts until none is left, and wait for the helpers that came. Called by the caller's thread."""
         assert self._run is not None
         self._take_parts(self._run)
         with self._lock:
-            # A helper that comes later finds nothing to do. Until then it has this, but not what the function read and
-            # wrote: while the one helper was busy, 50 scans of 1 M tokens kept 650 MB (2 cores of an Intel Xeon,
-            # 2026-11-27).
+            # A helper that comes later finds nothing to do. Until then it holds this object, but not what the function
+            # read and wrote: while the one helper was busy, 50 scans of 1 M tokens kept 650 MB (2 cores of an Intel
+            # Xeon, 2026-11-27).
             self._run = None
         if not _all_over(self._turns, self._number, _LOOKS):
             for _ in range(self._num_helpers):
@@ -135,12 +139,12 @@ class _Work:
     def _take_parts(self, run: Callable[[np.ndarray], object]) -> None:
         try:
             run(self._turns)
-        except BaseException as error:  # it is the caller's to raise, whose thread this may not be
+        except BaseException as error:  # raised in the caller's thread, which this may not be
             self._errors.append(error)
 
 
 class _Helpers:
-    """Threads that wait for work as long as the process lives."""
+    """Threads that wait for work for the life of the process."""
 
     def __init__(self) -> None:
         self._wanted: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -148,7 +152,7 @@ class _Helpers:
         self._growing = threading.Lock()
 
     def ask(self, run: Callable[[], None], number: int) -> None:
-        """`run` in so many threads, soon; in as many as there are where no more can be started."""
+        """Run `run` in `number` threads soon; if no more can be started, in those that exist."""
         with self._growing:
             try:
                 for _ in range(self._number, number):
@@ -168,7 +172,7 @@ _HELPERS = _Helpers()
 
 
 def _forget() -> None:
-    """A forked child has none of its parent's threads, and would ask them for ever."""
+    """Start over in a forked child: it has none of its parent's threads, and would go on asking them forever."""
     global _HELPERS
     _HELPERS = _Helpers()
 
