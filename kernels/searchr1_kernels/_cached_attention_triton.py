@@ -1,15 +1,14 @@
-"""Attention over a KV cache on a GPU: one program per tile of tokens, key/value head and, for lone tokens, part of the
-keys.
+"""Attention over a KV cache on a GPU: a program per tile of tokens, key/value head and, for lone tokens, part of keys.
 
 The query heads that share a key/value head are rows of one product, so keys and values are read once for all of them.
 A token that is alone in its tile has too few rows to fill a GPU: its keys are cut into parts of `PART` places, counted
-from place 0, and a second kernel adds the parts up in their order. The grid has as many parts as the cache is long;
-those past a token's position end at once, so no position is read on the host. Tiles of tokens of one slot fill it by
-themselves and go through all their keys. Nothing in a row's arithmetic depends on other rows: blocks that it does not
-see multiply its sums by 1 and add 0.
+from place 0, and a second kernel sums the parts in their order. The grid has as many parts as the whole cache needs;
+programs past a token's position end at once, so no position is read on the host. Tiles of several tokens of one slot
+fill a GPU by themselves, and go through all their keys. Nothing in a row's arithmetic depends on other rows: blocks
+that it does not see multiply its sums by 1 and add 0.
 
-A paged slot's keys are loaded from one block of its table at a time. Its number is one more load before them; a lone
-token's program, which has few, loads the numbers of all its blocks first. What is multiplied, and in which order, is
+A paged slot's keys are loaded from one block of its table at a time. The block's number is one more load before them; a
+lone token's program, which has few blocks, loads all their numbers first. What is multiplied, and in which order, is
 the same as without a table.
 
 Shape legend: T tokens, U lone tokens, N tiles, P parts, H query heads, G key/value heads, C slots of M places, or with
@@ -28,20 +27,21 @@ import triton.language as tl
 from searchr1_kernels.cached_attention import tile_tokens
 
 PART = 512  # places; a multiple of every block of keys
-_TOKENS_AT_ONCE = 1024  # lone ones: bounds the partial sums, [1024, H, P, d] fp32
-# Up to so many lone tokens a program of a paged cache loads two blocks of keys and values ahead: it hides what the few
-# others on its multiprocessor do not. Of many tokens fewer programs would fit on one. 900 places, 2 heads of 128, bf16,
-# H200, 2026-11-27: 13.5 -> 12.1 us for 1 token, 25.5 -> 22.7 for 64, 69.8 -> 73.2 for 256. The same bits.
+_TOKENS_AT_ONCE = 1024  # lone tokens of a launch: bounds the partial sums, [1024, H, P, d] fp32
+# Up to this many lone tokens, a program of a paged cache loads two blocks of keys and values ahead. This hides latency
+# that the few other programs on its multiprocessor do not hide; with many tokens, fewer programs would fit on one. 900
+# places, 2 heads of 128, bf16, H200, 2026-11-27: 13.5 -> 12.1 us for 1 token, 25.5 -> 22.7 for 64, 69.8 -> 73.2 for
+# 256. The bits are the same.
 _FEW_TOKENS, _FEW_STAGES = 64, 3
-_COMBINED = 1024  # numbers that a program of `combine` adds a part's to
-# Loaded and stored number by number: where they begin, which differs from step to step (end to end in one memory, or
-# of 14 heads), would choose between two kernels that are alike, and compile the other in the middle of a rollout.
+_COMBINED = 1024  # sums that a program of `combine` holds
+# Loaded and stored number by number. Their alignment differs from step to step (end to end in one memory, or with 14
+# heads); it would choose between two equivalent kernels, and compile the second in the middle of a rollout.
 _ANYWHERE = ["slots", "positions", "blocks", "tiles", "peaks", "totals"]
 
 
 @triton.jit
 def write_lines(target, line, values, inside, D: tl.constexpr):
-    """values [BM, BD] to the lines [BM] of `target` [lines, D], those that are inside."""
+    """Write values [BM, BD] to the lines [BM] of `target` [lines, D] that are inside."""
     component = tl.arange(0, values.shape[1])
     pointers = target + line[:, None] * D + component[None, :]
     tl.store(pointers, values.to(target.dtype.element_ty), mask=inside[:, None] & (component < D)[None, :])
@@ -76,7 +76,8 @@ def attend(
     TABLE: tl.constexpr,
     SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """Softmax attention of a tile's rows, or of one part of their keys its sums, largest score and sum of weights."""
+    """Softmax attention of a tile's rows; if SPLIT, the sums, largest score and sum of weights of one part of its keys.
+    """
     tile = tl.program_id(0)
     kv_head = tl.program_id(1)
     part = tl.program_id(2)
@@ -88,11 +89,11 @@ def attend(
         count = tl.load(entry + 1)
     row = tl.arange(0, BM)
     inside = row < count * GROUP
-    # Rows past the end repeat the last token, whose keys are visible: no row is without a key.
+    # Rows past the end repeat the last token, whose keys are visible, so no row is without a key.
     token = first + tl.minimum(row // GROUP, count - 1)
     head = kv_head * GROUP + row % GROUP
     position = tl.load(positions + token)
-    if SPLIT and PAGED:  # of 64 bits a step has a fifth more instructions; of other launches some would spill 8 bytes
+    if SPLIT and PAGED:  # in 64 bits a step has a fifth more instructions; in 32, some other launches spill 8 bytes
         position = position.to(tl.int32)
     last = tl.max(position, 0)
     slot = tl.load(slots + first)
@@ -112,17 +113,17 @@ def attend(
         peak = tl.full((BM,), float("-inf"), tl.float32)
         total = tl.zeros((BM,), tl.float32)
         sum_ = tl.zeros((BM, BD), tl.float32)
-        if PAGED and SPLIT:  # read before the loop: behind a load in it, keys and values would not be loaded ahead
+        if PAGED and SPLIT:  # before the loop: behind a load inside it, keys and values would not be loaded ahead
             starts = begin + tl.arange(0, SPLIT_PLACES // BN) * BN
             entries = tl.load(blocks + slot * num_blocks + starts // block_places, mask=starts < end, other=0)
         for start in range(begin, end, BN):
             if PAGED:
-                number = tl.cast(start, tl.int32) // block_places  # of 64 bits a division is a call
+                number = tl.cast(start, tl.int32) // block_places  # a 64-bit division is a call
                 if SPLIT:
                     block = tl.sum(tl.where(starts == start, entries, 0), 0).to(tl.int64)
                 else:
                     block = tl.load(blocks + slot * num_blocks + number).to(tl.int64)
-                skipped = number * block_places  # places of the slot before those of the block
+                skipped = number * block_places  # places of the slot before this block
             else:
                 block = slot
                 skipped = 0
@@ -152,7 +153,7 @@ def attend(
 
 @triton.jit
 def read_part(sums, peaks, totals, line, inside, D: tl.constexpr, BD: tl.constexpr):
-    """The lines [BH] that are inside: sums [BH, BD], peaks and totals [BH]."""
+    """-> sums [BH, BD], peaks and totals [BH] of the lines [BH] that are inside."""
     component = tl.arange(0, BD)
     mask = inside[:, None] & (component < D)[None, :]
     peak = tl.load(peaks + line, mask=inside, other=0.0)
@@ -177,7 +178,7 @@ def combine(
     SPLIT_PLACES: tl.constexpr,
     TABLE: tl.constexpr,
 ):
-    """Adds up the parts that a token has, in their order, for BH of its heads."""
+    """Sum a token's parts, in their order, for BH of its heads."""
     tile = tl.program_id(0)
     head = tl.program_id(1) * BH + tl.arange(0, BH)
     inside = head < H
@@ -199,13 +200,13 @@ def combine(
 
 
 def configuration(group: int, head_dim: int, itemsize: int, split: bool) -> dict[str, int]:
-    """Meta-parameters of `attend`."""
+    """-> meta-parameters of `attend`."""
     rows = group if split else tile_tokens(group) * group
     num_warps = 4 if itemsize < 4 and (split or head_dim in (16, 32, 64, 128)) else 8
     if itemsize == 4 and not split:
-        # With 8, sm_80 spills 32 bytes at a head size of 128 (Triton 3.6 and 3.9), sm_100 8 bytes at 64 (3.6).
+        # With 8 warps, sm_80 spills 32 bytes at a head size of 128 (Triton 3.6 and 3.9), sm_100 8 bytes at 64 (3.6).
         num_warps = 16 if head_dim > 64 else 4
-    wide = head_dim > 128 and itemsize == 4  # with a stage more, 100 to 146 KB: sm_86 and sm_89 have 99
+    wide = head_dim > 128 and itemsize == 4  # one more stage takes 100 to 146 KB: sm_86 and sm_89 have 99
     return {
         "BM": max(16, triton.next_power_of_2(rows)),
         "BN": 64 if head_dim <= 128 and itemsize < 4 else 32 if split or itemsize < 4 else 16,
@@ -216,21 +217,23 @@ def configuration(group: int, head_dim: int, itemsize: int, split: bool) -> dict
 
 
 def stages_for_few(head_dim: int, itemsize: int) -> int:
-    """Of `attend` for few lone tokens of a paged cache."""
+    """-> pipeline stages of `attend` for few lone tokens of a paged cache."""
     return 2 if head_dim > 128 and itemsize == 4 else _FEW_STAGES
 
 
 def combining_configuration(num_heads: int, head_dim: int) -> dict[str, int]:
-    """Meta-parameters of `combine`. A thread has 8 numbers, 16 bytes of bf16 to store."""
+    """-> meta-parameters of `combine`. A thread has 8 numbers, 16 bytes of bf16 to store."""
     components = max(16, triton.next_power_of_2(head_dim))
     heads = min(max(1, _COMBINED // components), triton.next_power_of_2(num_heads))
     return {"BH": heads, "BD": components, "num_warps": min(8, max(1, heads * components // 256))}
 
 
 def run(query, keys, values, slots, positions, table, tiles, num_alone, output) -> None:
-    """Fills output [T, H, d]. All on one device, the last dimension of each with stride 1, T above 0; table [C, W]
-    int32, or None where a slot is a block; tiles [N, 2] int32, the lone tokens' `num_alone` first, or None where every
-    token is alone."""
+    """Fill output [T, H, d].
+
+    All tensors are on one device, the last dimension of each has stride 1, and T is above 0. table [C, W] int32, or
+    None where a slot is a block; tiles [N, 2] int32, first the `num_alone` of lone tokens, or None where every token is
+    alone."""
     inputs = (query, keys, values, slots, positions, table, tiles, output)
     with torch.cuda.device_of(query):
         num_alone = query.shape[0] if tiles is None else num_alone
@@ -245,7 +248,7 @@ def run(query, keys, values, slots, positions, table, tiles, num_alone, output) 
 
 
 def _run_alone(query, keys, values, slots, positions, table, tiles, output, begin, size) -> None:
-    """Lone tokens `begin` to `begin + size`."""
+    """Fill the output of lone tokens `begin` to `begin + size`."""
     num_heads, head_dim = query.shape[1:]
     num_places = keys.shape[2] if table is None else table.shape[1] * keys.shape[2]
     num_parts = -(-num_places // PART)
@@ -266,7 +269,7 @@ def _run_alone(query, keys, values, slots, positions, table, tiles, output, begi
 def _arguments(
     query, keys, values, slots, positions, table, tiles, output, split=False
 ) -> tuple[tuple, tuple, dict[str, int]]:
-    """Tensors; numbers; constants and options of a launch."""
+    """-> tensors; numbers; constants and options of a launch."""
     group, head_dim = query.shape[1] // keys.shape[1], query.shape[2]
     strides = (*query.stride()[:2], *keys.stride()[:3], *values.stride()[:3])
     scale = head_dim**-0.5 * 1.4426950408889634  # log2(e)

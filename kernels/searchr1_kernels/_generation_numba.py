@@ -1,12 +1,12 @@
 """The operations of `generation` on a CPU, fp32 and bf16: one pass over each token in place of torch's several.
 
-A decoding step of a small model has a few hundred numbers per token and operation; as torch's operators it is read and
-written a dozen times, and every time one is called. Values are rounded where the operators round.
+A decoding step of a small model has a few hundred numbers per token and operation. Torch's operators would read and
+write them a dozen times, with a call each time. Values are rounded where the operators round.
 
-Rows may lie apart, as the parts of one product do; the last dimension is contiguous. Tensors go to the loops as flat
-memory and the distance of their rows, as a loop over strides that are not known is no SIMD. Who calls a loop many times
-has these at hand and calls it directly (1 us; through its operator 20 to 60, once caches are full of keys: 26 to 57 in
-a row, one core of an Intel Xeon, 2026-11-27).
+Rows may have gaps between them, as the parts of one product do; the last dimension is contiguous. The loops take flat
+memory and a row distance, because a loop over unknown strides does not become SIMD. Code that calls a loop many times
+has these at hand and calls it directly, which takes 1 us; through its operator a call takes 20 to 60 us once the caches
+are full of keys (26 to 57 for calls in a row, one core of an Intel Xeon, 2026-11-27).
 
 Shape legend: T tokens, D hidden size, I MLP size, H query heads, G key/value heads, d head size, P blocks of M places.
 """
@@ -21,12 +21,12 @@ from searchr1_kernels._numba_numbers import FAST_MATH, LOG2_E, as_array, exp2, m
 from searchr1_kernels._threads import numba_as_torch
 
 _LOG2_E = np.float32(LOG2_E)
-_LINE_BYTES = 64  # that a processor reads at once
-_TOKENS_AHEAD = 8  # whose places in the cache are fetched before they are written
+_LINE_BYTES = 64  # of a cache line
+_TOKENS_AHEAD = 8  # distance in tokens at which places in the KV cache are fetched before they are written
 
 
 def takes(*tensors: torch.Tensor | None) -> bool:
-    """Whether these, all of one type, go through the loops."""
+    """Whether the loops take these tensors, which must all have one type."""
     given = [tensor for tensor in tensors if tensor is not None]
     return (
         given[0].dtype in (torch.float32, torch.bfloat16)
@@ -41,7 +41,7 @@ def norm(
     weight: torch.Tensor,  # [D]
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """-> the norm of the sum, and the sum."""
+    """-> the RMS norm of x + residual, and that sum."""
     output = torch.empty_like(x, memory_format=torch.contiguous_format)
     total = output if residual is None else torch.empty_like(output)
     other = x if residual is None else residual
@@ -52,7 +52,7 @@ def norm(
 
 
 def rotary_write(query, key, value, cos, sin, keys, values, blocks, places, query_norm, key_norm, eps) -> torch.Tensor:
-    """Shapes as `generation.rotary_write` -> [T, H, d]; `keys` and `values` [P, G, M, d] contiguous."""
+    """Shapes as in `generation.rotary_write` -> [T, H, d]; `keys` and `values` [P, G, M, d] are contiguous."""
     output = torch.empty(query.shape, dtype=query.dtype)
     norms = [key.new_empty(0) if weight is None else weight for weight in (query_norm, key_norm)]
     numba_as_torch()
@@ -65,7 +65,7 @@ def rotary_write(query, key, value, cos, sin, keys, values, blocks, places, quer
 
 
 def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """[T, I] each -> [T, I]."""
+    """gate, up [T, I] -> silu(gate) * up [T, I]."""
     output = torch.empty(gate.shape, dtype=gate.dtype)
     numba_as_torch()
     silu_mul_loop(*flat(gate), *flat(up), as_array(output))
@@ -73,12 +73,12 @@ def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 
 def heads_are_rows(*tensors: torch.Tensor) -> bool:
-    """Whether the heads of each token [T, n, d] lie one behind the other."""
+    """Whether the heads of each token [T, n, d] are contiguous."""
     return all(tensor.stride(1) == tensor.shape[2] or tensor.shape[1] == 1 for tensor in tensors)
 
 
 def flat(x: torch.Tensor) -> tuple[np.ndarray, int]:
-    """[T, …], each token's numbers contiguous -> all from the first to the last, and the distance of tokens."""
+    """x [T, …], each token's numbers contiguous -> all memory from the first to the last, and the tokens' distance."""
     count, distance = x.shape[0], x.stride(0)
     size = x.shape[1] if x.ndim == 2 else x.shape[1:].numel()
     return as_array(x.as_strided(((count - 1) * distance + size if count else 0,), (1,))), distance
@@ -89,7 +89,7 @@ def flat(x: torch.Tensor) -> tuple[np.ndarray, int]:
 
 @numba.njit(parallel=True, fastmath=FAST_MATH, cache=True)
 def norm_loop(x, x_row, residual, residual_row, weight, output, total, eps, adds):
-    """As `norm`. Without `adds`, `residual` and `total` are not read or written."""
+    """The loop of `norm`. Without `adds`, `residual` and `total` are neither read nor written."""
     num_tokens, size = output.shape
     for t in numba.prange(num_tokens):
         first, second, own = x[t * x_row :], residual[t * residual_row :], total[t]
@@ -110,7 +110,7 @@ def norm_loop(x, x_row, residual, residual_row, weight, output, total, eps, adds
 
 @numba.njit(fastmath=FAST_MATH, inline="always")
 def _rotate(head, weight, cos, sin, eps, scratch, output):
-    """One head [d], through its norm if there is a weight, and rotated by the angles."""
+    """Normalise one head [d] if there is a weight, and rotate it by the angles."""
     size = len(cos)
     half = size // 2
     for i in range(size):
@@ -134,7 +134,7 @@ def rotary_write_loop(
     query, query_row, key, key_row, value, value_row, cos, sin, keys, values, blocks, places, query_norm, key_norm,
     eps, output,
 ):  # fmt: skip
-    """As `rotary_write`; cos and sin [T, d], norms of no numbers where there are none."""
+    """The loop of `rotary_write`; cos and sin [T, d]. Where there are no norms, theirs are empty."""
     num_tokens, num_heads, size = output.shape
     for t in numba.prange(num_tokens):
         scratch = np.empty(size, dtype=np.float32)
@@ -158,7 +158,7 @@ def rotary_write_loop(
 
 @numba.njit(parallel=True, fastmath=FAST_MATH, cache=True)
 def silu_mul_loop(gate, gate_row, up, up_row, output):
-    """As `silu_mul`."""
+    """The loop of `silu_mul`."""
     num_tokens, size = output.shape
     for t in numba.prange(num_tokens):
         first, second = gate[t * gate_row :], up[t * up_row :]

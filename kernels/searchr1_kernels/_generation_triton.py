@@ -1,7 +1,8 @@
-"""Norms, rotation with the write to the cache, and SwiGLU on a GPU: a program per row, per token and block of heads,
-per piece of a row. Each reads its inputs once and writes its outputs once, so memory bounds them where there are many
-tokens, and the launch where there are few. At some hundred tokens it is how many programs there are to start: they are
-as large as leaves a thread one or two loads from each input.
+"""Norms, rotation with the write to the cache, and SwiGLU on a GPU.
+
+A program takes a row, a block of a token's heads, or a piece of a row, respectively. Each kernel reads its inputs once
+and writes its outputs once, so memory bounds it with many tokens, and the launch with few. At some hundred tokens the
+number of programs to start does; therefore they are large enough to leave a thread one or two loads from each input.
 
 Shape legend: T tokens, D hidden size, I MLP size, H query heads, G key/value heads, d head size, P blocks of M places,
 BH heads of a program, BP pairs of a head.
@@ -15,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-_PAIRS = 1024  # of components, that a program of `rotate_and_write` rotates
+_PAIRS = 1024  # pairs of components that a program of `rotate_and_write` rotates
 
 
 @triton.jit
@@ -31,12 +32,12 @@ def normalise(
     BD: tl.constexpr,
     ADD: tl.constexpr,
 ):  # fmt: skip
-    """The sum, rounded, and its norm."""
+    """Compute a row's sum with the residual, rounded, and its RMS norm."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BD)
     known = column < D
     value = tl.load(x + row * x_row + column, mask=known, other=0.0).to(tl.float32)
-    scale = tl.load(weight + column, mask=known, other=0.0).to(tl.float32)  # on its way while the sum is made
+    scale = tl.load(weight + column, mask=known, other=0.0).to(tl.float32)  # early: arrives while the sum is made
     if ADD:
         value += tl.load(residual + row * residual_row + column, mask=known, other=0.0).to(tl.float32)
         rounded = value.to(total.dtype.element_ty)
@@ -59,7 +60,7 @@ def rotate_heads(
     BP: tl.constexpr,
     NORM: tl.constexpr,
 ):  # fmt: skip
-    """The heads of one token that are inside, normalised if NORM, then rotated."""
+    """Normalise if NORM, then rotate the heads of one token that are inside."""
     pair = tl.arange(0, BP)[None, :]
     known = pair < D // 2
     mask = inside & known
@@ -82,7 +83,7 @@ def rotate_heads(
     tl.store(target + D // 2 + pair, right.to(target.dtype.element_ty), mask=mask)
 
 
-# Of a token there is one block and one place: where those of a step begin must not choose the kernel.
+# A token has one block and one place: the alignment of a step's must not choose the kernel.
 @triton.jit(do_not_specialize_on_alignment=["blocks", "places"])
 def rotate_and_write(
     query,  # [T, H, d]
@@ -108,7 +109,7 @@ def rotate_and_write(
     BP: tl.constexpr,
     NORM: tl.constexpr,
 ):  # fmt: skip
-    """BH heads of a token's query to `output`, or BG of its key and value to their place."""
+    """Rotate BH heads of a token's query into `output`, or write BG heads of its key and value to their place."""
     token = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     cos += token * angle_token
@@ -143,7 +144,7 @@ def multiply(
     size,  # I
     PIECE: tl.constexpr,
 ):  # fmt: skip
-    """A piece of a row of `silu(gate) * up`."""
+    """Compute a piece of a row of `silu(gate) * up`."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * PIECE + tl.arange(0, PIECE)
     known = column < size
@@ -171,7 +172,7 @@ def norm(x, residual, weight, eps):
 
 
 def rotary_write(query, key, value, cos, sin, keys, values, blocks, places, query_norm, key_norm, eps):
-    """As the operator; all on one device, components of the cache side by side."""
+    """Shapes as the operator's; all on one device, and the components of each head in the cache contiguous."""
     query, key, value = (_heads(tensor) for tensor in (query, key, value))
     (num_tokens, num_heads, head_dim), num_kv_heads = query.shape, key.shape[1]
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
@@ -205,31 +206,33 @@ def silu_mul(gate, up):
 
 
 def norm_configuration(size: int) -> dict[str, int]:
-    """Meta-parameters of `normalise`."""
+    """-> meta-parameters of `normalise`."""
     block = triton.next_power_of_2(size)
     return {"BD": block, "num_warps": min(16, max(1, block // 512))}
 
 
 def rotary_configuration(num_heads: int, num_kv_heads: int, head_dim: int) -> dict[str, int]:
-    """Meta-parameters of `rotate_and_write`. A thread has 4 pairs of a query: with 8 the cosines and sines need so many
-    registers that they are loaded one after the other."""
+    """-> meta-parameters of `rotate_and_write`.
+
+    A thread has 4 pairs of a query: with 8, cosines and sines need so many registers that they are loaded one after the
+    other."""
     pairs = triton.next_power_of_2(head_dim // 2)
     heads, kv_heads = (min(max(1, _PAIRS // pairs), triton.next_power_of_2(n)) for n in (num_heads, num_kv_heads))
     return {"BH": heads, "BG": kv_heads, "BP": pairs, "num_warps": min(8, max(1, heads * pairs // 128))}
 
 
 def product_configuration() -> dict[str, int]:
-    """Meta-parameters of `multiply`. A thread has 8 components, a load of 16 bytes of bf16 from either input."""
+    """-> meta-parameters of `multiply`. A thread has 8 components, a load of 16 bytes of bf16 from either input."""
     return {"PIECE": 1024, "num_warps": 4}
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
-    """[T, n] with components that lie together."""
+    """-> x [T, n] with contiguous rows."""
     return x if x.stride(1) == 1 else x.contiguous()
 
 
 def _heads(x: torch.Tensor) -> torch.Tensor:
-    """[T, H, d] with heads that lie together."""
+    """-> x [T, H, d] in which the heads of each token are contiguous."""
     return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
 
 
