@@ -1,14 +1,15 @@
-"""Sampling of tokens on a CPU: a few compiled passes over a row, and no sort. Probabilities are relative to the
-likeliest token's and of one row at a time, which stay in the caches; nothing of all rows is written.
+"""Sampling of tokens on a CPU: a few compiled passes over a row, and no sort.
 
-Probabilities are not negative, so they are ordered as their bits are as integers. What top-k and top-p leave is all of
-at least some value, which is searched by halving an interval of integers: by counts (top-k) or sums (top-p) of what is
-above. Only what can be at issue is looked at: what the value cannot be below comes from the largest probability of
-every block of tokens (those of k blocks are k tokens), or from what all tokens below it could add up to; blocks without
-anything from there on are passed over.
+Probabilities are relative to the likeliest token's. Only those of one row exist at a time, and stay in the caches.
 
-Arrays come with their bits, where both are needed, and blocks have one length: so loops use vector registers (151,936
-tokens: 8 us a pass, against 47 to 150 us otherwise; one core of an Intel Xeon, 2026-11-27).
+Probabilities are not negative, so their bits as integers have the same order. Top-k and top-p keep all that are at
+least some threshold, which is found by halving an interval of integers: by counts (top-k) or sums (top-p) of what is
+above. Only what can matter is searched: a lower bound of the threshold comes from the largest probability of every
+block of tokens (those of k blocks are k tokens), or from what all tokens below it could add up to; blocks with nothing
+from the bound up are skipped.
+
+Where an array's bits are needed too, both are passed, and blocks have one length: this lets loops use vector registers
+(151,936 tokens: 8 us a pass, against 47 to 150 us otherwise; one core of an Intel Xeon, 2026-11-27).
 
 Shape legend
     S  rows    V  vocabulary    B  blocks of a row    n  packed probabilities
@@ -23,16 +24,18 @@ from searchr1_kernels._numba_numbers import FAST_MATH, LOG2_E, exp2
 from searchr1_kernels._threads import share
 
 BLOCK = 64  # tokens
-# The order of sums is free, so that they use vector registers; but NaN keeps its meaning.
+# Sums may be reordered, so that they use vector registers; but NaN keeps its meaning.
 _SUMS = {"reassoc", "nsz", "contract"}
 _ONE = np.int32(0x3F800000)  # bits of the probability 1
-_INFINITE, _MINUS_INFINITE = np.int32(0x7F800000), np.int32(-0x7F800001)  # their bits, as `_highest` orders them
-_LEAST_REST = 1e-4  # 1 - top_p from which on what is left out is surely more than rounding
+_INFINITE, _MINUS_INFINITE = np.int32(0x7F800000), np.int32(-0x7F800001)  # as `_highest` orders their bits
+_LEAST_REST = 1e-4  # if 1 - top_p is larger, what is left out is certainly more than rounding
 
 
 @numba.njit(cache=True, nogil=True)
 def choose(turns, cuts, logits, uniforms, temperature, top_k, top_p, ids, logprobs):
-    """logits [S,V] fp32, uniforms [S] fp64 -> ids, logprobs [S] of the rows whose turn it is; 0 and 1: no limit."""
+    """logits [S,V] fp32, uniforms [S] fp64 -> fills ids, logprobs [S] of the rows that `share` hands to this thread.
+
+    top_k 0 and top_p 1 are no limit."""
     vocabulary = logits.shape[1]
     num_blocks = (vocabulary + BLOCK - 1) // BLOCK
     sums, peaks = np.empty(num_blocks, np.float32), np.empty(num_blocks, np.int32)
@@ -60,7 +63,7 @@ def choose(turns, cuts, logits, uniforms, temperature, top_k, top_p, ids, logpro
 
 @numba.njit(cache=True, nogil=True)
 def take_likeliest(turns, cuts, logits, ids, logprobs):
-    """logits [S,V] fp32 -> ids, logprobs [S] of the rows whose turn it is: the first of the largest."""
+    """logits [S,V] fp32 -> fills ids, logprobs [S] of the rows that `share` hands out: the first of the largest."""
     sums = np.empty((logits.shape[1] + BLOCK - 1) // BLOCK, np.float32)
     weights = np.empty(logits.shape[1], np.float32)
     for row in share(turns, cuts):
@@ -76,8 +79,9 @@ def take_likeliest(turns, cuts, logits, ids, logprobs):
 
 @numba.njit(cache=True, nogil=True)
 def _highest(bits):
-    """Of the numbers that have these bits; NaN where one is NaN or infinite, or all are -inf. As integers that are
-    ordered as the numbers are: a maximum of numbers that may be NaN is no SIMD."""
+    """-> the largest number with these bits; NaN if one is NaN or +inf, or all are -inf.
+
+    Compared as integers in the numbers' order: a maximum of numbers that may be NaN does not become SIMD."""
     above, below = np.int32(-(2**31)), np.int32(2**31 - 1)
     for i in range(bits.shape[0]):
         key = bits[i] ^ ((bits[i] >> np.int32(31)) & np.int32(0x7FFFFFFF))
@@ -90,19 +94,19 @@ def _highest(bits):
 
 @numba.njit(cache=True, nogil=True, fastmath=FAST_MATH)
 def _weigh(values, highest, temperature, weights, sums):
-    """weights: relative to the largest; 0 below 2^-126. sums: of each block."""
+    """Fill weights, relative to the largest and 0 below 2^-126, and the sums of each block."""
     scale = np.float32(min(LOG2_E / temperature, 3e38))
     for b in range(sums.shape[0]):
         first = b * BLOCK
         total = np.float32(0)
-        if first + BLOCK <= values.shape[0]:  # of a number that is known there are no ends to see to
+        if first + BLOCK <= values.shape[0]:  # a loop of constant length has no remainder
             for i in range(BLOCK):
                 weight = _weight(values[first + i], highest, scale)
                 weights[first + i] = weight
                 total += weight
         else:
-            # A loop that writes and sums has a twin for arrays that may overlap, and takes it where one begins less
-            # than 32 numbers behind the other: sums of another order, decided by where memory happened to be.
+            # The compiler gives a loop that writes and sums a version for arrays that may overlap, used where one
+            # begins less than 32 numbers after the other: memory addresses would decide the order of sums.
             for i in range(first, values.shape[0]):
                 weights[i] = _weight(values[i], highest, scale)
             for i in range(first, values.shape[0]):
@@ -118,7 +122,7 @@ def _weight(value, highest, scale):
 
 @numba.njit(cache=True, nogil=True)
 def _first(values, value):
-    """The place of a value that is there."""
+    """-> the first place of a value that is present."""
     first = 0
     while first + BLOCK <= values.shape[0]:
         found = np.int32(0)
@@ -155,7 +159,7 @@ def _least(total, bits, peaks, top_k, top_p, packed):
 
 @numba.njit(cache=True, nogil=True)
 def _search(bits, low, target):
-    """-> the smallest bits above `low` that fewer than `target` are above."""
+    """-> the smallest bits above `low` above which there are fewer than `target` numbers."""
     high = _ONE
     while high - low > 1:
         middle = np.int32(low + (high - low) // 2)
@@ -168,7 +172,7 @@ def _search(bits, low, target):
 
 @numba.njit(cache=True, nogil=True)
 def _search_sums(weights, bits, low, target):
-    """-> the smallest bits above `low` that less than `target` in all is above."""
+    """-> the smallest bits above `low` above which weights sum to less than `target`."""
     high = _ONE
     while high - low > 1:
         middle = np.int32(low + (high - low) // 2)
@@ -179,10 +183,11 @@ def _search_sums(weights, bits, low, target):
     return high
 
 
-@numba.njit(cache=True, nogil=True, error_model="numpy")  # of NaN, a division by 0 is NaN
+@numba.njit(cache=True, nogil=True, error_model="numpy")  # with NaN, a division by 0 gives NaN
 def _draw(weights, bits, sums, least, uniform):
-    """-> the place at which the running sum of what is kept passes the uniform's share of the total: the block, then
-    the token in it; never one of weight 0, of NaN some place."""
+    """-> the place where the running sum of what is kept exceeds the uniform's share of the total.
+
+    Finds the block, then the token in it; never one of weight 0; for NaN some place."""
     total = _total(sums)
     share, before, block = min(uniform * total, np.nextafter(total, 0.0)), 0.0, 0
     for b in range(sums.shape[0]):
@@ -195,7 +200,7 @@ def _draw(weights, bits, sums, least, uniform):
     end, exact = min(first + BLOCK, weights.shape[0]), 0.0
     for i in range(first, end):
         exact += weights[i] if bits[i] >= least else np.float32(0)
-    # A fraction: the sum of the block is rounded, and what is left over would fall to its last token.
+    # As a fraction: the block's sum is rounded, and the difference would fall to its last token.
     share, before = min((share - before) / sums[block] * exact, np.nextafter(exact, 0.0)), 0.0
     for i in range(first, end):
         if weights[i] > 0 and bits[i] >= least:
@@ -221,7 +226,7 @@ def _total(sums):
 def _sum_above(weights, bits, least):
     total = np.float32(0)
     for i in range(bits.shape[0]):
-        weight = weights[i]  # read whatever it is, or the loop has a branch
+        weight = weights[i]  # read unconditionally, or the loop has a branch
         total += weight if bits[i] > least else np.float32(0)
     return total
 
@@ -248,7 +253,7 @@ def _block_peaks(bits, peaks):
 
 @numba.njit(cache=True, nogil=True)
 def _kept_sums(weights, bits, peaks, least, sums):
-    """Of what is kept of each block."""
+    """Fill the sums of what is kept of each block."""
     for b in range(peaks.shape[0]):
         part = slice(b * BLOCK, (b + 1) * BLOCK)
         sums[b] = _sum_above(weights[part], bits[part], least - 1) if peaks[b] >= least else np.float32(0)
@@ -256,7 +261,7 @@ def _kept_sums(weights, bits, peaks, least, sums):
 
 @numba.njit(cache=True, nogil=True)
 def _collect(bits, peaks, cut, packed):
-    """-> how many there are from `cut` on; they are packed."""
+    """-> the number of bits from `cut` up, which are packed."""
     count = 0
     for b in range(peaks.shape[0]):
         if peaks[b] >= cut:

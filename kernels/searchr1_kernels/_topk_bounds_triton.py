@@ -1,16 +1,16 @@
 """The search's pass over the corpus: an upper bound for every block of 128 rows and every query.
 
-Rows are the first operand of the product and queries the second, so that a corpus is read once whatever the number of
-queries, and what is written is one number per 128 rows and query. No atomics, and nothing depends on the order in which
-programs run.
+Rows are the first operand of the product and queries the second, so the corpus is read once whatever the number of
+queries, and only one number per 128 rows and query is written. There are no atomics, and nothing depends on the order
+in which programs run.
 
 `block_bounds` has a program per block. `_topk_walk_triton` has the same with programs that go from block to block, for
-GPUs whose copies take descriptors. `candidates` names what is worth trying for a number of queries; which is fastest is
-for the device to say (`_topk_cuda.tune`), and no result depends on it: bounds differ in their last bits, and what they
-let through is scored exactly.
+GPUs whose copies take descriptors. `candidates` lists what is worth trying for a number of queries. Which one is the
+fastest is measured on the device (`Passes.tune` in `_topk_passes`), and no result depends on it: bounds differ in their
+last bits, and what they let through is scored exactly.
 
 A query against 8-bit rows has two digits: q ~ unit * (coarse + fine / BASE), both int8. One digit would blur the bound
-by about as much as the codes of the rows do; the second costs products, which are idle while rows are read.
+by about as much as the codes of the rows do; the second costs products, whose units are idle while rows are read.
 
 Shape legend: Q queries, M rows, D components, G blocks of 128 rows.
 """
@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 BLOCK_ROWS = 128
-# A stage holds so many bytes of every row and query; where 16 divides their width, and they are read in vectors.
+# Bytes of every row and query in a stage, where 16 divides their width and they are read in vectors.
 STAGE_BYTES = 128
 # Arguments that are fp32 vectors, whatever rows and queries are.
 VECTORS = ("row_scales", "scales", "norms", "residual_norms", "residuals", "magnitudes", "out")
@@ -32,7 +32,7 @@ VECTORS = ("row_scales", "scales", "norms", "residual_norms", "residuals", "magn
 class Candidate(NamedTuple):
     """One way to compute bounds."""
 
-    programs: int  # per multiprocessor, walking from block to block; 0: one for every block
+    programs: int  # per multiprocessor, walking from block to block; 0: one program for every block
     rows: int  # of a program's step, a multiple of 128
     queries: int
     num_warps: int
@@ -41,18 +41,18 @@ class Candidate(NamedTuple):
 
     @property
     def name(self) -> str:
-        """For reports."""
+        """-> a name for reports."""
         kind = f"{self.programs} walking" if self.programs else "block"
         return f"{kind} {self.rows}x{self.queries} w{self.num_warps} s{self.num_stages}"
 
 
-# Of `block_bounds`, queries per program -> warps, pipeline stages: at most half of an H100's shared memory where 128
-# queries or fewer, so that one program computes while another begins. Neither 64 queries nor 128 with 8 warps: Triton
-# 3.6 spills both on sm_100, and up to 128 the products take less time than the reading anyway.
+# `block_bounds`: queries per program -> warps, pipeline stages. With 128 queries or fewer, at most half of an H100's
+# shared memory, so that one program computes while another begins. Neither 64 queries nor 128 with 8 warps: Triton 3.6
+# spills both on sm_100, and up to 128 the products take less time than the reading anyway.
 CONFIGURATIONS = {16: (4, 4), 32: (4, 4), 128: (4, 3), 256: (8, 3)}
 # The same with two digits, whose products take twice the registers.
 DIGITS_CONFIGURATIONS = {16: (4, 4), 32: (4, 4), 64: (4, 3)}
-# Both, of a width that 16 does not divide: a number has a pointer of its own, which are so many registers that the
+# Both, for a width that 16 does not divide: each number has its own pointer, and these take so many registers that the
 # above spill, up to 6,864 bytes. As exact, and slow.
 SCALAR_CONFIGURATIONS = {16: (8, 2), 32: (8, 2)}
 _SCALAR_STAGE_BYTES = 64
@@ -60,24 +60,25 @@ _SCALAR_STAGE_BYTES = 64
 
 @triton.jit
 def with_residuals(coarse, norm, scale, residual):
-    """coarse [BM, BN] in units of scale -> plus what the codes of each row may have missed, in the same units.
+    """-> coarse [BM, BN], in units of scale, plus what the codes of each row may have missed, in the same units.
 
-    Roundings here are some 4e-7 of what is added and 2e-7 of coarse. Norms and residuals are 1e-6 too large each, which
-    covers both where coarse is up to twice what is added; where it is more, the sum is large, and `upper_bound` adds
-    1e-6 of it."""
+    The rounding here is some 4e-7 of what is added and 2e-7 of coarse. Norms and residuals are each 1e-6 too large,
+    which covers both where coarse is up to twice what is added. Where coarse is larger, the sum is large, and
+    `upper_bound` adds 1e-6 of it."""
     return coarse + (norm / scale)[None, :] * residual[:, None]
 
 
 @triton.jit
 def upper_bound(best, error):
     """best = scale * the largest product, error >= what it may have missed -> their sum, rounded up."""
-    bound = best + error + 1e-6 * (tl.abs(best) + error)  # the slack is for the rounding of these lines
-    return tl.where(bound == bound, bound, float("inf"))  # where infinities met, nothing is excluded
+    bound = best + error + 1e-6 * (tl.abs(best) + error)  # the slack covers the rounding of these lines
+    return tl.where(bound == bound, bound, float("inf"))  # NaN, where infinities met, excludes nothing
 
 
 @triton.jit
 def joined(product, fine, BASE: tl.constexpr):
-    """Products of both digits, in units of the second; an integer that fits (see `digit_base`). Without: as it is."""
+    """-> products of both digits, in units of the second: an integer that fits (`digit_base`). Without BASE, unchanged.
+    """
     if BASE:
         product = product * BASE + fine
     return product.to(tl.float32)
@@ -107,10 +108,10 @@ def block_bounds(
 ):
     """out = max over a block of scale * row_scale * (row . query), plus what the product may have missed."""
     query_tiles = tl.cdiv(num_queries, BN)
-    block = tl.program_id(0) // query_tiles  # the tiles of one block follow each other, and find its rows in L2
+    block = tl.program_id(0) // query_tiles  # the query tiles of a block follow each other, and find its rows in L2
     query = tl.program_id(0) % query_tiles * BN + tl.arange(0, BN)
     first = block.to(tl.int64) * BM
-    # The last block repeats its last row, and the last tile its last query: no mask, and no maximum changes.
+    # The last block repeats its last row, and the last tile its last query: this needs no mask and changes no maximum.
     row = tl.minimum(tl.arange(0, BM), num_rows - 1 - first).to(tl.int32)
     known = tl.minimum(query, num_queries - 1)
     component = tl.arange(0, BK)
@@ -148,8 +149,9 @@ def block_bounds(
 
 
 def digit_base(size: int) -> int:
-    """The largest power of two, 128 at most, for which sums of `size` products of two digits fit int32. A code is 127
-    at most, a second digit half of the base."""
+    """-> the largest power of two, at most 128, for which sums of `size` products of two digits fit int32.
+
+    A code is at most 127, a second digit at most half of the base."""
     base = 128
     while base > 1 and size * 127 * (127 * base + base // 2) >= 1 << 31:
         base //= 2
@@ -157,10 +159,10 @@ def digit_base(size: int) -> int:
 
 
 def candidates(num_queries: int, size: int, digits: bool, shared_memory: int, walks: bool) -> list[Candidate]:
-    """What to try for so many queries of D `size`, in so much shared memory per program; the first is what is taken
-    untried.
+    """-> what to try for this many queries of D `size`; the first is used where nothing has been tuned.
 
-    `digits`: rows and queries are 8-bit codes. `walks`: descriptors can be had, for these rows on this device."""
+    `digits`: rows and queries are 8-bit codes. `shared_memory`: bytes that a program can have. `walks`: descriptors
+    are available for these rows on this device."""
     from searchr1_kernels._topk_walk_triton import DIGITS_WALKS, WALKS
 
     table, stage_bytes = DIGITS_CONFIGURATIONS if digits else CONFIGURATIONS, STAGE_BYTES
@@ -179,12 +181,12 @@ def candidates(num_queries: int, size: int, digits: bool, shared_memory: int, wa
 
 
 def _tile(num_queries: int, table: dict[int, Any]) -> int:
-    """The first that has room for all, or the largest."""
+    """-> the smallest tile with room for all queries, or the largest tile."""
     return min((tile for tile in table if tile >= num_queries), default=max(table))
 
 
 def block_constants(way: Candidate, itemsize: int) -> dict[str, int]:
-    """Meta-parameters of a kernel for rows and queries of `itemsize` bytes."""
+    """-> meta-parameters of a kernel for rows and queries of `itemsize` bytes a number."""
     return {
         "BM": way.rows, "BN": way.queries, "BK": way.stage_bytes // itemsize,
         "num_warps": way.num_warps, "num_stages": way.num_stages,
@@ -202,7 +204,7 @@ def compile_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int,
 
 
 def _case(rows: str, queries: str, tile: int, size: int = 256) -> tuple:
-    """One of `compile_cases`: element types of rows and queries, queries per program, components."""
+    """-> one of `compile_cases`, for element types of rows and queries, queries per program, and components."""
     itemsize = {"fp32": 4, "fp16": 2, "bf16": 2, "i8": 1}[queries]
     (way, *_) = candidates(tile, size, queries == "i8", 1 << 20, walks=False)
     constants = block_constants(way, itemsize)

@@ -1,17 +1,18 @@
-"""Exact top-k on the CPU: products of 8-bit codes propose, bounds on their error decide what is scored exactly.
+"""Exact top-k on the CPU: products of 8-bit codes propose candidates, bounds on their error decide which are scored.
 
     row = center + scale * code + residual            query = query_scale * query_code + query_residual
     query . row = query . center + query_scale * scale * (query_code . code)  +-  error
     error <= |query| * |residual| + |query_residual| * |scale * code|                          (Cauchy-Schwarz)
 
-1. Integer matrix products over tiles of rows that stay in cache; of each block of rows only the maximum is kept, and
-   of each query the k best lower bounds, which bound its k-th best score from below.
-2. Per query, blocks whose upper bound reaches that, best first; in them rows likewise; these alone are scored, until no
-   upper bound reaches the k-th best exact score. So nothing is approximate, however coarse the codes are.
+1. Integer matrix products run over tiles of rows that stay in cache. Only the maximum of each block of rows is kept,
+   and for each query the k best lower bounds, which bound its k-th best score from below.
+2. Each query goes through the blocks whose upper bounds reach that, best first, and in them likewise through the rows.
+   These alone are scored exactly, until no upper bound reaches the k-th best exact score. So nothing is approximate,
+   however coarse the codes are.
 
-The integer products do four times the arithmetic of fp32 ones per instruction (AVX-512 VNNI). Measured on one thread of
-an AMD EPYC (Zen 4), 2026-11-24, 200,000 x 384: 98 ms for 256 queries, where an fp32 product takes 574 ms. Rows that
-compress badly (one huge component) leave too many candidates; then the same is done with fp64 products instead.
+The integer products do four times the arithmetic of fp32 ones per instruction (AVX-512 VNNI). On one thread of an AMD
+EPYC (Zen 4), 2026-11-24, 200,000 x 384, 256 queries take 98 ms, where an fp32 product takes 574 ms. Rows that compress
+badly (one huge component) leave too many candidates; then fp64 products are used instead.
 
 Shape legend: Q queries, M rows, D components, T rows of a tile, B rows of a block, G blocks.
 """
@@ -30,16 +31,16 @@ from searchr1_kernels import _topk_numba as kernels
 from searchr1_kernels._threads import num_parts, run_parts
 
 _QUERIES_AT_ONCE = 256
-_TILE_ELEMENTS = 1 << 18  # of a tile's products, 1 MiB: they are read again at once
+_TILE_ELEMENTS = 1 << 18  # of a tile's products, 1 MiB: they are read again immediately
 _MIN_BLOCK_ROWS = 16
 _MAX_BLOCKS = 1 << 16  # 64 MiB of maxima for 256 queries
-# Candidate blocks of all blocks from which on coarser products cost more than they saved: fp64 ones take eight times as
-# long, and a row that is looked at alone takes about as long as in one of those.
+# Fraction of candidate blocks above which coarser products cost more than they save: fp64 products take eight times as
+# long, and scoring a row alone takes about as long as it does in one of those.
 _TOO_MANY = 1 / 8
 
 
 class Codes(NamedTuple):
-    """Rows as the integer products take them. `residuals` and `magnitudes` bound |residual| and |scale * code|."""
+    """Rows in the form that integer products take. `residuals` and `magnitudes` bound |residual| and |scale * code|."""
 
     codes: torch.Tensor  # [M, D] int8
     scales: torch.Tensor  # [M] fp32
@@ -48,18 +49,19 @@ class Codes(NamedTuple):
 
 
 def empty_codes(num_rows: int, size: int) -> Codes:
-    """Memory for `quantize` to fill."""
+    """-> memory for `quantize` to fill."""
     return Codes(torch.empty(num_rows, size, dtype=torch.int8, device="cpu"), *(_floats(num_rows) for _ in range(3)))
 
 
 def _floats(*shape: int) -> torch.Tensor:
-    """Memory of fp32 on the CPU, whatever a caller has made torch's default."""
+    """-> fp32 memory on the CPU, whatever torch's defaults are."""
     return torch.empty(shape, dtype=torch.float32, device="cpu")
 
 
 def quantize(rows: torch.Tensor, center: torch.Tensor, out: Codes, first: int = 0) -> Codes:
-    """Codes of floating rows [M,D] around a center [D] fp32, in the first M places of `out`. `first` is the number of
-    the first row, for the error."""
+    """Write codes of floating rows [M,D] around a center [D] fp32 to the first M places of `out`. -> those places.
+
+    ValueError where a row is not finite; `first` is the number of the first row, for its message."""
     num_rows, size = rows.shape
     step = max(1, _TILE_ELEMENTS // max(1, size))
     for begin in range(0, num_rows, step):
@@ -72,7 +74,7 @@ def quantize(rows: torch.Tensor, center: torch.Tensor, out: Codes, first: int = 
 
 
 def adopt(rows: torch.Tensor, row_scales: torch.Tensor | None) -> Codes:
-    """Rows that are 8-bit codes already: they leave nothing over."""
+    """-> codes of rows that are 8-bit codes already and have no residuals."""
     scales = _floats(rows.shape[0]).fill_(1) if row_scales is None else row_scales
     if not bool(scales.isfinite().all()):
         raise ValueError("scales: expected finite numbers")
@@ -82,15 +84,16 @@ def adopt(rows: torch.Tensor, row_scales: torch.Tensor | None) -> Codes:
 
 
 def sample_center(rows: torch.Tensor, most: int = 4096) -> torch.Tensor:
-    """[D] fp32, about the mean of the rows. Any center is right; one near the mean leaves the least to encode, which is
-    much where all rows point the same way, as those of most text encoders do. What of it would take a finite number
-    beyond fp32's is left out."""
+    """-> [D] fp32, about the mean of the rows.
+
+    Any center is correct; one near the mean leaves the least to encode, which helps much where all rows point the same
+    way, as those of most text encoders do. Components that could take a finite number beyond fp32's range are 0."""
     center = rows[:: max(1, rows.shape[0] // most)].double().mean(0).float()
     return torch.where(center.abs() < 2.0**102, center, 0.0)  # less than half the step of the largest fp32
 
 
 def prepare(corpus: torch.Tensor, scales: torch.Tensor | None, coarse: str) -> list[torch.Tensor]:
-    """-> center [D] fp32, and the codes of all rows, in the order of `Codes`."""
+    """-> center [D] fp32, then the codes of all rows, in the order of `Codes`."""
     assert coarse == "int8", coarse
     if corpus.dtype == torch.int8:
         return [_floats(corpus.shape[1]).zero_(), *adopt(corpus, scales)]
@@ -99,7 +102,7 @@ def prepare(corpus: torch.Tensor, scales: torch.Tensor | None, coarse: str) -> l
 
 
 def products(parts: list[torch.Tensor]) -> str:
-    """What proposes candidates, given what `prepare` made."""
+    """-> the products that propose candidates, given what `prepare` returned."""
     return "int8" if integer_products_are_exact() else "fp64"
 
 
@@ -131,8 +134,9 @@ def search(
 
 @functools.cache
 def integer_products_are_exact() -> bool:
-    """Whether `torch._int_mm` keeps every bit here: without VNNI, 8-bit products are added in pairs in 16 bits, which
-    saturates at the ends of the range. Says so, once, where it does not."""
+    """Whether `torch._int_mm` keeps every bit on this processor. Warns, once, if it does not.
+
+    Without VNNI, 8-bit products are added in pairs in 16 bits, which saturates at the ends of the range."""
     ends = [torch.full(shape, 127, dtype=torch.int8, device="cpu") for shape in ((64, 384), (384, 32))]
     exact = all(
         bool((torch._int_mm(sign * ends[0], other * ends[1]) == sign * other * 384 * 127 * 127).all())
@@ -149,7 +153,7 @@ def integer_products_are_exact() -> bool:
 
 
 class _Problem(NamedTuple):
-    """What both ways of proposing candidates get."""
+    """The input of both ways of proposing candidates."""
 
     queries: torch.Tensor  # [Q, D] fp32
     rows: torch.Tensor
@@ -170,9 +174,9 @@ class _Problem(NamedTuple):
 
 
 class _Bounds(NamedTuple):
-    """What is known of every score: `scale * product`, give or take `norm * residual + residual_norm * magnitude`."""
+    """What is known of every score: `scale * product` +- `norm * residual + residual_norm * magnitude`."""
 
-    highest: np.ndarray  # [Q, G] fp32: no score of the block, rounded to fp32 and less its offset, is above
+    highest: np.ndarray  # [Q, G] fp32: no score of the block, rounded to fp32 and less its offset, is above this
     thresholds: np.ndarray  # [Q] fp32: no more than the k-th best score, less its offset
     offsets: np.ndarray  # [Q] fp64: query . center, which products of codes lack
     scales: np.ndarray  # [Q] fp64
@@ -181,7 +185,7 @@ class _Bounds(NamedTuple):
     query_codes: np.ndarray | None  # [Q, D] int8; None: rows of a block cannot be told apart without scoring them
 
     def num_candidates(self) -> int:
-        """Blocks, over all queries, that may hold one of the k best."""
+        """-> the number of blocks, over all queries, that may hold one of the k best."""
         return kernels.count_candidates(self.highest, self.thresholds)
 
 
@@ -191,9 +195,9 @@ def _coarse_int8(problem: _Problem) -> _Bounds:
     scales = torch.where(peaks > 0, peaks / 127, 1.0)
     query_codes = (queries / scales[:, None]).round().clamp(-127, 127)
     left_over = torch.linalg.vector_norm(queries - scales[:, None] * query_codes, dim=1)
-    # Not a transposed view: of one component its strides are (1, 1), which `torch._int_mm` (2.13) silently misreads.
+    # Not a transposed view: with one component its strides are (1, 1), which `torch._int_mm` (2.13) silently misreads.
     operand = queries.new_empty(queries.shape[::-1], dtype=torch.int8).copy_(query_codes.t())  # [D, Q]
-    # Kept from tile to tile: fresh memory would cost a third of the product's time in page faults.
+    # Reused from tile to tile: fresh memory would cost a third of the product's time in page faults.
     buffer = queries.new_empty(problem.tile_rows, queries.shape[0], dtype=torch.int32)
     made = None
     if problem.codes is None and problem.rows.dtype != torch.int8:
@@ -213,8 +217,9 @@ def _coarse_int8(problem: _Problem) -> _Bounds:
 
 
 def _coarse_fp64(problem: _Problem) -> _Bounds:
-    """The same with products that are exact to 2^-53, so that hardly anything but the k best remains. fp64, because
-    `torch.set_float32_matmul_precision` lets fp32 ones be computed in bf16."""
+    """The same with products that are exact to 2^-53, so that hardly anything but the k best remains.
+
+    fp64, because `torch.set_float32_matmul_precision` lets fp32 ones be computed in bf16."""
     queries = problem.queries.double()
     rounding = problem.queries.new_full((queries.shape[0],), queries.shape[1] * 2.0**-52, dtype=torch.float64)
 
@@ -223,7 +228,7 @@ def _coarse_fp64(problem: _Problem) -> _Bounds:
         if problem.row_scales is not None:
             rows *= problem.row_scales[begin:end, None]
         lengths = torch.linalg.vector_norm(rows, dim=1)
-        if problem.codes is None and not bool(lengths.isfinite().all()):  # codes have been checked when they were made
+        if problem.codes is None and not bool(lengths.isfinite().all()):  # codes were checked when they were made
             name, row = "scales" if problem.row_scales is not None else "corpus", int(lengths.isfinite().int().argmin())
             raise ValueError(f"{name}: expected finite numbers, row {begin + row} has others")
         magnitudes = lengths.float() * (1 + kernels.BOUND_SLACK)
@@ -256,18 +261,18 @@ def _coarse(
 
 
 def _thresholds(lowest: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """Bounds of the k-th best scores from below, less their offsets, [Q] fp64 -> thresholds [Q] fp32."""
-    # Equal scores may come of unequal ones that were rounded: a threshold stays below that, and below its own rounding.
+    """Lower bounds of the k-th best scores, less their offsets, [Q] fp64 -> thresholds [Q] fp32."""
+    # Unequal scores may be rounded to equal ones: a threshold allows for that, and for its own rounding.
     lowest = np.minimum(lowest, kernels.HUGE - offsets)
     thresholds = lowest - kernels.ROUNDING * (np.abs(offsets + lowest) + np.abs(lowest)) - kernels.LEAST
-    # Below that they are -inf and equals; it is where there are fewer than k blocks, too.
+    # Below that, scores are -inf and equals. `lowest` is -inf also where there are fewer than k blocks.
     everything = np.isnan(thresholds) | (offsets + lowest < -kernels.HUGE)
     with np.errstate(over="ignore"):
         return np.where(everything, -np.inf, thresholds).astype(np.float32)
 
 
 def _refine(problem: _Problem, bounds: _Bounds, scores: torch.Tensor, ids: torch.Tensor) -> None:
-    """Fills scores and ids [Q,k]; queries are shared out over torch's threads."""
+    """Fill scores and ids [Q,k]; queries are distributed over torch's threads."""
     rows, table = _readable(problem.rows)
     codes = problem.codes if bounds.query_codes is not None else None
     if bounds.query_codes is not None and problem.rows.dtype == torch.int8:
@@ -282,7 +287,7 @@ def _refine(problem: _Problem, bounds: _Bounds, scores: torch.Tensor, ids: torch
 
 
 def _readable(rows: torch.Tensor) -> tuple[np.ndarray, np.ndarray | None]:
-    """Rows as numba can read them; 16-bit floats as their bits, with a table [65536] fp32 of what the bits mean."""
+    """-> rows as numba can read them; 16-bit floats as bits, with a table [65536] fp32 of what the bits mean."""
     if rows.dtype in (torch.float16, torch.bfloat16):
         return rows.view(torch.int16).numpy().view(np.uint16), _meanings(rows.dtype)
     return rows.numpy(), None

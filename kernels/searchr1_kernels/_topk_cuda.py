@@ -1,15 +1,15 @@
 """Exact top-k on a GPU: bounds of all blocks of 128 rows, exact scores of the best blocks, and a proof.
 
-1. One pass over the corpus (or over its 8-bit codes) gives an upper bound per block and query; what it can miss is the
-   quantisation, by Cauchy-Schwarz as in `_topk_cpu`, and the rounding of the matrix units.
-2. The k blocks with the highest bounds are scored exactly. Their k-th best score is one that the result reaches, so of
-   the other blocks only those count whose bounds reach it; they are scored too, as far as there are places.
-3. If the highest bound that is left over is below the k-th exact score, the result is proven, ties included. The host
-   waits for this one answer. Where it fails (`settle`), all blocks whose bounds reach the k-th score are counted and
-   scored, however many; or, where codes let through so many that reading the rows as floats is less work, that is done.
+1. One pass over the corpus (or over its 8-bit codes) gives an upper bound per block and query. The bound includes what
+   the pass can miss: the quantisation, by Cauchy-Schwarz as in `_topk_cpu`, and the rounding of the matrix units.
+2. The k blocks with the highest bounds are scored exactly. Their k-th best score is a lower bound of the result's, so
+   of the other blocks only those whose bounds reach it matter; these are scored too, as far as there are places.
+3. If the highest bound left over is below the k-th exact score, the result is proven, ties included. The host waits for
+   this one answer. If it is not proven (`settle`), all blocks whose bounds reach the k-th score are counted and scored,
+   however many there are; or the rows are read as floats, if codes let through so many that this is less work.
 
-`_topk_passes` has the kernels in order; here is what is around them. `_plain` does the same with torch's own selection:
-for more hits than a warp can sort, and as the twin that tests compare.
+`_topk_passes` runs the kernels in order; this module has the rest. `_plain` does the same with torch's own selection:
+for more hits than a warp can sort, and as the twin that tests compare with.
 
 Shape legend: Q queries, M rows, D components, G blocks of 128 rows, P chosen blocks per query.
 """
@@ -23,20 +23,22 @@ import torch
 from searchr1_kernels.topk_search import Hits, Settled
 
 _QUERIES_AT_ONCE = 1024
-_KEY_BYTES = 1 << 30  # of exact scores at once, when more are settled
-_BOUND_BYTES = 1 << 27  # of bounds in fp64, the same
+_KEY_BYTES = 1 << 30  # of exact scores that `_best_of_blocks` holds at once
+_BOUND_BYTES = 1 << 27  # of bounds in fp64 that `settle` holds at once
 _ROWS_AT_ONCE = 1 << 18  # when codes are made
 _PLAIN_SLACK = 16
-# Of what a pass over the rows as floats reads, the part that is better spent on scoring what codes let through. Scoring
-# reads rows for one query at a time and adds in fp64, so its bytes take longer; how much longer is not yet measured.
+# Scoring what codes let through is preferred up to this fraction of the rows that a pass over the floats would read.
+# Scoring reads rows for one query at a time and adds in fp64, so its bytes take longer; how much is not yet measured.
 _WORTH = 0.5
-# Of scores and bounds to fp32, as in _topk_numba.
+# Rounding of scores and bounds to fp32, as in `_topk_numba`.
 _ROUNDING, _LEAST, _HUGE = 2.5e-7, 1e-37, 3.4e38
 
 
 def prepare(corpus: torch.Tensor, scales: torch.Tensor | None, coarse: str) -> list[torch.Tensor]:
-    """-> [norms [G]] for "float"; [norms [G], center [D], codes [M,D], scales [M], residuals [M], magnitudes [G]] for
-    "int8". Of rows the largest value per block is kept."""
+    """-> what bounds of a corpus are made of, by `coarse`.
+
+    "float": [norms [G]]. "int8": [norms [G], center [D], codes [M,D], scales [M], residuals [M], magnitudes [G]]. A [G]
+    has the largest value of each block's rows."""
     norms = _per_block(_row_norms(corpus, scales))
     if coarse == "float":
         return [norms]
@@ -54,18 +56,20 @@ def prepare(corpus: torch.Tensor, scales: torch.Tensor | None, coarse: str) -> l
 
 
 def products(parts: list[torch.Tensor]) -> str:
-    """What proposes candidates, given what `prepare` made."""
+    """-> the products that propose candidates, given what `prepare` returned."""
     return "int8" if len(parts) > 1 else "float"
 
 
 def aligned(rows: torch.Tensor) -> torch.Tensor:
-    """rows [M,D]; a copy where 16 divides D and yet they begin at no multiple of 16 bytes: read number by number, exact
-    scores would be summed in another order, and bounds take more registers than there are."""
+    """-> rows [M,D], copied if 16 divides D but they do not begin at a multiple of 16 bytes.
+
+    Read number by number, exact scores would be summed in another order, and bounds would take more registers than
+    there are."""
     return rows.clone() if rows.shape[1] % 16 == 0 and rows.data_ptr() % 16 else rows
 
 
 def _row_norms(corpus: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
-    """[M] fp32, no less than the norms."""
+    """-> upper bounds of the rows' norms, [M] fp32."""
     norms = corpus.new_empty(corpus.shape[0], dtype=torch.float32)
     for begin in range(0, corpus.shape[0], _ROWS_AT_ONCE):
         part = slice(begin, begin + _ROWS_AT_ONCE)
@@ -79,7 +83,7 @@ def _row_norms(corpus: torch.Tensor, scales: torch.Tensor | None) -> torch.Tenso
 
 
 def _quantize(rows: torch.Tensor, center: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """rows [M,D] -> codes [M,D] int8, scales, residuals, magnitudes [M] fp32; norms from fp64."""
+    """rows [M,D] -> codes [M,D] int8, scales, residuals, magnitudes [M] fp32; the latter two are norms, from fp64."""
     from searchr1_kernels._topk_numba import TINY
 
     centred = rows.double() - center.double()
@@ -92,7 +96,7 @@ def _quantize(rows: torch.Tensor, center: torch.Tensor) -> tuple[torch.Tensor, .
 
 
 def _per_block(values: torch.Tensor) -> torch.Tensor:
-    """[M] -> [G]: the largest of each block."""
+    """values [M] -> the largest of each block [G]."""
     from searchr1_kernels._topk_bounds_triton import BLOCK_ROWS
 
     padding = -values.shape[0] % BLOCK_ROWS
@@ -117,7 +121,7 @@ def search(
 
 
 def _search(queries: torch.Tensor, corpus, k: int) -> tuple[torch.Tensor, torch.Tensor, Settled]:
-    """-> scores, ids, what settling took."""
+    """-> scores, ids, and what settling took."""
     from searchr1_kernels._topk_passes import Passes
 
     passes, settled = Passes(corpus, min(len(queries), _QUERIES_AT_ONCE), k), Settled()
@@ -135,18 +139,18 @@ def _search(queries: torch.Tensor, corpus, k: int) -> tuple[torch.Tensor, torch.
 
 
 def _plain(passes, queries, k, hits) -> None:
-    """As `Passes.launch`."""
+    """The plain twin of `Passes.launch`."""
     num_blocks = passes.corpus.num_blocks
     bounds, offsets = passes.bounds(queries)
     chosen = min(num_blocks, k + _PLAIN_SLACK)
     highest, blocks = torch.topk(bounds, min(num_blocks, chosen + 1), dim=1)
     hits.scores[:], hits.ids[:] = _best_of_blocks(queries, passes.corpus, k, blocks[:, :chosen])
-    left_over = _reaching(highest[:, chosen:], offsets, hits.scores[:, -1])  # [Q, 1], or [Q, 0] where nothing is
+    left_over = _reaching(highest[:, chosen:], offsets, hits.scores[:, -1])  # [Q, 1], or [Q, 0] if nothing is left over
     hits.unproven[:] = left_over.any(1)
 
 
 def settle(passes, queries: torch.Tensor, hits, unproven: torch.Tensor) -> Settled:
-    """Puts right the hits of these queries [n], which `passes` has searched last. Waits for the device."""
+    """Correct the hits of the queries `unproven` [n] in the last search of `passes`. Waits for the device."""
     settled = Settled()
     for part in unproven.split(max(1, _BOUND_BYTES // (8 * passes.corpus.num_blocks))):
         if len(part):
@@ -176,14 +180,14 @@ def _settle(passes, queries, hits, unproven) -> Settled:
 
 
 def _reaching(bounds, offsets, scores) -> torch.Tensor:
-    """bounds [n,G] fp32, offsets [n] fp64, scores [n] fp32 -> which blocks may have a row of that score, [n,G] bool."""
+    """bounds [n,G] fp32, offsets [n] fp64, scores [n] fp32 -> which blocks may reach the score, [n,G] bool."""
     bounds, offsets = bounds.double(), offsets[:, None]
     highest = offsets + bounds + _ROUNDING * ((offsets + bounds).abs() + bounds.abs()) + _LEAST
     return ~((highest < _HUGE) & (highest < scores.double()[:, None]))
 
 
 def _best_of_blocks(queries, corpus, k, blocks) -> tuple[torch.Tensor, torch.Tensor]:
-    """blocks [Q,P], or -1 -> scores, ids [Q,k] of the best of their rows."""
+    """blocks [Q,P], -1 where there is none -> scores, ids [Q,k] of the best of their rows."""
     from searchr1_kernels._topk_bounds_triton import BLOCK_ROWS
     from searchr1_kernels._topk_passes import score_places
     from searchr1_kernels._topk_triton import PARTS
@@ -197,7 +201,7 @@ def _best_of_blocks(queries, corpus, k, blocks) -> tuple[torch.Tensor, torch.Ten
         keys = torch.full((size, num_places * BLOCK_ROWS), -1 << 63, dtype=torch.int64, device=queries.device)
         maxima = keys.new_empty(size, num_places * PARTS)
         score_places(queries[part], corpus, blocks[part].contiguous(), keys, maxima, num_places, 0, num_places)
-        best.append(torch.topk(keys, k, dim=1).values)  # keys are all different: there is one answer
+        best.append(torch.topk(keys, k, dim=1).values)  # keys are all different, so the answer is unique
     return _unpack(torch.cat(best))
 
 

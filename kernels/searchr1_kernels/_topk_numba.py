@@ -1,7 +1,7 @@
 """The loops of the search on a CPU: codes of rows, block maxima with their bounds, and exact scores.
 
-Bounds are in real numbers; two constants make them safe to compute in floating point. An infinity in them (rows near
-the end of fp32) may become NaN, so comparisons are written to keep what is not known to be excluded.
+Bounds hold for real numbers; slack constants make them safe to compute in floating point. An infinity in them (rows
+near the end of fp32's range) may become NaN, so comparisons are written to keep what is not known to be excluded.
 
 Shape legend: Q queries, M rows, D components, T rows of a tile, B rows of a block, G blocks.
 """
@@ -13,26 +13,26 @@ import numpy as np
 
 from searchr1_kernels._threads import share
 
-# Of a product of codes: int32 to fp32, and a multiplication (2^-23 together).
+# Slack for a product of codes: int32 to fp32, and a multiplication (2^-23 together).
 BOUND_SLACK = 1e-6
-# Of a score: unequal ones may be rounded to the same fp32 (2^-23), and a bound is kept in fp32 (2^-24).
+# Slack for a score: unequal ones may be rounded to the same fp32 (2^-23), and a bound is kept in fp32 (2^-24).
 ROUNDING = 2.5e-7
-# The same of scores for which fp32 has no exponent left, also where the processor takes denormals for zero.
+# The same for scores that underflow in fp32, also where the processor treats denormals as zero.
 LEAST = 1e-37
-# From here on a score may be rounded to infinity, as all beyond are: they are equals.
+# From here on a score may be rounded to infinity, as all beyond are: they are equal.
 HUGE = 3.4e38
 
 # Sums may be reordered, so that they use vector registers; but NaN and infinity keep their meaning, as bounds need.
 _SUMS = {"reassoc", "nsz", "contract"}
 _LANES = 32
-# More than what is lost of numbers without an exponent left, also where the processor takes denormals for zero.
+# More than underflow loses of numbers, also where the processor treats denormals as zero.
 TINY = 1e-33
 _TINY = np.float32(TINY)
 
 
 @numba.njit(cache=True, nogil=True, fastmath=_SUMS)
 def quantize(rows, center, codes, scales, residuals, magnitudes):
-    """rows [M,D] fp32 -> the others filled; the first row that is not finite, or -1."""
+    """Fill the outputs from rows [M,D] fp32; -> the first row that is not finite, or -1."""
     num_rows, size = rows.shape
     row = np.empty(size, np.float32)
     bits = row.view(np.int32)
@@ -42,7 +42,7 @@ def quantize(rows, center, codes, scales, residuals, magnitudes):
         for i in range(size):
             row[i] = rows[r, i] - center[i]
         peak_bits = np.int32(0)
-        for i in range(size):  # the maximum of magnitudes as integers: it vectorises, and NaN is the largest
+        for i in range(size):  # the maximum of magnitudes as integers vectorises, and NaN is the largest
             peak_bits = max(peak_bits, np.int32(bits[i] & np.int32(0x7FFFFFFF)))
         if peak_bits >= 0x7F800000:
             return r
@@ -61,7 +61,7 @@ def quantize(rows, center, codes, scales, residuals, magnitudes):
             left_over = np.float32(size * 127 * 127)
         scales[r] = scale
         magnitudes[r] = np.sqrt(length) * scale * slack + _TINY
-        # The subtraction, the product and the scale were rounded, relative to what they began with.
+        # The subtraction, the product and the scale were rounded, relative to their operands.
         residuals[r] = np.sqrt(left_over) * scale * slack + np.float32(4e-7) * magnitudes[r] + _TINY
     return -1
 
@@ -90,7 +90,8 @@ def _block_maximum(tile, scales, begin, end, best):
 def reduce_tile(
     tile, row_scales, residuals, magnitudes, block, first, highest, lowest, offsets, scales, norms, residual_norms
 ):
-    """tile [T,Q] of products -> its part of highest [Q,G], from block `first` on; lowest [Q,k] keeps the best."""
+    """Reduce a tile [T,Q] of products to its part of highest [Q,G], from block `first` on; lowest [Q,k] keeps the best.
+    """
     num_rows, num_queries = tile.shape
     best, roots = np.empty(num_queries, np.float32), lowest[:, 0].copy()
     lows, highs = np.empty(num_queries), np.empty(num_queries, np.float32)
@@ -119,20 +120,21 @@ def reduce_tile(
 
 @numba.njit(cache=True, nogil=True)
 def _highest(bound, offset):
-    """A bound of a sum in real numbers, less `offset`, as one of its fp32 rounding; itself safe to round to fp32. It is
+    """Bound of a sum in real numbers, less `offset` -> bound of its fp32 rounding, itself safe to round to fp32.
+
     NaN where an infinity met a zero: compare so that NaN is kept."""
     return bound + ROUNDING * (abs(offset + bound) + abs(bound)) + LEAST
 
 
 @numba.njit(cache=True, nogil=True)
 def _most(bound):
-    """The largest fp32 that a score up to this bound is rounded to."""
+    """-> the largest fp32 that a score up to this bound may be rounded to."""
     return bound if bound < HUGE else np.inf  # and of NaN
 
 
 @numba.njit(cache=True, nogil=True)
 def _replace_root(heap, value):
-    """A binary heap, smallest first: its root makes way for a larger value."""
+    """Replace the root of a binary heap, smallest first, by a larger value."""
     place, size = 0, heap.shape[0]
     while True:
         child = 2 * place + 1
@@ -149,7 +151,7 @@ def _replace_root(heap, value):
 
 @numba.njit(cache=True, nogil=True)
 def count_candidates(highest, thresholds):
-    """highest [Q,G], thresholds [Q] -> how many entries are not below the threshold of their query."""
+    """highest [Q,G], thresholds [Q] -> the number of entries that are not below their query's threshold."""
     count = 0
     for q in range(highest.shape[0]):
         for g in range(highest.shape[1]):
@@ -159,7 +161,7 @@ def count_candidates(highest, thresholds):
 
 @numba.njit(cache=True, nogil=True)
 def _candidates(highest, threshold, places):
-    """highest [G] -> how many blocks are not below the threshold; their numbers into places [G]."""
+    """highest [G] -> the number of blocks that are not below the threshold; their indices go to places [G]."""
     found, step = 0, 64
     for begin in range(0, highest.shape[0], step):
         end = min(begin + step, highest.shape[0])
@@ -179,7 +181,9 @@ def refine_queries(
     turns, cuts, queries, rows, table, row_scales, codes, block,
     highest, thresholds, offsets, scales, norms, residual_norms, query_codes, scores, ids,
 ):  # fmt: skip
-    """Scores and ids [Q,k] of the queries whose turn it is. `codes`: None, or codes, scales, residuals, magnitudes."""
+    """Fill scores and ids [Q,k] of the queries that `share` hands to this thread.
+
+    `codes`: None, or codes, scales, residuals, magnitudes."""
     num_rows, k = rows.shape[0], scores.shape[1]
     places = np.empty(highest.shape[1], np.int64)
     row, lanes = np.empty(rows.shape[1], np.float32), np.empty(_LANES)
@@ -204,7 +208,7 @@ def refine_queries(
 
 @numba.njit(cache=True, nogil=True)
 def _code_product(code, query_code):
-    """[D] int8 each; in 32 bits, which the loop needs to be told."""
+    """-> the product of two codes [D] int8, in 32 bits, which the loop needs to be told."""
     total = np.int32(0)
     for i in range(code.shape[0]):
         total = np.int32(total + np.int32(code[i]) * np.int32(query_code[i]))
@@ -213,10 +217,10 @@ def _code_product(code, query_code):
 
 @numba.njit(cache=True, nogil=True)
 def _exact(query, stored, table, row_scales, r, row, lanes):
-    """The score: products (exact in fp64) summed in fp64 over lanes in this order, then rounded to fp32.
+    """-> the score: products (exact in fp64) summed in fp64 over lanes in this order, then rounded to fp32.
 
-    The lanes are written out because a compiler may not reorder a sum by itself, and one that may (fastmath) would
-    choose the order anew wherever this is inlined. `row` [D] fp32 and `lanes` are workspace.
+    The lanes are written out because a compiler may not reorder a sum on its own, and with fastmath it would choose an
+    order anew wherever this is inlined. `row` [D] fp32 and `lanes` are workspace.
     """
     size = query.shape[0]
     if table is None:
@@ -238,12 +242,12 @@ def _exact(query, stored, table, row_scales, r, row, lanes):
     if row_scales is not None:
         total *= np.float64(row_scales[r])
     score = np.float32(total)
-    return score if score != 0 else np.float32(0)  # -0 equals 0, and must look like it
+    return score if score != 0 else np.float32(0)  # -0 equals 0, and must have its bits
 
 
 @numba.njit(cache=True, nogil=True)
 def _insert(scores, ids, filled, score, row):
-    """(score, row) into the first `filled` of [k], best first, ties by row; -> how many there are now."""
+    """Insert (score, row) into the first `filled` of [k], best first, ties by row; -> how many there are now."""
     k = scores.shape[0]
     if filled == k and not (score > scores[k - 1] or (score == scores[k - 1] and row < ids[k - 1])):
         return filled

@@ -1,16 +1,17 @@
-"""The search's kernels in their order, over memory that is taken once: what `_topk_cuda` runs, and can be recorded.
+"""The search's kernels in order, over memory allocated once: what `_topk_cuda` runs, and what can be recorded.
 
-A search of Q queries, k hits:
+A search with Q queries for k hits:
 
-    prepare_queries   operands, norms, what they lack
+    prepare_queries   operands, norms, and the norms of what the operands lack
     block_bounds      the one pass over the corpus: an upper bound per block and query
-    group_maxima      of bounds
-    best_blocks       the k best blocks; k of them have k rows, so their k-th score is a lower bound of the result's
+    group_maxima      the largest bound of each group of blocks
+    best_blocks       the k best blocks; they have at least k rows, so their k-th score is a lower bound of the result's
     exact_keys, best_hits
-    best_blocks       of the others, those that may reach that score, as far as there are places
-    exact_keys, best_hits, which says whether all that may reach it had one
+    best_blocks       of the other blocks, those that may reach that score, as far as there are places
+    exact_keys, best_hits, which tells whether all that may reach it had a place
 
-Nothing here waits, and after the first search of a kind nothing asks for memory: a search is a fixed list of launches.
+Nothing here waits for the device, and nothing allocates after the first search of a kind: a search is a fixed list of
+launches.
 
 Shape legend: Q queries, M rows, D components, G blocks of 128 rows, P places, K hits, N groups of blocks.
 """
@@ -52,24 +53,24 @@ from searchr1_kernels._topk_triton import (
 )
 from searchr1_kernels.topk_search import Hits
 
-# Places beyond k for blocks that may reach the k-th score. One that stays empty costs a program that ends at once, and
-# a KiB; one that is missing costs the host's second look (`_topk_cuda.settle`). Of 16-bit rows bounds blur a few
-# blocks, of codes some dozens.
+# Places beyond k for blocks that may reach the k-th score. An empty place costs a program that ends at once, and a KiB;
+# a missing one costs the host's second look (`_topk_cuda.settle`). The blur of the bounds admits a few blocks with
+# 16-bit rows, some dozens with codes.
 SLACK = {"float": 48, "int8": 240}
-# Products with two digits take twice as long: beyond so many queries they, and not the reading, are what takes time.
+# Products with two digits take twice as long: with more queries than this, they take more time than the reading.
 MAX_CODED_QUERIES = 128
-# Sums of exact products in fp32, of which a matrix unit may drop the last two bits of every addition.
+# Sums of exact products in fp32, where a matrix unit may drop the last two bits of every addition.
 _SUM_ROUNDING = 2.0**-22
-# fp32 operands are cut to 10 bits of mantissa each, which is a relative 2^-10.
+# fp32 operands are truncated to 10 bits of mantissa each, a relative error of 2^-10.
 _TF32_ROUNDING = 2.0**-9 + 2.0**-20
-# What has no exponent left in fp32 may be dropped by the product.
+# Products may drop what underflows in fp32.
 _TINY = 1e-36
-_SAME = 1e-4  # of the largest bound: matrix units sum in some order or other, a wrong kernel is further off
+_SAME = 1e-4  # of the largest bound: matrix units differ in the order of sums; a wrong kernel is further off
 _TUNED_QUERIES = (16, 32, 64, 128, 256)
 
 
 class Corpus(NamedTuple):
-    """What is searched."""
+    """The corpus that is searched."""
 
     rows: torch.Tensor  # [M, D]
     scales: torch.Tensor | None  # [M] fp32
@@ -77,17 +78,17 @@ class Corpus(NamedTuple):
 
     @property
     def coarse(self) -> str:
-        """What bounds can be made of."""
+        """-> what bounds can be made of: "int8" codes or "float" rows."""
         return "int8" if len(self.parts) > 1 else "float"
 
     @property
     def num_blocks(self) -> int:
-        """Of 128 rows."""
+        """-> the number of blocks of 128 rows."""
         return self.parts[0].shape[0]
 
     @property
     def device(self) -> torch.device:
-        """Of the rows."""
+        """-> the device of the rows."""
         return self.rows.device
 
 
@@ -104,7 +105,7 @@ class Passes:
         self._num_groups = -(-num_blocks // group_constants(num_blocks)["GROUP"])
         new = functools.partial(torch.empty, device=corpus.device)
         self._operand = new(max_queries * size * max(2, corpus.rows.itemsize), dtype=torch.uint8)
-        # Of whole 16 bytes each, as a kernel is compiled once more for what is not.
+        # Each of whole 16 bytes: otherwise a kernel would be compiled once more for another alignment.
         vectors = new(4, -(-max_queries // 4) * 4, dtype=torch.float32)
         self._scales, self._norms, self._residual_norms, self._rest = vectors
         self._offsets = new(max_queries, dtype=torch.float64)
@@ -117,33 +118,33 @@ class Passes:
 
     @property
     def scratch(self) -> list[torch.Tensor]:
-        """What every search fills before it reads it: all but `_residuals`."""
+        """-> the memory that every search fills before it reads it: all but `_residuals`."""
         names = ("_operand", "_norms", "_offsets", "_bounds", "_maxima", "_blocks", "_keys", "_part_maxima")
-        return [getattr(self, name) for name in names]  # `_norms` lies with scales, residual norms and the rest
+        return [getattr(self, name) for name in names]  # `_norms` shares memory with scales, residual norms and rest
 
     def num_places(self, k: int) -> int:
-        """Blocks that can be scored for one query."""
+        """-> the number of blocks that can be scored for one query."""
         return min(self.corpus.num_blocks, MAX_PLACES, k + SLACK[self.corpus.coarse])
 
     def can_launch(self, k: int) -> bool:
-        """Whether `launch` takes so many hits, of a corpus of this size."""
+        """Whether `launch` can find k hits in a corpus of this size."""
         num_blocks = self.corpus.num_blocks
         return num_blocks <= MAX_GROUPS * MAX_GROUP_BLOCKS and (
             num_blocks <= MAX_PLACES or k + SLACK["float"] <= MAX_PLACES
         )
 
     def coarse(self, num_queries: int) -> str:
-        """What bounds are made of for so many queries."""
+        """-> what bounds are made of for this many queries: "int8" or "float"."""
         many = num_queries > MAX_CODED_QUERIES and self.corpus.rows.is_floating_point()
         return "float" if many else self.corpus.coarse
 
     def last_bounds(self, num_queries: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """What `bounds` gave for so many queries, in the last search."""
+        """-> what `bounds` returned in the last search, which had `num_queries` queries."""
         num_blocks = self.corpus.num_blocks
         return self._bounds[: num_queries * num_blocks].view(num_queries, num_blocks), self._offsets[:num_queries]
 
     def launch(self, queries: torch.Tensor, k: int, hits: Hits) -> None:
-        """queries [Q,D] floating, contiguous -> hits, filled."""
+        """Search queries [Q,D], floating and contiguous, and fill `hits`."""
         num_queries, num_places = len(queries), self.num_places(k)
         bounds, offsets = self.bounds(queries)
         if num_queries == 0:
@@ -169,7 +170,7 @@ class Passes:
             )  # fmt: skip
 
     def bounds(self, queries: torch.Tensor, way: Candidate | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """-> bounds [Q,G] fp32 of the scores of each block, less offsets [Q] fp64. The next search overwrites both."""
+        """-> upper bounds [Q,G] fp32 of each block's scores, less offsets [Q] fp64. The next search overwrites both."""
         num_queries, size = queries.shape
         num_blocks = self.corpus.num_blocks
         bounds, offsets = self.last_bounds(num_queries)
@@ -204,11 +205,11 @@ class Passes:
         return bounds, offsets
 
     def tune(self, num_queries: int, seconds: Callable[[Callable[[], object]], float]) -> dict[str, float]:
-        """Times every way to make bounds for so many queries, and remembers the fastest, for every corpus of this
-        device, type and width. -> seconds by name, the fastest first.
+        """Time every way to make bounds for this many queries. -> seconds by name, the fastest first.
 
-        `seconds`: how long that takes, what it queues included. A way whose bounds are not those of the first is warned
-        of and left out: wrong bounds would leave out hits, and nobody would know."""
+        The fastest is remembered for every corpus of this device, type and width. `seconds` returns how long a call
+        takes, including what it queues. A way whose bounds differ from those of the first is left out with a warning:
+        wrong bounds would lose hits, and nobody would notice."""
         queries = torch.randn(num_queries, self.corpus.rows.shape[1], device=self.corpus.device)
         times: dict[Candidate, float] = {}
         wanted = None
@@ -226,12 +227,12 @@ class Passes:
         return {way.name: times[way] for way in ways}
 
     def _ways(self, num_queries: int) -> list[Candidate]:
-        """What is worth trying, the best known first."""
+        """-> the ways worth trying, the best known first."""
         kind = self._kind(num_queries)
         return [_FASTEST[kind]] if kind in _FASTEST else _candidates(*kind)
 
     def _kind(self, num_queries: int) -> _Kind:
-        """What decides about the ways, and which is the fastest."""
+        """-> everything that determines the ways and which of them is the fastest."""
         digits = self.coarse(num_queries) == "int8"
         rows = self.corpus.parts[2] if digits else self.corpus.rows
         named = rows.shape[0] < 1 << 31 and rows.data_ptr() % 16 == 0 and rows.shape[1] * rows.itemsize % 16 == 0
@@ -247,13 +248,13 @@ def score_places(
     queries: torch.Tensor,  # [Q, D]
     corpus: Corpus,
     blocks: torch.Tensor,  # [Q, P] int64, or flat
-    keys: torch.Tensor,  # [Q, P * 128] int64, or flat: filled where there is a block
+    keys: torch.Tensor,  # [Q, P * 128] int64, or flat: filled where a place has a block
     maxima: torch.Tensor,  # [Q, P * PARTS] int64, or flat: filled
     num_places: int,
     begin: int,
     end: int,
 ) -> None:
-    """Exact scores of the blocks in places from `begin` to `end`."""
+    """Compute exact scores of the blocks in places from `begin` to `end`, as keys."""
     scales = corpus.parts[0] if corpus.scales is None else corpus.scales
     options = SCALAR_EXACT_CONFIGURATION if corpus.rows.shape[1] % 16 else EXACT_CONFIGURATION
     exact_keys[(len(queries) * (end - begin) * PARTS,)](
@@ -277,21 +278,23 @@ def _walk(way, rows, operand, row_scales, vectors, numbers, tiles, constants) ->
 
 
 def _candidates(device, dtype, size, digits, named, num_queries) -> list[Candidate]:
-    """For this device and kind of rows; `named`: a descriptor can name them (whole 16 bytes, numbers of 31 bits)."""
+    """-> candidates for this device and kind of rows.
+
+    `named`: a descriptor can address the rows (whole 16 bytes, row numbers of 31 bits)."""
     limits = _device(device)
-    walks = limits.walks and named and (digits or dtype.is_floating_point)  # and the operand is of their type
+    walks = limits.walks and named and (digits or dtype.is_floating_point)  # and the operand has the rows' type
     return candidates(num_queries, size, digits, limits.shared_memory, walks)
 
 
 class _Limits(NamedTuple):
     shared_memory: int  # bytes that one program can have
     multiprocessors: int
-    walks: bool  # whether there are kernels that walk for it
+    walks: bool  # whether there are walking kernels for it
 
 
 @functools.cache
 def _device(device: torch.device) -> _Limits:
-    """An interpreted kernel runs on the CPU, where there is no limit."""
+    """-> a device's limits. An interpreted kernel runs on the CPU, which has none."""
     if device.type != "cuda":
         return _Limits(1 << 20, 2, True)
     properties = torch.cuda.get_device_properties(device)

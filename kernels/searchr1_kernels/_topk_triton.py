@@ -1,9 +1,9 @@
-"""The search's kernels beside the pass over the corpus: operands, the best blocks, exact scores, the best hits.
+"""The search's kernels besides the pass over the corpus: operands, the best blocks, exact scores, the best hits.
 
-What is chosen from many numbers (blocks by bound, rows by score) is taken one after the other, best first: a warp per
-query holds the maximum of every group of them, takes the largest, and puts in its place the next largest of its group.
-All keys are different, as the lower half is a place, so there is one order, and taken is what is not below the last
-key. A step is some hundred instructions of one warp and a read from L2; sorting does more for as few as these.
+The best of many numbers (blocks by bound, rows by score) are taken one after the other, best first: a warp per query
+holds the maximum of every group of them, takes the largest, and replaces it with the next largest of its group. All
+keys are different, as their lower half is a place, so the order is unique, and whatever is not below the last key has
+been taken. A step is some hundred instructions of one warp and a read from L2; for so few, sorting does more work.
 
 Shape legend: Q queries, M rows, D components, G blocks of 128 rows, P places per query for chosen blocks, K hits,
 N groups, of blocks or of rows.
@@ -18,23 +18,23 @@ import triton.language as tl
 
 from searchr1_kernels._topk_bounds_triton import BLOCK_ROWS
 
-PART_ROWS = 32  # of a block, scored by one program: one lane each when hits are taken
+PART_ROWS = 32  # rows of a block that one program scores; when hits are taken, each has a lane
 PARTS = BLOCK_ROWS // PART_ROWS
-MAX_GROUPS = 1024  # that a warp holds: 64 registers of a thread
+MAX_GROUPS = 1024  # of which a warp holds the maxima: 64 registers of a thread
 MAX_PLACES = MAX_GROUPS // PARTS
 MAX_GROUP_BLOCKS = 4096
 _MAXIMA_TILE = 4096  # bounds of one program
 NO_BLOCK = tl.constexpr(-1)
 _NO_KEY = tl.constexpr(-0x8000000000000000)
 _PARTS = tl.constexpr(PARTS)
-# Of scores and bounds to fp32, also where it has no exponent left; and from where on a score may be infinite: as in
-# _topk_numba.
+# As in `_topk_numba`: rounding of scores and bounds to fp32, the same where fp32 underflows, and the size from which a
+# score may be infinite.
 _ROUNDING, _LEAST, _HUGE = tl.constexpr(2.5e-7), tl.constexpr(1e-37), tl.constexpr(3.4e38)
 
 
 @triton.jit
 def make_key(value, place):
-    """fp32, and a place below 2^32 -> int64: larger values first, then lower places."""
+    """fp32 value, place below 2^32 -> int64 key: higher for larger values, then for lower places."""
     bits = value.to(tl.int32, bitcast=True)
     monotone = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
     return (monotone << 32) | (0xFFFFFFFF - place.to(tl.int64))
@@ -42,20 +42,20 @@ def make_key(value, place):
 
 @triton.jit
 def key_value(key):
-    """The value."""
+    """-> the key's value."""
     monotone = (key >> 32).to(tl.int32)
     return (monotone ^ ((monotone >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def key_place(key):
-    """The place."""
+    """-> the key's place."""
     return 0xFFFFFFFF - (key & 0xFFFFFFFF)
 
 
 @triton.jit
 def highest_score(offset, bound):
-    """What no score of a block is above, from its bound without the offset (fp64, fp32 -> fp64)."""
+    """offset fp64, a block's bound without it fp32 -> fp64 that no score of the block exceeds."""
     bound = bound.to(tl.float64)
     highest = offset + bound + _ROUNDING * (tl.abs(offset + bound) + tl.abs(bound)) + _LEAST
     return tl.where(highest < _HUGE, highest, float("inf"))  # and of NaN
@@ -63,7 +63,7 @@ def highest_score(offset, bound):
 
 @triton.jit
 def _may_reach(key, offset, threshold, THRESHOLD: tl.constexpr):
-    """Whether the key is one, and its block may have such a score; what is not known to be below counts as reaching."""
+    """Whether there is a key, and its block may reach the threshold: unless it is known to be below."""
     reaches = key != _NO_KEY
     if THRESHOLD:
         reaches &= (highest_score(offset, key_value(key)) < threshold) == 0
@@ -77,7 +77,7 @@ def prepare_queries(
     operand,  # [Q, D] fp32, fp16 or bf16; with BASE [2 * Q, D] int8, all first digits and then all second ones
     scales,  # [Q] fp32: of products with the operand
     norms,  # [Q] fp32: of queries, rounded up
-    residual_norms,  # [Q] fp32: of what the operand lacks, rounded up, and of what the products may round
+    residual_norms,  # [Q] fp32: of what the operand lacks plus what the products may round, rounded up
     offsets,  # [Q] fp64: query . center, or 0
     num_queries,
     size,
@@ -85,9 +85,9 @@ def prepare_queries(
     BD: tl.constexpr,
     BASE: tl.constexpr,  # of two digits; 0: the operand is floats
 ):
-    """query ~ scale * operand, components of the operand at most 1 (floats) or 127 (first digits).
+    """Write query ~ scale * operand, with components of the operand at most 1 (floats) or 127 (first digits).
 
-    Sums are in fp64; what the slack of 1e-6 in the norms is for is their own rounding to fp32."""
+    Sums are in fp64; the slack of 1e-6 in the norms covers their own rounding to fp32."""
     query = tl.program_id(0).to(tl.int64)
     component = tl.arange(0, BD)
     peaks = tl.zeros((BD,), dtype=tl.float64)
@@ -101,7 +101,7 @@ def prepare_queries(
         if BASE:
             along += value * tl.load(center + d + component, mask=mask, other=0).to(tl.float64)
     unit = (tl.max(peaks, 0) / (127 if BASE else 1)).to(tl.float32)
-    unit = tl.where(unit > 1e-30, unit, 1.0)  # so small a query is all left over
+    unit = tl.where(unit > 1e-30, unit, 1.0)  # of so small a query, everything is left over
     exact_unit = unit.to(tl.float64)
     left_over = tl.zeros((BD,), dtype=tl.float64)
     for d in range(0, size, BD):
@@ -139,8 +139,8 @@ def group_maxima(
     GROUP: tl.constexpr,  # blocks
     TILE: tl.constexpr,  # groups of a program
 ):
-    """The largest key of each group of blocks."""
-    query = tl.program_id(0).to(tl.int64)  # of the other axis there are 65,535 at most
+    """Compute the largest key of each group of blocks."""
+    query = tl.program_id(0).to(tl.int64)  # the other axis has at most 65,535 programs
     group = tl.program_id(1) * TILE + tl.arange(0, TILE)
     block = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     inside = block < num_blocks
@@ -152,9 +152,9 @@ def group_maxima(
 @triton.jit(do_not_specialize=["num_blocks", "num_groups", "num_places", "begin", "end", "num_hits"])
 def best_blocks(
     bounds,  # [Q, G] fp32
-    maxima,  # [Q, N] int64, left as it is after the last that was taken
+    maxima,  # [Q, N] int64; without THRESHOLD updated to what is left after the last taken block
     offsets,  # [Q] fp64, read if THRESHOLD
-    thresholds,  # [Q, K] fp32: the last is a score, read if THRESHOLD
+    thresholds,  # [Q, K] fp32: the last score is the threshold, read if THRESHOLD
     blocks,  # [Q, P] int64
     rest,  # [Q] fp32: the highest bound that was not taken; -inf where all were
     num_blocks,
@@ -167,9 +167,10 @@ def best_blocks(
     GROUPS: tl.constexpr,  # at least N
     THRESHOLD: tl.constexpr,
 ):
-    """Fills places from `begin` to `end` with the best blocks, in order of their keys.
+    """Fill places from `begin` to `end` with the best blocks, in order of their keys.
 
-    With THRESHOLD, only with blocks that may have a row of that score or a better one; `NO_BLOCK` in the others."""
+    With THRESHOLD, only with blocks that may have a row of that score or a better one; the other places get `NO_BLOCK`.
+    """
     query = tl.program_id(0).to(tl.int64)
     group = tl.arange(0, GROUPS)
     largest = tl.load(maxima + query * num_groups + group, mask=group < num_groups, other=_NO_KEY)
@@ -216,10 +217,10 @@ def exact_keys(
     BD: tl.constexpr,
     SCALED: tl.constexpr,
 ):
-    """Exact scores of the rows of a part of a block, as keys.
+    """Compute exact scores of the rows of a part of a block, as keys.
 
     Products are exact in fp64, and summed in fp64 in an order that only `size` decides. Rows past the end get the
-    smallest key of all, and so does a part that there is nothing to do for."""
+    smallest key of all, and so does the maximum of a part without a block."""
     program = tl.program_id(0).to(tl.int64)
     part = program % _PARTS
     query = program // _PARTS // count
@@ -242,7 +243,7 @@ def exact_keys(
             if SCALED:
                 total *= tl.load(row_scales + row, mask=inside, other=0).to(tl.float64)
             score = total.to(tl.float32)
-            score = tl.where(score == 0, 0.0, score)  # -0 equals 0, and must look like it
+            score = tl.where(score == 0, 0.0, score)  # -0 equals 0, and must have its bits
             key = tl.where(inside, make_key(score, row), _NO_KEY)
             tl.store(keys + (place * _PARTS + part) * PART + r + tl.arange(0, BR), key)
             largest = tl.maximum(largest, tl.max(key, 0))
@@ -264,7 +265,7 @@ def best_hits(
     PART: tl.constexpr,
     GROUPS: tl.constexpr,  # at least count * PARTS
 ):
-    """The K best rows in order, and whether a block that was not scored may have a better one."""
+    """Write the K best rows in order, and whether a block that was not scored may have a better one."""
     query = tl.program_id(0).to(tl.int64)
     group = tl.arange(0, GROUPS)
     largest = tl.load(maxima + query * num_places * _PARTS + group, mask=group < count * _PARTS, other=_NO_KEY)
@@ -284,7 +285,7 @@ def best_hits(
 
 
 def group_blocks(num_blocks: int) -> int:
-    """Blocks of a group: a power of two, so that a warp holds the maxima of all groups and reads one in a step."""
+    """-> blocks per group: a power of two, for which a warp holds all groups' maxima and reads one group in a step."""
     group = 32
     while group < MAX_GROUP_BLOCKS and -(-num_blocks // group) > MAX_GROUPS // 2:
         group *= 2
@@ -292,19 +293,19 @@ def group_blocks(num_blocks: int) -> int:
 
 
 def group_constants(num_blocks: int) -> dict[str, int]:
-    """Meta-parameters of `best_blocks`; of `group_maxima`, with TILE in place of GROUPS."""
+    """-> meta-parameters of `best_blocks`, and of `group_maxima` with TILE in place of GROUPS."""
     group = group_blocks(num_blocks)
     return {"GROUP": group, "GROUPS": max(32, triton.next_power_of_2(-(-num_blocks // group)))}
 
 
 def maxima_tile(group: int) -> int:
-    """Groups of a program of `group_maxima`."""
+    """-> groups per program of `group_maxima`."""
     return max(1, _MAXIMA_TILE // group)
 
 
-# Of `exact_keys`: 16 rows by 128 components in fp64 are 32 registers of a thread (32 by 64 spill in Triton 3.6, sm_80).
+# `exact_keys`: 16 rows by 128 components in fp64 are 32 registers of a thread (32 by 64 spill in Triton 3.6, sm_80).
 EXACT_CONFIGURATION = {"PART": PART_ROWS, "BR": 16, "BD": 128, "num_warps": 4}
-# Of a width that 16 does not divide, read number by number: the above would spill 8 bytes (Triton 3.9, sm_80).
+# A width that 16 does not divide is read number by number: the above would spill 8 bytes (Triton 3.9, sm_80).
 SCALAR_EXACT_CONFIGURATION = EXACT_CONFIGURATION | {"BD": 64}
 PREPARE_CONFIGURATION = {"BD": 256, "num_warps": 4}
 TAKE_CONFIGURATION = {"num_warps": 1}  # a step waits for no other warp

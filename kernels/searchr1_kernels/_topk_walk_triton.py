@@ -1,13 +1,13 @@
-"""`block_bounds` with programs that stay: as many as the device runs at once, each going from block to block.
+"""`block_bounds` with persistent programs: as many as the device runs at once, each going from block to block.
 
 The loops over blocks and over components are flattened into one, so the pipeline of copies does not drain at the end of
-a block: while its maxima are taken, rows of the next are on their way. Copies are made by the memory accelerator
-(tensor descriptors), which costs threads no addresses and fills what lies outside with zeros, so no size wants a mask.
+a block: while its maxima are taken, rows of the next one are in flight. The tensor memory accelerator makes the copies
+(tensor descriptors). It costs threads no addresses and fills what lies outside with zeros, so no size needs a mask.
 
-A step of 256 rows reads the queries half as often as one of 128, which counts from about 64 queries on: they come from
-L2, and a 128-row step of 128 queries reads as many bytes of them as of rows.
+A step of 256 rows reads the queries half as often as one of 128. This matters from about 64 queries on: queries come
+from L2, and a 128-row step with 128 queries reads as many bytes of them as of rows.
 
-For sm_90. Triton 3.6 spills these for 64 queries and more on sm_100, and nobody has run them there.
+For sm_90. On sm_100 Triton 3.6 spills these with 64 queries and more, and they have not been run there.
 
 Shape legend: Q queries, M rows, D components, G blocks of 128 rows.
 """
@@ -69,7 +69,7 @@ def walk_bounds(
     SCALED: tl.constexpr,
     BASE: tl.constexpr,
 ):
-    """As `block_bounds`."""
+    """Compute what `block_bounds` computes, walking from step to step."""
     query_tiles = tl.cdiv(num_queries, BN)
     per_step: tl.constexpr = BM // 128
     num_steps = tl.cdiv(num_blocks, per_step) * query_tiles  # the tiles of one block follow each other
@@ -110,7 +110,7 @@ def walk_bounds(
 
 
 def compile_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int, int, set[str]]]:
-    """As in `_topk_bounds_triton`."""
+    """What is shipped, for the compile test: tuples as in `_topk_bounds_triton`."""
     tables = (("fp16", WALKS), ("bf16", {256: WALKS[256]}), ("fp32", {256: WALKS[256]}), ("i8", DIGITS_WALKS))
     ways = [
         (element, Candidate(programs, rows, tile, *rest))
