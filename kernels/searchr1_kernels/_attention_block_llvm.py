@@ -1,11 +1,11 @@
-"""One block of keys and values for a few query heads that share them, as vector instructions that are written out.
+"""One block of keys and values for a few query heads that share them, in vector instructions that are written out.
 
-What a compiler makes of the loops over `head_dim` numbers is bound by their ends: a sum across lanes per key, sums that
-are stored and loaded again per value. Here the length of a row is known while code is made, so that queries and sums
-stay in registers, a row is loaded and widened once for all `heads` that share it, and scores of a vector's worth of
-keys are summed across lanes together. Memory is asked ahead: with each row of this block that of the next one.
+What a compiler makes of the loops over `head_dim` numbers is bound by their ends: a sum across lanes per key, and sums
+that are stored and reloaded per value. Here the length of a row is known when code is generated. So queries and sums
+stay in registers, a row is loaded and widened once for all `heads` that share it, and the scores of a vector's worth of
+keys are summed across lanes together. Memory is prefetched: with each row of this block, the same of the next one.
 
-In bf16 queries and sums are kept in the order of `_vector_code`.
+In bf16, queries and sums are kept in the order of `_vector_code`.
 
 Shape legend
     h  heads    d  head dimension    B  places of a block, a multiple of LANES
@@ -20,11 +20,11 @@ from numba.extending import intrinsic
 from searchr1_kernels import _vector_code as vectors
 from searchr1_kernels._vector_code import LANES
 
-_LINE = 64  # bytes that a processor reads at once
+_LINE = 64  # bytes of a cache line
 
 
 def heads_together(group: int, head_dim: int) -> int:
-    """How many of the heads that share keys go through a block at once: as their queries fit into registers."""
+    """-> how many of the heads that share keys take a block at once: as many as have their queries in registers."""
     heads = 1
     while group % (2 * heads) == 0 and 2 * heads <= LANES and 2 * heads * head_dim <= LANES * LANES // 2:
         heads *= 2
@@ -32,12 +32,12 @@ def heads_together(group: int, head_dim: int) -> int:
 
 
 def takes(head_dim: int, size: int, is_bf16: bool) -> bool:
-    """Whether rows and blocks are whole vectors."""
+    """Whether rows and blocks consist of whole vectors."""
     return head_dim % (2 * LANES if is_bf16 else LANES) == 0 and size % LANES == 0
 
 
 # ----------------------------------------------------------------------------------------------------------- intrinsics
-# Arrays are of one dimension and contiguous, but for what they are views of; `heads` and `head_dim` are constants.
+# Arrays have one dimension and are contiguous, but may be views; `heads` and `head_dim` are constants.
 
 
 @intrinsic(prefer_literal=True)
@@ -81,9 +81,10 @@ def add_block(
     typing_context, queries, keys, values, filled, next_keys, next_values, next_filled, weights, peaks, totals, sums,
     heads, head_dim,
 ):  # fmt: skip
-    """Online softmax of one block: queries [h * d] of `load_queries`, keys and values [B * d], of which `filled` places
-    count -> peaks, totals [h] and sums [h * d] with them. `weights` [h * B]: scratch. The rows of the next block that
-    are filled, if any, are prefetched."""
+    """Add one block to an online softmax: peaks, totals [h] and sums [h * d] are updated.
+
+    queries [h * d] are from `load_queries`; keys and values are [B * d], of which `filled` places count. `weights`
+    [h * B] is scratch. The filled rows of the next block, if any, are prefetched."""
 
     def generate(context, builder, signature, arguments):
         names = ("queries", "keys", "values", "next_keys", "next_values", "weights", "peaks", "totals", "sums")
@@ -106,7 +107,7 @@ def add_block(
 
 
 class _Block:
-    """Writes the code of `add_block`."""
+    """Generates the code of `add_block`."""
 
     def __init__(self, builder, memory, filled, next_filled, heads: int, head_dim: int, step: int) -> None:
         self.builder, self.memory, self.filled, self.next_filled = builder, memory, filled, next_filled
@@ -116,13 +117,13 @@ class _Block:
         self.whole = builder.and_(rounded, vectors.INDEX(-LANES))  # places up to here are computed
 
     def emit(self) -> None:
-        """All of it."""
+        """Generate all of it."""
         highest = self._scores()
         shrinks = self._weights(highest)
         self._sums(shrinks)
 
     def _scores(self) -> list[ir.Value]:
-        """-> `weights` [h, whole], -inf from `filled` on; the peaks with them, vectors of one value each."""
+        """Store scores in `weights` [h, whole], -inf from `filled` on. -> a vector per head of each lane's peak."""
         builder, heads = self.builder, self.heads
         starts = [[vectors.INDEX(h * self.head_dim + i * LANES) for i in range(self.parts)] for h in range(heads)]
         memory = self.memory["queries"]
@@ -143,10 +144,10 @@ class _Block:
         return loop.results
 
     def _tile(self, first, queries) -> list[ir.Value]:
-        """Scores of LANES places from `first` on -> one vector a head.
+        """-> scores of LANES places from `first` on, one vector per head.
 
-        A vector of sums per key and head is reduced with its neighbours, as a tree, so that one addition serves LANES
-        of them. Leaves that share a key are side by side, and what comes out is put in order.
+        The vectors of sums, one per key and head, are reduced together as a tree, so that one addition serves LANES of
+        them. Leaves that share a key are side by side, and the results are put in order at the end.
         """
         builder, heads, count = self.builder, self.heads, LANES // self.heads
         last = builder.sub(self.filled, vectors.INDEX(1))
@@ -170,7 +171,7 @@ class _Block:
         return [vectors.chosen(builder, tiles, lanes[head]) for head in range(heads)]
 
     def _row(self, name: str, place) -> list[ir.Value]:
-        """The vectors of a row."""
+        """-> the vectors of a row."""
         builder = self.builder
         begin = builder.mul(place, vectors.INDEX(self.head_dim))
         found = []
@@ -181,9 +182,10 @@ class _Block:
         return found
 
     def _prefetch(self, place, is_second: bool) -> None:
-        """Beside a row of the keys as many lines of the next block's first half as there are rows, and beside the
-        values' of its second half: keys and values at once, as a processor follows several runs of memory faster than
-        one (12 against 9 GB/s: one core of an Intel Xeon, blocks of 8 kB, two cores busy, 2026-11-27)."""
+        """Prefetch a share of the next block: of its first half beside each row of keys, of its second beside values.
+
+        Its keys and values are fetched at the same time, as a processor follows several runs of memory faster than one
+        (12 against 9 GB/s: one core of an Intel Xeon, blocks of 8 kB, two cores busy, 2026-11-27)."""
         builder = self.builder
         lines = self.head_dim * (4 if self.step == LANES else 2) // _LINE  # of a row
         count = max(1, lines // 2)
@@ -200,8 +202,9 @@ class _Block:
                 vectors.ask(builder, vectors.at(builder, begin, at))
 
     def _weights(self, highest: list[ir.Value]) -> list[ir.Value]:
-        """Scores in `weights` -> their powers of 2, relative to the peaks; peaks and totals are written. What sums
-        until now are multiplied by, vectors of one value each."""
+        """Replace the scores in `weights` by their powers of 2, relative to the peaks; update peaks and totals.
+
+        -> the factors of the sums so far, vectors of one value each."""
         builder, shrinks = self.builder, []
         tops, counts = [], []
         for h in range(self.heads):
@@ -242,7 +245,7 @@ class _Block:
             vectors.store(builder, total, at)
 
     def _weight_at(self, head: int, place, kind=None):
-        # Weights of the heads lie interleaved in runs of LANES places, so that no distance has to be known.
+        # The heads' weights are interleaved in runs of LANES places, so that no distance has to be known.
         builder = self.builder
         run, inside = builder.and_(place, vectors.INDEX(-LANES)), builder.and_(place, vectors.INDEX(LANES - 1))
         offset = builder.add(

@@ -1,19 +1,19 @@
 """Attention of lone tokens over a paged KV cache on a CPU: one compiled loop over blocks.
 
-Generation is bound by the reading of keys and values. So a few tokens go through their blocks abreast, block by block:
-where they have a block in common, which samples of one prompt have in a row, the second to read it finds it in the
-processor's cache. Nothing else says what is shared, and a token's arithmetic is its own: alone it has the same bits.
-While a block is computed the next one is fetched, as blocks lie anywhere and the processor cannot guess where. Against
-a loop over slots of one piece, 128 tokens of 4 heads of 32 behind 375 places: 2.2 times as fast where groups of 8 have
-400 places in common, 0.9 times where nobody shares; in bf16 1.6 times then (Intel Xeon with AVX-512, one core, memory
-not in its caches, 2026-11-27).
+Generation is bound by reading keys and values. So a few tokens go through their blocks abreast, block by block: where
+they share a block, as consecutive samples of one prompt do, the second to read it finds it in the processor's cache.
+Nothing has to say what is shared, and a token's arithmetic is its own: alone it has the same bits. While a block is
+computed, the next one is fetched, since blocks lie anywhere and the processor cannot predict where. Compared with a
+loop over contiguous slots, for 128 tokens of 4 heads of 32 behind 375 places: 2.2 times as fast where groups of 8 share
+400 places, 0.9 times where nothing is shared, and then 1.6 times in bf16 (Intel Xeon with AVX-512, one core, memory not
+in its caches, 2026-11-27).
 
 Where rows and blocks are whole vectors, a block's code is written out for the length of its rows
-(`_attention_block_llvm`); elsewhere it is a loop (`_add_block`), which is its twin as well. Keys in the caches, 256
-tokens of 4 heads of 64 over 2, behind 127 places: 0.49 ms against 1.05 in fp32, 0.50 against 1.37 in bf16; keys in
-memory, beside other work on both cores: 1.1 to 1.3 and 1.4 to 1.8 times as fast as the loop, in fp32 at 0.75 to 0.93 of
-the rate of a plain sum over memory (one core of an Intel Xeon, 2026-11-27). Compiling it takes 3 s, once a machine for
-a head size and type. Prefetches into the second-level cache alone were about as fast, those that pass it by 1.3 to 1.5
+(`_attention_block_llvm`); elsewhere it is a loop (`_add_block`), which is also its twin. With keys in the caches, for
+256 tokens of 4 heads of 64 over 2, behind 127 places: 0.49 ms against 1.05 in fp32, 0.50 against 1.37 in bf16. With
+keys in memory, beside other work on both cores: 1.1 to 1.3 and 1.4 to 1.8 times as fast as the loop, in fp32 at 0.75 to
+0.93 of the rate of a plain sum over memory (one core of an Intel Xeon, 2026-11-27). It compiles in 3 s, once per
+machine, head size and type. Prefetching into the second-level cache alone was about as fast, bypassing it 1.3 to 1.5
 times slower; huge pages changed nothing.
 
 Softmax is the online one (Milakov and Gimelshein 2018, arXiv 1805.02867, algorithm 3), a block at a time, in fp32.
@@ -34,10 +34,10 @@ import torch
 from searchr1_kernels._attention_block_llvm import add_block, heads_together, load_queries, store_sums, takes
 from searchr1_kernels._numba_numbers import FAST_MATH, LOG2_E, as_array, exp2, narrow, prefetch, widen
 
-# Tokens that go through their blocks abreast: what a block of each takes has to stay in the first-level cache.
+# Tokens that go through their blocks abreast: a block's data of all of them has to stay in the first-level cache.
 ABREAST = 8
 
-_LINE_BYTES = 64  # that a processor reads at once
+_LINE_BYTES = 64  # of a cache line
 
 
 def attend_blocks(
@@ -50,7 +50,7 @@ def attend_blocks(
     tokens: torch.Tensor,  # [U] int64, from `order_by_blocks`
     output: torch.Tensor,  # [T, H, d] of the type of `query`: rows `tokens` are written
 ) -> None:
-    """Tokens attend to places 0 … positions[t] of their slots; the result is rounded once."""
+    """Attend from each token to places 0 … positions[t] of its slot; the result is rounded once."""
     assert query.dtype in (torch.float32, torch.bfloat16) and output.dtype == query.dtype
     num_heads, head_dim = query.shape[1:]
     abreast = min(ABREAST, -(-len(tokens) // numba.get_num_threads()))
@@ -63,7 +63,7 @@ def attend_blocks(
 
 
 def order_by_blocks(table: torch.Tensor, slots: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """table [C, W] int32, slots [T] int64; tokens [U] int64 -> [U]: those with the same first blocks side by side."""
+    """table [C, W] int32, slots [T] int64, tokens [U] int64 -> [U]: tokens with the same first blocks side by side."""
     rows = table.numpy()[slots.numpy()[tokens.numpy()]]  # [U, W]
     as_bytes = rows.view(np.dtype((np.void, rows.itemsize * rows.shape[1])))[:, 0]
     return tokens[torch.from_numpy(np.argsort(as_bytes, kind="stable"))]
@@ -74,7 +74,7 @@ def order_by_blocks(table: torch.Tensor, slots: torch.Tensor, tokens: torch.Tens
 
 @functools.cache
 def _attend_by_vectors(head_dim: int, heads: int):
-    """The loop where rows and blocks are whole vectors; `heads` of those that share keys go through a block at once."""
+    """-> the loop for rows and blocks of whole vectors; `heads` of the heads that share keys take a block at once."""
 
     @numba.njit(parallel=True, fastmath=FAST_MATH, cache=True)
     def attend(query, keys, values, table, slots, positions, tokens, output, abreast, scale):
@@ -89,8 +89,10 @@ def _attend_by_vectors(head_dim: int, heads: int):
 
 @numba.njit(fastmath=FAST_MATH, cache=True)
 def attend_abreast(own, memory, sizes, table, slots, positions, scale, heads, head_dim):
-    """Some tokens through their blocks. `memory`: queries, keys, values and outputs, of one dimension each. `sizes`:
-    H, G, B. `heads` of those that share keys at once; it and `head_dim` are constants where this is written."""
+    """Take the tokens `own` through their blocks.
+
+    `memory`: queries, keys, values and outputs, of one dimension each. `sizes`: H, G, B. `heads` of the heads that
+    share keys take a block at once; it and `head_dim` are compile-time constants."""
     heads, head_dim = numba.literally(heads), numba.literally(head_dim)
     all_queries, all_keys, all_values, all_outputs = memory
     num_heads, num_kv_heads, size = sizes
@@ -129,7 +131,7 @@ def attend_abreast(own, memory, sizes, table, slots, positions, scale, heads, he
 
 @numba.njit(cache=True)
 def _visits(own, positions, size):
-    """Token of `own`, number of its block and how many places of that count, [n, 3], block by block."""
+    """-> [n, 3], block by block: index of a token in `own`, number of its block, and how many places of it count."""
     count, longest = 0, 0
     for t in own:
         blocks = -(-(positions[t] + 1) // size)
@@ -199,7 +201,9 @@ def _fetch(keys, values, table, slots, positions, t, number, g):
 
 @numba.njit(fastmath=FAST_MATH, cache=True)
 def _add_block(query, keys, values, filled, scale, peak, total, weights, sums):
-    """The first `filled` places of a block -> peak and total with them; `sums` [d] likewise. `weights` [B]: scratch."""
+    """Add the first `filled` places of a block. -> the new peak and total; `sums` [d] is updated.
+
+    `weights` [B] is scratch."""
     head_dim = len(query)
     highest = peak
     for m in range(filled):
@@ -219,7 +223,7 @@ def _add_block(query, keys, values, filled, scale, peak, total, weights, sums):
     for m in range(filled):
         total += weights[m]
     whole = filled - filled % 4
-    for m in range(0, whole, 4):  # four at a time: sums are read and written once for them
+    for m in range(0, whole, 4):  # four at a time: the sums are read and written once for them
         for c in range(head_dim):
             sums[c] += (
                 weights[m] * widen(values[m, c])

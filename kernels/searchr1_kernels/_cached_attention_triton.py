@@ -76,8 +76,7 @@ def attend(
     TABLE: tl.constexpr,
     SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """Softmax attention of a tile's rows; if SPLIT, the sums, largest score and sum of weights of one part of its keys.
-    """
+    """Softmax attention of a tile's rows; if SPLIT, sums, largest score and sum of weights of one part of its keys."""
     tile = tl.program_id(0)
     kv_head = tl.program_id(1)
     part = tl.program_id(2)

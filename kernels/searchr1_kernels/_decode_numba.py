@@ -1,15 +1,14 @@
-"""The layers of a decoding step on a CPU, fp32 and bf16, as one compiled loop over threads: each takes some of the
-tokens through all of them.
+"""The layers of a decoding step on a CPU, fp32 and bf16, in one compiled loop over threads.
 
-A layer's operations are so short that what surrounds them decides: the interpreter, the start and end of a pool of
-threads, results that leave the caches before they are read again. Here threads meet once a step, and what one passes
-from an operation to the next is its own. Tokens are panels of LANES (`_panels_llvm`): products read the weights in
-place, everything between them is vectors of one number of LANES tokens, and only attention and its cache have rows.
-Values are rounded where the modules round; between products they are fp32.
+Each thread takes some of the tokens through all layers. A layer's operations are so short that their overhead
+dominates: the interpreter, starting and joining a pool of threads, results that leave the caches before they are read
+again. Here threads meet once a step, and what a thread passes from one operation to the next is its own. Tokens are in
+panels of LANES (`_panels_llvm`): products read the weights in place, everything between them works on vectors of one
+number of LANES tokens, and only attention and its cache have rows. Values are rounded where the modules round; between
+products they are fp32.
 
-A last panel that is not full repeats the last token, which so is computed and written more than once, with the same
-bits. Weights and cache come as addresses, as arrays of every layer would take longer to be handed over than to be
-worked on.
+A last panel that is not full repeats the last token, which is therefore computed and written more than once, with the
+same bits. Weights and cache are passed as addresses: arrays of every layer would take longer to pass than to work on.
 
 Shape legend
     T  tokens    N  panels    L  LANES    D  hidden size    I  MLP size    H, G  query, key/value heads    d  head size
@@ -48,33 +47,33 @@ from searchr1_kernels._vector_numba import (
     store_packed,
 )
 
-_LINE_BYTES = 64  # that a processor reads at once
+_LINE_BYTES = 64  # of a cache line
 
 
-# What `addresses` has of a layer: int64, 0 where there is none. The numbers are fp32, or bf16.
+# Columns of `addresses` for a layer: int64, 0 where there is nothing. The memory is fp32, or bf16.
 INPUT_NORM, HEADS, BIAS, QUERY_NORM, KEY_NORM, OUTPUT, MLP_NORM, GATES, DOWN, KEYS, VALUES = range(11)
 
 
 class Panels(NamedTuple):
-    """What a step has of its tokens, in panels one behind the other."""
+    """A step's data of its tokens, in contiguous panels."""
 
     tokens: np.ndarray  # [N L] int64
     cos: np.ndarray  # [N * d / 2 * L] fp32
     sin: np.ndarray  # [N * d / 2 * L] fp32
     residual: np.ndarray  # [N * D * L] fp32
-    projected: np.ndarray  # [N * M * L] fp32: what a product gave
-    given: np.ndarray  # [N * max(D, H d) * L] packed: what a product is given
-    inner: np.ndarray  # [N * I * L] packed: what the last product is given
+    projected: np.ndarray  # [N * M * L] fp32: output of a product
+    given: np.ndarray  # [N * max(D, H d) * L] packed: input of a product
+    inner: np.ndarray  # [N * I * L] packed: input of the last product
 
 
 class Rows(NamedTuple):
-    """What attention reads and writes."""
+    """The data that attention reads and writes, in rows."""
 
     query: np.ndarray  # [T * H d]
     attended: np.ndarray  # [T * H d]
     packed_query: np.ndarray  # the same memory, 32 bits a number
     packed_attended: np.ndarray
-    query_places: np.ndarray  # [N L] int64: of a lane's query, and what it attended to, in packed numbers
+    query_places: np.ndarray  # [N L] int64: of a lane's query and of its attention's output, in packed numbers
     key_places: np.ndarray  # [N L] int64: of a lane's first key and value
     table: np.ndarray  # [C, W] int32: blocks of a slot
     slots: np.ndarray  # [T] int64
@@ -82,7 +81,7 @@ class Rows(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """Of a layer."""
+    """The sizes of a layer and its cache."""
 
     hidden: int  # D
     inner: int  # I
@@ -93,13 +92,14 @@ class Sizes(NamedTuple):
 
 
 # -------------------------------------------------------------------------------------------------- parts of the loop
-# Of panels `begin` to `end`. `share`: numbers of the model's type in 32 bits.
+# They process panels `begin` to `end`. `share`: numbers of the model's type in 32 bits.
 
 
 @numba.njit(fastmath=FAST_MATH, cache=True)
 def _project(weights, count, depth, packed, panel_size, begin, end, output, target_size):
-    """`count` rows of weights times the panels in `packed` -> `output`; both sizes are the distances of panels. The
-    rows that follow are fetched meanwhile."""
+    """Multiply `count` rows of weights by the panels in `packed`, into `output`; both sizes are distances of panels.
+
+    The rows that follow are prefetched meanwhile."""
     lines = ROWS * depth * weights.itemsize // _LINE_BYTES
     numbers = _LINE_BYTES // weights.itemsize
     for row in range(0, count, ROWS):
@@ -115,7 +115,7 @@ def _project(weights, count, depth, packed, panel_size, begin, end, output, targ
 
 @numba.njit(fastmath=FAST_MATH, cache=True)
 def _add_norm(residual, added, added_size, adds, weight, eps, given, given_size, begin, end):
-    """What was added goes to `residual`, and its norm (arXiv 1910.07467, eq. 4) to `given`."""
+    """Add `added` to `residual` if `adds`, and write the norm (arXiv 1910.07467, eq. 4) of that to `given`."""
     size = len(weight)
     for panel in range(begin, end):
         place, other = panel * size * LANES, panel * added_size
@@ -143,7 +143,7 @@ def _inverse_root(squares, size, eps):
 
 @numba.njit(fastmath=FAST_MATH, cache=True)
 def _head(projected, place, size, bias, bias_place, norm, eps):
-    """One head of a panel: bias and norm, in place."""
+    """Apply bias and norm to one head of a panel, in place."""
     squares = splat(np.float32(0.0))
     for i in range(size):
         x = load(projected, place + i * LANES)
@@ -161,7 +161,7 @@ def _head(projected, place, size, bias, bias_place, norm, eps):
 
 @numba.njit(fastmath=FAST_MATH, cache=True)
 def _rotate(projected, place, size, cos, sin, angle_place, packed, target, like):
-    """One head of a panel, rotated by the angles (arXiv 2104.09864, eq. 34), packed."""
+    """Rotate one head of a panel by the angles (arXiv 2104.09864, eq. 34), and pack it."""
     half = size // 2
     for i in range(0, half, 2):
         at, other, angle = place + i * LANES, place + (half + i) * LANES, angle_place + i * LANES
@@ -175,15 +175,17 @@ def _rotate(projected, place, size, cos, sin, angle_place, packed, target, like)
 
 @numba.njit(fastmath=FAST_MATH, cache=True)
 def _write_head(packed, place, size, rows, places, panel, shift):
-    """One head of a panel, `size` packed numbers, to its rows."""
+    """Write one head of a panel, `size` packed numbers, to its rows."""
     for i in range(0, size, LANES):
         to_rows(packed, place + i * LANES, rows, places, panel * LANES, shift + i)
 
 
 @numba.njit(fastmath=FAST_MATH, cache=True)
 def _write_heads(of_heads, memory, panels, rows, sizes, head_dim, eps, begin, end):
-    """Queries, keys and values in `projected` to rows. `of_heads`: bias, norms of queries and keys. `memory`: packed
-    keys and values. Room for a head is in `given`, which is not needed any more."""
+    """Write queries, keys and values from `projected` to rows.
+
+    `of_heads`: bias, norms of queries and keys. `memory`: packed keys and values. `given`, which is no longer needed,
+    is scratch for a head."""
     (bias, query_norm, key_norm), (keys, values) = of_heads, memory
     num_heads, num_kv_heads, share = sizes.num_heads, sizes.num_kv_heads, 4 // bias.itemsize
     projected, given = panels.projected, panels.given
@@ -213,7 +215,7 @@ def _write_heads(of_heads, memory, panels, rows, sizes, head_dim, eps, begin, en
 
 @numba.njit(fastmath=FAST_MATH, cache=True)
 def _project_gates(weights, hidden, inner, given, given_size, target, share, begin, end):
-    """The products of gate and up, and `silu(gate) * up` (arXiv 2002.05202, eq. 5) to `target`, a few at a time."""
+    """Compute gate and up, and write `silu(gate) * up` (arXiv 2002.05202, eq. 5) to `target`, a few rows at a time."""
     scratch = np.empty(4 * ROWS * LANES, dtype=np.float32)  # of gate and up, two panels each
     lines = ROWS * hidden * weights.itemsize // _LINE_BYTES
     numbers = _LINE_BYTES // weights.itemsize
@@ -252,12 +254,14 @@ def _gated(scratch, place, like):
 
 @functools.cache
 def step_loop(head_dim: int, heads: int):
-    """The loop over threads; `heads` of those that share keys go through a block at once."""
+    """-> the loop over threads; `heads` of the heads that share keys take a block at once."""
 
     @numba.njit(parallel=True, fastmath=FAST_MATH, cache=True)
     def run_step(x, output, norm, addresses, cos, sin, panels, rows, sizes, num_parts, numbers):
-        """x [T * D] and output [T * D] packed, the last norm [D], addresses [layers, 11], cos and sin [T, d] fp32.
-        `numbers`: what norms add to a mean, those of heads, the last one, and what scores are multiplied by."""
+        """Run a step: x [T * D] -> output [T * D], both packed.
+
+        The last norm is [D], addresses [layers, 11], cos and sin [T, d] fp32. `numbers`: eps of the layers' norms, of
+        the heads' norms and of the last norm, and the scale of attention scores."""
         num_panels = len(panels.tokens) // LANES
         for part in numba.prange(num_parts):
             own = part * num_panels // num_parts, (part + 1) * num_panels // num_parts
@@ -268,7 +272,7 @@ def step_loop(head_dim: int, heads: int):
 
 @numba.njit(fastmath=FAST_MATH, cache=True)
 def _run_part(x, output, norm, addresses, cos, sin, panels, rows, sizes, own, numbers, heads, head_dim):
-    """`run_step` of the panels `own`, from and to."""
+    """Run the step for the panels `own`, from and to."""
     (eps, head_eps, last_eps, scale), (begin, end) = numbers, own
     configuration = np.empty(2 * CONFIGURATION_BYTES, dtype=np.uint8)
     begin_tiles(norm, configuration)
@@ -291,7 +295,7 @@ def _run_part(x, output, norm, addresses, cos, sin, panels, rows, sizes, own, nu
 
 @numba.njit(fastmath=FAST_MATH, cache=True)
 def _begin(x, size, cos, sin, given_size, like, panels, begin, end):
-    """x [T * D] packed, cos and sin [T, d] -> `residual` and angles of the panels."""
+    """Fill `residual` and the angles of the panels from x [T * D] packed, cos and sin [T, d]."""
     share, half, given, tokens = 4 // like.itemsize, cos.shape[1] // 2, panels.given, panels.tokens
     places = tokens[begin * LANES : end * LANES] * (size // share)
     for panel in range(begin, end):
@@ -310,7 +314,7 @@ def _begin(x, size, cos, sin, given_size, like, panels, begin, end):
 
 @numba.njit(fastmath=FAST_MATH, cache=True)
 def _run_layer(own, like, panels, rows, sizes, begin, end, adds, eps, head_eps, scale, heads, head_dim):
-    """A layer, whose addresses are `own`, from the residual stream to what is to be added to it."""
+    """Run a layer, whose addresses are `own`, from the residual stream to what will be added to it."""
     share, hidden, inner, width = 4 // like.itemsize, sizes.hidden, sizes.inner, sizes.num_heads * head_dim
     all_width, area = width + 2 * sizes.num_kv_heads * head_dim, sizes.num_blocks * sizes.num_kv_heads * sizes.block
     added_size, given_size = max(all_width, hidden) * LANES, max(hidden, width) // share * LANES

@@ -289,9 +289,9 @@ class KeptRows:
         )
 
     def gradient(self, targets, g, e, entropy) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """-> gradient of the logits [C,V] in the operand's dtype; factors [C] its rows must still be multiplied by, or
-        None. targets [C]; g, e [C] are the gradients of log-probability and entropy H [C], e None where there is none.
-        """
+        """-> gradient of the logits [C,V] in the operand's dtype, and the factors [C] its rows still need, or None.
+
+        targets [C]; g, e [C] are the gradients of log-probability and entropy H [C], e None where there is none."""
         with_entropy = e is not None
         scales = None if with_entropy or not SCALE_ROWS else self.scales[: len(targets)]
         g = g.contiguous()

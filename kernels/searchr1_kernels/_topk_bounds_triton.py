@@ -77,8 +77,7 @@ def upper_bound(best, error):
 
 @triton.jit
 def joined(product, fine, BASE: tl.constexpr):
-    """-> products of both digits, in units of the second: an integer that fits (`digit_base`). Without BASE, unchanged.
-    """
+    """-> products of both digits, in units of the second: integers that fit (`digit_base`). Without BASE, unchanged."""
     if BASE:
         product = product * BASE + fine
     return product.to(tl.float32)

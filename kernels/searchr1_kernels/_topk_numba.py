@@ -90,8 +90,7 @@ def _block_maximum(tile, scales, begin, end, best):
 def reduce_tile(
     tile, row_scales, residuals, magnitudes, block, first, highest, lowest, offsets, scales, norms, residual_norms
 ):
-    """Reduce a tile [T,Q] of products to its part of highest [Q,G], from block `first` on; lowest [Q,k] keeps the best.
-    """
+    """Reduce a tile [T,Q] of products to highest [Q,G], from block `first` on; lowest [Q,k] keeps the best."""
     num_rows, num_queries = tile.shape
     best, roots = np.empty(num_queries, np.float32), lowest[:, 0].copy()
     lows, highs = np.empty(num_queries), np.empty(num_queries, np.float32)

@@ -169,8 +169,7 @@ def best_blocks(
 ):
     """Fill places from `begin` to `end` with the best blocks, in order of their keys.
 
-    With THRESHOLD, only with blocks that may have a row of that score or a better one; the other places get `NO_BLOCK`.
-    """
+    With THRESHOLD, only with blocks that may have a row of that score or better; the other places get `NO_BLOCK`."""
     query = tl.program_id(0).to(tl.int64)
     group = tl.arange(0, GROUPS)
     largest = tl.load(maxima + query * num_groups + group, mask=group < num_groups, other=_NO_KEY)
