@@ -1,9 +1,9 @@
-"""The head and the likeliest token of each row on a CPU, in one pass over the vocabulary: logits are used while they
-are in the first-level cache, and never all there.
+"""The head and the likeliest token of each row on a CPU, in one pass over the vocabulary.
 
-Rows are panels of LANES (`_panels_llvm`), so that the largest logit of each, its token and the sum of what the others
-are relative to it (Milakov and Gimelshein 2018, arXiv 1805.02867, algorithm 3) are vectors, and nothing goes across
-lanes. In bf16 logits are kept in fp32, as the trainer has them.
+Logits are used while they are in the first-level cache, and never exist all at once. Rows are in panels of LANES
+(`_panels_llvm`), so that each row's largest logit, its token, and the sum of the exponentials relative to it (Milakov
+and Gimelshein 2018, arXiv 1805.02867, algorithm 3) are vectors, and nothing goes across lanes. In bf16, logits are kept
+in fp32, as in the trainer.
 
 Shape legend
     S  rows    D  hidden size    V  vocabulary    L  LANES
@@ -21,13 +21,13 @@ from searchr1_kernels._panels_llvm import CONFIGURATION_BYTES, ROWS, begin_tiles
 from searchr1_kernels._vector_code import LANES
 from searchr1_kernels._vector_numba import exp2, larger, load, splat, store, where_larger
 
-_MIN_ROWS = {torch.float32: 16, torch.bfloat16: 1}  # from which on it is faster than the product and a pass over it
-_MOST_TOKENS = 1 << 24  # whose numbers are exact in fp32
-_LINE_BYTES = 64  # that a processor reads at once
+_MIN_ROWS = {torch.float32: 16, torch.bfloat16: 1}  # from which on this beats a matrix product and a pass over it
+_MOST_TOKENS = 1 << 24  # up to which token ids are exact in fp32
+_LINE_BYTES = 64  # of a cache line
 
 
 def takes(hidden: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether rows [S, D] and a head [V, D] can go this way, and are enough for all threads."""
+    """Whether `likeliest` takes rows [S, D] and a head [V, D], and there are enough rows for all threads."""
     if hidden.device.type != "cpu" or hidden.dtype not in _MIN_ROWS or weight.dtype != hidden.dtype:
         return False
     num_rows, (vocab_size, size) = len(hidden), weight.shape
@@ -42,8 +42,9 @@ def takes(hidden: torch.Tensor, weight: torch.Tensor) -> bool:
 
 
 def likeliest(hidden: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """[S, D], [V, D] -> ids [S] int64, the first of the largest, and their log-probabilities [S] fp32; NaN where a
-    logit of the row is."""
+    """hidden [S, D], weight [V, D] -> ids [S] int64, the first of the largest, and their logprobs [S] fp32.
+
+    A log-probability is NaN where a logit of the row is."""
     num_rows, share = len(hidden), 4 // hidden.dtype.itemsize
     num_panels = -(-num_rows // LANES)
     places = np.minimum(np.arange(num_panels * LANES), num_rows - 1) * (hidden.shape[1] // share)
@@ -64,7 +65,7 @@ def _run(x, places, weight, size, ids, logprobs, num_parts):
 
 @numba.njit(fastmath=FAST_MATH, cache=True)
 def _run_part(x, places, weight, size, ids, logprobs):
-    """x packed, and where each row begins in it; `weight` [V * D], `size` D -> ids and log-probabilities."""
+    """Fill ids and log-probabilities from packed x, the places where its rows begin, `weight` [V * D], and `size` D."""
     configuration = np.empty(2 * CONFIGURATION_BYTES, dtype=np.uint8)
     begin_tiles(weight, configuration)
     num_panels, panel_size = len(places) // LANES, size * weight.itemsize // 4 * LANES
@@ -95,7 +96,7 @@ def _run_part(x, places, weight, size, ids, logprobs):
 
 @numba.njit(fastmath=FAST_MATH, cache=True)
 def _add(logits, place, token, peaks, totals, tokens, lane):
-    """ROWS tokens from `token` on, a panel's logits at `place`."""
+    """Add a panel's logits at `place`, of ROWS tokens from `token` on, to its peaks, totals and tokens."""
     before, found = load(peaks, lane), load(tokens, lane)
     peak, one = before, splat(np.float32(LOG2_E))
     for i in range(ROWS):

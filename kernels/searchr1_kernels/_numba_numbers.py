@@ -1,6 +1,6 @@
-"""What compiled loops on a CPU do with numbers that numba has no way of its own for, so that they become SIMD.
+"""Operations on numbers that numba lacks, or does not turn into SIMD, for compiled loops on a CPU.
 
-bf16 is unknown to numpy: its bits travel as int16, and are widened to fp32 and rounded back in registers.
+numpy does not know bf16: its bits travel as int16, and are widened to fp32 and rounded back in registers.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-# reassoc lets sums use SIMD; no other fast-math flag, so that infinities and NaN keep their meaning.
+# reassoc lets sums use SIMD. There are no flags that would change the meaning of infinities and NaN.
 FAST_MATH = {"reassoc", "contract", "nsz"}
 LOG2_E = 1.4426950408889634
 
@@ -23,7 +23,7 @@ _forked = False
 
 
 def may_share_out() -> bool:
-    """Whether loops may be given to numba's threads. GNU OpenMP ends a forked child that uses them after its parent."""
+    """Whether loops may use numba's threads. GNU OpenMP ends a forked child that uses them after its parent did."""
     return not _forked
 
 
@@ -31,7 +31,7 @@ def _note_fork() -> None:
     global _forked
     try:
         _forked = numba.threading_layer() == "omp"
-    except ValueError:  # no loop has been shared out so far
+    except ValueError:  # no parallel loop has run so far
         _forked = False
 
 
@@ -40,13 +40,13 @@ if hasattr(os, "register_at_fork"):
 
 
 def as_array(tensor: torch.Tensor) -> np.ndarray:
-    """The memory of a tensor on a CPU; of bf16 its bits, as int16."""
+    """-> the memory of a CPU tensor; for bf16, its bits as int16."""
     return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 @intrinsic
 def widen(typing_context, x):
-    """fp32, or int16 that holds the bits of bf16 -> fp32."""
+    """fp32, or int16 that holds bf16 bits -> fp32."""
 
     def generate(context, builder, signature, arguments):
         if x == types.float32:
@@ -59,7 +59,7 @@ def widen(typing_context, x):
 
 @intrinsic
 def narrow(typing_context, x, like):
-    """fp32 -> the type of `like`: fp32, or int16 that holds the bits of bf16, rounded to the nearest, ties to even."""
+    """fp32 -> the type of `like`: fp32, or int16 that holds bf16 bits, rounded to nearest, ties to even."""
 
     def generate(context, builder, signature, arguments):
         if like == types.float32:
@@ -68,7 +68,7 @@ def narrow(typing_context, x, like):
         bits = builder.bitcast(arguments[0], number)
         odd = builder.and_(builder.lshr(bits, number(16)), number(1))
         rounded = builder.lshr(builder.add(bits, builder.add(odd, number(0x7FFF))), number(16))
-        is_nan = builder.fcmp_unordered("uno", arguments[0], arguments[0])  # whose bits may not be carried into
+        is_nan = builder.fcmp_unordered("uno", arguments[0], arguments[0])  # rounding must not carry into its bits
         return builder.trunc(builder.select(is_nan, number(0x7FC0), rounded), ir.IntType(16))
 
     return like(types.float32, like), generate
@@ -76,7 +76,7 @@ def narrow(typing_context, x, like):
 
 @intrinsic
 def _power_of_2(typing_context, exponent):
-    """int32, -126 to 127 -> fp32."""
+    """int32 from -126 to 127 -> that power of 2, fp32."""
 
     def generate(context, builder, signature, arguments):
         number = ir.IntType(32)
@@ -88,7 +88,7 @@ def _power_of_2(typing_context, exponent):
 
 @intrinsic
 def prefetch(typing_context, array, index):
-    """Have the processor read the line of `array[index]`, of one dimension and contiguous, ahead of its use."""
+    """Prefetch the cache line of `array[index]`; the array is contiguous and has one dimension."""
 
     def generate(context, builder, signature, arguments):
         data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
@@ -112,11 +112,11 @@ def _pointer(typing_context, address):
 
 @numba.njit
 def array_at(address, size, like):
-    """`size` numbers of the type of an array from an address on; none where that is 0."""
+    """-> array of `size` numbers at an address, of the type of the array `like`; empty if the address is 0."""
     return numba.carray(_pointer(address), size if address else 0, like.dtype)
 
 
-# 2^f on [0, 1): the polynomial through the nodes of Chebyshev, of the degree that leaves fp32's own rounding.
+# 2^f on [0, 1): the polynomial through the Chebyshev nodes, of the degree that leaves only fp32's own rounding.
 _NODES = 0.5 + 0.5 * np.cos(math.pi * (2 * np.arange(7) + 1) / 14)
 POLYNOMIAL_OF_EXP2 = np.polyfit(_NODES, 2.0**_NODES, 6)[::-1].astype(np.float32)
 _C0, _C1, _C2, _C3, _C4, _C5, _C6 = POLYNOMIAL_OF_EXP2
@@ -124,7 +124,7 @@ _C0, _C1, _C2, _C3, _C4, _C5, _C6 = POLYNOMIAL_OF_EXP2
 
 @numba.njit(fastmath=FAST_MATH, inline="always")
 def exp2(x):
-    """2^x, as SIMD, of x up to 127; above it is 2^127, below -126 it is 2^-126."""
+    """-> 2^x, as SIMD; 2^127 for x above 127, 2^-126 for x below -126."""
     x = min(max(x, np.float32(-126.0)), np.float32(127.0))
     whole = np.floor(x)
     f = x - whole

@@ -1,9 +1,9 @@
-"""Products and transpositions of panels, as vector instructions that are written out.
+"""Products and transpositions of panels, in vector instructions that are written out.
 
-A panel is LANES tokens, one a lane: the same number of all of them lies side by side, number by number. So a product
-reads the weights where and as they lie, row by row, and no sum goes across lanes. In fp32 a weight is spread over a
-vector and multiplied by a number of 16 tokens; in bf16 a tile of AMX has 16 weights' rows of 32 numbers, and the packed
-numbers of a panel are the pairs that the other tile has to have.
+A panel is LANES tokens, one per lane: number by number, the values of all tokens lie side by side. So a product reads
+the weights in place, row by row, and no sum goes across lanes. In fp32 a weight is broadcast to a vector and multiplied
+by one number of 16 tokens. In bf16 an AMX tile holds 16 rows of weights, 32 numbers each, and the packed numbers of a
+panel are the pairs that the other tile has to have.
 
 Shape legend
     N  rows of weights    K  numbers of each    P  panels at a time
@@ -24,14 +24,14 @@ from searchr1_kernels import _vector_code as vectors
 from searchr1_kernels._vector_code import LANES
 
 ROWS = 32  # of weights at a time
-_ROWS_IN_REGISTERS = 8  # of them, in fp32
+_ROWS_IN_REGISTERS = 8  # of these, in fp32
 _TILE_ROWS, _TILE_BYTES = 16, 64
 CONFIGURATION_BYTES = 64
 
 
 @functools.cache
 def takes(is_bf16: bool) -> bool:
-    """Whether the processor has the instructions, and the process may use them: of AMX it has to ask the system."""
+    """Whether the processor has the instructions and the process may use them: AMX needs the system's permission."""
     features = get_host_cpu_features().split(",")
     if LANES != 16 or not is_bf16:
         return LANES == 16
@@ -46,9 +46,10 @@ def takes(is_bf16: bool) -> bool:
 def multiply(
     typing_context, weights, first, depth, packed, place, distance, output, target, target_distance, panels
 ):  # fmt: skip
-    """ROWS rows of weights [N * K] from number `first` on, `depth` = K, times P panels -> as many numbers of each, in
-    fp32. Panels begin at `place` of `packed`, and `target` of `output`, and at every `distance` from there. K is a
-    multiple of 32; in bf16 `begin_tiles` was called by this thread. P is 1 or 2."""
+    """Multiply ROWS rows of weights [N * K], from number `first` on, by P panels. -> ROWS numbers of each token, fp32.
+
+    `depth` is K. The panels begin at `place` of `packed`, the results at `target` of `output`, and each next one at the
+    respective distance. K is a multiple of 32; in bf16 this thread has called `begin_tiles`. P is 1 or 2."""
 
     def generate(context, builder, signature, arguments):
         memory = [
@@ -80,7 +81,7 @@ def _multiply_fp32(builder, weights, packed, output, depth, distance, target_dis
 
 
 def _sums_fp32(builder, weights, packed, depth, distance, panels) -> list[ir.Value]:
-    """Row by row, those of every panel."""
+    """-> sums row by row, and within a row panel by panel."""
     unrolled = 4
     starts = [vectors.at(builder, weights, builder.mul(depth, vectors.INDEX(r))) for r in range(_ROWS_IN_REGISTERS)]
     begins = [vectors.at(builder, packed, builder.mul(distance, vectors.INDEX(p))) for p in range(panels)]
@@ -128,8 +129,9 @@ def _multiply_bf16(builder, weights, packed, output, depth, distance, target_dis
 
 @intrinsic
 def begin_tiles(typing_context, like, scratch):
-    """Configure the tiles of this thread for `multiply` by weights of the type of `like`; how they were is left in
-    `scratch`, 2 * CONFIGURATION_BYTES uint8."""
+    """Configure this thread's tiles for `multiply` with weights of the type of `like`.
+
+    Their previous configuration is left in `scratch`, 2 * CONFIGURATION_BYTES uint8."""
 
     def generate(context, builder, signature, arguments):
         if like.dtype == types.float32:
@@ -151,7 +153,7 @@ def begin_tiles(typing_context, like, scratch):
 
 @intrinsic
 def end_tiles(typing_context, like, scratch):
-    """As they were before `begin_tiles`."""
+    """Restore the tiles' configuration from before `begin_tiles`."""
 
     def generate(context, builder, signature, arguments):
         if like.dtype != types.float32:
@@ -184,8 +186,9 @@ def _call_of_pointer(builder, name: str, pointer) -> None:
 
 @intrinsic
 def to_rows(typing_context, packed, place, target, offsets, first, shift):
-    """LANES packed numbers of a panel, from `place` on -> side by side in `target`, each lane's at its own of
-    `offsets` [from `first` on] + `shift`."""
+    """Write LANES packed numbers of each of a panel's tokens, from `place` on, side by side to its row in `target`.
+
+    A lane's row begins at its entry of `offsets`, whose entries count from `first` on, plus `shift`."""
 
     def generate(context, builder, signature, arguments):
         source = vectors.place(context, builder, signature, arguments, 0, 1)
@@ -221,7 +224,7 @@ def _line(builder, pointer, number: int):
 
 
 def _row(context, builder, signature, arguments, array: int, lane: int):
-    """Where the row of a lane lies."""
+    """-> pointer to the row of a lane."""
     offsets = vectors.place(context, builder, signature, arguments, array + 1, array + 2)
     offset = builder.load(vectors.at(builder, offsets, vectors.INDEX(lane)))
     return vectors.at(

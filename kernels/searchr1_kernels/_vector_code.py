@@ -1,9 +1,8 @@
-"""LLVM code of vectors of fp32, for compiled loops on a CPU that no compiler finds by itself: what is written is what
-runs.
+"""LLVM code for vectors of fp32, for CPU loops that no compiler vectorises by itself: what is written is what runs.
 
-Vectors have `LANES` numbers, what the processor has; elsewhere they are cut, and nothing else changes. In bf16 two
-numbers lie in 32 bits, so that a shift gives the even ones of a vector and a mask the odd ones, and rows are kept in
-that order.
+Vectors have `LANES` numbers, as many as the processor's registers; elsewhere they are split, and nothing else changes.
+In bf16 two numbers share 32 bits, so that a shift gives the even ones of a vector and a mask the odd ones, and rows are
+kept in that order.
 """
 
 from __future__ import annotations
@@ -22,27 +21,27 @@ FLOATS, NUMBERS = ir.VectorType(FLOAT, LANES), ir.VectorType(NUMBER, LANES)
 
 
 def data(context, builder, signature, arguments, place: int):
-    """Where an argument that is an array begins."""
+    """-> pointer to the beginning of an argument that is an array."""
     return context.make_array(signature.args[place])(context, builder, arguments[place]).data
 
 
 def place(context, builder, signature, arguments, array: int, index: int):
-    """Where a number of an argument that is an array lies, whose index is another."""
+    """-> pointer to an element of an argument that is an array, at the index that another argument gives."""
     return at(builder, data(context, builder, signature, arguments, array), arguments[index])
 
 
 def at(builder, pointer, offset):
-    """The pointer, so many numbers further."""
+    """-> the pointer, advanced by `offset` numbers."""
     return builder.gep(pointer, [offset])
 
 
 def row_step(array) -> int:
-    """Numbers that one load gives: of fp32 one vector, of bf16 two."""
+    """-> numbers per load: one vector of fp32, or two of bf16."""
     return LANES if array.dtype == types.float32 else 2 * LANES
 
 
 def ask(builder, pointer, to_write: bool = False) -> None:
-    """Prefetch the line of a byte into every cache."""
+    """Prefetch the cache line of a byte into every level of cache."""
     function = builder.module.declare_intrinsic(
         "llvm.prefetch", (pointer.type,), ir.FunctionType(ir.VoidType(), [pointer.type, NUMBER, NUMBER, NUMBER])
     )
@@ -50,19 +49,19 @@ def ask(builder, pointer, to_write: bool = False) -> None:
 
 
 def load(builder, pointer, kind=FLOATS):
-    """A vector, from wherever it lies."""
+    """-> a vector from memory, of any alignment."""
     loaded = builder.load(builder.bitcast(pointer, kind.as_pointer()))
     loaded.align = 2
     return loaded
 
 
 def store(builder, vector, pointer) -> None:
-    """A vector, to wherever it is to lie."""
+    """Store a vector to memory, of any alignment."""
     builder.store(vector, builder.bitcast(pointer, vector.type.as_pointer()), align=2)
 
 
 def widened(builder, pointer) -> list[ir.Value]:
-    """fp32 or bf16 in memory -> one vector, or the even and the odd ones of two."""
+    """fp32 or bf16 in memory -> one vector, or two: the even and the odd numbers."""
     if pointer.type.pointee == FLOAT:
         return [load(builder, pointer)]
     pairs = load(builder, pointer, NUMBERS)
@@ -72,7 +71,7 @@ def widened(builder, pointer) -> list[ir.Value]:
 
 
 def narrowed(builder, parts: list[ir.Value]):
-    """The inverse of `widened`, rounded to the nearest, ties to even."""
+    """-> the inverse of `widened`, rounded to nearest, ties to even."""
     if len(parts) == 1:
         return parts[0]
     high = ir.Constant(NUMBERS, [16] * LANES)
@@ -81,7 +80,7 @@ def narrowed(builder, parts: list[ir.Value]):
 
 
 def rounded(builder, part):
-    """fp32 -> its bits with those of bf16 in the upper half."""
+    """fp32 -> bits whose upper half is the number in bf16."""
     bits = builder.bitcast(part, NUMBERS)
     odd = builder.and_(builder.lshr(bits, ir.Constant(NUMBERS, [16] * LANES)), ir.Constant(NUMBERS, [1] * LANES))
     rounded = builder.add(bits, builder.add(odd, ir.Constant(NUMBERS, [0x7FFF] * LANES)))
@@ -90,39 +89,39 @@ def rounded(builder, part):
 
 
 def splat(builder, value):
-    """A vector of one value."""
+    """-> a vector of one value."""
     kind = ir.VectorType(value.type, LANES)
     first = builder.insert_element(ir.Constant(kind, ir.Undefined), value, NUMBER(0))
     return builder.shuffle_vector(first, ir.Constant(kind, ir.Undefined), ir.Constant(NUMBERS, [0] * LANES))
 
 
 def iota():
-    """0, 1, …"""
+    """-> the vector 0, 1, …"""
     return ir.Constant(NUMBERS, list(range(LANES)))
 
 
 def smaller(builder, a, b):
-    """Of two integers."""
+    """-> the smaller of two integers."""
     return builder.select(builder.icmp_signed("<", a, b), a, b)
 
 
 def larger(builder, a, b):
-    """Of a NaN and a number some; the weights of a NaN are NaN whatever the peak is."""
+    """-> the larger of two numbers; either one if one is NaN: the weights of a NaN are NaN whatever the peak is."""
     return builder.select(builder.fcmp_ordered(">", a, b), a, b)
 
 
 def smaller_number(builder, a, b):
-    """As `larger`."""
+    """-> the smaller of two numbers; either one if one is NaN."""
     return builder.select(builder.fcmp_ordered("<", a, b), a, b)
 
 
 def add_product(builder, a, b, c):
-    """a * b + c, rounded once where the processor can."""
+    """-> a * b + c, rounded once where the processor can."""
     return builder.fadd(builder.fmul(a, b, flags=CONTRACT), c, flags=CONTRACT)
 
 
 def dot(builder, query: list[ir.Value], row: list[ir.Value]):
-    """LANES sums that add up to the product of both."""
+    """-> LANES sums that add up to the dot product."""
     total = builder.fmul(query[0], row[0], flags=CONTRACT)
     for a, b in zip(query[1:], row[1:], strict=True):
         total = add_product(builder, a, b, total)
@@ -130,7 +129,7 @@ def dot(builder, query: list[ir.Value], row: list[ir.Value]):
 
 
 def across(builder, name: str, vector):
-    """The largest, or the sum, of a vector's lanes."""
+    """-> the largest ("fmax") or the sum ("fadd") of a vector's lanes."""
     if name == "fmax":
         function = builder.module.declare_intrinsic(
             f"llvm.vector.reduce.fmax.v{LANES}f32", fnty=ir.FunctionType(FLOAT, [FLOATS])
@@ -143,19 +142,19 @@ def across(builder, name: str, vector):
 
 
 def as_bf16(builder, x):
-    """fp32 rounded to bf16, as fp32."""
+    """-> fp32, rounded to bf16."""
     bits = builder.and_(rounded(builder, x), ir.Constant(NUMBERS, [0xFFFF0000] * LANES))
     return builder.bitcast(bits, FLOATS)
 
 
 def square_root(builder, x):
-    """Of each number."""
+    """-> the square root of each number."""
     function = builder.module.declare_intrinsic(f"llvm.sqrt.v{LANES}f32", fnty=ir.FunctionType(FLOATS, [FLOATS]))
     return builder.call(function, [x])
 
 
 def exp2(builder, x):
-    """2^x as `_numba_numbers.exp2`, of a vector of numbers up to 0; below -126 it is 2^-126."""
+    """-> 2^x as in `_numba_numbers.exp2`, for a vector of numbers up to 0; below -126 it is 2^-126."""
     least = ir.Constant(FLOATS, [-126.0] * LANES)
     x = builder.select(builder.fcmp_ordered("<", x, least), least, x)
     function = builder.module.declare_intrinsic(f"llvm.floor.v{LANES}f32", fnty=ir.FunctionType(FLOATS, [FLOATS]))
@@ -172,8 +171,7 @@ def exp2(builder, x):
 
 
 def tree(builder, leaf, begin: int, end: int):
-    """Leaves `begin` to `end`, vectors each -> a vector in which each has LANES / (end - begin) lanes that add up to
-    its own."""
+    """Leaves `begin` to `end`, vectors -> a vector with LANES / (end - begin) lanes per leaf that add up to its sum."""
     if end - begin == 1:
         return leaf(begin)
     middle = (begin + end) // 2
@@ -183,8 +181,9 @@ def tree(builder, leaf, begin: int, end: int):
 
 
 def halves(width: int) -> tuple[list[int], list[int]]:
-    """Of two vectors, runs of 2 * width lanes are halved, to be added: the lanes of the first halves, and the second.
-    Processors shuffle most cheaply where runs of 4 lanes stay inside of theirs, so narrow ones do."""
+    """-> the lanes of the first and of the second halves of runs of 2 * width lanes in two vectors, to be added.
+
+    Processors shuffle most cheaply within runs of 4 lanes, so narrow runs stay inside these."""
     inside = 4 if width < 4 else LANES
     runs = [begin + vector * LANES for begin in range(0, LANES, inside) for vector in (0, 1)]
     lanes = [begin + i for begin in runs for i in range(inside)]
@@ -193,7 +192,7 @@ def halves(width: int) -> tuple[list[int], list[int]]:
 
 
 def leaf_of_lanes(begin: int, end: int) -> list[int]:
-    """Whose sums the lanes of `tree` hold."""
+    """-> for each lane of `tree`, the leaf whose sum it holds."""
     if end - begin == 1:
         return [begin] * LANES
     middle = (begin + end) // 2
@@ -202,7 +201,7 @@ def leaf_of_lanes(begin: int, end: int) -> list[int]:
 
 
 def transposed(builder, rows: list[ir.Value]) -> list[ir.Value]:
-    """LANES vectors -> number j of vector i in vector j, as number i."""
+    """LANES vectors -> their transpose: number j of vector i becomes number i of vector j."""
     rows, step = list(rows), 1
     while step < LANES:
         low = [lane if not lane & step else LANES + lane - step for lane in range(LANES)]
@@ -216,7 +215,7 @@ def transposed(builder, rows: list[ir.Value]) -> list[ir.Value]:
 
 
 def chosen(builder, vectors: list[ir.Value], lanes: list[int]):
-    """The same lanes of each of 2^n vectors, end to end."""
+    """-> the same lanes of each of 2^n vectors, concatenated."""
     if len(vectors) == 1:
         return shuffled(builder, vectors[0], vectors[0], lanes)
     while len(vectors) > 1:
@@ -228,7 +227,7 @@ def chosen(builder, vectors: list[ir.Value], lanes: list[int]):
 
 
 def shuffled(builder, first, second, lanes: list[int]):
-    """Some lanes of two vectors, end to end."""
+    """-> some lanes of two vectors that count as concatenated."""
     return builder.shuffle_vector(first, second, ir.Constant(ir.VectorType(NUMBER, len(lanes)), lanes))
 
 
@@ -246,7 +245,7 @@ class Loop:
         builder = self.builder
         before, self._body = builder.block, builder.append_basic_block("rows")
         self._after = builder.append_basic_block("rows.end")
-        builder.branch(self._body)  # there is always a first one
+        builder.branch(self._body)  # unconditional: there is always a first iteration
         builder.position_at_end(self._body)
         self.index = builder.phi(INDEX)
         self.index.add_incoming(INDEX(0), before)
@@ -258,7 +257,7 @@ class Loop:
         return self
 
     def end(self, values) -> None:
-        """Go on with these values, if rows are left."""
+        """End the body: continue with these values if rows are left."""
         builder = self.builder
         following = builder.add(self.index, INDEX(self.step))
         self.index.add_incoming(following, builder.block)

@@ -1,8 +1,9 @@
-"""Vectors of fp32 as values of compiled loops: `total = total + x * x` of LANES numbers each, and no compiler has to
-find out that it may. What is written is what runs (`_vector_code`).
+"""Vectors of fp32 as values in compiled loops: `total = total + x * x` works on LANES numbers each.
 
-Memory is an array of one dimension, contiguous; a place is an index into it. Packed numbers are int32: the bits of one
-fp32, or two of bf16, the even ones below.
+No compiler has to discover that it may vectorise: what is written is what runs (`_vector_code`).
+
+Memory is a contiguous array of one dimension; a place is an index into it. Packed numbers are int32: the bits of one
+fp32, or of two bf16, the even one in the lower half.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class _FloatsModel(models.PrimitiveModel):
 
 @intrinsic
 def load(typing_context, array, place):
-    """LANES numbers from `place` on, of fp32 or of int32 that has its bits."""
+    """-> LANES numbers from `place` on, of fp32 or of int32 that holds the bits of fp32."""
 
     def generate(context, builder, signature, arguments):
         return code.load(builder, code.place(context, builder, signature, arguments, 0, 1))
@@ -57,8 +58,9 @@ def store(typing_context, x, array, place):
 
 @intrinsic(prefer_literal=True)
 def load_packed(typing_context, array, begin, pair, half, like):
-    """Of the numbers 2 * pair (`half` 0) and 2 * pair + 1 (1) of LANES tokens, packed from `begin` on: one of them.
-    `like`: an array of the type that they are packed in, fp32 or int16 that has the bits of bf16."""
+    """-> number 2 * pair (`half` 0) or 2 * pair + 1 (`half` 1) of LANES tokens that are packed from `begin` on.
+
+    `like`: an array of the type in which they are packed, fp32 or int16 that holds the bits of bf16."""
 
     def generate(context, builder, signature, arguments):
         pointer = _packed_place(context, builder, signature, arguments, 0, like)
@@ -71,7 +73,7 @@ def load_packed(typing_context, array, begin, pair, half, like):
 
 @intrinsic
 def store_packed(typing_context, even, odd, array, begin, pair, like):
-    """The inverse of `load_packed`, both at once, rounded to the type."""
+    """The inverse of `load_packed`, for both numbers at once, rounded to the type of `like`."""
 
     def generate(context, builder, signature, arguments):
         pointer = _packed_place(context, builder, signature, arguments, 2, like)
@@ -93,7 +95,7 @@ def _packed_place(context, builder, signature, arguments, array: int, like):
 
 @intrinsic
 def rounded(typing_context, x, like):
-    """To the type of an array, as `load_packed` has it."""
+    """-> x rounded to the type of the array `like`, as in `load_packed`."""
 
     def generate(context, builder, signature, arguments):
         return arguments[0] if like.dtype == types.float32 else code.as_bf16(builder, arguments[0])
@@ -128,7 +130,7 @@ def _of_one(make):
 
 @intrinsic
 def splat(typing_context, x):
-    """A vector of one value."""
+    """-> a vector of one value."""
 
     def generate(context, builder, signature, arguments):
         return code.splat(builder, arguments[0])
@@ -138,7 +140,7 @@ def splat(typing_context, x):
 
 @intrinsic
 def where_larger(typing_context, a, b, x, y):
-    """`x` where a > b, elsewhere `y`."""
+    """-> `x` where a > b, elsewhere `y`."""
 
     def generate(context, builder, signature, arguments):
         first, second, *both = arguments
@@ -147,9 +149,9 @@ def where_larger(typing_context, a, b, x, y):
     return FLOATS(FLOATS, FLOATS, FLOATS, FLOATS), generate
 
 
-larger = _of_two(code.larger)  # of a NaN and a number some
+larger = _of_two(code.larger)  # either one if one is NaN
 smaller = _of_two(code.smaller_number)
-exp2 = _of_one(code.exp2)  # of numbers up to 0; below -126 it is 2^-126
+exp2 = _of_one(code.exp2)  # for numbers up to 0; below -126 it is 2^-126
 square_root = _of_one(code.square_root)
 
 
