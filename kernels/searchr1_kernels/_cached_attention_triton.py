@@ -231,8 +231,8 @@ def run(query, keys, values, slots, positions, table, tiles, num_alone, output) 
     """Fill output [T, H, d].
 
     All tensors are on one device, the last dimension of each has stride 1, and T is above 0. table [C, W] int32, or
-    None where a slot is a block; tiles [N, 2] int32, first the `num_alone` of lone tokens, or None where every token is
-    alone."""
+    None where a slot is a block; tiles [N, 2] int32, of which the first `num_alone` are lone tokens, or None where
+    every token is alone."""
     inputs = (query, keys, values, slots, positions, table, tiles, output)
     with torch.cuda.device_of(query):
         num_alone = query.shape[0] if tiles is None else num_alone

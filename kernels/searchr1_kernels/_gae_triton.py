@@ -10,8 +10,8 @@ A_next, and the rewards of masked tokens in between. Right to left, every token 
 Maps x -> a * x + b compose to maps of the same form, associatively: one scan, with nothing to compact and no wait for
 the host.
 
-Tiles are counted from the end of their sequence and processed in that order, so a sequence's result does not depend on
-the others in the batch. One program takes a sequence, tile by tile, and loads the next tile while it scans
+Tiles are counted from the end of their sequence, and carries are passed in that order, so a sequence's result does not
+depend on the others in the batch. One program takes a sequence, tile by tile, and loads the next tile while it scans
 (`scan_sequences`). Where sequences are so few and long that a GPU would have little to do, every tile gets a program
 (`scan_tiles`, `apply_carries`), with the same arithmetic. Tile `cu_seqlens[s] // B + s + c` is then the c-th of
 sequence s; N // B + S tiles are always enough, and some stay empty.

@@ -2,7 +2,7 @@
 
 A program takes a row, a block of a token's heads, or a piece of a row, respectively. Each kernel reads its inputs once
 and writes its outputs once, so memory bounds it with many tokens, and the launch with few. At some hundred tokens the
-number of programs to start does; therefore they are large enough to leave a thread one or two loads from each input.
+number of programs to start bounds it; so they are made large enough to give a thread one or two loads from each input.
 
 Shape legend: T tokens, D hidden size, I MLP size, H query heads, G key/value heads, d head size, P blocks of M places,
 BH heads of a program, BP pairs of a head.

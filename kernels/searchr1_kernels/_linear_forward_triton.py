@@ -36,7 +36,7 @@ _TILE = (128, 256, 64, 8, 3)
 ARCHITECTURES = (90, 100)
 # Columns of a span, a multiple of the tile's. More spans keep a GPU busy with few rows; each costs 12 bytes a row.
 _SPAN = 2048
-# Row tiles that process a span together, so that it stays in the L2 cache.
+# Row tiles that process a span together, so that it stays in the L2 cache meanwhile.
 _GROUP = 32
 # Rows of one launch; bounds the partial results.
 _MAX_ROWS = 32768

@@ -112,7 +112,7 @@ def keep_probabilities(
     hidden_desc,  # [N, D]
     weight_desc,  # [V, D]
     kept_desc,  # [N, V]
-    references_ptr,  # [N] fp32: what a row's probabilities are relative to, unless one exceeds HEADROOM
+    references_ptr,  # [N] fp32: what a row's probabilities are relative to, unless above it by over HEADROOM
     partial_ptr,  # [S, 3, N] fp32, as of `scan_vocabulary`
     peaks_ptr,  # [T, N] fp32: the m to which a tile's probabilities are relative
     N,

@@ -1,4 +1,4 @@
-"""The gradients of hidden states and weight, summed over chunks of logits in types as exact as plain torch's.
+"""Gradients of hidden states and weight, summed over chunks in types that keep them as exact as plain torch's.
 
 Shape legend: N rows, D hidden size, V vocabulary, C rows of a chunk.
 """
@@ -10,7 +10,7 @@ import torch
 from searchr1_kernels._scaling import scale_rows
 
 # Up to this many chunks (`_linear_chunks`: 35,000 rows, V 151,936), the weight's gradient is summed in its final type,
-# and rounded as often; with more chunks, in fp32, which takes twice the memory.
+# and rounded with each chunk; with more chunks, in fp32, which takes twice the memory.
 ROUNDED_SUMS = 8
 
 
@@ -30,8 +30,9 @@ class Gradients:
     def add(
         self, gradient: torch.Tensor, scales: torch.Tensor | None, rows: torch.Tensor, where: slice | torch.Tensor
     ) -> None:  # fmt: skip
-        """Add a chunk: rows [C,D], as `operand` returns them, which stand at `where` in N, and the gradient of their
-        logits: gradient [C,V], its rows times scales [C] unless None."""
+        """Add a chunk: the gradient [C,V], its rows times scales [C] unless None, of the logits of rows [C,D].
+
+        The rows are as `operand` returns them, and are those at `where` in N."""
         if self._hidden is not None:
             self._add_hidden(gradient, scales, where)
         if self._want_weight:
@@ -59,7 +60,7 @@ class Gradients:
             # A chunk's product adds to the sum in fp32, and the result is rounded. The square of that error is
             # proportional to the share of rows in the sum, so n chunks are off by sqrt((n + 1) / 2) times as much as
             # one, 8 by 2.1. Plain torch also has the errors of bf16 logits and their gradient: simulated (16,384 rows,
-            # V 1,500, D 64), 8 chunks are off by 0.14 times as much as it where logits are spread by 10, 0.6 by 4, 1.9
+            # V 1,500, D 64), 8 chunks are off by 0.14 times torch's error where logits are spread by 10, 0.6 by 4, 1.9
             # by 1, and 2.0 where all are nearly 0 and all rows pull the same way.
             dtype = self._weight_dtype if ROUNDED_SUMS * len(rows) >= self._num_rows else self._compute
             self._weight = rows.new_empty(self._shape, dtype=dtype)

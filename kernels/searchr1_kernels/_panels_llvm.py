@@ -186,9 +186,9 @@ def _call_of_pointer(builder, name: str, pointer) -> None:
 
 @intrinsic
 def to_rows(typing_context, packed, place, target, offsets, first, shift):
-    """Write LANES packed numbers of each of a panel's tokens, from `place` on, side by side to its row in `target`.
+    """Write LANES packed numbers of each of a panel's tokens, from `place` on, side by side to `target`.
 
-    A lane's row begins at its entry of `offsets`, whose entries count from `first` on, plus `shift`."""
+    Those of lane i go to `offsets[first + i] + shift`."""
 
     def generate(context, builder, signature, arguments):
         source = vectors.place(context, builder, signature, arguments, 0, 1)

@@ -86,7 +86,7 @@ def adopt(rows: torch.Tensor, row_scales: torch.Tensor | None) -> Codes:
 def sample_center(rows: torch.Tensor, most: int = 4096) -> torch.Tensor:
     """-> [D] fp32, about the mean of the rows.
 
-    Any center is correct; one near the mean leaves the least to encode, which helps much where all rows point the same
+    Any center is correct; one near the mean leaves the least to encode, which helps a lot where all rows point the same
     way, as those of most text encoders do. Components that could take a finite number beyond fp32's range are 0."""
     center = rows[:: max(1, rows.shape[0] // most)].double().mean(0).float()
     return torch.where(center.abs() < 2.0**102, center, 0.0)  # less than half the step of the largest fp32
