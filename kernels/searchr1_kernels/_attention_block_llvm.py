@@ -162,7 +162,7 @@ class _Block:
                     self._prefetch(number, is_second=False)
                     rows[place] = self._row(
                         "keys", vectors.smaller(builder, number, last)
-                    )  # others may never be written
+                    )  # later rows may never have been written
                 return vectors.dot(builder, queries[head], rows[place])
 
             tiles.append(vectors.tree(builder, leaf, 0, LANES))

@@ -30,7 +30,7 @@ from searchr1_kernels._vector_code import INDEX, NUMBER, add_product
 EIGHT = 8
 # Distance in tokens at which memory is prefetched: 4,096 is as slow as no prefetch.
 _AHEAD = 256
-_ALL = np.uint64(0x0101010101010101)  # a mask of eight that count
+_ALL = np.uint64(0x0101010101010101)  # the mask of eight tokens that all count
 _POWERS = 5  # rows of `_powers`
 
 _BYTES, _WORD = ir.VectorType(vectors.BYTE, EIGHT), ir.IntType(64)

@@ -83,7 +83,7 @@ def rotate_heads(
     tl.store(target + D // 2 + pair, right.to(target.dtype.element_ty), mask=mask)
 
 
-# A token has one block and one place: the alignment of a step's must not choose the kernel.
+# A token has one block and one place: the alignment of a step's arrays must not choose the kernel.
 @triton.jit(do_not_specialize_on_alignment=["blocks", "places"])
 def rotate_and_write(
     query,  # [T, H, d]

@@ -31,7 +31,7 @@ from searchr1_kernels._linear_sums import Gradients, compute_dtype, multiply, op
 # products, but at most a quarter of the free memory.
 _CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 1 << 30}
 # Bytes of a chunk of `KeptRows`, at 2 bytes a logit. With 16,384 rows and a vocabulary of 151,936, a chunk is 2,048
-# rows; its hidden gradient, of 2,048 columns, is 128 tiles of 128 by 256: one for nearly every multiprocessor of an
+# rows; their grad_hidden, of 2,048 columns, is 128 tiles of 128 by 256: one for nearly every multiprocessor of an
 # H200. Doubled where there would be more than `_linear_sums.ROUNDED_SUMS` chunks, here from 17,664 rows on.
 _KEPT_BYTES = 5 << 27
 # Whether our own matrix products, with the passes over logits inside, may replace the library's.

@@ -28,7 +28,7 @@ PART = 4096  # tokens
 BLOCK = 64  # tokens whose largest logit is kept, to bound what top-k and top-p leave
 NUM_WARPS = 8
 VOCABULARIES = (500, 50_257, 151_936, 1_000_000)  # of `compile_cases`
-# A program loads one number: the alignment of a step's, after other numbers of 8 bytes, must not choose the kernel.
+# A program loads one number of it: where a step's begin, after other numbers of 8 bytes, must not choose the kernel.
 ANYWHERE = ["uniforms"]
 
 

@@ -151,7 +151,7 @@ def _least(total, bits, peaks, top_k, top_p, packed):
     least = _search(kept, cut - 1, top_k)
     if top_p == 1:
         return least
-    num_equal = top_k - _count_above(kept, least)  # of exactly k tokens, whichever of equals they are
+    num_equal = top_k - _count_above(kept, least)  # for exactly k tokens, whichever of equal ones they are
     value = np.full(1, least, np.int32).view(np.float32)[0]
     whole = np.float64(_sum_above(values, kept, least)) + num_equal * np.float64(value)
     return _search_sums(values, kept, least - 1, top_p * whole)

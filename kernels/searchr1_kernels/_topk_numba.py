@@ -128,7 +128,7 @@ def _highest(bound, offset):
 @numba.njit(cache=True, nogil=True)
 def _most(bound):
     """-> the largest fp32 that a score up to this bound may be rounded to."""
-    return bound if bound < HUGE else np.inf  # and of NaN
+    return bound if bound < HUGE else np.inf  # also for NaN
 
 
 @numba.njit(cache=True, nogil=True)

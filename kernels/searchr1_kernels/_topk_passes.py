@@ -96,7 +96,7 @@ class Passes:
     """Searches of up to `max_queries` queries for up to `max_k` hits, one at a time."""
 
     def __init__(self, corpus: Corpus, max_queries: int, max_k: int) -> None:
-        size, rows = corpus.rows.shape[1], aligned(corpus.rows)  # those of a `TopKIndex` are
+        size, rows = corpus.rows.shape[1], aligned(corpus.rows)  # a `TopKIndex` has aligned rows
         if rows is not corpus.rows:
             address = corpus.rows.data_ptr()
             corpus = Corpus(rows, corpus.scales, [rows if x.data_ptr() == address else x for x in corpus.parts])

@@ -58,7 +58,7 @@ def highest_score(offset, bound):
     """offset fp64, a block's bound without it fp32 -> fp64 that no score of the block exceeds."""
     bound = bound.to(tl.float64)
     highest = offset + bound + _ROUNDING * (tl.abs(offset + bound) + tl.abs(bound)) + _LEAST
-    return tl.where(highest < _HUGE, highest, float("inf"))  # and of NaN
+    return tl.where(highest < _HUGE, highest, float("inf"))  # also for NaN
 
 
 @triton.jit
