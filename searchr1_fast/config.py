@@ -1,9 +1,9 @@
-"""The configuration: its sections (config_sections.py) together, and how files and overrides make one.
+"""The whole configuration: its sections (config_sections.py) together, read from YAML files and overrides.
 
-A run is a YAML file plus dotted overrides (`optimizer.learning_rate=1e-4`). A file may stand on others: `extends` names
-them, as paths from its own folder. They are read first and in order, then the file itself, then the overrides; what
-comes later wins, key by key, and a list or a null replaces what was there. Derived values are properties, not fields.
-What a field is checked for is checked here, once, with a sentence that names the key.
+A run is a YAML file plus dotted overrides (`optimizer.learning_rate=1e-4`). A file may build on others: `extends` names
+them, as paths relative to its own folder. They are read first, in order, then the file itself, then the overrides. What
+comes later wins, key by key; a list or a null replaces what was there. Derived values are properties, not fields. Each
+check across sections is made here, once, with a sentence that names the key.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ __all__ = [
     "load_config",
 ]
 
-EXTENDS = "extends"  # the key of a file that names the files it stands on
+EXTENDS = "extends"  # the key under which a file names the files it builds on
 
 
 class Config(Section):
@@ -114,7 +114,7 @@ class Config(Section):
 def load_config(path: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """Read a YAML file (None: the defaults) and apply `section.key=value` overrides, values read as YAML.
 
-    Raises ValueError with one sentence: a missing file, broken YAML, an unknown key (naming the nearest), a bad value.
+    Raises ValueError, in one sentence: a missing file, broken YAML, an unknown key (naming the nearest), a bad value.
     """
     values: dict[str, Any] = {} if path is None else _read_file(Path(path), ())
     for override in overrides:
@@ -126,7 +126,7 @@ def load_config(path: str | Path | None, overrides: list[str] | tuple[str, ...] 
 
 
 def _read_file(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
-    """The values of a file over those of the files that it extends. `below`: the files that lead here, resolved."""
+    """Read a file's values over those of the files that it extends. `below`: the files that led here, resolved."""
     if not path.is_file():
         nearest = difflib.get_close_matches(path.name, [file.name for file in path.parent.glob("*.yaml")], n=1)
         hint = f"; did you mean {path.parent / nearest[0]}?" if nearest else ""
@@ -155,7 +155,7 @@ def _read_file(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """Of a key that stands twice in one place YAML takes the last, and the settings below the first are lost."""
+    """Reject a key that stands twice in one place: YAML takes the last, and the settings below the first are lost."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -167,7 +167,7 @@ class _UniqueKeys(yaml.SafeLoader):
 
 
 def _merge(values: dict[str, Any], over: dict[str, Any]) -> None:
-    """Lay `over` on `values`, in place: sections key by key, everything else whole."""
+    """Merge `over` into `values`, in place: sections key by key, everything else whole."""
     for key, value in over.items():
         if isinstance(value, dict) and isinstance(values.get(key), dict):
             _merge(values[key], value)
@@ -198,7 +198,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
 
 
 def _number_or_text(text: str) -> float | str:
-    """YAML reads 1e-4 as text (it wants 1.0e-4); people mean the number."""
+    """Read `1e-4` as the number that people mean; YAML reads it as text (it wants 1.0e-4)."""
     try:
         return float(text)
     except ValueError:
@@ -206,7 +206,7 @@ def _number_or_text(text: str) -> float | str:
 
 
 def _describe(error: ValidationError) -> str:
-    """One sentence per mistake, the nearest known key named."""
+    """Describe each mistake in one sentence; for an unknown key, name the nearest known one."""
     sentences = []
     for item in error.errors():
         location = ".".join(str(part) for part in item["loc"])
@@ -222,7 +222,7 @@ def _describe(error: ValidationError) -> str:
             sentences.append(f"`{location}`: must be a section of keys, not {item['input']!r}")
         else:
             message = item["msg"].removeprefix("Value error, ")
-            if item["type"] != "value_error":  # pydantic's own, which do not say what was given
+            if item["type"] != "value_error":  # pydantic's own messages do not say what was given
                 message += f", got {item['input']!r}"
             names_its_key = not location or message.startswith(f"{location}.")
             sentences.append(message if names_its_key else f"`{location}`: {message}")

@@ -1,7 +1,7 @@
 """What policy and environment write to each other: tags, actions, observations. Text only, no tokens.
 
 The tags are Search-R1's (arXiv 2503.09516, table 1) and are ordinary text in every tokenizer. A turn's action is the
-first `<search>…</search>` or `<answer>…</answer>` pair in it, as the original reads it.
+first `<search>…</search>` or `<answer>…</answer>` pair in it, as in the original.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ def parse_action(turn_text: str) -> tuple[Action, str]:
 
 
 def extract_answer(policy_text: str) -> str | None:
-    """The last closed `<answer>` in text that the policy wrote, stripped; None where there is none.
+    """The last closed `<answer>` in text that the policy wrote, stripped; None if there is none.
 
-    Never give it the prompt: the original did, and scored its example answer "Beijing" for silent models.
+    Never pass the prompt: the original did, and scored the prompt's example answer, "Beijing", for silent models.
     """
     matches = _ANSWER.findall(policy_text)
     return matches[-1].strip() if matches else None

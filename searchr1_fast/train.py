@@ -1,11 +1,11 @@
-"""The trainer: `train` is the loop, and reads like the picture of the data flow.
+"""The trainer. `train` is the loop, and reads like this picture of the data flow:
 
     questions -> rollout -> reward -> advantage -> packed minibatches -> update -> sync -> metrics -> eval, checkpoint
 
-Every rank runs it whole. Rollouts are shared by whole groups and exchanged afterwards, so that each rank sees every
-trajectory: rewards, baselines, dropped groups and metrics need no further thought about ranks, and the update's work is
-dealt out by length. What a trajectory samples depends on the run's seed, the step and its place in the step alone; so
-runs repeat on any number of ranks, and a resumed run is the run that was not stopped.
+Every rank runs the whole loop. Ranks divide the rollout by whole groups and exchange the results, so every rank has all
+trajectories: rewards, baselines, dropped groups and metrics need no further thought about ranks, and the update's
+work is dealt out by length. What a trajectory samples depends only on the run's seed, the step and its place in the
+step. So a run repeats on any number of ranks, and a resumed run equals one that was never stopped.
 
 Left out: rollouts that overlap the update. They would make every minibatch off-policy.
 """
@@ -43,9 +43,9 @@ from searchr1_fast.types import PackedBatch, Question, SearchError, Trajectory
 
 
 def train(config: Config, ui: UserInterface | None = None) -> dict[str, Any]:
-    """Train as the configuration says, into its run folder.
+    """Train as the configuration says, and write to its run folder.
 
-    Returns `step`, `interrupted`, and `before` and `after`: for each evaluation set its metrics.
+    Returns `step`, `interrupted`, and the metrics of each evaluation set as `before` and `after`.
     """
     agreement = AgreementWatch(config)
     with open_run(config, ui) as run, StopSignal() as stop:
@@ -53,7 +53,7 @@ def train(config: Config, ui: UserInterface | None = None) -> dict[str, Any]:
             run.write({"step": 0} | run.evaluate(0))
         for step in range(run.step + 1, config.train.num_steps + 1):
             run.checkpoints.check()
-            run.timers.collect()  # a step's time and searches leave out evaluations and checkpoints
+            run.timers.collect()  # discarded: a step's time and searches leave out evaluations and checkpoints
             run.environment.take_statistics()
             with run.timers("rollout"):
                 questions = run.stream.next(config.train.questions_per_step)
@@ -82,7 +82,7 @@ def train(config: Config, ui: UserInterface | None = None) -> dict[str, Any]:
                 metrics |= run.evaluate(step)
             if run.note_best(metrics) or last or stopped or is_due(step, config.checkpoint.every):
                 metrics |= run.stage_checkpoint()
-            run.write(metrics, trajectories)  # first: a checkpoint's rows are all there
+            run.write(metrics, trajectories)  # before the checkpoint, so that all of its rows are on disk
             run.checkpoints.start()
             if stopped and not last:
                 run.checkpoints.wait()
@@ -96,19 +96,19 @@ def train(config: Config, ui: UserInterface | None = None) -> dict[str, Any]:
 
 @dataclass(slots=True)
 class Minibatch:
-    """One optimizer step's share of this rank, in micro-batches; padded to the busiest rank's number of them."""
+    """This rank's share of one optimizer step, in micro-batches, padded to as many as the busiest rank has."""
 
     batches: list[PackedBatch]
     denominator: int  # policy tokens, all ranks together
-    num_sampled: int  # the part of them that the policy wrote; all, with `mask_observations`
-    imbalance: float  # what ranks wait for the slowest, as `packing.Layout` has it
+    num_sampled: int  # how many of them the policy wrote; all, with `mask_observations`
+    imbalance: float  # how much ranks wait for the slowest: `packing.Layout.imbalance`
     ref_logprobs: list[torch.Tensor] | None = None  # [P] fp32 each
     returns: list[torch.Tensor] = field(default_factory=list)  # PPO: [P] fp32 each
     old_values: list[torch.Tensor] = field(default_factory=list)  # PPO: [P] fp32 each
 
 
 def sample(run: Run, questions: Sequence[Question], step: int) -> list[Trajectory]:
-    """`group_size` trajectories for every question, in order, on every rank."""
+    """Sample `group_size` trajectories for every question; every rank gets all of them, in order."""
     seed, size = run.config.run.seed, run.config.algorithm.group_size
     groups = []
     for group, question in enumerate(questions):
@@ -128,10 +128,10 @@ def sample(run: Run, questions: Sequence[Question], step: int) -> list[Trajector
 
 
 def count_failed_searches(run: Run, trajectories: list[Trajectory], step: int) -> None:
-    """Say how many searches of all ranks ended their trajectories alone, and why.
+    """Report how many searches, on all ranks, failed and ended only their own trajectories, and why.
 
-    SearchError, on every rank, where none worked, as the policy would learn from those alone who do not search; and
-    where nobody is left.
+    Raises SearchError on every rank if no search worked, since the policy would then learn only from trajectories that
+    do not search, or if no trajectory is left.
     """
     statistics, error = run.loop.statistics, run.loop.last_error
     own = statistics.num_failed_searches, statistics.num_searches, error and sentence(error)
@@ -150,9 +150,10 @@ def baselines(
     trajectories: list[Trajectory],
     rewards: np.ndarray,  # [N] fp64
 ) -> tuple[np.ndarray, np.ndarray]:  # advantages [N] fp32, kept [N] bool
-    """GRPO's advantages, and which trajectories are trained on. PPO's advantages come from the critic, later.
+    """Compute GRPO's advantages, and which trajectories to train on. PPO's advantages come later, from the critic.
 
-    One whose search failed says nothing about the policy: it is neither trained on nor part of its group's baseline.
+    A trajectory whose search failed says nothing about the policy: it is not trained on, nor part of its group's
+    baseline.
     """
     advantages = np.zeros(len(trajectories), dtype=np.float32)
     is_judged = np.array([t.is_judged for t in trajectories])
@@ -192,7 +193,7 @@ def make_minibatches(
 
 
 def add_references(run: Run, minibatches: list[Minibatch], rewards: np.ndarray) -> None:
-    """Everything that must be known before the weights move: reference log-probs, values, PPO's advantages."""
+    """Add everything that is computed before the weights change: reference log-probs, values, PPO's advantages."""
     algorithm, device = run.config.algorithm, run.ranks.device
     if run.policy.reference is not None:
         with run.policy.reference_at_hand:
@@ -227,7 +228,7 @@ def add_references(run: Run, minibatches: list[Minibatch], rewards: np.ndarray) 
 
 
 def update(run: Run, minibatches: list[Minibatch], step: int) -> Updates:
-    """One optimizer step per minibatch. The first is on-policy, whatever the sampler's rounding; later ones are not."""
+    """Make one optimizer step per minibatch. Only the first is on-policy, whatever the sampler's rounding."""
     algorithm, updates = run.config.algorithm, Updates()
     if not minibatches:
         run.ui.note(f"step {step}: no group has rewards that differ; no update")
@@ -255,8 +256,8 @@ def update(run: Run, minibatches: list[Minibatch], step: int) -> Updates:
 
 
 def keep_bad_update(run: Run, learner: Learner, norm: float, minibatch: Minibatch, step: int, index: int) -> None:
-    """Nothing for an update that was applied. One that was skipped is written down, for `searchr1 replay`, where there
-    is room for it; after three in a row the run ends."""
+    """Write a skipped update to disk for `searchr1 replay`, if there is room; after three in a row, end the run. Do
+    nothing for an update that was applied."""
     if math.isfinite(norm):
         return
     of_policy, count = learner is run.policy, len(minibatch.batches)
@@ -284,10 +285,10 @@ def keep_bad_update(run: Run, learner: Learner, norm: float, minibatch: Minibatc
 
 
 class StopSignal:
-    """Ctrl-C or SIGTERM asks for an end after this step; a second Ctrl-C ends at once.
+    """Stop after the current step on Ctrl-C or SIGTERM, and at once on a second Ctrl-C.
 
-    torchrun passes signals on and kills what still runs 30 seconds later; where steps are longer, signal the ranks'
-    own processes instead.
+    torchrun passes signals on and kills what still runs 30 seconds later; if steps take longer, signal the ranks' own
+    processes instead.
     """
 
     def __init__(self) -> None:
@@ -295,7 +296,7 @@ class StopSignal:
 
     def __enter__(self) -> StopSignal:
         self._previous = {}
-        if threading.current_thread() is threading.main_thread():  # Python takes handlers from nowhere else
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers to be set only here
             self._previous = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
@@ -307,7 +308,7 @@ class StopSignal:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         if not self.requested and os.environ.get("RANK", "0") == "0":
-            # A handler may run in the middle of a print: write past Python's buffers and locks.
+            # A handler may run in the middle of a print, so bypass Python's buffers and locks.
             os.write(2, b"\nstopping after this step, with a checkpoint; Ctrl-C again stops now and loses it\n")
         self.requested = True
 

@@ -42,13 +42,13 @@ class Passage:
 
 
 class SearchError(RuntimeError):
-    """A search that failed for good. What else a search function raises is a fault of its own."""
+    """A search that failed for good. Any other exception from a search function is a bug in that function."""
 
 
-# queries -> for each query its passages, best first. All that the rollout knows about retrieval, with its error.
+# queries -> each query's passages, best first. This and SearchError are all that the rollout knows about retrieval.
 SearchFunction = Callable[[Sequence[str]], list[list[Passage]]]
 
-Progress = Callable[[int, int], None]  # what takes long reports (finished, total) to it
+Progress = Callable[[int, int], None]  # long-running work calls it with (finished, total)
 
 
 class FinishReason(StrEnum):
@@ -57,7 +57,7 @@ class FinishReason(StrEnum):
     ANSWER = "answer"  # the policy closed an <answer>
     NO_ANSWER = "no_answer"  # its forced final turn ended without one
     LENGTH = "length"  # the token budget of the whole sequence ran out
-    SEARCH_FAILED = "search_failed"  # and `rollout.on_search_error` drops it: says nothing about the policy
+    SEARCH_FAILED = "search_failed"  # with `rollout.on_search_error=drop`; says nothing about the policy
 
 
 class Action(StrEnum):
@@ -76,12 +76,12 @@ class Turn:
     end: int
     action: Action
     content: str  # the query, the answer, or "" for an invalid turn
-    passage_ids: tuple[str, ...] | None = None  # what the search returned, best first; None: none was executed
+    passage_ids: tuple[str, ...] | None = None  # what the search returned, best first; None: no search was executed
 
 
 @dataclass(slots=True)
 class Trajectory:
-    """A finished rollout. Written by `rollout.SearchLoop`; `reward` is written by the trainer, nothing else changes.
+    """A finished rollout. `rollout.SearchLoop` writes it; the trainer sets `reward`, and nothing else changes.
 
     Example, prompt P0, turn A0, observation E0, turn A1:
         token_ids        = P0 + A0 + E0 + A1
@@ -93,7 +93,7 @@ class Trajectory:
     group: int  # trajectories with the same group answer the same question and share a baseline
     token_ids: np.ndarray  # [L] int64: the ids that were sampled or appended, never re-tokenised
     loss_mask: np.ndarray  # [L] bool: True on policy tokens; made where the tokens are born
-    rollout_logprobs: np.ndarray  # [L] fp32: the sampler's log-probability, 0 off the policy tokens
+    rollout_logprobs: np.ndarray  # [L] fp32: the sampler's log-probability, 0 on all other tokens
     prompt_length: int
     turns: list[Turn]
     finish_reason: FinishReason
@@ -107,7 +107,7 @@ class Trajectory:
 
     @property
     def is_judged(self) -> bool:
-        """Whether its reward is the policy's doing."""
+        """Whether the reward is the policy's doing: False if a failed search ended the trajectory."""
         return self.finish_reason is not FinishReason.SEARCH_FAILED
 
     @property
@@ -128,21 +128,21 @@ class Trajectory:
 
 @dataclass(frozen=True, slots=True)
 class SharedPrefixes:
-    """How sequences of a batch share their beginnings: a beginning is laid out once, with the first that has it."""
+    """How sequences of a batch share beginnings: each is laid out once, with the first sequence that has it."""
 
     key_index: torch.Tensor  # [K] int64: the rows each sequence attends to, in order, shared and own
     cu_seqlens_k: torch.Tensor  # [S+1] int32: where each sequence's rows lie in `key_index`
     max_seqlen_k: int
-    distinct: torch.Tensor  # [R] int64: the policy tokens to score, places in P; each node of the tree once
-    distinct_inverse: torch.Tensor  # [P] int64: where each policy token finds its score
+    distinct: torch.Tensor  # [R] int64: indices in [P] of the policy tokens to score; each node of the tree once
+    distinct_inverse: torch.Tensor  # [P] int64: index in [R] of each policy token's score
 
 
 @dataclass(slots=True)
 class PackedBatch:
-    """Sequences laid end to end, no padding. Written by `packing`; the trainer adds nothing to it in place.
+    """Sequences laid end to end, without padding. `packing` writes it; the trainer adds nothing to it in place.
 
-    `cu_seqlens` splits the rows by sequence. Where beginnings are shared (`prefixes`), a sequence's rows are what it
-    has of its own: none, where all of it came before.
+    `cu_seqlens` splits the rows by sequence. Where beginnings are shared (`prefixes`), a sequence has only the rows
+    that no earlier sequence laid out; that may be none.
 
     Policy token j of the batch is `targets[j]`; the hidden state that predicts it lies at row `policy_index[j]`.
     `policy_cu_seqlens` splits the P policy tokens by sequence, shared or not.
@@ -157,7 +157,7 @@ class PackedBatch:
     policy_cu_seqlens: torch.Tensor  # [S+1] int32
     rollout_logprobs: torch.Tensor  # [P] fp32
     advantages: torch.Tensor  # [P] fp32
-    trajectory_index: list[int] = field(default_factory=list)  # [S]: place of each sequence in the rollout's list
+    trajectory_index: list[int] = field(default_factory=list)  # [S]: index of each sequence in the rollout's list
     prefixes: SharedPrefixes | None = None  # None: nothing is shared
 
     @property
@@ -177,12 +177,12 @@ class PackedBatch:
 
     @property
     def scored_rows(self) -> torch.Tensor:
-        """[R] int64: the rows whose hidden states predict, each prediction once. R = P where nothing is shared."""
+        """[R] int64: the rows whose hidden states predict policy tokens, each once. R = P where nothing is shared."""
         return self.policy_index if self.prefixes is None else self.policy_index[self.prefixes.distinct]
 
     @property
     def scored_targets(self) -> torch.Tensor:
-        """[R] int64: what they predict."""
+        """[R] int64: the tokens that `scored_rows` predict."""
         return self.targets if self.prefixes is None else self.targets[self.prefixes.distinct]
 
     @property
@@ -191,9 +191,9 @@ class PackedBatch:
         return None if self.prefixes is None else self.prefixes.distinct_inverse
 
     def spread(self, scores: torch.Tensor) -> torch.Tensor:  # [R] -> [P]
-        """Every policy token's score. As an embedding, whose gradient adds in a fixed order on every device."""
+        """Give every policy token its score. An embedding, because its gradient adds in a fixed order everywhere."""
         if self.prefixes is None:
             return scores
-        import torch.nn.functional as F  # not on top: who only needs the types does not wait for torch
+        import torch.nn.functional as F  # not at the top: importing the types must not wait for torch
 
         return F.embedding(self.prefixes.distinct_inverse, scores.unsqueeze(1)).squeeze(1)
