@@ -51,11 +51,11 @@ def token_rewards(
     kl_coefficient: float = 0.0,
     kl_kind: KLKind = "k1",
 ) -> torch.Tensor:
-    """Reward of each policy token, [P] fp32: the outcome on the last one of its sequence, and on every one
-    `- kl_coefficient * KL(sampler || reference)`, with k1 the paper's `logprob - ref_logprob`.
+    """-> [P] fp32: the outcome on the last policy token of each sequence, and on every policy token
+    `- kl_coefficient * KL(sampler || reference)`, which with k1 is the paper's `logprob - ref_logprob`.
 
-    A sequence without policy tokens has nowhere to put its outcome. A token nobody sampled (NaN in
-    `rollout_logprobs`) bears no KL.
+    The outcome of a sequence without policy tokens is dropped. A token that nobody sampled (NaN in `rollout_logprobs`)
+    bears no KL.
     """
     rewards = torch.zeros_like(batch.rollout_logprobs)
     if ref_logprobs is not None and kl_coefficient > 0:
@@ -81,8 +81,8 @@ def ppo_advantages(
 ) -> tuple[list[PackedBatch], list[torch.Tensor]]:
     """-> the batches with their advantages, and the returns, [P] fp32 each and never whitened.
 
-    Give it all batches of the step: whitening is over all of them, and with `all_reduce` (sums a tensor over ranks in
-    place) over all ranks. How the step is cut into batches changes nothing.
+    Pass all batches of the step: whitening is over all of them and, with `all_reduce` (sums a tensor over ranks in
+    place), over all ranks. How the step is split into batches changes nothing.
     """
     estimates = [
         gae(reward, value, batch.policy_cu_seqlens, gamma=gamma, lam=lam)

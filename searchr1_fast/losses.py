@@ -1,11 +1,11 @@
-"""What policy and critic minimise over the policy tokens of one packed batch, and how their metrics join.
+"""The losses of policy and critic over the policy tokens of one packed batch, and how their metrics are combined.
 
 Every loss is a sum divided by `denominator`, the number of policy tokens of the whole optimizer step over all
-micro-batches and ranks. So adding the losses of the parts gives the loss of the whole, however it was cut. (Search-R1
-averages the means of micro-batches, in which a token weighs more the emptier its micro-batch.)
+micro-batches and ranks. So the losses of the parts add up to the loss of the whole, however it was split. (Search-R1
+averages the means of micro-batches, so a token weighs more the fewer its micro-batch has.)
 
-The policy's loss is `searchr1_kernels.linear_policy_loss`; here is what it is given. Nothing waits for the device.
-Metrics are sums over tokens, except those in `MAX_METRICS` and `MIN_METRICS`.
+The policy's loss is `searchr1_kernels.linear_policy_loss`; this file supplies its arguments. Nothing waits for the
+device. Metrics are sums over tokens, except those in `MAX_METRICS` and `MIN_METRICS`.
 
 Shape legend: P policy tokens, R of them that are scored, S sequences, D hidden size, V vocabulary.
 """
@@ -27,7 +27,7 @@ from searchr1_fast.types import PackedBatch
 
 
 def policy_objective(algorithm: AlgorithmConfig) -> PolicyLoss:
-    """As configured; the KL is left out where `kl_in_reward` puts it elsewhere."""
+    """The configured objective; without the KL if `kl_in_reward` puts it in the reward."""
     return PolicyLoss(
         kind=algorithm.loss,
         clip_low=algorithm.clip_low,
@@ -48,8 +48,8 @@ def policy_loss(
     ref_logprobs: torch.Tensor | None = None,  # [P] fp32
     on_policy: bool = True,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """-> `linear_policy_loss`'s loss and metrics, all 0-d; `denominator`: policy tokens of the optimizer step, those
-    that `algorithm.mismatch_mask` leaves out included."""
+    """-> the loss and metrics of `linear_policy_loss`, all 0-d. `denominator`: policy tokens of the optimizer step,
+    including those that `algorithm.mismatch_mask` leaves out."""
     head = linear_policy_loss if algorithm.mismatch_mask == "none" else partial(_masked_loss, batch, algorithm)
     return scorer(
         batch,
@@ -75,8 +75,8 @@ def _masked_loss(
     temperature: float,
     **arguments: Any,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """`linear_policy_loss` with whole trajectories left out. Which, only their last token's log-probability decides, so
-    that all are known before: another pass of the head, without gradients."""
+    """`linear_policy_loss` with whole trajectories left out. Which ones is known only once all of their tokens have
+    log-probabilities, so the head first makes a pass without gradients."""
     with torch.no_grad():
         logprobs = batch.spread(linear_logprob(hidden, weight, targets, temperature=temperature))  # [P]
     weights = mismatch_weights(logprobs, batch.rollout_logprobs, batch.policy_cu_seqlens, algorithm)
@@ -92,10 +92,10 @@ def mismatch_weights(
     policy_cu_seqlens: torch.Tensor,  # [S+1] int32
     algorithm: AlgorithmConfig,
 ) -> torch.Tensor:  # [P] fp32
-    """1 for tokens of trajectories that sampler and trainer give about the same probability, 0 for those of others.
+    """1 for tokens of trajectories to which sampler and trainer give about the same probability, 0 for all others.
 
-    The ratio of a trajectory is the product of its sampled tokens' p / p_sampler, or that product's root of their
-    number. It says of long trajectories what no token's own ratio does (arXiv 2512.23075; verl and SkyRL mask so too).
+    A trajectory's ratio is the product of p / p_sampler over its sampled tokens, or their geometric mean. It says about
+    long trajectories what no single token's ratio does (arXiv 2512.23075; verl and SkyRL mask this way too).
     """
     offsets = policy_cu_seqlens.long()
     is_sampled = ~rollout_logprobs.isnan()  # [P]
@@ -103,7 +103,7 @@ def mismatch_weights(
     if algorithm.mismatch_mask == "geometric":
         ratios = ratios / segment_sums(is_sampled, offsets).clamp(min=1)
     low, high = (math.log(bound) if bound else -math.inf for bound in (algorithm.mismatch_low, algorithm.mismatch_high))
-    is_kept = ~((ratios < low) | (ratios > high))  # NaN is kept: the update that it ends in is skipped, and named
+    is_kept = ~((ratios < low) | (ratios > high))  # NaN is kept: it makes the update be skipped and reported
     return is_kept.to(logprobs.dtype).repeat_interleave(offsets.diff(), output_size=len(logprobs))
 
 
@@ -114,7 +114,8 @@ def value_loss(
     clip: float,
     denominator: float | torch.Tensor,
 ) -> torch.Tensor:
-    """-> 0-d: half the squared error, at least that of the value held within `clip` of the old one (0: unclipped)."""
+    """-> 0-d: half the squared error of the value, or of the value clipped to within `clip` of the old one if that is
+    larger (0: unclipped)."""
     for name, tensor in (("returns", returns), ("old_values", old_values)):
         if tensor.shape != values.shape:
             raise ValueError(
@@ -130,7 +131,7 @@ def value_loss(
 
 
 def accumulate_metrics(totals: dict[str, torch.Tensor], metrics: dict[str, torch.Tensor]) -> None:
-    """Join the metrics of another micro-batch into `totals`, in place and on the device."""
+    """Merge the metrics of another micro-batch into `totals`, in place and on the device."""
     for name, value in metrics.items():
         if name not in totals:
             totals[name] = value

@@ -1,21 +1,21 @@
-"""Ragged trajectories into packed batches: no padding, no beginning twice, every batch within a token budget.
+"""Pack ragged trajectories into batches: no padding, no beginning twice, every batch within a token budget.
 
-Samples of one question begin alike: the prompt, often the first turn, then the passages it found. What a token's hidden
-state is depends on the tokens before it alone, so a common beginning is computed once and attended to by all that share
-it: the batch is a tree, laid out branch by branch. A gradient reaches a shared token from every branch. In the
-demo's first step that leaves half of the rows: 14,222 of 28,834.
+Samples of one question begin alike: the prompt, often the first turn, then the passages it found. A token's hidden
+state depends only on the tokens before it, so a common beginning is computed once and attended to by all sequences that
+share it: the batch is a tree, laid out branch by branch. A shared token gets gradients from every branch. In the demo's
+first step, this leaves half of the rows: 14,222 of 28,834.
 
-Sequences are sorted by their tokens; then the longest beginning that a sequence shares with any before it is the one
-it shares with the last, and cutting the sorted list into runs keeps what is shared together.
+Sequences are sorted by their tokens. The longest beginning that a sequence shares with any before it is then the one
+that it shares with the last, and cutting the sorted list into runs keeps shared beginnings together.
 
-Ranks go through their batches side by side, for FSDP gathers a block on all of them at once: what an update takes is
-the sum over its rounds of the costliest batch of each, not the largest sum of a rank. So the batches of all ranks are
-cut from one list, as many as make whole rounds, sorted by cost, and every round takes the next of them, one a rank.
+Ranks go through their batches in step, because FSDP gathers a block on all of them at once. An update therefore takes
+the sum over its rounds of the costliest batch in each, not the largest sum of a rank. So the batches of all ranks are
+cut from one list, as many as make whole rounds, and sorted by cost; every round takes the next of them, one per rank.
 
-What is decided here: which sequences share a forward pass, on which rank, and which tokens are predicted. The loss mask
-itself was made where the tokens were born; it is only turned into positions.
+This file decides which sequences share a forward pass, on which rank, and which tokens are predicted. The loss mask
+was made where the tokens were born; here it is only turned into positions.
 
-Left out: cutting a trajectory that alone is over the budget; it goes alone.
+Left out: splitting a trajectory that is over the budget; it goes alone.
 
 Shape legend
     L  tokens of a trajectory    T  rows of a batch    S  its sequences    P  its policy tokens    K  keys: adding up
@@ -35,9 +35,9 @@ from searchr1_fast.types import PackedBatch, SharedPrefixes, Trajectory
 
 # Attention costs as much as everything else in a layer at about 12 * hidden_size tokens; 2048 is a middling size.
 _ATTENTION_PARITY_TOKENS = 12 * 2048
-_HALVINGS = 20  # of the interval in which the heaviest run's cost is looked for: to a millionth of all runs'
+_HALVINGS = 20  # bisection steps for the cost of the heaviest run: to a millionth of the cost of all
 
-Span = tuple[int, int]  # [begin, end) of the sorted sequences: a run of them, which makes a batch
+Span = tuple[int, int]  # [begin, end) of the sorted sequences: a run, which makes a batch
 
 
 def pack(
@@ -51,10 +51,10 @@ def pack(
 ) -> list[PackedBatch]:
     """Pack `trajectories[i]` for i in `indices` (None: all) into as few, and as equal, batches as the budget allows.
 
-    `trajectory_index` of a batch holds these i, in the order of their tokens. With `mask_observations` off every token
-    after the prompt is a policy token; the sampler has no log-probability for what it did not sample, so there
-    `rollout_logprobs` is NaN (`losses` reads it as: the same as the trainer's). `share_prefixes` off lays every token
-    of every sequence out: the plain twin. Deterministic; CPU tensors; nothing chosen, no batches.
+    A batch's `trajectory_index` holds these i, in the order of their tokens. With `mask_observations` off, every token
+    after the prompt is a policy token. The sampler has no log-probability for tokens that it did not sample: there
+    `rollout_logprobs` is NaN, which `losses` takes to equal the trainer's. With `share_prefixes` off, every token of
+    every sequence is laid out (the plain twin). Deterministic; CPU tensors; no batches if nothing is chosen.
     """
     layout = lay_out(trajectories, tokens_per_microbatch, indices=indices, share_prefixes=share_prefixes)
     return pack_rank(trajectories, advantages, layout, mask_observations=mask_observations)
@@ -68,7 +68,7 @@ def pack_rank(
     *,
     mask_observations: bool = True,
 ) -> list[PackedBatch]:
-    """The batches of one rank of a layout of these trajectories."""
+    """Build one rank's batches of a layout of these trajectories."""
     if len(advantages) != len(trajectories):
         raise ValueError(f"pack: got {len(advantages)} advantages for {len(trajectories)} trajectories; give one each")
     batches = []
@@ -82,30 +82,30 @@ def pack_rank(
 class Layout:
     """Which trajectories share a batch, and which rank has it; the same on every rank."""
 
-    order: list[int]  # places of the trajectories, by their tokens
-    lengths: list[int]  # of those, in this order
-    shared: list[int]  # first tokens that each shares with the one before
-    runs: list[list[Span]]  # of each rank, in the order of the rounds
+    order: list[int]  # indices of the trajectories, sorted by their tokens
+    lengths: list[int]  # their lengths, in this order
+    shared: list[int]  # how many first tokens each shares with the one before
+    runs: list[list[Span]]  # by rank, in the order of the rounds
 
     @property
     def num_rounds(self) -> int:
-        """Batches of the rank that has most; others may have one less."""
+        """Number of batches of the rank that has most; others may have one less."""
         return max(map(len, self.runs))
 
     @cached_property
     def costs(self) -> list[list[float]]:
-        """Of each rank, its batches'."""
+        """The costs of each rank's batches."""
         return [[_cost(self.lengths, self.shared, *run) for run in runs] for runs in self.runs]
 
     @property
     def imbalance(self) -> float:
-        """Cost of the costliest batch of each round, summed, over the mean rank's cost; 1.0: nobody waits."""
+        """Sum over rounds of the costliest batch's cost, divided by the mean rank's cost; 1.0: no rank waits."""
         rounds = [max(batches[n] for batches in self.costs if n < len(batches)) for n in range(self.num_rounds)]
         return sum(rounds) / self._mean if self._mean else 1.0
 
     @property
     def largest_rank(self) -> float:
-        """The largest sum of a rank over the mean: what is left of the imbalance where ranks wait at the end alone."""
+        """The largest cost of a rank over the mean: what the imbalance would be if ranks waited only at the end."""
         return max(map(sum, self.costs)) / self._mean if self._mean else 1.0
 
     @property
@@ -121,7 +121,7 @@ def lay_out(
     indices: Sequence[int] | None = None,
     share_prefixes: bool = True,
 ) -> Layout:
-    """Deal `trajectories[i]` for i in `indices` (None: all) out to batches and ranks. A rank may get nothing."""
+    """Assign `trajectories[i]` for i in `indices` (None: all) to batches and ranks. A rank may get nothing."""
     chosen = list(range(len(trajectories))) if indices is None else [int(i) for i in indices]
     if len(set(chosen)) != len(chosen) or any(not 0 <= i < len(trajectories) for i in chosen):
         raise ValueError(f"pack: indices must be distinct and from 0 to {len(trajectories) - 1}, got {chosen}")
@@ -133,7 +133,7 @@ def lay_out(
 
 
 def in_order(trajectories: Sequence[Trajectory], indices: Sequence[int]) -> list[int]:
-    """`indices` sorted by their trajectories' tokens, compared one after the other; equal ones as they came."""
+    """Sort `indices` by their trajectories' tokens, lexicographically; equal ones keep their order."""
     return sorted(indices, key=lambda i: trajectories[i].token_ids.astype(">u4").tobytes())
 
 
@@ -149,11 +149,11 @@ def shared_lengths(trajectories: Sequence[Trajectory], order: Sequence[int]) -> 
 
 
 def plan(lengths: Sequence[int], shared: Sequence[int], budget: int, world_size: int = 1) -> list[Span]:
-    """Runs of at most `budget` rows: as few as make whole rounds, among those with the cheapest costliest.
+    """Cut runs of at most `budget` rows: as few as make whole rounds, and with the costliest as cheap as possible.
 
-    A run has its first sequence whole, and of each other what it does not share with the one before. A part of a run
-    never has more rows nor cost than the run, so filling one after the other is optimal, and more room never needs more
-    runs.
+    A run has its first sequence whole, and of every other sequence what it does not share with the one before. A part
+    of a run never has more rows or a higher cost than the run, so filling one run after the other is optimal, and more
+    room never needs more runs.
     """
     if budget < 1:
         raise ValueError(f"train.tokens_per_microbatch: must be at least 1, got {budget}")
@@ -173,7 +173,7 @@ def plan(lengths: Sequence[int], shared: Sequence[int], budget: int, world_size:
 
 
 def deal(runs: Sequence[Span], costs: Sequence[float], world_size: int) -> list[list[Span]]:
-    """To each rank its runs. The costliest go first, a round of one a rank at a time, back and forth among ranks."""
+    """Deal runs to ranks: the costliest first, in rounds of one per rank, which go back and forth among the ranks."""
     dealt: list[list[Span]] = [[] for _ in range(world_size)]
     falling = sorted(range(len(runs)), key=lambda place: -costs[place])
     for turn, place in enumerate(falling):
@@ -183,7 +183,7 @@ def deal(runs: Sequence[Span], costs: Sequence[float], world_size: int) -> list[
 
 
 def _fill(lengths: Sequence[int], shared: Sequence[int], room: int, limit: float) -> list[Span]:
-    """Runs in order, each as long as there is room; a sequence that alone has too little goes alone."""
+    """Fill runs in order, each for as long as there is room; a sequence that exceeds the room by itself goes alone."""
     starts: list[int] = []
     rows, cost = 0, 0.0
     for place, length in enumerate(lengths):
@@ -196,12 +196,12 @@ def _fill(lengths: Sequence[int], shared: Sequence[int], room: int, limit: float
 
 
 def _row_cost(begin: int, end: int) -> float:
-    """Of a sequence's rows [begin, end), in rows without attention; a row attends to all before it."""
+    """Cost of a sequence's rows [begin, end), in units of a row without attention; a row attends to all before it."""
     return (end - begin) * (1.0 + (begin + end) / _ATTENTION_PARITY_TOKENS)
 
 
 def _cost(lengths: Sequence[int], shared: Sequence[int], begin: int, end: int) -> float:
-    """Of a run."""
+    """Cost of a run."""
     others = zip(shared[begin + 1 : end], lengths[begin + 1 : end], strict=True)
     return _row_cost(0, lengths[begin]) + sum(_row_cost(*rows) for rows in others)
 
@@ -220,7 +220,7 @@ def _pack_run(
     shared: list[int],
     mask_observations: bool,
 ) -> PackedBatch:
-    """One batch of `trajectories[i]` for i in `members`, of which each shares `shared` tokens with the one before."""
+    """Pack `trajectories[i]` for i in `members` as one batch; each shares `shared` tokens with the one before."""
     chosen = [trajectories[i] for i in members]
     masks = [policy_mask(trajectory, mask_observations) for trajectory in chosen]
     values = [_policy_values(trajectories[i], advantages[i], mask, i) for i, mask in zip(members, masks, strict=True)]

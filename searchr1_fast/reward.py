@@ -4,7 +4,7 @@ Exact match and contained match follow Search-R1, which normalises as SQuAD does
 the articles "a", "an", "the" deleted, white space collapsed. F1 follows HotpotQA. Every score is the best over the
 golden answers. What is scored is the answer that `extract_answer` finds in policy text; the prompt is never read.
 
-Left out: the format reward of Search-R1's v0.3 (structure 0.2, final 0.1): outcome alone is the method here.
+Left out: the format reward of Search-R1's v0.3 (structure 0.2, final 0.1). Here the outcome alone is rewarded.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ def normalize_answer(text: str) -> str:
 def exact_match(prediction: str | None, golden_answers: Sequence[str]) -> float:
     """1.0 if the normalised prediction equals a normalised golden answer, else 0.0; None (no answer) scores 0.0.
 
-    Golden answers such as "The The", "!!!" or "---" normalise to the empty string. The original then pays every
-    prediction that does too, the empty one included, which a policy could learn to collect. Here such an answer is
-    compared as written, case and white space aside: "the the" is right, "" and "a" are not. Real outputs score the
-    same either way.
+    Golden answers such as "The The", "!!!" or "---" normalise to the empty string. The original then rewards every
+    prediction that does too, including the empty one, and a policy could learn to exploit this. Here such an answer is
+    compared as written, apart from case and white space: "the the" is right, "" and "a" are not. Real outputs score
+    the same either way.
     """
     return _best(_equal, prediction, golden_answers)
 
@@ -42,8 +42,8 @@ def exact_match(prediction: str | None, golden_answers: Sequence[str]) -> float:
 def sub_exact_match(prediction: str | None, golden_answers: Sequence[str]) -> float:
     """1.0 if a normalised golden answer occurs in the normalised prediction, else 0.0; None scores 0.0.
 
-    As in the original, a golden answer that normalises to the empty string occurs in every prediction: a figure to
-    report, not a reward.
+    As in the original, a golden answer that normalises to the empty string occurs in every prediction. The score is a
+    figure to report, not a reward.
     """
     return _best(_contains, prediction, golden_answers)
 

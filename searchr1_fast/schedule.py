@@ -1,9 +1,9 @@
-"""The learning rate of every update: linear warm-up, then constant, or down to a floor in a line or half a cosine.
+"""The learning rate of every update: linear warm-up, then constant, or a linear or half-cosine decay to a floor.
 
-Counted are optimizer steps that were applied, not steps of the run: a rollout of which no group is left to learn from
-leaves the schedule where it is, and so does a skipped gradient. The formulas are those of transformers'
-`get_*_schedule_with_warmup`, but for one thing: there the first update has learning rate 0 and moves nothing (so it is
-in the original, whose scheduler moves once per rollout); here the first of w has 1/w of the peak, the last all of it.
+The schedule counts optimizer steps that were applied, not steps of the run: a rollout that leaves no group to learn
+from does not advance it, nor does a skipped gradient. The formulas are those of transformers'
+`get_*_schedule_with_warmup`, with one difference: there the first update has learning rate 0 and changes nothing (as in
+the original, whose scheduler moves once per rollout); here the first of w has 1/w of the peak, the last all of it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from searchr1_fast.config import Config
 
 @dataclass(frozen=True, slots=True)
 class LearningRate:
-    """By the number of updates made: `LearningRate(1e-6, num_warmup=10, num_updates=100)(n)` is that of update n."""
+    """The rate by number of update: `LearningRate(1e-6, num_warmup=10, num_updates=100)(n)` is that of update n."""
 
     peak: float
     num_warmup: int = 0  # updates
@@ -26,7 +26,7 @@ class LearningRate:
     final_ratio: float = 0.0
 
     def __call__(self, update: int) -> float:
-        """Of update number `update`, counted from 0; beyond the last the floor."""
+        """The learning rate of update number `update`, counted from 0; after the last, the final one."""
         if update < self.num_warmup:
             return self.peak * (update + 1) / self.num_warmup
         if self.shape == "constant":
@@ -37,7 +37,7 @@ class LearningRate:
 
 
 def policy_learning_rate(config: Config) -> LearningRate:
-    """The policy's. PPO's makes no update while `algorithm.critic_warmup_steps` last."""
+    """The policy's learning rate. With PPO, the policy makes no update during `algorithm.critic_warmup_steps`."""
     num_steps = config.train.num_steps
     if config.algorithm.name == "ppo":
         num_steps = max(1, num_steps - config.algorithm.critic_warmup_steps)
@@ -45,7 +45,7 @@ def policy_learning_rate(config: Config) -> LearningRate:
 
 
 def critic_learning_rate(config: Config) -> LearningRate:
-    """The critic's: its own peak, the policy's shape, and a warm-up of its own where the configuration has one."""
+    """The critic's learning rate: its own peak, the policy's shape, and its own warm-up if one is configured."""
     num_updates, ratio = config.train.num_steps * config.train.num_minibatches, config.optimizer.critic_warmup_ratio
     num_warmup = None if ratio is None else _share(ratio, num_updates)
     return _learning_rate(config, config.algorithm.critic_learning_rate, num_updates, num_warmup)
@@ -60,5 +60,5 @@ def _learning_rate(config: Config, peak: float, num_updates: int, num_warmup: in
 
 
 def _share(ratio: float, count: int) -> int:
-    """Rounded down, as the original does, but not for the last bit of a product: 0.29 of 100 is 29."""
+    """Round down, as the original does, but not because of a product's last bit: 0.29 of 100 is 29."""
     return int(ratio * count + 1e-6)

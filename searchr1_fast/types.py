@@ -191,7 +191,7 @@ class PackedBatch:
         return None if self.prefixes is None else self.prefixes.distinct_inverse
 
     def spread(self, scores: torch.Tensor) -> torch.Tensor:  # [R] -> [P]
-        """Give every policy token its score. An embedding, because its gradient adds in a fixed order everywhere."""
+        """Give every policy token its score. An embedding: its gradient adds in a fixed order on every device."""
         if self.prefixes is None:
             return scores
         import torch.nn.functional as F  # not at the top: importing the types must not wait for torch
