@@ -1,17 +1,17 @@
-"""Checkpoints: a run can be stopped at any moment and goes on as if it had not been.
+"""Checkpoints: a run can be stopped at any moment, and resumes as if it had not been.
 
     <run>/checkpoints/step_000100/state/    what is learned, and the optimizers' tensors (torch.distributed.checkpoint:
                                             each rank writes its shards), trainer.pt, manifest.json, searches-00000.bin
                                             of each rank whose retriever remembers them
                      step_000100/hf/        the policy and its tokenizer as a Hugging Face directory
-                     step_000100/adapter/   where an adapter is learned: it alone, and the tokenizer
+                     step_000100/adapter/   if an adapter is learned: the adapter alone, and the tokenizer
                      latest                 link to the newest, replaced last
-                     best                   link to the one that an evaluation liked best, where the run asks for it
+                     best                   link to the one with the best evaluation score, if `checkpoint.best` is set
 
-A checkpoint is written under another name, flushed to the disk, and renamed when complete; so a folder called step_* is
-whole, and the manifest's sizes and checksums prove it again before it is read. Another number of ranks may read it.
-With several nodes the run folder must lie on a file system that they share. When a run writes, and in which thread, is
-checkpoint_writer.py's.
+A checkpoint is written under another name, flushed to the disk, and renamed when complete. So a folder called step_* is
+complete, and the manifest's sizes and checksums prove it again before it is read. A different number of ranks may read
+it. With several nodes, the run folder must be on a file system that they share. checkpoint_writer.py decides when a run
+writes, and in which thread.
 """
 
 from __future__ import annotations
@@ -39,28 +39,28 @@ LATEST = "latest"
 BEST = "best"
 MANIFEST = "manifest.json"
 TRAINER = "trainer.pt"
-COPY_AHEAD = 10_000_000  # bytes, from a device to be written; torch's own choice
+COPY_AHEAD = 10_000_000  # bytes copied from a device ahead of writing; torch's own choice
 
 T = TypeVar("T")
 
-# That a single process saves is what we mean. Here once, as a filter around a call would be every thread's.
+# Saving from a single process is intended. Set once, here: a filter around a call would apply to every thread.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
 class CheckpointFailed(ValueError):
-    """A checkpoint could not be written. A ValueError because the disk is the user's: the message says what it said."""
+    """A checkpoint could not be written. A ValueError because the disk is the user's; the message quotes the cause."""
 
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """What a checkpoint holds; nothing of it may change until it is written."""
+    """What a checkpoint holds; none of it may change until it is written."""
 
     step: int
     tensors: dict[str, torch.Tensor]  # whole tensors or DTensors, any shapes
-    trainer_state: dict[str, Any]  # what torch.load(weights_only=True) reads back; rank 0's is kept
+    trainer_state: dict[str, Any]  # only what torch.load(weights_only=True) reads; rank 0's is kept
     rng_states: list[dict[str, Any]]  # by rank
     export: Callable[[Path], None]  # writes the Hugging Face directory; called on rank 0
-    best_step: int | None = None  # that `best` shall name from now on, this one's or an older one's
+    best_step: int | None = None  # the step that `best` links to from now on, this one or an older one
 
 
 def begin_checkpoint(
@@ -77,7 +77,7 @@ def begin_checkpoint(
 
     def clear() -> None:
         if ranks.is_main:
-            _clear(root)  # of a run that was killed while it wrote, whichever step: it may be as large as this will be
+            _clear(root)  # what a run that was killed left of any step: it may be as large as this one will be
             (temporary / "state").mkdir(parents=True)
 
     _everywhere(clear, root, step, ranks)  # also the barrier before the first write
@@ -88,7 +88,7 @@ def begin_checkpoint(
 def write_checkpoint(root: Path, contents: Contents, ranks: Ranks, keep: int) -> Path:
     """Fill the folder that was begun, make it `latest`, delete all but the newest `keep` and `best`.
 
-    Every rank calls this; a thread may, with `Ranks.apart`. CheckpointFailed on all ranks where one of them failed.
+    Every rank calls this; a second thread may, with `Ranks.apart`. CheckpointFailed on all ranks if any of them fails.
     """
     step = contents.step
     final, temporary = root / _name(step), _temporary(root, step)
@@ -117,10 +117,10 @@ def write_checkpoint(root: Path, contents: Contents, ranks: Ranks, keep: int) ->
 
 
 def latest_checkpoint(root: Path) -> Path | None:
-    """The newest complete checkpoint, or None where there is none. ValueError where `latest` leads nowhere.
+    """The newest complete checkpoint, or None if there is none. ValueError if `latest` leads nowhere.
 
-    Without `latest`, as copies to where there are no links have it, or a run that was killed just before its first:
-    the one of the last step. To begin anew would cut back the metrics of a run that has checkpoints.
+    Without `latest`, it is the one of the last step: the folder may be a copy on a file system without links, or its
+    run was killed just before the first link. Starting over would cut back the metrics of a run that has checkpoints.
     """
     link = root / LATEST
     if not link.is_symlink():
@@ -150,7 +150,7 @@ class Checkpoint:
 
     @property
     def searches(self) -> Path:
-        """What this rank's retriever remembered; another rank's where there were fewer, and perhaps no file."""
+        """The file of what this rank's retriever remembered, or another's if there were fewer. It may not exist."""
         num_files = len(list((self.path / "state").glob(_searches("*"))))
         return self.path / "state" / _searches(self._ranks.rank % max(1, num_files))
 
@@ -175,7 +175,7 @@ class Checkpoint:
             _set_rng_state(self._rng_states[self._ranks.rank])
 
     def _verify(self) -> None:
-        """Every file that the manifest names is there and has its checksum; the ranks share the reading."""
+        """Check that every file in the manifest is there and has its checksum; the ranks share the reading."""
         manifest_path = self.path / "state" / MANIFEST
         if not manifest_path.is_file():
             raise ValueError(f"checkpoint {self.path} is incomplete: it has no state/{MANIFEST}")
@@ -199,11 +199,11 @@ def optimizer_tensors(
     saved_keys: Collection[str] | None = None,
     new_state: Callable[[torch.nn.Parameter], dict[str, torch.Tensor]] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """The optimizer's tensors by `<parameter>.<entry>`: those it has, or with `saved_keys` room for those saved, which
-    `new_state` makes (None: beside the parameter).
+    """The optimizer's tensors by `<parameter>.<entry>`: those it has or, with `saved_keys`, new ones to read the saved
+    ones into, made by `new_state` (None: on the parameter's device).
 
     AdamW makes its state at a parameter's first step. torch's own helper for state dicts takes such a step to make it,
-    which counts in the bias correction; here what was absent stays absent, and a resumed run stays bitwise equal.
+    which counts in the bias correction. Here what was absent stays absent, so a resumed run stays bitwise equal.
     """
     tensors = {}
     for name, parameter in parameters.items():
@@ -215,7 +215,7 @@ def optimizer_tensors(
 
 
 def _new_state(parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
-    """AdamW's, of zeros."""
+    """AdamW's state, of zeros."""
     return {
         "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
         "exp_avg": torch.zeros_like(parameter, requires_grad=False),
@@ -224,7 +224,7 @@ def _new_state(parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
 
 
 def _everywhere(action: Callable[[], T], root: Path, step: int, ranks: Ranks) -> T:
-    """What `action` returns here. If it fails on any rank, all of them raise: none waits for one that has left."""
+    """Run `action` and return its result. If it fails on any rank, all of them raise: none waits for one that left."""
     result, failure = None, None
     try:
         result = action()
@@ -232,7 +232,7 @@ def _everywhere(action: Callable[[], T], root: Path, step: int, ranks: Ranks) ->
         failure = error
     first = next((one for one in ranks.gather(_said(failure, ranks.rank)) if one), None)
     if first is not None:
-        if ranks.is_main:  # nobody writes there any more, and what is there may be what filled the disk
+        if ranks.is_main:  # nobody writes there any more, and its content may be what filled the disk
             shutil.rmtree(_temporary(root, step), ignore_errors=True)
         rank, text = first
         where = f" on rank {rank}" if ranks.world_size > 1 else ""
@@ -244,7 +244,7 @@ def _everywhere(action: Callable[[], T], root: Path, step: int, ranks: Ranks) ->
 
 
 def _newest(root: Path) -> str:
-    """What a run can go on from, for a person; whatever is the matter with it."""
+    """Say, for a person, what a run can be resumed from, or what is wrong with it."""
     try:
         newest = latest_checkpoint(root)
     except ValueError as error:
@@ -253,14 +253,14 @@ def _newest(root: Path) -> str:
 
 
 def _said(failure: BaseException | None, rank: int) -> tuple[int, str] | None:
-    """Whose failure, in one line; of what torch gathered from several ranks, the first."""
+    """The rank of a failure, and the failure in one line; of several that torch gathered from ranks, the first."""
     if isinstance(failure, dcp.CheckpointException):
         rank, (failure, _) = next(iter(failure.failures.items()))
     return None if failure is None else (rank, said(failure))
 
 
 class _Writer(dcp.FileSystemWriter):
-    """Fails with the system's error: what stands behind another does not travel with it to other ranks."""
+    """Raises the system's own error: the cause of an exception does not travel with it to other ranks."""
 
     def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> Any:
         try:
@@ -270,16 +270,16 @@ class _Writer(dcp.FileSystemWriter):
 
 
 def _write_files(temporary: Path, contents: Contents, ranks: Ranks) -> None:
-    """This rank's shards and, on rank 0, all that is not sharded."""
+    """Write this rank's shards and, on rank 0, all that is not sharded."""
     path = temporary / "state"
-    # What torch copies ahead of its writing it waits for on the device's current stream, and of tensors on the host it
-    # does the same: every few MB would wait for whatever the training has queued there.
+    # When torch copies ahead of writing, it waits on the device's current stream, even for tensors on the host: every
+    # few MB would wait for whatever training has queued there.
     on_host = all(tensor.device.type == "cpu" for tensor in contents.tensors.values())
     writer = _Writer(path, per_thread_copy_ahead=0 if on_host else COPY_AHEAD)
     dcp.save(contents.tensors, storage_writer=writer, no_dist=ranks.world_size == 1, process_group=ranks.group)
     if ranks.is_main:
         state = {"step": contents.step, "rng_states": contents.rng_states}
-        with (path / TRAINER).open("wb") as file:  # of a path torch.save does not say what the system said
+        with (path / TRAINER).open("wb") as file:  # given a path, torch.save hides the system's error
             torch.save(contents.trainer_state | state, file)
         (temporary / "hf").mkdir()
         contents.export(temporary / "hf")
@@ -320,7 +320,7 @@ def _damage(path: Path, expected: dict[str, int]) -> str:
 
 
 def _flush_tree(directory: Path) -> None:
-    """Force every file, then every folder, to the disk, so that the rename after it cannot come first."""
+    """Force every file, then every folder, to the disk, so that the rename that follows cannot get there first."""
     for path in sorted(directory.rglob("*"), reverse=True):
         _flush(path)
     _flush(directory)
@@ -335,7 +335,7 @@ def _flush(path: Path) -> None:
 
 
 def _publish(temporary: Path, final: Path) -> None:
-    """Give a complete checkpoint its name. One of the same step, left by a run that was rolled back, makes way."""
+    """Give a complete checkpoint its name, in place of one of the same step left by a run that was rolled back."""
     if final.exists():
         _put_aside(final)
     temporary.rename(final)
@@ -343,14 +343,14 @@ def _publish(temporary: Path, final: Path) -> None:
 
 
 def _put_aside(path: Path) -> Path:
-    """Take a checkpoint's name away in one go, so that what is half deleted is never taken for whole."""
+    """Rename a checkpoint atomically before it is deleted, so that a half-deleted one is never taken for complete."""
     aside = path.with_name(f".{path.name}.old")
     shutil.rmtree(aside, ignore_errors=True)
     return path.rename(aside)
 
 
 def _point(link: Path, path: Path) -> None:
-    """Let a link beside the folder name it, from one moment to the next."""
+    """Point a link beside the folder at it, atomically."""
     new = link.with_name(f".{link.name}.partial")
     new.unlink(missing_ok=True)
     new.symlink_to(path.name, target_is_directory=True)
@@ -359,7 +359,7 @@ def _point(link: Path, path: Path) -> None:
 
 
 def _prune(root: Path, step: int, keep: int) -> None:
-    """Delete older checkpoints but the best, and the leftovers of writes that never finished."""
+    """Delete checkpoints beyond the newest `keep`, except the best, and the leftovers of writes that never finished."""
     best = root / BEST
     kept = root / os.readlink(best) if best.is_symlink() else None
     older = [path for path in _complete(root) if _number(path) <= step]
@@ -370,18 +370,18 @@ def _prune(root: Path, step: int, keep: int) -> None:
 
 
 def _complete(root: Path) -> list[Path]:
-    """The checkpoints that are there; not what a person copied."""
+    """The checkpoints in the folder, without copies that a person made."""
     return [path for path in root.glob("step_*") if re.fullmatch(r"step_\d{6,}", path.name) and path.is_dir()]
 
 
 def _clear(root: Path) -> None:
-    """Delete what was begun, or put aside, and never finished."""
+    """Delete what was begun, or put aside, but never finished."""
     for path in root.glob(".step_*"):
         shutil.rmtree(path)
 
 
 def _rng_state() -> dict[str, Any]:
-    """Of every generator in this process, in types that a safe torch.load reads."""
+    """The state of every random generator in this process, in types that a safe torch.load reads."""
     _, numpy_keys, numpy_position, numpy_has_gauss, numpy_gauss = np.random.get_state()
     return {
         "torch": torch.get_rng_state(),

@@ -1,8 +1,8 @@
 """PPO's critic: a decoder with a scalar head.
 
 It sees what the policy sees and values only the states in which the policy is about to write: the rows that predict
-policy tokens. Retrieved tokens are neither valued nor trained on (the original does both). The head begins at zero, so
-the first values are zero and the first advantages plain returns.
+policy tokens. Retrieved tokens are neither valued nor trained on (the original does both). The head starts at zero, so
+the first values are zero and the first advantages are plain returns.
 
 Shape legend
     P  policy tokens of a micro-batch    R  of them those that are scored    S  its sequences    D  hidden size
@@ -35,7 +35,7 @@ class ValueModel(nn.Module):
         self.reset_head()
 
     def reset_head(self) -> None:
-        """Values of zero."""
+        """Make all values zero."""
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
 
@@ -43,7 +43,7 @@ class ValueModel(nn.Module):
         """The value of every state in which a policy token is about to be written."""
         hidden = self.decoder.scored_hidden(batch)  # [R, D]
         head = self.value_head  # in fp32 even where the decoder computes in bf16: returns need the digits
-        # The bias last: what FSDP is given back must be no view, or an operation in place would slip past its hooks.
+        # Add the bias last: the output must not be a view, or an operation in place would slip past FSDP's hooks.
         return batch.spread(hidden.float() @ head.weight.float()[0]) + head.bias.float()
 
 
@@ -52,7 +52,7 @@ class Critic(Learner):
 
     def __init__(self, decoder: Decoder, config: Config, ranks: Ranks, weights: Path | None = None) -> None:
         """`decoder`: fp32, its own copy of the policy's start; with an adapter, on the policy's base (`on_same_base`).
-        `weights`: as `Policy` takes it."""
+        `weights`: as for `Policy`."""
         prepare_blocks(decoder, config)
         model = ValueModel(decoder)
         model.value_head.to(ranks.device)
@@ -63,7 +63,7 @@ class Critic(Learner):
 
     @torch.no_grad()
     def values(self, batches: list[PackedBatch]) -> list[torch.Tensor]:  # [P] fp32 each
-        """Of every batch, constants."""
+        """Values of every batch, without gradients."""
         values = [self.module(batch) for batch in batches]
         reshard(self.module)
         return values
@@ -75,7 +75,7 @@ class Critic(Learner):
         old_values: list[torch.Tensor],  # [P] fp32 each
         denominator: int,
     ) -> tuple[dict[str, torch.Tensor], float]:
-        """As `Policy.update`: sums over this rank's tokens, and the norm of the gradient."""
+        """Like `Policy.update`: returns sums over this rank's tokens, and the norm of the gradient."""
         totals: dict[str, torch.Tensor] = {}
         share = self.share(denominator)
         for index, (batch, target, old) in enumerate(zip(batches, returns, old_values, strict=True)):

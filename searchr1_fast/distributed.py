@@ -1,9 +1,9 @@
 """Ranks and collectives: one process per GPU, all of them running the same program.
 
 One rank is plain Python and joins no process group (unless its compute type differs from its master weights, see
-`shard`); N ranks are started by torchrun, on one node or many, gloo on the CPU and NCCL on GPUs. Every collective here
-is a no-op on one rank, so callers never ask how many there are. Host-side values (counts, trajectories, flags) travel
-over gloo even where gradients travel over NCCL: no GPU synchronisation hides in them.
+`shard`); N ranks are started by torchrun, on one node or many, with gloo on the CPU and NCCL on GPUs. Every collective
+here is a no-op on one rank, so callers never ask how many there are. Host-side values (counts, trajectories, flags)
+travel over gloo even where gradients travel over NCCL, so no GPU synchronisation hides in them.
 
 Left out: tensor and pipeline parallelism; FSDP2 over data-parallel ranks carries the model sizes this is for.
 """
@@ -40,18 +40,18 @@ class Ranks:
     rank: int
     world_size: int
     device: torch.device
-    group: dist.ProcessGroup | None = None  # that the collectives travel over; None: the default one
+    group: dist.ProcessGroup | None = None  # for the collectives; None: the default one
 
     def apart(self) -> Ranks:
-        """The same ranks over a gloo group of their own, whose collectives a thread beside the main one may call while
-        that one calls those of the default group. A collective."""
+        """The same ranks over a gloo group of their own, which another thread may use while the main thread uses the
+        default group. A collective."""
         if self.world_size == 1:
             return self
         return replace(self, group=dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT))
 
     @property
     def is_main(self) -> bool:
-        """Rank 0 writes logs and checkpoint manifests; nobody else does."""
+        """Whether this is rank 0, the only one to write logs and checkpoint manifests."""
         return self.rank == 0
 
     def barrier(self) -> None:
@@ -106,22 +106,22 @@ class Ranks:
 def process(device: str = "auto", num_threads: int = 0, seed: int = 0) -> Iterator[Ranks]:
     """Join the process group that torchrun's environment describes, seed every generator, and leave on a clean exit.
 
-    Meanwhile CPU arithmetic of the whole process takes denormal numbers for zero.
+    Inside it, CPU arithmetic in the whole process flushes denormal numbers to zero.
 
-    device: `auto` (CUDA where there is one), `cpu` or `cuda`. Raises ValueError where `cuda` is asked for in vain. A
-    group that the caller has joined already is used, and left alone.
+    device: `auto` (CUDA if available), `cpu` or `cuda`. Raises ValueError if `cuda` is asked for and not available. A
+    group that the caller has already joined is used, and left alone.
     """
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     place = _device(device, int(os.environ.get("LOCAL_RANK", "0")))
-    # Attention that has made up its mind leaves probabilities below 1e-38, over which a CPU is so slow that a step of
-    # pretrain-base took 5 s of its time, and takes 0.4 s without them (AMD EPYC, 2026-11-24). Before any pool of
-    # threads is made: threads inherit it.
+    # Confident attention leaves probabilities below 1e-38, on which a CPU is so slow that a step of pretrain-base took
+    # 5 s of CPU time; without them it takes 0.4 s (AMD EPYC, 2026-11-24). Set before any pool of threads is made,
+    # because threads inherit it.
     flushed_before = not torch.tensor(1e-39).mul(1.0)
     torch.set_flush_denormal(True)
     num_threads = num_threads or torch.get_num_threads()  # torchrun's or the user's; numba alone would take every core
     numba.set_num_threads(min(num_threads, numba.config.NUMBA_NUM_THREADS))
-    # After numba: its OpenMP layer, as it starts, tells the runtime that torch shares to use every core, and two ranks
-    # of two threads on two cores then wait for each other at every barrier, spinning.
+    # After numba: its OpenMP layer, when it starts, tells the runtime that it shares with torch to use every core. Two
+    # ranks of two threads on two cores then spin at every barrier, waiting for each other.
     torch.set_num_threads(num_threads)
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -144,12 +144,12 @@ def process(device: str = "auto", num_threads: int = 0, seed: int = 0) -> Iterat
 
 
 def _end_groups() -> None:
-    """Let the threads of gloo end before the interpreter does.
+    """Let gloo's threads end before the interpreter does.
 
     They live as long as their group, destroyed or not; every mesh holds its groups, and DTensor's caches hold meshes. A
-    thread that is the last to own a tensor of a collective asks for the interpreter's lock; where the interpreter is
+    thread that is the last to own a tensor of a collective asks for the interpreter's lock. If the interpreter is
     ending by then, this aborts the process ("terminate called without an active exception"), and torchrun reports a
-    run that was complete as failed.
+    completed run as failed.
     """
     for mesh in [thing for thing in gc.get_objects() if type(thing) is DeviceMesh]:
         mesh._pg_registry.clear()  # no public way in torch 2.11 to 2.13
@@ -164,8 +164,8 @@ def shard(
     reshard_after_forward: bool = True,
     whole: Collection[nn.Parameter] = (),
 ) -> None:
-    """FSDP2, in place: each block and then the rest of `module`, over all ranks; fp32 master weights and reductions.
-    Parameters that are `whole` it leaves alone.
+    """Shard each block and then the rest of `module` over all ranks, in place, with FSDP2; master weights and
+    reductions are fp32. Parameters in `whole` are left alone.
 
     With one rank and an fp32 compute type there is nothing to shard or cast, and the module stays as it is. One rank
     computing in bf16 takes this path too (a group of one), so that mixed precision has one implementation. The rest of
@@ -190,9 +190,9 @@ def reshard(module: nn.Module) -> None:
 
 
 def before_backward(module: nn.Module, *, reshard_after: bool, reduce_after: bool) -> None:
-    """Whether the backward pass that comes frees the gathered parameters, and whether it adds up gradients over ranks.
+    """Set whether the next backward pass frees the gathered parameters, and whether it adds up gradients over ranks.
 
-    Where it does not, every rank keeps the whole gradient, in fp32, and adds to it.
+    If it does not add them up, every rank keeps the whole gradient, in fp32, and adds to it.
     """
     if isinstance(module, FSDPModule):
         module.set_reshard_after_backward(reshard_after)
@@ -206,8 +206,8 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def copy_parameters(source: nn.Module, target: nn.Module) -> None:
-    """Copy sharded fp32 parameters into a whole replica, by name, cast before they travel; not those that it shares.
-    A collective."""
+    """Copy sharded fp32 parameters into a whole replica by name, except those that it shares; they are cast before they
+    travel. A collective."""
     replicas = dict(target.named_parameters())
     for name, parameter in source.named_parameters():
         if replicas[name] is not parameter:

@@ -1,8 +1,8 @@
 """Score a model on questions, with the rollout that trains it: exact match, sub-match, F1 and searches, by stratum.
 
-Greedy by default; a temperature samples, each question from its own stream of numbers, so that a score does not depend
-on the batch or on the number of ranks. Exact match comes with its Wilson interval: at a few hundred questions the last
-digit means nothing, and the interval says so.
+Greedy by default. With a temperature, each question is sampled from its own stream of random numbers, so a score does
+not depend on the batch or on the number of ranks. Exact match comes with its Wilson interval: at a few hundred
+questions the last digit means nothing, and the interval says so.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Score:
     f1: float
 
     def record(self) -> dict[str, Any]:
-        """For JSON: what was asked, what came, what it scored."""
+        """The question, its prediction and its scores, for JSON."""
         question = self.trajectory.question
         return {
             "id": question.id,
@@ -62,7 +62,7 @@ class EvalResult:
     scores: list[Score]
 
     def strata(self) -> dict[str, list[Score]]:
-        """All under "", then each kind, then each source where there are several."""
+        """All scores under "", then those of each kind, then those of each source if there are several."""
         strata = {"": self.scores}
         for attribute in ("kind", "source"):
             values = sorted({getattr(score.trajectory.question, attribute) for score in self.scores})
@@ -98,11 +98,11 @@ def evaluate(
     ranks: Ranks | None = None,
     progress: Progress | None = None,
 ) -> EvalResult:
-    """Put every question of the environment to the model once.
+    """Ask the model every question of the environment once.
 
-    temperature, seed: None takes `eval.temperature` and `run.seed`; temperature 0 is greedy. engine: one that is open
-    already (the trainer's), used in place of a new one over `model`. ranks: share the questions among ranks; every rank
-    gets the whole result. progress counts this rank's questions.
+    temperature, seed: None takes `eval.temperature` and `run.seed`; temperature 0 is greedy. engine: one that is
+    already open (the trainer's), used instead of a new one over `model`. ranks: share the questions among ranks; every
+    rank gets the whole result. progress counts this rank's questions.
     """
     sampling = SamplingParams(config.eval.temperature if temperature is None else temperature)
     seed = config.run.seed if seed is None else seed
@@ -115,7 +115,7 @@ def evaluate(
     engine = engine or own
     previous, engine.sampling = engine.sampling, sampling
     try:
-        whole = config.rollout.model_copy(update={"on_search_error": "stop"})  # of some questions is no score
+        whole = config.rollout.model_copy(update={"on_search_error": "stop"})  # the score of only some is none
         loop = SearchLoop(engine, environment.search, config=whole)
         trajectories = loop.run(ranks.share(requests) if ranks else requests, progress)
     finally:
@@ -126,7 +126,7 @@ def evaluate(
 
 
 def score(trajectory: Trajectory) -> Score:
-    """Read the answer out of what the policy wrote and compare it; sets the trajectory's reward."""
+    """Extract the answer from what the policy wrote and score it; sets the trajectory's reward."""
     golden = trajectory.question.golden_answers
     prediction = extract_answer(trajectory.policy_text)
     trajectory.reward = exact_match(prediction, golden)
@@ -159,8 +159,8 @@ def wilson_interval(successes: float, count: int, z: float = 1.959964) -> Interv
 
 
 def build_engine(model: Decoder, tokenizer: TextTokenizer, config: Config) -> Engine | VllmEngine:
-    """The engine that `rollout.engine` names. ValueError where a sequence may outgrow the model's positions, or vLLM
-    is not there."""
+    """Build the engine that `rollout.engine` names. ValueError if a sequence may outgrow the model's positions, or vLLM
+    is missing."""
     known = model.config.max_position_embeddings
     if config.rollout.max_sequence_tokens > known:
         raise ValueError(

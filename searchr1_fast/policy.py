@@ -1,13 +1,13 @@
 """The policy: a decoder with its optimizer, and the frozen reference it may be held to.
 
 `TokenScorer` is the forward pass of training: hidden states of packed sequences, the rows that predict policy tokens,
-and the fused head on those alone, in an update with the whole loss inside. `Learner` is what policy and critic share:
-gradient accumulation over micro-batches and ranks, clipping, the learning rate's schedule, and a guard that never lets
-a non-finite gradient into the weights.
+and the fused head on those rows alone; in an update, the head includes the whole loss. `Learner` is what policy and
+critic share: gradient accumulation over micro-batches and ranks, clipping, the learning rate's schedule, and a guard
+that never lets a non-finite gradient into the weights.
 
-The whole update reads the device once per optimizer step, for the gradient norm; the metrics stay there until the step
-of the run ends. Every rank must bring as many micro-batches as the others, because FSDP gathers parameters in step:
-`padding_batch` fills up.
+An update reads from the device once per optimizer step, for the gradient norm; metrics stay on the device until the
+run's step ends. Every rank must have as many micro-batches as the others, because FSDP gathers parameters in step:
+`padding_batch` makes up the number.
 
 Shape legend
     T  rows of a micro-batch    S  its sequences    P  its policy tokens    R  of them those that are scored: a token
@@ -51,15 +51,15 @@ class TokenScorer(nn.Module):
         self.decoder, self.temperature = decoder, temperature
 
     def forward(self, batch: PackedBatch, head: Callable[..., Any], **arguments: Any) -> Any:
-        """What `head` (`linear_logprob` or `linear_policy_loss`) makes of rows, weight and targets, at the sampler's
-        temperature. Without rows too (`padding_batch`): FSDP expects a gradient, if of zero, for every parameter."""
+        """Apply `head` (`linear_logprob` or `linear_policy_loss`) to rows, weight and targets, at the sampler's
+        temperature. Even without rows (`padding_batch`): FSDP expects a gradient, if only zero, for every parameter."""
         hidden = self.decoder.scored_hidden(batch)  # [R, D]
         weight = self.decoder.head_weight  # [V, D]
         return head(hidden, weight, batch.scored_targets, temperature=self.temperature, **arguments)
 
 
 class TrainingDiverged(ValueError):
-    """Gradients stayed non-finite. A ValueError because its cure is a setting: the message says which."""
+    """Gradients stayed non-finite. A ValueError because the cure is a setting, which the message names."""
 
 
 class Learner:
@@ -74,13 +74,13 @@ class Learner:
         self.num_updates = 0
         self.num_skipped = 0
         self.skipped_in_a_row = 0
-        self.diagnosis = ""  # of the last update that was skipped
+        self.diagnosis = ""  # of the last skipped update
         self._loss: torch.Tensor | None = None  # 0-d, of the micro-batches since the last update, on the device
 
     def backward(self, loss: torch.Tensor, is_last: bool = True) -> None:
         """Accumulate gradients of a loss whose denominator is this rank's `share`.
 
-        `is_last`: of the optimizer step; the others leave behind what `train.reshard_after` and `reduce_after` say.
+        `is_last`: in the optimizer step. After the others, `train.reshard_after` and `reduce_after` say what stays.
         """
         train = self.config.train
         before_backward(
@@ -92,21 +92,21 @@ class Learner:
         loss.backward()
 
     def share(self, denominator: int) -> float:
-        """What this rank's sums are divided by for the mean over all ranks' tokens: FSDP averages over ranks, and a sum
-        is meant. Here, and not behind the loss: a head whose gradient comes as 1 need not go over it again."""
+        """The divisor that turns this rank's sums into a mean over all ranks' tokens: FSDP averages over ranks, where a
+        sum is needed. Used inside the loss, not after it: a head that gets a gradient of 1 need not scale its own."""
         return denominator / self.ranks.world_size
 
     def step(self) -> float:
-        """Clip and apply the accumulated gradients; returns their norm.
+        """Clip and apply the accumulated gradients; return their norm.
 
-        Where it or the loss is not finite nothing is applied, and NaN or an infinity returned: the caller may keep the
-        micro-batches (bad_updates.py) and asks `raise_if_diverged`.
+        If the norm or the loss is not finite, apply nothing and return NaN or an infinity. The caller may then keep the
+        micro-batches (bad_updates.py), and calls `raise_if_diverged`.
         """
         gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
         norm = full(get_total_norm(gradients))
         loss = self.ranks.all_reduce(self._loss.to(norm.dtype, copy=True))
         self._loss = None
-        # The one wait for the device; on every rank the same number. A loss may be infinite where its gradient is not.
+        # The only wait for the device; the same number on every rank. A loss may be infinite when its gradient is not.
         norm_value = (norm + 0.0 * loss).item()
         if math.isfinite(norm_value):
             clip_grads_with_norm_(self.parameters.values(), self.config.optimizer.max_grad_norm, norm)
@@ -124,9 +124,9 @@ class Learner:
         return norm_value
 
     def raise_if_diverged(self, remedy: str = "") -> None:
-        """TrainingDiverged after so many skipped updates in a row that the next will be skipped too.
+        """Raise TrainingDiverged after so many skipped updates in a row that the next will be skipped too.
 
-        `remedy`: what else the caller has for the person who reads it.
+        `remedy`: what the caller adds to the message.
         """
         if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise TrainingDiverged(
@@ -137,11 +137,11 @@ class Learner:
 
     @property
     def next_learning_rate(self) -> float:
-        """Of the next update."""
+        """The learning rate of the next update."""
         return self.learning_rate(self.num_updates)
 
     def tensors(self, saved_keys: Collection[str] | None = None) -> dict[str, torch.Tensor]:
-        """Weights and optimizer state by name, for the checkpoint; `saved_keys`: make room for what was saved."""
+        """Weights and optimizer state by name, for the checkpoint; with `saved_keys`, room for what was saved."""
         prefix = f"{self.name}.optimizer."
         entries = None if saved_keys is None else {k.removeprefix(prefix) for k in saved_keys if k.startswith(prefix)}
         weights = {f"{self.name}.{name}": parameter.detach() for name, parameter in self.parameters.items()}
@@ -158,12 +158,12 @@ class Learner:
         return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """The counters back."""
+        """Restore the counters."""
         for key in self.state_dict():
             setattr(self, key, state[key])
 
     def _diagnosis(self) -> str:
-        """Where what is not finite is, by name; before the gradients are dropped. A collective."""
+        """Name what is not finite; called before the gradients are dropped. A collective."""
         bad_weights = [n for n, p in self.parameters.items() if not full(p.detach()).isfinite().all()]
         gradients = {n: p.grad for n, p in self.parameters.items() if p.grad is not None}
         bad_gradients = [n for n, gradient in gradients.items() if not full(gradient).isfinite().all()]
@@ -186,18 +186,18 @@ class Policy(Learner):
         reference: Decoder | None = None,
         weights: Path | None = None,
     ) -> None:
-        """`decoder`: fp32 master weights, or what an adapter is put on. `reference`: the same start, frozen; needed
-        where a KL is, except beside an adapter: the reference then shares the base, and is that alone, or with the
-        adapter that training began with.
+        """`decoder`: fp32 master weights, or what an adapter is put on. `reference`: the same start, frozen; required
+        if there is a KL, except with an adapter. The reference then shares the base, alone or with the adapter that
+        training began with.
 
-        `weights`: the directory that both were made from, where they are `meta_model`s: each rank reads its own rows.
+        `weights`: the directory that both were made from, if they are `meta_model`s; each rank reads its own rows.
         """
         dtype, temperature = getattr(torch, config.model.dtype), config.rollout.temperature
         prepare_blocks(decoder, config)
         scorer = TokenScorer(decoder, temperature)
         prepare_learner(scorer, decoder, config, ranks, weights)
         super().__init__("policy", scorer, policy_learning_rate(config), config, ranks)
-        self.replica = decoder  # generates; the trained module itself where it is whole and in the compute type
+        self.replica = decoder  # generates; the trained module itself if that is whole and in the compute type
         if ranks.world_size > 1 or dtype != torch.float32:
             self.replica = empty_replica(decoder, dtype, ranks.device, config.model.lora)
             prepare_blocks(self.replica, config)
@@ -206,7 +206,7 @@ class Policy(Learner):
         if offload.replica and self.replica is not decoder:
             self._replica_memory = DeviceMemory(self.replica, beside=scorer)
         self.reference: TokenScorer | None = None
-        self.reference_at_hand: AbstractContextManager[None] = nullcontext()  # the inside of which has its weights
+        self.reference_at_hand: AbstractContextManager[None] = nullcontext()  # inside it, its weights are there
         if config.algorithm.kl_coefficient > 0 and config.model.lora.rank:
             self.reference = TokenScorer(beginning(self.replica, config), temperature)
         elif config.algorithm.kl_coefficient > 0:
@@ -231,7 +231,7 @@ class Policy(Learner):
 
     @torch.no_grad()
     def reference_logprobs(self, batches: list[PackedBatch]) -> list[torch.Tensor]:  # [P] fp32 each
-        """Of every batch under the reference."""
+        """Log-probabilities of every batch under the reference."""
         assert self.reference is not None
         is_base = self.reference.decoder is self.replica
         with self.reference_at_hand, without_adapter(self.reference) if is_base else nullcontext():
@@ -246,7 +246,7 @@ class Policy(Learner):
         ref_logprobs: list[torch.Tensor] | None = None,
         on_policy: bool = True,
     ) -> tuple[dict[str, torch.Tensor], float]:
-        """One optimizer step over micro-batches; `denominator`: policy tokens of the step, all ranks together.
+        """Make one optimizer step over micro-batches; `denominator`: policy tokens of the step, all ranks together.
 
         Returns the loss's metrics over this rank's tokens, on the device, and the gradient's norm.
         """
@@ -259,12 +259,12 @@ class Policy(Learner):
         return totals, self.step()
 
     def release_replica(self) -> None:
-        """Give the generating replica's memory to the update, where `model.offload.replica` says so."""
+        """Give the generating replica's memory to the update, if `model.offload.replica` is on."""
         if self._replica_memory is not None:
             self._replica_memory.release()
 
     def sync_replica(self) -> None:
-        """Give the generating replica the trained weights. Nothing to do where they are the same module."""
+        """Give the generating replica the trained weights; nothing to do if they are the same module."""
         if self._replica_memory is not None:
             self._replica_memory.restore()
         if self.replica is not self.module.decoder:
@@ -274,7 +274,7 @@ class Policy(Learner):
 def make_optimizer(
     parameters: Iterable[nn.Parameter], learning_rate: float, config: Config, device: torch.device
 ) -> torch.optim.AdamW:
-    """Fused AdamW, with its moments where `model.offload.optimizer` has them."""
+    """Make a fused AdamW, with its moments in host memory if `model.offload.optimizer` is on."""
     betas, weight_decay = config.optimizer.betas, config.optimizer.weight_decay
     if config.model.offload.optimizer and leaves(device):
         return HostAdamW(parameters, learning_rate, betas, weight_decay)
@@ -282,17 +282,17 @@ def make_optimizer(
 
 
 def prepare_blocks(decoder: Decoder, config: Config) -> None:
-    """What blocks keep for the backward pass, and whether they are compiled. Before they are sharded."""
+    """Set what blocks keep for the backward pass, and compile them if configured. Call it before they are sharded."""
     decoder.checkpoint_blocks(config.train.activation_checkpointing)
     if config.model.compile_blocks:
         decoder.compile_blocks()
 
 
 def prepare_learner(module: nn.Module, decoder: Decoder, config: Config, ranks: Ranks, weights: Path | None) -> None:
-    """Shard a module and fill the decoder in it; where the configuration has an adapter, freeze the decoder, in the
-    compute type, and shard what is learned alone.
+    """Shard a module and fill the decoder in it; with an adapter, freeze the decoder in the compute type, and shard
+    only what is learned.
 
-    The frozen base stays whole on every rank. Generation needs it so in any case, and a share of it beside would be
+    The frozen base stays whole on every rank. Generation needs it whole in any case, so a shard beside it would take
     more memory, not less; and a pass gathers the adapter, in one piece, instead of every block's weights.
     """
     dtype, lora = getattr(torch, config.model.dtype), config.model.lora
@@ -310,8 +310,8 @@ def prepare_learner(module: nn.Module, decoder: Decoder, config: Config, ranks: 
 
 
 def beginning(decoder: Decoder, config: Config) -> Decoder:
-    """What training with an adapter began with, frozen: the decoder itself, whose adapter is to be switched off, or
-    another on its base that keeps the adapter of `model.lora.path`."""
+    """What training with an adapter began with, frozen: the decoder itself, to be used with its adapter off, or another
+    decoder on its base that keeps the adapter of `model.lora.path`."""
     if config.model.lora.path is None:
         return decoder
     start = decoder.on_same_base()
@@ -321,9 +321,9 @@ def beginning(decoder: Decoder, config: Config) -> Decoder:
 
 
 def fill(module: nn.Module, decoder: Decoder, weights: Path | None, device: torch.device) -> None:
-    """Give a module that was sharded on the meta device memory for its part, and the decoder in it its weights.
+    """Allocate this rank's part of a module that was sharded on the meta device, and load the weights of its decoder.
 
-    None: it has both. What else is in the module is left uninitialised.
+    `weights` None: the module has both. Everything else in the module is left uninitialised.
     """
     if weights is not None:
         module.to_empty(device=device)
@@ -333,8 +333,8 @@ def fill(module: nn.Module, decoder: Decoder, weights: Path | None, device: torc
 def empty_replica(
     decoder: Decoder, dtype: torch.dtype, device: torch.device, lora: LoraConfig | None = None
 ) -> Decoder:
-    """A frozen decoder of the same shape whose weights are memory only: initialising billions of them takes minutes. Of
-    one with an adapter the base is shared, and only the adapter's memory another."""
+    """A frozen decoder of the same shape with uninitialised weights: initialising billions of them takes minutes. With
+    an adapter, the base is shared and only the adapter has memory of its own."""
     if lora is not None and lora.rank:
         replica = decoder.on_same_base()
         add_adapter(replica, lora.rank, lora.alpha, lora.targets, dtype)
@@ -365,7 +365,7 @@ def padding_batch() -> PackedBatch:
 
 
 def to_device(batch: PackedBatch, device: torch.device) -> PackedBatch:
-    """The batch with its tensors on the device; copies from the host do not wait."""
+    """Move the batch's tensors to the device; copies from the host do not wait."""
     if device.type == "cpu":
         return batch
     prefixes = None if batch.prefixes is None else _tensors_to_device(batch.prefixes, device)
@@ -373,7 +373,7 @@ def to_device(batch: PackedBatch, device: torch.device) -> PackedBatch:
 
 
 def _tensors_to_device(values: Any, device: torch.device) -> Any:
-    """A dataclass with its own tensors on the device."""
+    """Move a dataclass's own tensors to the device."""
     named = {field.name: getattr(values, field.name) for field in fields(values)}
     tensors = {name: value for name, value in named.items() if isinstance(value, torch.Tensor)}
     moved = {name: value.pin_memory().to(device, non_blocking=True) for name, value in tensors.items()}

@@ -1,4 +1,4 @@
-"""A run: everything that lives as long as it does, how it begins, how it is taken up again, and what it leaves behind.
+"""A run: everything that lives as long as it does, how it starts, how it is resumed, and what it leaves behind.
 
 The loop in train.py moves it from step to step; nothing here knows what a step does.
 """
@@ -41,7 +41,7 @@ from searchr1_fast.types import Progress, Trajectory
 
 
 class UserInterface(Protocol):
-    """What the loop tells a person; `console.Console` is one. A phase yields `progress(finished, total)`."""
+    """How the loop reports to a person; `console.Console` is one. A phase yields `progress(finished, total)`."""
 
     def note(self, text: str) -> None: ...
     def phase(self, name: str, total: int | None = None) -> AbstractContextManager[Progress]: ...
@@ -69,17 +69,17 @@ class Run:
     loop: SearchLoop
     checkpoints: CheckpointWriter
     step: int = 0  # the last that is done
-    best: dict[str, Any] | None = None  # metric, value and step of the best checkpoint, where `checkpoint.best` asks
+    best: dict[str, Any] | None = None  # metric, value and step of the best checkpoint, if `checkpoint.best` is set
     log: MetricsLog | None = None  # rank 0's, once everything else is built
-    results: dict[int, dict[str, EvalResult]] = field(default_factory=dict)  # of this process: the first and the last
+    results: dict[int, dict[str, EvalResult]] = field(default_factory=dict)  # this process's first and last
 
     @property
     def learners(self) -> list[Learner]:
-        """What has weights and an optimizer."""
+        """Everything that has weights and an optimizer."""
         return [self.policy] if self.critic is None else [self.policy, self.critic]
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """Score the policy on every evaluation set; the keys of the row."""
+        """Score the policy on every evaluation set; return the scores as keys of the step's row."""
         row = {}
         results = {}
         for name, environment in self.evaluations.items():
@@ -99,7 +99,7 @@ class Run:
         return row
 
     def write(self, row: dict[str, Any], trajectories: list[Trajectory] | None = None) -> None:
-        """The step's row, and its trajectories where they are due, or an update of theirs was skipped."""
+        """Write the step's row, and its trajectories if they are due or an update on them was skipped."""
         if self.log is None or len(row) == 1:
             return
         due = is_due(row["step"], self.config.run.trajectories_every) or bool(row.get("skipped_updates"))
@@ -114,12 +114,12 @@ class Run:
             ) from error
 
     def sync(self) -> dict[str, float]:
-        """Let the engine generate with the trained weights; what that took and found, of the worst rank. Collective."""
+        """Give the engine the trained weights; return what that took and found on the worst rank. A collective."""
         self.policy.sync_replica()
         return {key: self.ranks.max(value) for key, value in self.engine.update_weights().items()}
 
     def note_best(self, row: Mapping[str, Any]) -> bool:
-        """Whether the step's evaluation is the best so far by `checkpoint.best`, and is to be kept as that."""
+        """Record the step's evaluation if it is the best so far by `checkpoint.best`; return whether it is."""
         metric = self.config.checkpoint.best
         value = None if metric is None else row.get(f"eval/{metric}")
         if value is None or (self.best is not None and value <= self.best["value"]):
@@ -128,14 +128,14 @@ class Run:
         return True
 
     def stage_checkpoint(self) -> dict[str, float]:
-        """Take what a checkpoint of the step that is done will hold; the seconds, for the step's row."""
+        """Collect what the checkpoint of this step will hold; return the seconds it took, for the step's row."""
 
         replica, lora = self.policy.replica, self.config.model.lora
 
         def export(weights: dict[str, torch.Tensor], directory: Path) -> None:
             save_weights(weights, replica.config, directory, scale=adapter_scale(replica))
             self.tokenizer.save(directory)
-            if lora.rank:  # beside it: transformers would take a directory with both for an adapter
+            if lora.rank:  # beside it, not in it: transformers would take a directory with both for an adapter
                 adapter = directory.with_name("adapter")
                 write_adapter(weights, lora.alpha, adapter, str(resolve(self.config.model.path)))
                 self.tokenizer.save(adapter)
@@ -157,7 +157,7 @@ class Run:
         )
 
     def load(self, checkpoint: Checkpoint) -> None:
-        """Become the run that wrote the checkpoint."""
+        """Restore the run that wrote the checkpoint."""
         state = checkpoint.trainer_state
         base = state.get("base")
         if base is not None and self.config.model.lora.rank and base != fingerprint(self.policy.replica):
@@ -172,7 +172,7 @@ class Run:
         for learner in self.learners:
             learner.load_state_dict(state["learners"][learner.name])
         best = state.get("best")
-        if best is not None and best["metric"] == self.config.checkpoint.best:  # of another metric it says nothing
+        if best is not None and best["metric"] == self.config.checkpoint.best:  # of another metric, it says nothing
             self.best = best
         self.sync()
         self.step = checkpoint.step
@@ -185,7 +185,7 @@ class Run:
             self.ui.note(said)
 
     def settle_cache(self, device_bytes: int) -> None:
-        """Whether KV cache and recorded decode steps stay during updates, by the planner; says so in one line."""
+        """Let the planner decide whether KV cache and recorded decode steps stay during updates; say so in one line."""
         per_machine = int(os.environ.get("LOCAL_WORLD_SIZE", "0")) or None
         decoder = self.policy.replica.config
         plan = plan_rank(self.config, decoder, self.ranks.world_size, per_machine, device_bytes)
@@ -193,12 +193,12 @@ class Run:
         self.ui.note(plan.describe_cache())
 
     def park_searches(self) -> None:
-        """Let the update have the memory of the index, where `retrieval.park_during_update` says so. When all ranks
-        have searched: they search each other's parts."""
+        """Give the update the memory of the index, if `retrieval.park_during_update` is on. Call it when all ranks have
+        searched: they search each other's parts."""
         self._move_searches("park", Environment.park)
 
     def unpark_searches(self) -> None:
-        """Take it back. Copies run on, beside what comes until the first search, which waits for them."""
+        """Take it back. The copies overlap with whatever comes before the first search, which waits for them."""
         self._move_searches("unpark", Environment.unpark)
 
     def _move_searches(self, name: str, move: Callable[[Environment], None]) -> None:
@@ -210,18 +210,18 @@ class Run:
         self.timers.add(name, time.perf_counter() - started)
 
     def take_search_statistics(self) -> SearchStatistics:
-        """Of training, all ranks together, since they were last taken. A collective."""
+        """Search statistics of training since they were last taken, all ranks together. A collective."""
         return sum(self.ranks.gather(self.environment.take_statistics()), SearchStatistics())
 
     def close(self) -> None:
-        """End the engine, and the retrievers, whose threads would live until the garbage collector finds them."""
-        with ExitStack() as stack:  # the one ends whether or not the other could
+        """Close the engine and the retrievers, whose threads would live until the garbage collector finds them."""
+        with ExitStack() as stack:  # each is closed, whether or not the others could be
             stack.callback(self.engine.close)
             for environment in (self.environment, *self.evaluations.values()):
                 stack.callback(environment.close)
 
     def finish(self) -> dict[str, Any]:
-        """Wait for the last checkpoint, show before and after, draw the curves; the result on every rank."""
+        """Wait for the last checkpoint, show before and after, draw the curves; return the result on every rank."""
         self.checkpoints.wait()
         done = self.step >= self.config.train.num_steps
         before: dict[str, dict[str, Any]] = {}
@@ -248,8 +248,8 @@ class Run:
         return said + (f"; watch it answer: searchr1 ask --model {folder} --world" if has_world else "")
 
     def example(self) -> tuple[Trajectory, Trajectory] | None:
-        """A question that was lost before training and is won after it, as this process saw both."""
-        if len(self.results) < 2:  # none of a run that was resumed when all of its steps were done
+        """A question answered wrongly before training and rightly after it, if this process evaluated both times."""
+        if len(self.results) < 2:  # as in a run that was resumed when all of its steps were done
             return None
         first, last = self.results.values()
         for name in first:
@@ -261,7 +261,7 @@ class Run:
 
 @contextmanager
 def open_run(config: Config, ui: UserInterface | None = None) -> Iterator[Run]:
-    """Build everything, or take it up again from the newest checkpoint; release it at the end."""
+    """Build everything, resume from the newest checkpoint if asked to, and release everything at the end."""
     with process(config.run.device, config.run.num_threads, config.run.seed) as ranks:
         ui = ui or Console(config.train.num_steps, quiet=not ranks.is_main)
         if ranks.is_main and not config.run.resume:
@@ -281,7 +281,7 @@ def open_run(config: Config, ui: UserInterface | None = None) -> Iterator[Run]:
                 ui.note(describe_adapter(run.policy.replica) + (f"; it began as {start}" if start else ""))
             if ranks.device.type == "cuda":
                 run.settle_cache(torch.cuda.get_device_properties(ranks.device).total_memory)
-            # Last: whatever is wrong with the configuration has been said by now, and nothing was written.
+            # Last: by now any mistake in the configuration has been reported, with nothing written.
             run.log = open_log(config, run.step if checkpoint else -1) if ranks.is_main else None
             yield run
         except Exception:
@@ -294,7 +294,7 @@ def open_run(config: Config, ui: UserInterface | None = None) -> Iterator[Run]:
 
 
 def open_log(config: Config, resume_step: int) -> MetricsLog:
-    """The run folder with its configuration. ValueError where it holds another run and this is not its resumption."""
+    """Open the run folder and write the configuration. ValueError if it holds a run that this one does not resume."""
     log = MetricsLog(
         config.run_directory,
         tensorboard=config.run.tensorboard,
@@ -311,7 +311,7 @@ def open_log(config: Config, resume_step: int) -> MetricsLog:
 
 
 def build_run(config: Config, ranks: Ranks, ui: UserInterface) -> Run:
-    """A run at step 0, that has written nothing yet."""
+    """Build a run at step 0, which has written nothing yet."""
     directory, lora = resolve(config.model.path), config.model.lora
     if lora.path is not None:
         check_start(lora.path, directory, lora.rank, lora.alpha, lora.targets)
@@ -357,7 +357,7 @@ def is_due(step: int, every: int) -> bool:
 
 
 def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """`section.key` of every setting that differs; `run` only says where and how it is shown."""
+    """`section.key` of every setting that differs, except in `run`, which only says where and how it is shown."""
     return [
         f"{section}.{key}"
         for section in sorted(new.keys() - {"run"})
@@ -367,6 +367,6 @@ def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def evaluation_part(row: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """What a row of metrics.jsonl says of one evaluation set, without the prefix."""
+    """The part of a metrics.jsonl row that belongs to one evaluation set, without the prefix."""
     prefix = f"eval/{name}/"
     return {key.removeprefix(prefix): value for key, value in row.items() if key.startswith(prefix)}
