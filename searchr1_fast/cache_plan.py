@@ -15,14 +15,14 @@ _INT32 = 4
 
 @dataclass(frozen=True, slots=True)
 class CachePlan:
-    """Blocks on one rank; those for rows of a recorded step without a sequence not among them."""
+    """The KV cache on one rank. `num_blocks` leaves out the blocks for rows of a recorded step without a sequence."""
 
     num_slots: int
     num_blocks: int
     places: int  # tokens of a block
     token_bytes: int
     num_spare: int  # slots, with a block each, for such rows
-    slot_blocks: int  # that the longest sequence has
+    slot_blocks: int  # blocks of the longest sequence
 
     @property
     def num_bytes(self) -> int:
@@ -35,20 +35,20 @@ class CachePlan:
         return f"{blocks} blocks of {self.places} tokens x {self.token_bytes} bytes, for {self.num_slots} sequences"
 
     def tokens_within(self, over: int) -> int:
-        """`rollout.cache_tokens` that saves `over` bytes or more; 0 where the longest sequence would not fit."""
+        """The `rollout.cache_tokens` that saves `over` bytes or more; 0 if the longest sequence would not fit."""
         left = self.num_blocks - -(-over // (self.places * self.token_bytes))
         return left * self.places if left >= self.slot_blocks else 0
 
     def sequences_within(self, over: int) -> int:
-        """`rollout.max_num_seqs` that saves `over` bytes or more of the cache; 0 where none does, as one sequence takes
-        more, or where `rollout.cache_tokens` says how large the cache is."""
+        """The `rollout.max_num_seqs` that saves `over` bytes or more of the cache; 0 if none does, because one sequence
+        takes more, or if `rollout.cache_tokens` says how large the cache is."""
         if self.num_blocks < self.num_slots * self.slot_blocks:
             return 0
         return max(0, self.num_slots - -(-over // (self.slot_blocks * self.places * self.token_bytes)))
 
 
 def plan_cache(config: Config, decoder: DecoderConfig, num_ranks: int) -> CachePlan:
-    """The cache of a rank. `run.device=auto` is planned for a GPU, as everything is, wherever that is done."""
+    """Plan the cache of a rank. `run.device=auto` is planned for a GPU, as everything is, even on a machine without."""
     rollout = config.rollout
     slots, places = _num_slots(config, num_ranks), block_size("cpu" if config.run.device == "cpu" else "cuda")
     keys = decoder.num_key_value_heads * decoder.head_dim
@@ -63,7 +63,7 @@ def plan_cache(config: Config, decoder: DecoderConfig, num_ranks: int) -> CacheP
 
 
 def _num_slots(config: Config, num_ranks: int) -> int:
-    """As many as there are sequences; an evaluation is taken to have enough, and vLLM makes room for all."""
+    """As many as there are sequences; evaluations are assumed to fill all slots, and vLLM makes room for all."""
     rollout = config.rollout
     if config.eval.sets or rollout.engine == "vllm":
         return rollout.max_num_seqs

@@ -1,4 +1,4 @@
-"""What to change where a run does not fit its GPUs, by the names of settings; `memory_plan` asks."""
+"""Which settings to change if a run does not fit its GPUs; used by `memory_plan`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def advice(config: Config, decoder: DecoderConfig, plan: TrainingPlan, num_ranks: int) -> Iterator[str]:
-    """What would help, with the least loss first. Of the phase that is too large."""
+    """What would make the phase that is too large smaller, with the least loss first."""
     if plan.fits in (True, None):
         return
     room = plan.room

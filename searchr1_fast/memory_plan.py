@@ -1,28 +1,27 @@
-"""How much of a GPU a run takes, computed from its configuration and the shape of its model; nothing is loaded.
+"""How much GPU memory a run takes, computed from its configuration and the shape of its model; nothing is loaded.
 
 What each part of policy.py, critic.py and the engine holds, and when:
 
     always    master weights and Adam's two moments, fp32, a part on each of N ranks; the whole replica that generates,
-              in the compute type (none where one rank computes in fp32: then it is the trained module); the
-              reference's part, in the compute type; the part of the index, and its encoder. With `model.offload` the
-              replica is there in rollouts alone; moments and reference are on the host, and pass the GPU when
-              activations are not there. With an adapter (`model.lora`) all this is the adapter's, and beside it there
-              is one frozen base, whole, in the compute type, which is also the reference; where training began with an
-              adapter, with a copy of it
-    rollout   the KV cache and what recorded decode steps work in, the activations of a prefill, logits, partial sums of
-              attention over the cache; vLLM's copy of the weights, where it generates (what else vLLM works in is taken
-              to be what the native engine does, and logits three times)
+              in the compute type (none if one rank computes in fp32: the trained module then generates); the
+              reference's part, in the compute type; the part of the index, and its encoder. With `model.offload`, the
+              replica is there only in rollouts; moments and reference are on the host, and pass the GPU when
+              activations are not there. With an adapter (`model.lora`), all of this is the adapter's; beside it is one
+              frozen base, whole, in the compute type, which is also the reference (together with a copy of the adapter
+              that training began with, if it began with one)
+    rollout   the KV cache and the working memory of recorded decode steps, the activations of a prefill, logits,
+              partial sums of attention over the cache; vLLM's copy of the weights, if it generates (its other memory is
+              taken to be that of the native engine, with three times the logits)
     update    gradients, fp32, a part on each rank, of one learner at a time (the critic's are freed before the
               policy's are made), or whole with `train.reduce_after=update`; what FSDP gathers: embedding, head and last
-              norm whole, and two blocks, or all unless `train.reshard_after=forward` (or the whole adapter, whose
-              gradient is whole too until the pass ends); what the blocks keep for the backward pass; what one block
-              needs while it is in it, or if that is more, logits of a chunk and the head's gradient
+              norm whole, and two blocks, or all blocks unless `train.reshard_after=forward` (or the whole adapter,
+              whose gradient is whole too until the pass ends); what the blocks keep for the backward pass; what one
+              block needs during its own or, if that is more, logits of a chunk and the head's gradient
     host      what `model.offload` and a parked index keep in page-locked host memory; the copy that a checkpoint is
-              written from, unless `checkpoint.background` is off, on the rank that also has that of the exported
-              weights
+              written from, unless `checkpoint.background` is off, on the rank that also copies the exported weights
 
-Rollout and update never meet, so the peak is the larger of them; but cache and recorded steps are there always where
-`rollout.keep_cache` has them, as `auto` does where the sum fits with `KEEPING_SHARE` to spare. Activations are those of
+Rollout and update never overlap, so the peak is the larger of the two. But cache and recorded steps are always there if
+`rollout.keep_cache` keeps them, as `auto` does if the sum fits with `KEEPING_SHARE` to spare. Activations are those of
 the 16-bit attention kernels and of CUDA's fused norm. The allocator's fragments, the CUDA context and NCCL's buffers
 come on top: `RESERVE`.
 
@@ -67,8 +66,8 @@ from searchr1_fast.rollout.scheduler import MAX_PREFILL_TOKENS
 
 RESERVE = 1 << 30  # CUDA context, NCCL, what the allocator cannot use: an estimate
 _FP32 = 4
-ATTENTION_PLACES, ATTENTION_TOKENS = 512, 1024  # searchr1_kernels: places of a part, lone tokens at a time, on CUDA
-# What the arithmetic may be off by where `auto` keeps the cache. To be wrong ends a run; recording again costs seconds.
+ATTENTION_PLACES, ATTENTION_TOKENS = 512, 1024  # searchr1_kernels on CUDA: places per part, lone tokens at a time
+# How far off the arithmetic may be when `auto` keeps the cache. Being wrong ends a run; recording again costs seconds.
 KEEPING_SHARE = 0.1
 VLLM_WEIGHTS = "vLLM's copy of the weights"
 REPLICA = "policy: replica that generates"
@@ -93,29 +92,29 @@ class TrainingPlan:
     rows: tuple[Row, ...]
     device_bytes: int | None  # None: not known
     advice: tuple[str, ...]  # what would make it smaller, the cheapest first
-    keeps_cache: bool = False  # whether cache and recorded steps are among what is there always
+    keeps_cache: bool = False  # whether cache and recorded steps are always there
 
     def total(self, when: str) -> int:
-        """Of one kind of rows."""
+        """Bytes of the rows of one kind."""
         return sum(row.num_bytes for row in self.rows if row.when == when)
 
     def resident(self, *names: str) -> int:
-        """Of the rows of these names that are there always."""
+        """Bytes of the rows with these names that are always there."""
         return sum(row.num_bytes for row in self.rows if row.when == "always" and row.name in names)
 
     @property
     def room(self) -> int:
-        """What of the device may be planned with; its memory must be known."""
+        """Bytes of the device that may be planned with; its memory must be known."""
         return self.device_bytes - RESERVE
 
     @property
     def rollout(self) -> int:
-        """While trajectories are sampled."""
+        """Bytes while trajectories are sampled."""
         return self.total("always") + self.total("rollout")
 
     @property
     def update(self) -> int:
-        """While a micro-batch's backward pass begins."""
+        """Bytes while a micro-batch's backward pass begins."""
         return self.total("always") + self.total("update")
 
     @property
@@ -125,11 +124,11 @@ class TrainingPlan:
 
     @property
     def fits(self) -> bool | None:
-        """With the reserve; None where the device's memory is not known."""
+        """Whether the peak fits, with the reserve; None if the device's memory is not known."""
         return None if self.device_bytes is None else self.peak + RESERVE <= self.device_bytes
 
     def describe_cache(self) -> str:
-        """What becomes of cache and recorded steps after a rollout, in one line."""
+        """What happens to cache and recorded steps after a rollout, in one line."""
         rows = [row for row in self.rows if row.name in KEPT]
         kept = sum(row.num_bytes for row in rows)
         both = f"{' and '.join(row.name for row in rows)} ({size_text(kept)})"
@@ -166,7 +165,7 @@ class TrainingPlan:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What is known of a micro-batch; by default the worst that the configuration allows."""
+    """The sizes of a micro-batch; by default the worst that the configuration allows."""
 
     num_rows: int  # T
     num_keys: int  # rows that are attended to: more than T where sequences share beginnings
@@ -185,12 +184,12 @@ def plan_training(
     batch: Batch | None = None,
     repeats_keys: bool = False,
 ) -> TrainingPlan:
-    """What a rank takes.
+    """Plan what a rank takes.
 
-    `index_shape`: rows and components, where the run has an index on a GPU. `encoder`: the config.json of the model
-    that it was built with, where there is one. `ranks_per_machine` (None: as many as there are, up to 8): among whom a
-    machine's index is split. `batch` None: as many rows as the configuration allows, all of them scored, nothing
-    shared. `repeats_keys`: the attention kernel wants as many key heads as query heads.
+    `index_shape`: rows and components, if the run has an index on a GPU. `encoder`: the config.json of the model that
+    it was built with, if there is one. `ranks_per_machine` (None: all, up to 8): how many ranks share a machine's
+    index. `batch` None: as many rows as the configuration allows, all of them scored, nothing shared. `repeats_keys`:
+    the attention kernel needs as many key heads as query heads.
     """
     longest = max(config.train.tokens_per_microbatch, config.rollout.max_sequence_tokens)
     rows = [
@@ -210,7 +209,7 @@ def plan_rank(
     ranks_per_machine: int | None,
     device_bytes: int | None,
 ) -> TrainingPlan:
-    """`plan_training` of a configuration as it stands: its index's manifest is read, the attention kernel looked up."""
+    """Apply `plan_training` to a configuration: read its index's manifest and look up the attention kernel."""
     return plan_training(
         config,
         decoder,
@@ -232,8 +231,7 @@ def _index_shape(config: Config) -> tuple[int, int] | None:
 
 
 def _encoder(config: Config) -> dict[str, Any] | None:
-    """The config.json of the index's encoder; None where it has no model. One that is not where it should be is for the
-    run to miss."""
+    """The config.json of the index's encoder; None if it has no model. A missing file is left for the run to report."""
     if config.retrieval.backend != "dense" or config.retrieval.index is None:
         return None
     record = read_manifest(Path(config.retrieval.index)).encoder
@@ -243,7 +241,7 @@ def _encoder(config: Config) -> dict[str, Any] | None:
 
 
 def _settle_cache(config: Config, plan: TrainingPlan) -> TrainingPlan:
-    """The plan with cache and recorded steps where `rollout.keep_cache` has them."""
+    """Count cache and recorded steps under `always` if `rollout.keep_cache` keeps them."""
     if config.rollout.keep_cache is False:
         return plan
     rows = tuple(replace(row, when="always") if row.name in KEPT else row for row in plan.rows)
@@ -366,8 +364,8 @@ def _update(config: Config, decoder: DecoderConfig, num_ranks: int, batch: Batch
     parts = head_bytes(decoder, size, batch.num_scored, is_learned=not lora.rank)
     head = sum(row for _, row in parts)
     in_block = int(working * batch.num_rows)
-    # The head's gradient waits, in the compute type, for the embedding's while the blocks run backward; the chunk of
-    # logits and the fp32 gradient do not: so it is the larger of the two. A frozen head has none.
+    # While the blocks run backward, the head's gradient, in the compute type, waits for the embedding's; the chunk of
+    # logits and the fp32 gradient are gone. So the larger of the two counts. A frozen head has no gradient.
     head_gradient = 0 if lora.rank else size * decoder.vocab_size * decoder.hidden_size
     if head >= in_block + head_gradient:
         yield Row("head and loss", head, "update", ", ".join(f"{name} {size_text(part)}" for name, part in parts))

@@ -1,4 +1,4 @@
-"""How many parameters a run trains, on a rank and in all, from shapes without memory; what `memory_plan` multiplies."""
+"""How many parameters a run trains, on a rank and in all, from shapes without memory; used by `memory_plan`."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from searchr1_fast.models.lora import adapter_parameters, add_adapter
 
 
 def meta_decoder(decoder: DecoderConfig) -> Decoder:
-    """Shapes without memory."""
+    """A decoder on the meta device: shapes without memory."""
     with torch.device("meta"):
         return Decoder(decoder)
 
 
 def meta_critic(decoder: DecoderConfig) -> ValueModel:
-    """The same, as the critic has it."""
+    """A critic's model, likewise."""
     with torch.device("meta"):
         return ValueModel(Decoder(decoder))
 
@@ -47,17 +47,17 @@ def critic_parameters(config: Config, decoder: DecoderConfig) -> list[nn.Paramet
 
 
 def count(parameters: Iterable[nn.Parameter]) -> int:
-    """Numbers in them; a module's `parameters()` have a tied head once."""
+    """How many numbers they hold; a module's `parameters()` has a tied head once."""
     return sum(parameter.numel() for parameter in parameters)
 
 
 def sharded(parameters: Iterable[nn.Parameter], num_ranks: int) -> int:
-    """Those on a rank: FSDP2 splits rows, and fills up to equal parts."""
+    """How many numbers are on one rank: FSDP2 splits rows, and pads to equal parts."""
     return sum(-(-p.shape[0] // num_ranks) * (p.numel() // p.shape[0]) for p in parameters)
 
 
 def itemsize(config: Config) -> int:
-    """Of the compute type."""
+    """Bytes per number in the compute type."""
     return getattr(torch, config.model.dtype).itemsize
 
 
@@ -67,5 +67,5 @@ def is_ppo(config: Config) -> bool:
 
 
 def is_wrapped(config: Config, num_ranks: int) -> bool:
-    """Whether FSDP holds the weights, and the replica is another module (`Policy`)."""
+    """Whether FSDP holds the weights, and the replica is a module of its own (`Policy`)."""
     return num_ranks > 1 or config.model.dtype != "float32"
