@@ -1,8 +1,8 @@
-"""How far the sampler's log-probabilities are from the trainer's, and what to say when it is too far.
+"""How far the sampler's log-probabilities are from the trainer's, and the warning when that is too far.
 
-Both compute the same weights' log-probabilities of the same tokens, so what is between them is arithmetic, or a fault:
-a weight that was not handed over, a cache that holds something else. It is measured on the first minibatch of a step,
-before the weights move; importance weights correct it in the loss, and hide it.
+Both compute log-probabilities of the same tokens under the same weights, so a difference is arithmetic, or a fault: a
+weight that was not handed over, a cache that holds something else. It is measured on the first minibatch of a step,
+before the weights change; importance weights correct it in the loss, and so hide it.
 """
 
 from __future__ import annotations
@@ -12,24 +12,24 @@ from collections.abc import Mapping
 
 from searchr1_fast.config import Config
 
-# Sums over tokens and extremes of `linear_policy_loss` that the rows below are made of.
+# Metrics of `linear_policy_loss`, sums over tokens and extremes, from which the keys below are computed.
 SUMS = ("logprob_difference", "rollout_policy_kl", "ratio", "ratio_squared")
 MAXIMA = ("logprob_difference_max",)
 
 AGREEMENT = ("sampler_difference_mean", "sampler_difference_max", "sampler_kl", "sampler_ess")  # keys of metrics.jsonl
 
-# The KL of sampler and trainer that arithmetic explains, and a margin. The demo has 6e-14 in fp32 and 6e-6 in bf16 (one
-# thread of an Intel Xeon, 2026-11-27); deeper models have more, in bf16 beside vLLM about 1e-3 by what others publish.
+# The KL between sampler and trainer that arithmetic explains, with a margin. The demo has 6e-14 in fp32 and 6e-6 in
+# bf16 (one thread of an Intel Xeon, 2026-11-27); deeper models have more: others publish about 1e-3 in bf16 with vLLM.
 LIMITS = {"float32": 1e-7, "bfloat16": 1e-2}
 
 
 def agreement(
     sums: Mapping[str, float], maxima: Mapping[str, float], num_tokens: int, num_sampled: int
 ) -> dict[str, float]:
-    """`AGREEMENT`, of `SUMS` and `MAXIMA` over `num_tokens` tokens: mean and largest |log p - log mu|, the k3 estimate
-    of KL(mu || p), and the share of tokens that importance weights p / mu leave (Kish's effective sample size,
-    (sum w)^2 / (n sum w^2)). All of the `num_sampled` tokens among them: those that nobody sampled are in the sums with
-    a difference of 0 and a ratio of 1."""
+    """Compute `AGREEMENT` from `SUMS` and `MAXIMA` over `num_tokens` tokens: mean and largest |log p - log mu|, the k3
+    estimate of KL(mu || p), and the share of tokens that importance weights p / mu leave (Kish's effective sample size,
+    (sum w)^2 / (n sum w^2)). All are over the `num_sampled` tokens among them: tokens that nobody sampled are in the
+    sums with a difference of 0 and a ratio of 1."""
     num_others = num_tokens - num_sampled
     ratio, ratio_squared = sums["ratio"] - num_others, sums["ratio_squared"] - num_others
     return {
@@ -41,14 +41,14 @@ def agreement(
 
 
 class AgreementWatch:
-    """Says so when a step is beyond the limit, and again only when it has become twice as bad."""
+    """Warns when a step is beyond the limit, and again only when it has become twice as bad."""
 
     def __init__(self, config: Config) -> None:
         self._config = config
         self._worst = LIMITS[config.model.dtype] / 2
 
     def warning(self, row: Mapping[str, float | None]) -> str | None:
-        """A sentence about a step's row, or None. Of an update that was not finite nothing: it is said elsewhere."""
+        """A warning about a step's row, or None. An update that was not finite is reported elsewhere."""
         kl = row["sampler_kl"]
         if kl is None or not math.isfinite(kl) or kl <= 2 * self._worst:
             return None
@@ -60,7 +60,7 @@ class AgreementWatch:
         )
 
     def _cause(self) -> str:
-        """What it likely is, and what to do."""
+        """The likely cause, and what to do."""
         rollout, algorithm = self._config.rollout, self._config.algorithm
         remedy = ""
         if algorithm.importance_cap == 0:

@@ -1,4 +1,4 @@
-"""`searchr1 ask`: one question, the whole transcript in colour, and the answer.
+"""`searchr1 ask`: ask one question; show the whole transcript in colour, and the answer.
 
 A model that a run wrote is asked with that run's own prompt and limits; any other with the defaults.
 """
@@ -66,8 +66,8 @@ def _parser() -> ArgumentParser:
 
 
 def _config(model: Path | str, arguments: Namespace) -> Config:
-    """The run's configuration where the model comes from one, with the retriever that was asked for. A world is
-    searched as the run searched its own, if that was such passages."""
+    """The configuration of the model's run, if it comes from one, with the retriever that was asked for. A world is
+    searched as the run searched its own, if that was by BM25 or by vectors without an index."""
     overrides = []
     own = load_config(run_config_path(model)).retrieval
     searches_passages = own.backend == "bm25" or (own.backend == "dense" and own.index is None)
@@ -80,7 +80,7 @@ def _config(model: Path | str, arguments: Namespace) -> Config:
 
 
 def _from_world(config: Config, arguments: Namespace) -> tuple[Question, Retriever]:
-    """A question of the run's evaluation world, or the user's own over it, and its corpus."""
+    """A question of the run's evaluation world, or the user's own about it, and a retriever over its corpus."""
     from searchr1_fast.retrieval import open_retriever
     from searchr1_fast.world import build_world
 
@@ -102,7 +102,7 @@ def _from_user(config: Config, arguments: Namespace) -> tuple[Question, Retrieve
 
 
 def _question(text: str) -> Question:
-    """A question whose answer nobody has written down."""
+    """A question without golden answers."""
     from searchr1_fast.types import Question
 
     if not text.strip():
@@ -113,7 +113,7 @@ def _question(text: str) -> Question:
 def _ask(
     config: Config, model_path: Path | str, question: Question, retriever: Retriever, arguments: Namespace
 ) -> Score:
-    """Put the question to the model."""
+    """Ask the model."""
     import torch
 
     from searchr1_fast.distributed import process

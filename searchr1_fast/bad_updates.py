@@ -1,11 +1,11 @@
-"""Updates whose loss or gradient was not finite, kept to be looked at: `searchr1 replay` computes them again.
+"""Updates whose loss or gradient was not finite, kept for inspection: `searchr1 replay` computes them again.
 
-    <run>/bad_steps/step_000012_policy_0.pt        the micro-batches of all ranks and what the loss took beside them
-                    policy_000123.safetensors      the weights they met, after so many updates; of the newest two
+    <run>/bad_steps/step_000012_policy_0.pt        the micro-batches of all ranks and the other inputs of the loss
+                    policy_000123.safetensors      the weights they met, after that many updates; the newest two
 
-A skipped update changes nothing, so those that follow one another meet the same weights and share a file. Weights are
-as large as the model, and the older ones are deleted; a checkpoint near them may stand in. Files are whole or not
-there: what a full disk has no room for is said, and training goes on, which needs none of it.
+A skipped update changes nothing, so skipped updates in a row meet the same weights and share a file. Weights are as
+large as the model, so older ones are deleted; a checkpoint near them may stand in. Files are complete or absent: if a
+full disk has no room for one, this is reported and training goes on, which needs none of them.
 
 Shape legend: P policy tokens of a micro-batch.
 """
@@ -35,12 +35,12 @@ KEPT_WEIGHTS = 2
 
 
 class NotKept(Exception):
-    """An update could not be written, or its weights could not: the message goes on behind a semicolon."""
+    """An update or its weights could not be written. The message is made to follow a semicolon."""
 
 
 @dataclass(slots=True)
 class MicroBatch:
-    """A forward and backward pass of one rank, and what its loss took beside the batch."""
+    """A forward and backward pass of one rank, and what its loss took besides the batch."""
 
     rank: int
     batch: PackedBatch
@@ -49,7 +49,7 @@ class MicroBatch:
     old_values: torch.Tensor | None = None  # [P] fp32, the critic's
 
     def inputs(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Everything in floating point that came from outside, each [P]."""
+        """All floating-point inputs that came from outside, by name, each [P]."""
         for owner, names in ((self.batch, ("rollout_logprobs", "advantages")), (self, ("ref_logprobs", "returns"))):
             yield from ((name, getattr(owner, name)) for name in names if getattr(owner, name) is not None)
         if self.old_values is not None:
@@ -72,19 +72,19 @@ class BadUpdate:
 
     @property
     def file_name(self) -> str:
-        """Its own, within the folder."""
+        """The update's file, within the folder."""
         return f"step_{self.step:06d}_{self.learner}_{self.minibatch}.pt"
 
     @property
     def weights_name(self) -> str:
-        """That of the file with the weights it met."""
+        """The file with the weights that it met, within the folder."""
         return f"{self.learner}_{self.num_updates:06d}.safetensors"
 
 
 def write_bad_update(folder: Path, update: BadUpdate, learner: Learner, dtype: torch.dtype) -> Path:
-    """Write it and the weights, these in the type `dtype` of the computation. -> its file.
+    """Write the update, and its weights in the type `dtype` of the computation; -> the update's file.
 
-    Every rank calls this, with its own micro-batches; rank 0 writes those of all. NotKept, on all ranks.
+    Every rank calls this with its own micro-batches; rank 0 writes all of them. A failure is NotKept on all ranks.
     """
     ranks = learner.ranks
     shares = ranks.gather([_on_host(asdict(micro_batch)) for micro_batch in update.micro_batches])
@@ -94,7 +94,7 @@ def write_bad_update(folder: Path, update: BadUpdate, learner: Learner, dtype: t
     failure = ranks.broadcast(_failure(partial(_write_values, path, values)) if ranks.is_main else None)
     if failure is not None:
         raise NotKept(f"what it met could not be kept in {folder}: {failure}")
-    # The second of a row meets what the first met; but a file of that name may be of a run that was rolled back.
+    # The second in a row meets what the first met. At the first, such a file may be of a run that was rolled back.
     if learner.skipped_in_a_row == 1 or not ranks.broadcast(weights.is_file()):
         tensors = _gather_weights(learner, dtype)
         failure = ranks.broadcast(_failure(partial(_write_weights, weights, tensors)) if ranks.is_main else None)
@@ -104,11 +104,11 @@ def write_bad_update(folder: Path, update: BadUpdate, learner: Learner, dtype: t
 
 
 def read_bad_update(path: Path) -> BadUpdate:
-    """What `write_bad_update` wrote. ValueError where the file is none of it."""
+    """Read what `write_bad_update` wrote. ValueError if the file is something else."""
     if not path.is_file():
         raise ValueError(f"there is no file {path}; a run keeps its bad updates in <run>/{FOLDER}/step_*.pt")
     try:
-        if not zipfile.is_zipfile(path):  # of anything else torch.load's errors are of any kind
+        if not zipfile.is_zipfile(path):  # for anything else, torch.load's errors are of any kind
             raise ValueError("torch.save did not write it")
         values = torch.load(path, map_location="cpu", weights_only=True)
         values["micro_batches"] = [_micro_batch(micro_batch) for micro_batch in values["micro_batches"]]
@@ -118,10 +118,10 @@ def read_bad_update(path: Path) -> BadUpdate:
 
 
 def _failure(write: Callable[[], None]) -> str | None:
-    """What the system says where it does not write."""
+    """Call `write`; return what the system says if that fails."""
     try:
         write()
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch's of a full disk is a RuntimeError
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch's error for a full disk is a RuntimeError
         return said(error)
     return None
 
@@ -132,7 +132,7 @@ def _write_values(path: Path, values: dict[str, Any]) -> None:
 
 
 def _gather_weights(learner: Learner, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """One parameter after the other, on rank 0; nothing on the others. A collective."""
+    """Gather the weights on rank 0, one parameter after the other; nothing on the others. A collective."""
     tensors = {}
     for name, parameter in learner.parameters.items():
         whole = full(parameter.detach().to(dtype))
@@ -142,7 +142,7 @@ def _gather_weights(learner: Learner, dtype: torch.dtype) -> dict[str, torch.Ten
 
 
 def _write_weights(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    path.unlink(missing_ok=True)  # a run's that was rolled back: if the new ones find no room, they are not to be had
+    path.unlink(missing_ok=True)  # of a run that was rolled back: wrong, should the new ones find no room
     with whole_file(path) as temporary:
         save_tensors(tensors, temporary)
     newest = sorted(path.parent.glob("*.safetensors"), key=os.path.getmtime)
@@ -151,7 +151,7 @@ def _write_weights(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def _on_host(value: Any) -> Any:
-    """The same with every tensor on the CPU."""
+    """The same value with every tensor on the CPU."""
     if isinstance(value, dict):
         return {key: _on_host(item) for key, item in value.items()}
     return value.cpu() if isinstance(value, torch.Tensor) else value

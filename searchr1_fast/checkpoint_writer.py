@@ -1,16 +1,16 @@
 """When a run writes its checkpoints, and in which thread: training goes on while the disk works.
 
-A save has two halves. `stage` stops training for as long as a copy takes: every tensor to the host, into memory that is
-used again for the next save, with everything else that the next step would change. `start` hands the copy to a thread,
-which writes it (checkpoint.py) and renames it when it is whole. One write at a time: `stage` waits for the one before.
+A save has two halves. `stage` stops training for the time of a copy: every tensor to the host, into memory that the
+next save reuses, with everything else that the next step would change. `start` hands the copy to a thread, which writes
+it (checkpoint.py) and renames it when complete. There is one write at a time: `stage` waits for the one before.
 
     loop   … step 50 | stage, row of metrics, start | step 51 | step 52 | …
     thread                                     write, checksum, flush, rename, link
 
-Between the two halves the step's row is written: a run that goes on from a checkpoint has the rows of all its steps.
-What a write fails with is raised in the loop at the next `check`, `stage` or `wait`, on every rank.
-`background=False` is the plain twin: nothing is copied, and `start` returns when the checkpoint is whole.
-Left out: pinned memory for the copy. It would be copied faster, and take as much again of what cannot be swapped.
+The step's row is written between the two halves, so a run that resumes from a checkpoint has the rows of all its steps.
+A failed write is raised in the loop at the next `check`, `stage` or `wait`, on every rank.
+`background=False` is the plain twin: nothing is copied, and `start` returns when the checkpoint is complete.
+Left out: pinned memory for the copy. Copies would be faster, and take as much again of memory that cannot be swapped.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class CheckpointWriter:
     """The checkpoints of one run. Every rank has one, and calls the same methods in the same order."""
 
     def __init__(self, root: Path, ranks: Ranks, keep: int, background: bool = True) -> None:
-        """`root`: <run>/checkpoints. Collective: made when every process group that training wants is there."""
+        """`root`: <run>/checkpoints. A collective; make it once every process group that training needs is there."""
         self.root, self.keep, self.background = root, keep, background
         self._ranks = ranks
         self._apart = ranks.apart() if background else ranks
@@ -53,10 +53,10 @@ class CheckpointWriter:
         best_step: int | None = None,
         save_searches: Callable[[Path], None] = lambda path: None,
     ) -> dict[str, float]:
-        """Take what the checkpoint of a step will hold; afterwards training may go on.
+        """Collect what the checkpoint of a step will hold; afterwards training may go on.
 
-        -> seconds: `time_checkpoint_wait` for the write before, `time_checkpoint` for this copy, and from the second
-        save on `time_checkpoint_write`, that the write before took, most of it beside training.
+        -> seconds: `time_checkpoint_wait` waited for the write before, `time_checkpoint` for this copy and, from the
+        second save on, `time_checkpoint_write` that the write before took, most of it while training went on.
         """
         started = time.perf_counter()
         self.wait()
@@ -77,22 +77,22 @@ class CheckpointWriter:
         if not self.background:
             self._write(contents)
             return
-        # A daemon: whoever ends the process at once does not wait for a disk, and loses what was not whole yet.
+        # A daemon: ending the process at once does not wait for a disk, and loses what was not complete yet.
         self._thread = threading.Thread(target=self._run, args=(contents,), name="checkpoint", daemon=True)
         self._thread.start()
 
     @property
     def is_writing(self) -> bool:
-        """Whether the thread is at work."""
+        """Whether the thread is still writing."""
         return self._thread is not None and self._thread.is_alive()
 
     def check(self) -> None:
-        """Raise what a write failed with, if it has ended on every rank: all raise, or none. Waits for no disk."""
+        """Raise a write's failure, once the write has ended on every rank: all raise, or none. Waits for no disk."""
         if not self._ranks.max(self.is_writing):
             self.wait()
 
     def wait(self) -> None:
-        """Until the write is done. CheckpointFailed: it could not be; said once."""
+        """Wait until the write is done. CheckpointFailed, once, if it failed."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -101,19 +101,19 @@ class CheckpointWriter:
             raise failure
 
     def settle(self, note: Callable[[str], None]) -> None:
-        """`wait` of a run that has failed already: what it saved last may be all that is left of it."""
+        """`wait` in a run that has already failed: what it saved last may be all that is left of it."""
         try:
             self.wait()
-        except Exception as failure:  # whatever it is (a peer that has gone, say): the run's own is to be raised
+        except Exception as failure:  # whatever it is (a peer that has gone, say): the run's own error is raised
             note(f"{type(failure).__name__}: {failure}")
 
     def _run(self, contents: Contents) -> None:
-        """The thread."""
+        """The body of the thread."""
         try:
             if self._ranks.device.type == "cuda":
-                torch.cuda.set_device(self._ranks.device)  # a new thread's is the first, where it would make a context
+                torch.cuda.set_device(self._ranks.device)  # a new thread has the first, and would make a context there
             self._write(contents)
-        except BaseException as failure:  # of a thread: raised in the loop
+        except BaseException as failure:  # in a thread: raised in the loop
             self._failure = failure
 
     def _write(self, contents: Contents) -> None:
@@ -122,7 +122,7 @@ class CheckpointWriter:
         self._seconds = time.perf_counter() - started
 
     def _copied(self, prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The same on the host, where nothing changes them before the next save. Of a DTensor this rank's shard."""
+        """Copy to the host, where nothing changes before the next save; of a DTensor, only this rank's shard."""
         copies = {}
         for name, tensor in tensors.items():
             key = f"{prefix}/{name}"

@@ -91,7 +91,7 @@ def command_parser(name: str, example: str, detail: str = "") -> argparse.Argume
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """`CONFIG [key=value …]`; read them with `parse_intermixed_args`, so that options may stand anywhere."""
     parser.add_argument("config", metavar="CONFIG", type=Path, help="YAML file, such as configs/demo.yaml")
-    # A default: without one argparse counts settings among what is required.
+    # Without a default, argparse would list settings among the required arguments.
     parser.add_argument(
         "overrides", metavar="key=value", nargs="*", default=[], help="settings over it: train.num_steps=50"
     )
@@ -108,8 +108,8 @@ def add_model_argument(parser: argparse.ArgumentParser, default: str) -> None:
 
 
 def model_directory(path: str | Path) -> str | Path:
-    """The folder with the weights: of a run folder its newest checkpoint's, of a checkpoint its `adapter`, where it was
-    not all weights that were learned, or its `hf`; else `path`."""
+    """The folder with the weights. A run folder stands for its newest checkpoint, and a checkpoint for its `adapter` if
+    an adapter was learned, else for its `hf`; any other `path` stands for itself."""
     for inside in ("checkpoints/latest/adapter", "checkpoints/latest/hf", "adapter", "hf"):
         if (Path(path) / inside).is_dir():
             return Path(path) / inside
@@ -119,7 +119,7 @@ def model_directory(path: str | Path) -> str | Path:
 
 
 def run_config_path(model: str | Path) -> Path | None:
-    """config.yaml of the run that wrote a model: `<run>/checkpoints/step_000100/hf` knows it by its place."""
+    """config.yaml of the run that wrote a model, found from the model's place, `<run>/checkpoints/step_000100/hf`."""
     for parent in Path(model).resolve().parents:
         if parent.name == "checkpoints" and (parent.parent / "config.yaml").is_file():
             return parent.parent / "config.yaml"
@@ -153,7 +153,7 @@ def train_parser() -> argparse.ArgumentParser:
 
 
 def _ranks(text: str) -> int:
-    """A whole number from 1 on."""
+    """Parse a whole number of at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no number of ranks; give 1 or more")
     return int(text)

@@ -1,8 +1,8 @@
 """What a person sees of a run: progress bars while a phase runs, one line per step, tables, coloured trajectories.
 
-On a terminal the bars are live and leave no trace; into a file or a CI log go plain lines only, with a sign of life in
-phases that take long. Model output is arbitrary text: it is never read as markup, and control characters are shown,
-not obeyed. Numbers come from the metrics rows; nothing is computed here that metrics.jsonl lacks.
+On a terminal the bars are live and leave no trace; a file or a CI log gets plain lines only, with a sign of life in
+long phases. Model output is arbitrary text: it is never read as markup, and control characters are shown, not obeyed.
+Numbers come from the metrics rows; nothing is computed here that metrics.jsonl lacks.
 Left out: a full-screen display. A log that scrolls can be copied into a bug report.
 """
 
@@ -82,7 +82,7 @@ class Console:
         after: Mapping[str, Mapping[str, Any]],
         examples: tuple[Trajectory, Trajectory] | None = None,
     ) -> None:
-        """The table of before and after, by set and kind, then one question that was lost before and is won now."""
+        """The table of before and after, by set and kind, then a question answered wrongly before and rightly after."""
         if self.quiet:
             return
         self.rich.print()
@@ -189,7 +189,7 @@ def step_line(metrics: Mapping[str, Any], num_steps: int) -> Text:
 
 
 def time_shares(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Where a step's time went, shares that add up to 1. Waiting for searches is inside the rollout, and taken out."""
+    """Where a step's time went, as shares that add up to 1. The rollout's share is without its wait for searches."""
     total = metrics.get("time_step") or 0.0
     if total <= 0:
         return {}
@@ -204,7 +204,7 @@ def time_shares(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 def kinds(metrics: Mapping[str, Any]) -> list[str]:
-    """Kinds of question that an evaluation reports apart ("1-hop", …), sorted."""
+    """Kinds of question that an evaluation reports separately ("1-hop", …), sorted."""
     return sorted(key.removesuffix("/em") for key in metrics if key.endswith("/em"))
 
 

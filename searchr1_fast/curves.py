@@ -1,4 +1,4 @@
-"""Draws runs/<name>/curves.png from metrics.jsonl: reward, evaluation EM, searches per question, response length.
+"""Draw runs/<name>/curves.png from metrics.jsonl: reward, evaluation EM, searches per question, response length.
 
 One run is drawn with its evaluation split by kind of question; several runs share the panels, one colour each.
 Left out: anything interactive; TensorBoard has the same numbers.
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 CURVES_FILE = "curves.png"
 
-# Okabe and Ito's palette: told apart by colour-blind readers and in print.
+# Okabe and Ito's palette, which colour-blind readers can tell apart, also in print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 SMOOTHING = 0.8  # weight of the past in the exponential mean of a step's reward
 
@@ -28,7 +28,7 @@ Row = Mapping[str, Any]
 
 
 def save_curves(run_dirs: str | Path | Sequence[str | Path], path: str | Path | None = None) -> Path | None:
-    """Draw one run folder, or several together, into `path` (of one run: its own curves.png). None: no rows yet."""
+    """Draw one run folder, or several together, into `path` (default: the first's curves.png). None: no rows yet."""
     folders = [Path(run_dirs)] if isinstance(run_dirs, (str, Path)) else [Path(folder) for folder in run_dirs]
     runs = {str(folder): read_metrics(folder) for folder in folders}
     if not any(runs.values()):
@@ -88,7 +88,7 @@ def eval_sets(rows: Sequence[Row]) -> list[str]:
 
 
 def eval_kinds(rows: Sequence[Row], name: str) -> list[str]:
-    """Kinds of question ("1-hop", …) that a set reports apart, sorted."""
+    """Kinds of question ("1-hop", …) that a set reports separately, sorted."""
     pattern = re.compile(rf"eval/{re.escape(name)}/(.+)/em")
     return sorted({match[1] for row in rows for key in row if (match := pattern.fullmatch(key))})
 
@@ -105,7 +105,7 @@ def _steps(axes: Axes, rows: Sequence[Row], key: str, colour: str, label: str, s
 
 
 def _evaluations(axes: Axes, rows: Sequence[Row], colour: str, label: str | None) -> None:
-    """EM of every set; of a run drawn alone also by kind of question."""
+    """Draw the EM of every set; for a run drawn alone, also by kind of question."""
     names = eval_sets(rows)
     others = iter(COLOURS[1:] * 4)
     for index, name in enumerate(names):

@@ -27,8 +27,8 @@ from searchr1_fast.types import Passage, Question
 def read_questions(path: str | Path, source: str | None = None, limit: int = 0) -> list[Question]:
     """All questions of a JSONL or Parquet file, or the first `limit` of them.
 
-    `source` names the data set; without it the rows' `data_source` does, else the file's name. What becomes of a row
-    says `parse_question`.
+    `source` names the data set; without it, the rows' `data_source` does, else the file's name. `parse_question` says
+    what becomes of a row.
     """
     path = Path(path)
     rows = islice(read_rows(path), limit or None)
@@ -56,11 +56,11 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def parse_question(row: Mapping[str, Any], where: str, source: str) -> Question:
-    """A row of `read_rows` as a question. ValueError names `where` and what the row lacks.
+    """Turn a row of `read_rows` into a question. ValueError names `where` and what the row lacks.
 
-    A row's `type`, else its number of `hops`, becomes `Question.kind`; FlashRAG's rows have the one in `metadata`, and
-    for the other MuSiQue's list of steps. Other keys are ignored. Blank golden answers are dropped (an empty answer
-    would be right by saying nothing), and a question that has no other is an error.
+    A row's `type`, else its number of `hops`, becomes `Question.kind`. In FlashRAG's rows, `metadata` holds the type,
+    or for MuSiQue a list of steps instead of `hops`. Other keys are ignored. Blank golden answers are dropped (an empty
+    answer would be right by saying nothing), and a question that has no others is an error.
     """
     if row.get("question") is None and row.get("prompt"):
         raise ValueError(f"{where}: there is no `question` column and the prompt holds no `Question: `")
@@ -111,7 +111,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             there = f"neither a column `{names[0]}` nor `{names[1]}`; it has {', '.join(schema.names)}"
             raise ValueError(f"{path} has no {what}: {there}")
     if "metadata" in schema.names and pyarrow.types.is_struct(schema.field("metadata").type):
-        columns += ["metadata.type"]  # of a column that holds whole articles this leaf alone is read
+        columns += ["metadata.type"]  # only this leaf: the column holds whole articles
     number = 0
     for batch in table.iter_batches(_PARQUET_BATCH_ROWS, columns=columns):
         for row in batch.to_pylist():
@@ -120,7 +120,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _from_search_r1(row: dict[str, Any]) -> dict[str, Any]:
-    """A Search-R1 row as a row of our JSONL; its leftover plain columns win where they are kept."""
+    """Turn a Search-R1 row into a row of our JSONL; plain columns that are left in it take precedence."""
     extra, reward = row.get("extra_info") or {}, row.get("reward_model") or {}
     if row.get("question") is None and row.get("prompt"):
         prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
@@ -141,19 +141,19 @@ def _from_search_r1(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_corpus(path: str | Path) -> Iterator[Passage]:
-    """The passages of a JSONL file (`.gz`: compressed), read as they are asked for; row i <-> vector i of an index."""
+    """The passages of a JSONL file (`.gz`: compressed), read lazily; row i <-> vector i of an index."""
     for identifier, contents in read_corpus_rows(path):
         yield parse_passage(identifier, contents)
 
 
 def read_corpus_rows(path: str | Path) -> Iterator[tuple[str, str]]:
-    """(id, contents to the letter) of the same rows: what an encoder reads and an index stores."""
+    """(id, exact contents) of the same rows: what an encoder reads and an index stores."""
     path = _existing(path)
     seen: set[str] = set()
     number = 0
     for number, (where, row) in enumerate(_json_rows(path), start=1):
         identifier = _identifier(row, where)
-        # Ids that are the row's number cannot repeat; only others cost memory (21 million do matter).
+        # An id that is its row's number cannot repeat, so only others cost memory (21 million do matter).
         if identifier != str(number - 1) or seen:
             duplicate = identifier in seen or _is_earlier_row(identifier, number - 1 - len(seen))
             if duplicate:
@@ -173,7 +173,7 @@ def parse_passage(identifier: str, contents: str, score: float = 0.0) -> Passage
     """`contents` is a title in double quotes, a newline, the text (which may hold more newlines)."""
     title, _, text = contents.partition("\n")
     if len(title) >= 2 and title[0] == title[-1] == '"':
-        title = title[1:-1]  # one pair only: a song's title has quotes of its own
+        title = title[1:-1]  # one pair only: a song's title has its own quotes
     return Passage(identifier, title, text, score)
 
 
@@ -185,7 +185,7 @@ def passage_contents(passage: Passage) -> str:
 
 
 def _is_earlier_row(identifier: str, num_rows: int) -> bool:
-    """Whether `identifier` is the number of one of the first `num_rows` rows, written as a number is."""
+    """Whether `identifier` is the number of one of the first `num_rows` rows, in its usual spelling."""
     if not (identifier.isascii() and identifier.isdigit()) or len(identifier) > len(str(num_rows)):
         return False
     return str(int(identifier)) == identifier and int(identifier) < num_rows
@@ -195,7 +195,7 @@ def _is_earlier_row(identifier: str, num_rows: int) -> bool:
 
 
 class QuestionStream:
-    """Questions without end, in a new seeded order every epoch. `state_dict` resumes at the very next question."""
+    """An endless stream of questions, in a new seeded order every epoch. `state_dict` resumes at the very next one."""
 
     def __init__(self, questions: Sequence[Question], seed: int = 0) -> None:
         if not questions:
@@ -204,11 +204,11 @@ class QuestionStream:
         self._seed = seed
         self._fingerprint = zlib.crc32("\n".join(question.id for question in questions).encode())
         self.epoch = 0
-        self.index = 0  # place in the epoch's order of the next question
+        self.index = 0  # position of the next question in the epoch's order
         self._order = self._shuffle()
 
     def next(self, count: int) -> list[Question]:
-        """The next `count` questions; an epoch's end may lie within."""
+        """The next `count` questions; they may span the end of an epoch."""
         taken: list[Question] = []
         while len(taken) < count:
             if self.index == len(self._questions):
@@ -230,7 +230,7 @@ class QuestionStream:
         }
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Go to a saved position; other questions or another seed are an error, the order would not be the same."""
+        """Go to a saved position. Other questions or another seed are an error, because the order would differ."""
         own = self.state_dict()
         for key, what in (("num_questions", "number of questions"), ("fingerprint", "questions"), ("seed", "seed")):
             if state[key] != own[key]:
@@ -274,7 +274,7 @@ def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Of a file (`.gz`: compressed), from 1. gzip's errors name neither the file nor a place in it."""
+    """(number, line) of a file (`.gz`: compressed), from 1. gzip's errors name neither the file nor a place in it."""
     number = 0
     with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
         try:

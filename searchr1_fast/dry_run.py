@@ -1,7 +1,7 @@
 """`searchr1 train CONFIG --dry-run`: what a rank's GPU will hold, whether that fits, and what to change.
 
-Read are the configuration, the model's config.json and the index's manifest; no weights, no questions. An index that is
-not there yet is not counted, which is said.
+It reads the configuration, the model's config.json and the index's manifest; no weights, no questions. An index that is
+not there yet is not counted, which is reported.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ DOES_NOT_FIT = 1  # exit code
 
 
 def dry_run(config: Config, shape: str | None, device_memory: str | None, ranks: int | None) -> int:
-    """Print the plan; the exit code.
+    """Print the plan; return the exit code.
 
     `shape`: one of `models.published.PUBLISHED` instead of the model's directory. `device_memory` None: that of the GPU
     here, if there is one. `ranks` None: as many as torchrun says, else one.
@@ -45,7 +45,7 @@ def dry_run(config: Config, shape: str | None, device_memory: str | None, ranks:
 
 
 def _decoder_of(path: str) -> DecoderConfig:
-    """Of a model's directory."""
+    """The shape of a model's directory."""
     try:
         return read_config(resolve(path))
     except ValueError as error:
@@ -62,7 +62,7 @@ def _title(config: Config, shape: str | None, num_ranks: int) -> str:
 
 
 def _missing_index(config: Config) -> str | None:
-    """The index that the configuration names, where there is none; one that is damaged is an error all the same."""
+    """The index that the configuration names, if it does not exist; a damaged one is still an error."""
     retrieval = config.retrieval
     if retrieval.backend != "dense" or retrieval.index is None or (Path(retrieval.index) / MANIFEST).is_file():
         return None

@@ -1,8 +1,8 @@
-"""What questions are asked of: a list of questions, and the retriever that answers the searches.
+"""The environment: a list of questions, and the retriever that answers the searches.
 
-A `DataSet` of the configuration becomes an `Environment` here and nowhere else: a generated world brings its corpus in
-memory, a file of questions names its corpus or shares the training set's. Every rank builds its own (a world is a pure
-function of its settings); of an index the ranks of a machine hold a part each.
+A `DataSet` of the configuration becomes an `Environment` here and nowhere else. A generated world brings its corpus in
+memory; a file of questions names its corpus or shares the training set's. Every rank builds its own (a world is a pure
+function of its settings), except that each rank of a machine holds only a part of an index.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ if TYPE_CHECKING:  # dense search imports numba
 
 
 def to_stderr(text: str) -> None:
-    """Where a search says that it is tried again, unless somebody is there to be told."""
+    """Say on stderr that a search is tried again; used where there is no user interface to say it."""
     print(f"searchr1: {text}", file=sys.stderr, flush=True)
 
 
 @dataclass
 class Environment:
-    """Questions over one corpus. Searched by one thread at a time."""
+    """Questions over one corpus. Only one thread may search at a time."""
 
     questions: list[Question]
     retriever: Retriever
     topk: int = 3
-    max_retries: int = 0  # of a search that passed its deadline; the client of a server has its own
+    max_retries: int = 0  # of a search that missed its deadline; a server's client has its own
     say: Callable[[str], None] = to_stderr
     _counts: SearchStatistics = field(default_factory=SearchStatistics)
 
     def search(self, queries: Sequence[str]) -> list[list[Passage]]:
-        """The `SearchFunction` that the rollout is given: passages for every query, or an error.
+        """The rollout's `SearchFunction`: return passages for every query, or raise.
 
-        What passed its deadline is searched again; what was found meanwhile comes from the retriever's cache.
+        Queries that missed the deadline are searched again; what was found meanwhile comes from the retriever's cache.
         """
         counts, started = self._counts, time.perf_counter()
         try:
@@ -76,7 +76,7 @@ class Environment:
         raise AssertionError("an attempt returns or raises")
 
     def take_statistics(self) -> SearchStatistics:
-        """What was counted since they were last taken; by the retriever itself where it batches."""
+        """Return the counts since the last call; a retriever that batches counts for itself."""
         taken, self._counts = self._counts, SearchStatistics()
         inner = innermost(self.retriever)
         if isinstance(inner, Counts):
@@ -89,13 +89,13 @@ class Environment:
         return taken
 
     def save_searches(self, path: Path) -> None:
-        """Write what the retriever remembers; nothing where it remembers nothing."""
+        """Write what the retriever remembers; nothing if it remembers nothing."""
         inner = innermost(self.retriever)
         if isinstance(inner, Remembers) and inner.identity:
             inner.save_cache(path)
 
     def load_searches(self, path: Path) -> str:
-        """Remember what `save_searches` wrote, and say what came of it; "" where there is nothing to say."""
+        """Load what `save_searches` wrote, and return what came of it as a sentence; "" if there is nothing to say."""
         inner = innermost(self.retriever)
         if not path.is_file():
             return ""
@@ -107,19 +107,19 @@ class Environment:
             return f"the searches that the checkpoint remembers are left out: {error}"
 
     def park(self) -> None:
-        """Give the GPU memory of what is searched to others, until `unpark`. Nothing where it has none."""
+        """Give the retriever's GPU memory to others, until `unpark`; nothing to do if it has none."""
         inner = innermost(self.retriever)
         if isinstance(inner, Parks):
             inner.park()
 
     def unpark(self) -> None:
-        """Take it back, before the next search."""
+        """Take the GPU memory back, before the next search."""
         inner = innermost(self.retriever)
         if isinstance(inner, Parks):
             inner.unpark()
 
     def close(self) -> None:
-        """End the retriever's threads; a search that is still waited for fails. Again, if you like."""
+        """End the retriever's threads; a search that is still waited for fails. May be called again."""
         inner = innermost(self.retriever)
         if isinstance(inner, Closes):
             inner.close()
@@ -133,9 +133,9 @@ def build_environment(
     ranks: Ranks | None = None,
     ui: Show | None = None,
 ) -> Environment:
-    """Build what `data` describes. `shared` serves a file of questions that names no corpus; `opened` remembers the
-    retrievers of worlds, for others that differ in their questions alone; `ui` hears of what takes long and of searches
-    that are tried again. With `ranks` all of them must call this."""
+    """Build what `data` describes. `shared` serves a file of questions that names no corpus; `opened` keeps the
+    retrievers of worlds, for other worlds that differ only in their questions; `ui` is told of slow work and of
+    searches that are tried again. With `ranks`, all of them must call this."""
     say = to_stderr if ui is None else ui.note
     if data.world is not None:
         if retrieval.backend in ("remote", "web"):
@@ -162,7 +162,7 @@ def build_environment(
 def build_environments(
     config: Config, ranks: Ranks | None = None, ui: Show | None = None
 ) -> tuple[Environment, dict[str, Environment]]:
-    """The training environment, and one per evaluation set. With `ranks` all of them must call this."""
+    """Build the training environment, and one per evaluation set. With `ranks`, all of them must call this."""
     training = build_environment(config.data, config.retrieval, ranks=ranks, ui=ui)
     return training, evaluation_environments(config, training.retriever, ranks, ui)
 
@@ -170,7 +170,7 @@ def build_environments(
 def evaluation_environments(
     config: Config, shared: Retriever | None = None, ranks: Ranks | None = None, ui: Show | None = None
 ) -> dict[str, Environment]:
-    """One environment per evaluation set. `shared`: the training retriever, where it is open already."""
+    """Build one environment per evaluation set. `shared`: the training retriever, if it is open already."""
     opened: dict[tuple, Retriever] = {}
     return {
         name: build_environment(data, config.retrieval, shared, opened, ranks, ui)

@@ -1,7 +1,7 @@
 """User errors become one sentence and an exit code; everything else keeps its traceback.
 
 The house rule makes this possible: ValueError is for the user (a bad key, a missing file, a malformed row), assert is
-for ourselves. Every command's `main` wears `@entry_point`, so the rule holds for `searchr1 X` and for
+for ourselves. Every command's `main` has `@entry_point`, so the rule holds for `searchr1 X` and for
 `python -m searchr1_fast.X` alike. SEARCHR1_DEBUG=1 lets every traceback through.
 
     exit code 0   done
@@ -27,7 +27,7 @@ def entry_point(main: Callable[..., int | None]) -> Callable[..., int]:
     def guarded(*args, **kwargs) -> int:
         try:
             code = main(*args, **kwargs) or 0
-            sys.stdout.flush()  # here, where a reader that has gone can still be dealt with
+            sys.stdout.flush()  # here, where a closed pipe can still be handled
             return code
         except KeyboardInterrupt:
             if debugging():
@@ -53,7 +53,7 @@ def debugging() -> bool:
 
 
 def sentence(error: BaseException) -> str:
-    """What the error says, on one line. An OSError names its file first."""
+    """The error's message on one line. An OSError names its file first."""
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename is not None else ""
         return f"{where}{error.strerror.lower()}"
@@ -62,13 +62,13 @@ def sentence(error: BaseException) -> str:
 
 
 def _user_errors() -> tuple[type[Exception], ...]:
-    """What the user can mend. Who never searched has not imported the error of a search, and need not for its sake."""
+    """Errors that the user can fix. SearchError is not imported for this: if nothing imported it, nothing raised it."""
     types = sys.modules.get("searchr1_fast.types")
     return (ValueError, OSError) if types is None else (ValueError, OSError, types.SearchError)
 
 
 def _say(text: str) -> None:
-    """One line on stderr; under torchrun it says whose."""
+    """Print one line on stderr; under torchrun, with the rank."""
     rank = os.environ.get("RANK") if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
     prefix = f"[rank {rank}] " if rank is not None else ""
     print(f"{prefix}searchr1: {text}", file=sys.stderr, flush=True)

@@ -65,7 +65,7 @@ def _parser() -> ArgumentParser:
 
 
 def _chosen_sets(config: Config, chosen: Sequence[str] | None) -> list[str]:
-    """Names of the sets to evaluate, which exist."""
+    """Names of the sets to evaluate. ValueError for one that does not exist."""
     known = ", ".join(config.eval.sets)
     if not known:
         raise ValueError("the configuration has no eval.sets; add one, for example eval.sets.unseen.world.split=eval")
@@ -76,7 +76,7 @@ def _chosen_sets(config: Config, chosen: Sequence[str] | None) -> list[str]:
 
 
 def _evaluate(config: Config, names: list[str], model_path: Path | str) -> list[EvalResult]:
-    """Run the sets in turn on every rank, printing on the first; the results, on rank 0."""
+    """Run the sets in turn on every rank, printing on rank 0; return the results there."""
     import torch
 
     from searchr1_fast.distributed import process
@@ -91,7 +91,7 @@ def _evaluate(config: Config, names: list[str], model_path: Path | str) -> list[
             stack.callback(environment.close)
         model = load_model(directory, getattr(torch, config.model.dtype), ranks.device).eval()
         tokenizer = load_tokenizer(directory, for_chat=config.prompt.chat_template)
-        engine = build_engine(model, tokenizer, config)  # one for all sets: vLLM takes its time to start
+        engine = build_engine(model, tokenizer, config)  # one for all sets: vLLM is slow to start
         stack.callback(engine.close)
         results = []
         for name, environment in environments.items():
@@ -111,7 +111,7 @@ def _evaluate(config: Config, names: list[str], model_path: Path | str) -> list[
 def _environments(
     config: Config, names: list[str], ranks: Ranks | None = None, ui: Console | None = None
 ) -> dict[str, Environment]:
-    """The chosen sets. The training corpus is opened only where a set of questions has none of its own."""
+    """Build the chosen sets. The training corpus is opened only if a set of questions has none of its own."""
     from searchr1_fast.environment import build_environment, evaluation_environments
 
     sets = {name: config.eval.sets[name] for name in names}

@@ -1,7 +1,7 @@
-"""An update that was not finite, computed again with an eye on everything on the way: what `searchr1 replay` finds.
+"""Recompute an update that was not finite, checking everything on the way: what `searchr1 replay` finds.
 
-Micro-batch by micro-batch, on one device and without sharding: first what the loss was given, then every module in the
-order of computation, the log-probabilities (or values), the loss, and the gradients on their way back.
+It goes micro-batch by micro-batch, on one device and without sharding: first what the loss was given, then every module
+in the order of computation, the log-probabilities (or values), the loss, and the gradients on their way back.
 
 Shape legend: P policy tokens of a micro-batch.
 """
@@ -36,7 +36,7 @@ SHOWN_TOKENS = 60  # of what the policy wrote before the first bad token
 
 @dataclass(slots=True)
 class Finding:
-    """What a micro-batch came to."""
+    """What was found in a micro-batch."""
 
     place: int
     rank: int
@@ -46,7 +46,7 @@ class Finding:
     grad_norm: float = 0.0
     log_ratio: float | None = None  # the largest |log q - log mu| of the finite ones; the critic has none
     found: list[str] = field(default_factory=list)  # what is not finite, in the order of computation
-    token: int | None = None  # the first policy token that has to do with it
+    token: int | None = None  # the first policy token involved
 
 
 def load_learner(
@@ -86,7 +86,7 @@ def load_learner(
 
 
 def examine(module: nn.Module, update: BadUpdate, config: Config, place: int, device: torch.device) -> Finding:
-    """Forward and backward of one of the update's micro-batches."""
+    """Run forward and backward on one of the update's micro-batches, and return what is not finite."""
     micro_batch = update.micro_batches[place]
     batch = to_device(micro_batch.batch, device)
     finding = Finding(place, micro_batch.rank, batch.num_tokens, batch.num_policy_tokens)
@@ -134,7 +134,7 @@ def micro_batch_loss(
     batch: PackedBatch,  # its own, on the device
     device: torch.device,
 ) -> torch.Tensor:  # 0-d
-    """What the trainer minimised."""
+    """The loss that the trainer minimised."""
     if update.learner == "policy":
         references = None if micro_batch.ref_logprobs is None else micro_batch.ref_logprobs.to(device)
         return policy_loss(module, config.algorithm, batch, update.denominator, references, update.on_policy)[0]
@@ -144,8 +144,8 @@ def micro_batch_loss(
 
 
 class Watch:
-    """While it is entered: which module's output was the first that is not finite, and which the first that a gradient
-    reached which is not."""
+    """While entered, note the first module whose output is not finite, and the first whose output gets a gradient that
+    is not."""
 
     def __init__(self, module: nn.Module) -> None:
         self.output = self.gradient = ""
@@ -176,7 +176,7 @@ class Watch:
 
 
 def written_up_to(micro_batch: MicroBatch, token: int, config: Config) -> str:
-    """The policy's text of that token's sequence, up to it."""
+    """The policy's text in the token's sequence, up to and including the token."""
     batch = micro_batch.batch
     begin = batch.policy_cu_seqlens.tolist()[_sequence(batch, token)]
     targets = batch.targets[max(begin, token + 1 - SHOWN_TOKENS) : token + 1].tolist()
@@ -202,5 +202,5 @@ def _look(finding: Finding, what: str, values: torch.Tensor, batch: PackedBatch)
 
 
 def _sequence(batch: PackedBatch, token: int) -> int:
-    """Whose policy token it is."""
+    """The sequence that a policy token belongs to."""
     return sum(end <= token for end in batch.policy_cu_seqlens.tolist()[1:])

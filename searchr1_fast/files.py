@@ -1,4 +1,4 @@
-"""Files that are whole or not there; and whose fault it is, said by name, where a disk is full or a file broken."""
+"""Files that are complete or absent, and errors that name the file when a disk is full or a file is broken."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A place beside `path` to write to. On leaving it takes the name `path`, from one moment to the next; after a
-    failure nothing is left of it, and what had the name before has it still. An OSError names `path`."""
+    """Yield a path beside `path` to write to; on exit the file is renamed to `path`, atomically. After a failure
+    nothing is left of it, and a file that had the name before is unchanged. An OSError names `path`."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with naming(path):
@@ -27,7 +27,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """An OSError that names no file, as that of a write to a full disk, names `path` on the way out."""
+    """Make an OSError that names no file, such as that of a write to a full disk, name `path`."""
     try:
         yield
     except OSError as error:
@@ -37,7 +37,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def of_the_system(failure: BaseException | None) -> BaseException | None:
-    """The system's error behind another, where there is one: of a full disk torch says `unexpected pos 704 vs 598`."""
+    """The system's error behind another, if there is one: for a full disk, torch says `unexpected pos 704 vs 598`."""
     behind = failure
     while behind is not None and not isinstance(behind, OSError):
         behind = behind.__cause__ or behind.__context__
@@ -45,25 +45,25 @@ def of_the_system(failure: BaseException | None) -> BaseException | None:
 
 
 def said(failure: BaseException) -> str:
-    """What the system, or whoever else failed, says, on one line."""
+    """The message of a failure, or of the system's error behind it, on one line."""
     failure = of_the_system(failure)
     return " ".join(f"{type(failure).__name__}: {failure}".split())
 
 
 def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """One JSON object per line, a `whole_file`."""
+    """Write one JSON object per line, as a `whole_file`."""
     with whole_file(Path(path)) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def write_object(path: Path, values: Mapping[str, Any]) -> None:
-    """One object, for people too."""
+    """Write one JSON object, indented for people."""
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The object that a JSON file holds. ValueError where it is no JSON, or holds something else."""
+    """The object that a JSON file holds. ValueError if it is not JSON, or holds something else."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -1,11 +1,11 @@
-"""AdamW whose moments lie in host memory: `model.offload.optimizer`.
+"""AdamW with its moments in host memory: `model.offload.optimizer`.
 
-The moments of all parameters lie end to end, and pass the GPU in pieces of equal size while a step is taken: one piece
-arrives, one is worked on and one leaves at the same time, in three buffers. The arithmetic is torch's fused AdamW, on
-the GPU and element by element, so weights and moments are those of `torch.optim.AdamW` to the bit.
+The moments of all parameters lie end to end, and pass through the GPU in pieces of equal size during a step. There are
+three buffers: one piece arrives while another is updated and a third leaves. The arithmetic is torch's fused AdamW, on
+the GPU and element by element, so weights and moments equal those of `torch.optim.AdamW` bit for bit.
 
-What it costs is two copies of 8 bytes a parameter a step over the bus, of which each direction takes one; the buffers,
-`3 x 8 x PIECE` bytes, come when activations are gone. The CPU computes nothing.
+The cost is two copies of 8 bytes per parameter and step over the bus, one in each direction. The buffers,
+`3 x 8 x PIECE` bytes, are allocated when activations are gone. The CPU computes nothing.
 
 On a CPU device, in tests, the same pieces pass through the same buffers, one after the other.
 
@@ -29,24 +29,24 @@ from searchr1_fast.host_memory import host_memory
 from searchr1_fast.offload import local
 
 PIECE = 1 << 24  # elements: 128 MiB of moments
-NUM_BUFFERS = 3  # one arrives, one is worked on, one leaves
-ALIGNMENT = 32  # elements: what a kernel reads at once never lies across two parameters
+NUM_BUFFERS = 3  # one arrives, one is updated, one leaves
+ALIGNMENT = 32  # elements, so that what a kernel reads at once never spans two parameters
 
 
 @dataclass(frozen=True, slots=True)
 class Slice:
     """A part of a parameter whose moments lie in one piece."""
 
-    parameter: int  # its place among all
-    begin: int  # of the parameter's elements
+    parameter: int  # its index among all
+    begin: int  # in the parameter's elements
     end: int
-    offset: int  # of the piece's
+    offset: int  # in the piece's
 
 
 class HostAdamW(torch.optim.AdamW):
     """`torch.optim.AdamW` of one group, fused, with `exp_avg` and `exp_avg_sq` in host memory and `step` on the device.
 
-    `state` is that of torch's, so that checkpoints are, too: of a sharded parameter, its moments are sharded likewise.
+    `state` is as in torch, and so are checkpoints: the moments of a sharded parameter are sharded in the same way.
     """
 
     def __init__(
@@ -69,23 +69,23 @@ class HostAdamW(torch.optim.AdamW):
         self._pieces = list(_pieces(self._parameters, starts, piece))
         self._size = min(piece, starts[-1])
         self._mesh = _host_mesh(self._parameters[0])  # a collective
-        # For ever: memory that a new stream asks for is kept apart from that of the others.
+        # Made once: torch keeps the memory that a new stream asks for apart from that of the others.
         self._streams = [torch.cuda.Stream(self._device) for _ in range(2)] if self._device.type == "cuda" else None
 
     def new_state(self, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
-        """As AdamW begins: zeros, which host memory is until a step or a checkpoint writes it."""
+        """AdamW's initial state: zeros, which host memory holds until a step or a checkpoint writes it."""
         first, second = (self._of_parameter(parameter, moment) for moment in self._moments)
         step = torch.zeros((), dtype=torch.float32, device=self._device)
         return {"step": step, "exp_avg": first, "exp_avg_sq": second}
 
     def wait(self) -> None:
-        """Until the moments are on the host: before the CPU reads them."""
+        """Wait until the moments are on the host, before the CPU reads them."""
         if self._streams is not None:
             self._streams[1].synchronize()
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
-        """One of all parameters that have a gradient. Waits for nothing."""
+        """Take a step for all parameters that have a gradient. Waits for nothing."""
         assert closure is None
         live = [place for place, parameter in enumerate(self._parameters) if parameter.grad is not None]
         if not live:
@@ -110,9 +110,9 @@ class HostAdamW(torch.optim.AdamW):
         self,
         slices: list[Slice],
         moments: torch.Tensor,  # [2, elements of the piece] fp32, in place
-        counts: dict[int, torch.Tensor],  # of each parameter its steps before this one: copies, which torch counts up
+        counts: dict[int, torch.Tensor],  # by parameter, its steps before this one: copies, which torch increments
     ) -> None:
-        """torch's fused AdamW on parts of parameters, seen as vectors."""
+        """Apply torch's fused AdamW to parts of parameters, viewed as vectors."""
         group = self.param_groups[0]
         parameters = [self._parameters[one.parameter] for one in slices]
         spans = [slice(one.offset, one.offset + one.end - one.begin) for one in slices]
@@ -134,7 +134,7 @@ class HostAdamW(torch.optim.AdamW):
         )
 
     def _of_parameter(self, parameter: torch.nn.Parameter, moment: torch.Tensor) -> torch.Tensor:
-        """A parameter's part of a moment [M], of its shape; sharded where it is, over a mesh of hosts."""
+        """A parameter's part of a moment [M], in its shape; sharded if the parameter is, over a mesh of hosts."""
         shape, start = local(parameter).shape, self._starts[parameter]
         part = moment[start : start + shape.numel()].view(shape)
         if not isinstance(parameter, DTensor):
@@ -150,18 +150,18 @@ class HostAdamW(torch.optim.AdamW):
 
 
 class _Buffers:
-    """Device memory for the pieces of one step, used in turn. What arrives and what leaves have a CUDA stream each."""
+    """Device memory for the pieces of one step, used in turn. Arriving and leaving pieces have a CUDA stream each."""
 
     def __init__(self, device: torch.device, size: int, streams: list[torch.cuda.Stream] | None) -> None:
         self._device, self._streams, self._turn = device, streams, 0
         self._memory = torch.empty(NUM_BUFFERS, 2, size, device=device)
         self._left: list[torch.cuda.Event | None] = [None] * NUM_BUFFERS  # when a buffer's last piece was on the host
         if streams is not None:
-            for stream in streams:  # what is asked of the device already may use this memory, or these moments
+            for stream in streams:  # work already queued on the device may use this memory, or these moments
                 stream.wait_stream(torch.cuda.current_stream(device))
 
     def bring(self, host: torch.Tensor) -> torch.Tensor:  # [2, n] fp32 both
-        """A piece on the device, for the kernels that are asked for next."""
+        """Copy a piece to the device, for the kernels that are queued next."""
         number = self._turn % NUM_BUFFERS
         buffer = self._memory[number, :, : host.shape[1]]
         if self._streams is not None and self._left[number] is not None:
@@ -173,7 +173,7 @@ class _Buffers:
         return buffer
 
     def take(self, buffer: torch.Tensor, host: torch.Tensor) -> None:  # [2, n] fp32 both
-        """A piece back to the host, after the kernels that were asked for."""
+        """Copy a piece back to the host, after the kernels that were queued."""
         if self._streams is not None:
             self._streams[1].wait_stream(torch.cuda.current_stream(self._device))
         with self._on(1):
@@ -183,7 +183,7 @@ class _Buffers:
         self._turn += 1
 
     def finish(self) -> None:
-        """What is asked for from here on comes after the last piece has left: the buffers may go to others."""
+        """Make all later work wait until the last piece has left, so that the buffers may be reused."""
         if self._streams is not None:
             torch.cuda.current_stream(self._device).wait_stream(self._streams[1])
 
@@ -192,7 +192,7 @@ class _Buffers:
 
 
 def _host_mesh(parameter: torch.nn.Parameter) -> DeviceMesh | None:
-    """The ranks that share a sharded parameter, as hosts: a DTensor over a mesh of GPUs would be moved to one."""
+    """The ranks that share a sharded parameter, as hosts: a DTensor over a mesh of GPUs would be moved to a GPU."""
     if not isinstance(parameter, DTensor):
         return None
     mesh = parameter.device_mesh
@@ -200,7 +200,7 @@ def _host_mesh(parameter: torch.nn.Parameter) -> DeviceMesh | None:
 
 
 def _copy(source: torch.Tensor, target: torch.Tensor) -> None:
-    """Row by row: each is one run of memory on both sides, and so one copy."""
+    """Copy row by row: each row is contiguous on both sides, and so one copy."""
     for one, other in zip(source, target, strict=True):
         other.copy_(one, non_blocking=True)
 
@@ -208,7 +208,7 @@ def _copy(source: torch.Tensor, target: torch.Tensor) -> None:
 def _pieces(
     parameters: list[torch.nn.Parameter], starts: list[int], piece: int
 ) -> Iterator[tuple[int, int, list[Slice]]]:
-    """[begin, end) of the moments, and what lies there."""
+    """-> [begin, end) of each piece of the moments, and the slices that lie there."""
     ends = [start + local(parameter).numel() for parameter, start in zip(parameters, starts, strict=False)]
     first = 0
     for begin in range(0, starts[-1], piece):

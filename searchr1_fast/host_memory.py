@@ -1,4 +1,4 @@
-"""Page-locked host memory, in which waits what leaves a GPU for a time."""
+"""Page-locked host memory, for what leaves a GPU for a time."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import torch
 
 
 def host_memory(num_bytes: int, device: torch.device, setting: str = "model.offload") -> torch.Tensor:
-    """[num_bytes] uint8, zeros; page-locked where the device is a GPU, so that copies overlap and need no other buffer.
+    """[num_bytes] uint8, zeros; page-locked if the device is a GPU, so that copies overlap and need no other buffer.
 
-    Registered, not `pin_memory`: torch's allocator of page-locked memory takes the next power of two. ValueError, which
-    names the `setting` that asks for it, where the machine will not lock so much.
+    It is registered, not made by `pin_memory`: torch's allocator of page-locked memory rounds up to a power of two.
+    ValueError, naming the `setting` that asked for it, if the machine will not lock this much.
     """
     memory = torch.zeros(num_bytes, dtype=torch.uint8)
     if device.type == "cuda" and num_bytes:

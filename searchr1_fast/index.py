@@ -30,7 +30,7 @@ _LEAST_COSINE = 0.99  # fp16 arithmetic stays above 0.9999; a wrong prefix or po
 
 @entry_point
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, then hand over to the action."""
+    """Parse the arguments and run the action."""
     arguments = _parser().parse_args(argv)
     return arguments.action(arguments)
 
@@ -89,7 +89,7 @@ def add_encoder(parser: argparse.ArgumentParser, default: str | None, help_text:
 
 
 def encoder_settings(arguments: argparse.Namespace) -> BertSettings:
-    """What was given of an encoder's settings."""
+    """The encoder settings that were given."""
     from searchr1_fast.retrieval.encoder_bert import BertSettings
 
     names = ("pooling", "normalize", "max_length", "query_prefix", "passage_prefix")
@@ -139,7 +139,7 @@ def _import(arguments: argparse.Namespace) -> int:
 
 
 class FlatSource:
-    """A `VectorSource` over a faiss flat file, after a look whether the encoder named made it."""
+    """A `VectorSource` over a faiss flat file; it checks that the encoder named made the file."""
 
     def __init__(self, flat: FlatFile, encoder: Encoder) -> None:
         self._flat, self._encoder = flat, encoder
@@ -156,7 +156,7 @@ class FlatSource:
         return {"encoder": self._encoder.identity, "faiss": files, "metric": self._flat.metric}
 
     def prepare(self, folder: Path, texts: TextColumn, progress: Progress) -> dict[str, Any]:
-        """Refuse a corpus of another length, and a corpus or an encoder whose vectors are others."""
+        """Refuse a corpus of another length, and a corpus or an encoder that gives other vectors."""
         if len(texts) != self._flat.num_rows:
             raise ValueError(f"{self._flat.name} has {self._flat.num_rows} vectors, the corpus {len(texts)} passages")
         rows = np.unique(np.linspace(0, len(texts) - 1, _NUM_SAMPLES).astype(np.int64))

@@ -1,8 +1,8 @@
-"""What a run leaves behind to be looked at: metrics.jsonl, TensorBoard, wandb, trajectories, and phase timers.
+"""What a run records: metrics.jsonl, TensorBoard, wandb, trajectories, and phase timers.
 
-metrics.jsonl is the truth and everything else is drawn from it: one flat JSON object per step, flushed line by line,
-cut back to the checkpoint's step on resume, so that a step never appears twice. Rank 0 writes; the others own no log.
-Left out: means over time and smoothing, which belong to whoever reads the file.
+metrics.jsonl is the source of truth and everything else is drawn from it: one flat JSON object per step, flushed line
+by line, and cut back to the checkpoint's step on resume, so that a step never appears twice. Rank 0 writes; the others
+own no log. Left out: means over time and smoothing, which belong to whoever reads the file.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ LOCK_FILE = ".lock"
 class MetricsLog:
     """Appends one row per step.
 
-    `resume_step`: the step of the checkpoint that the run goes on from, later rows are dropped (-1 drops all of them).
-    None: a new run; a folder that has rows already is refused. ValueError too while another process writes there.
+    `resume_step`: the step of the checkpoint that the run resumes from; later rows are dropped (-1 drops all of them).
+    None: a new run. ValueError if a new run's folder already has rows, or while another process writes there.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class MetricsLog:
         writer_class = _import_tensorboard() if tensorboard else None
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self._tensorboard, self._wandb = None, None
-        # Given up by whatever fails on the way too: this process may want the folder again, with other settings.
+        # Released if anything fails on the way: this process may want the folder again, with other settings.
         with ExitStack() as undo:
             undo.enter_context(_lock(self.run_dir))
             self._last_step = _truncate(self.run_dir, resume_step)
@@ -55,7 +55,7 @@ class MetricsLog:
                 purge = None if resume_step is None else resume_step + 1
                 self._tensorboard = writer_class(str(self.run_dir / "tensorboard"), purge_step=purge)
             if wandb_module is not None:
-                # The folder's name as id lets a resumed run go on in its own wandb page.
+                # With the folder's name as id, a resumed run continues on its own wandb page.
                 self._wandb = wandb_module.init(
                     project="searchr1_fast", id=self.run_dir.name, name=self.run_dir.name, resume="allow",
                     dir=str(self.run_dir), config=dict(config or {}),
@@ -63,7 +63,7 @@ class MetricsLog:
             self._open_files = undo.pop_all()
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Append `row`; `row["step"]` is the step, and comes after every step before it."""
+        """Append `row`; `row["step"]` must be above every step before it."""
         step = int(row["step"])
         assert step > self._last_step, f"step {step} after step {self._last_step}"
         plain = {key: plain_number(value) for key, value in row.items()}
@@ -82,11 +82,11 @@ class MetricsLog:
                     self._tensorboard.add_scalar(_tensorboard_tag(key), value, step)
                 self._tensorboard.flush()
         except OSError:
-            self._tensorboard = None  # its thread has ended; to close it would fail once more
+            self._tensorboard = None  # its thread has ended; closing it would fail once more
             raise
 
     def _append(self, line: str) -> None:
-        """The whole line or nothing of it."""
+        """Append the whole line or nothing of it."""
         rest, end = line.encode(), self._file.seek(0, os.SEEK_END)
         try:
             with naming(self.run_dir / METRICS_FILE):
@@ -120,7 +120,7 @@ class MetricsLog:
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     """The rows of a run, in order. A last line that a killed run left unfinished is ignored.
 
-    Raises ValueError where there is no metrics.jsonl or a row (its line named) is malformed.
+    Raises ValueError if there is no metrics.jsonl, or a row is malformed (naming its line).
     """
     path = Path(run_dir) / METRICS_FILE
     if not path.is_file():
@@ -164,15 +164,15 @@ def trajectory_record(trajectory: Trajectory) -> dict[str, Any]:
 
 
 def write_trajectories(path: str | Path, trajectories: Sequence[Trajectory]) -> None:
-    """JSONL, one trajectory per line."""
+    """Write JSONL, one trajectory per line."""
     write_jsonl(path, map(trajectory_record, trajectories))
 
 
 class PhaseTimers:
     """Seconds by phase of one step: `with timers("rollout"): …`, then `collect()`.
 
-    A phase entered again adds up. `synchronize` (torch.cuda.synchronize) runs at both ends of a phase, so that queued
-    GPU work counts where it was queued.
+    Entering a phase again adds to its time. `synchronize` (torch.cuda.synchronize) runs at both ends of a phase, so
+    that queued GPU work counts where it was queued.
     """
 
     def __init__(self, synchronize: Callable[[], None] | None = None) -> None:
@@ -207,7 +207,7 @@ class PhaseTimers:
 
 
 def plain_number(value: Any) -> Any:
-    """A value that JSON has: tensors and numpy scalars become numbers, NaN and infinities None (a mean of nothing)."""
+    """Convert for JSON: tensors and numpy scalars become numbers, NaN and infinities None (a mean of nothing)."""
     if hasattr(value, "item") and not isinstance(value, (str, bytes)):
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
@@ -220,14 +220,14 @@ def _is_number(value: Any) -> bool:
 
 
 def _tensorboard_tag(key: str) -> str:
-    """TensorBoard folds tags by their first part; keys without one are sorted into time/ and train/."""
+    """TensorBoard groups tags by their first part; keys without one are sorted into time/ and train/."""
     if "/" in key:
         return key
     return f"time/{key.removeprefix('time_')}" if key.startswith("time_") else f"train/{key}"
 
 
 def check_is_new(run_dir: Path) -> None:
-    """ValueError where a folder has rows; none are left by a run that failed before its first."""
+    """Raise ValueError if a folder has rows. A run that failed before its first row leaves none."""
     path = run_dir / METRICS_FILE
     if path.is_file() and path.stat().st_size:
         raise ValueError(f"{run_dir} holds a run already: go on with run.resume=true or choose another run.name")
@@ -245,7 +245,7 @@ def _truncate(run_dir: Path, resume_step: int | None) -> int:
 
 
 def _lock(run_dir: Path) -> IO[bytes]:
-    """A file that no other process may lock while this one has it open, however it ends."""
+    """Open and lock a file: no other process can lock it while this one has it open, however this one ends."""
     file = (run_dir / LOCK_FILE).open("ab")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

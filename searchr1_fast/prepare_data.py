@@ -71,7 +71,7 @@ def _parser() -> ArgumentParser:
 
 
 def _question_file(text: str) -> QuestionFile:
-    """`SET=FILE` or `FILE`; a file that is there under the whole text is that file."""
+    """Parse `SET=FILE` or `FILE`; if a file has the whole text as its path, it is that file."""
     from searchr1_fast.question_sets import QuestionFile
 
     match = None if Path(text).is_file() else re.fullmatch(r"([\w.-]+)=(.+)", text)
@@ -79,7 +79,7 @@ def _question_file(text: str) -> QuestionFile:
 
 
 def summary_table(summaries: Sequence[SetSummary]) -> Table:
-    """A row a set: what was read, what was written, and what was found on the way."""
+    """One row per set: what was read, what was written, and what was found on the way."""
     from rich import box
     from rich.table import Table
 
@@ -99,7 +99,7 @@ def summary_table(summaries: Sequence[SetSummary]) -> Table:
 
 
 def remarks(summaries: Sequence[SetSummary], are_shared_dropped: bool) -> list[str]:
-    """What a person should not overlook: files of another length than published, training questions in eval sets."""
+    """What a person should not overlook: files not of the published length, training questions in eval sets."""
     lines = []
     for summary in summaries:
         name, expected = f"{summary.name} ({summary.part})", summary.published_rows

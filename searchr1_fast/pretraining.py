@@ -1,8 +1,8 @@
-"""Makes the tiny models in the package, tokenizer and weights, from nothing but a seed (`searchr1 pretrain-base`).
+"""Make the tiny models in the package, tokenizer and weights, from nothing but a seed (`searchr1 pretrain-base`).
 
 Generated text (world/traces.py, split "pretrain") → byte-level BPE → next-token prediction on what the policy writes.
-Data of a step is a pure function of (seed, step), and model, optimizer and step are saved now and then: started again,
-it goes on where it was. A step's text comes in parts that ranks share, so one rank and two (`torchrun`) train alike.
+A step's data is a pure function of (seed, step), and model, optimizer and step are saved now and then, so a restart
+continues where it was. A step's text comes in parts that ranks share, so one rank and two (`torchrun`) train alike.
 Left out: validation during training (`searchr1 eval` measures the result).
 """
 
@@ -40,7 +40,7 @@ from searchr1_fast.world.traces import (
 EOS_TOKEN = "<|endoftext|>"
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
-# Qwen2's way of splitting text before BPE, so that tags come apart as they do there: "</", "search", ">\n\n".
+# Qwen2's way of splitting text before BPE, so that tags are split as they are there: "</", "search", ">\n\n".
 _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -61,7 +61,7 @@ ARCHITECTURE = DecoderConfig(
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides the result."""
+    """Everything that determines the result."""
 
     mix: TraceMix
     num_steps: int
@@ -69,12 +69,12 @@ class Recipe:
     learning_rate: float  # AdamW, on embedding, norms and biases
     matrix_learning_rate: float  # Muon, on the blocks' matrices
     warmup_steps: int
-    num_layers: int = ARCHITECTURE.num_hidden_layers  # deepen() puts in what the model it goes on from lacks
+    num_layers: int = ARCHITECTURE.num_hidden_layers  # deepen() adds those that the starting model lacks
     rich_share: float = 0.55  # of documents about the rich world, at the end of the curriculum
     reading_share: tuple[float, float] = (0.15, 0.45)  # of reading exercises, at the curriculum's start and end
-    recall_share: tuple[float, float] = (0.7, 0.05)  # likewise of exercises in recall
+    recall_share: tuple[float, float] = (0.7, 0.05)  # likewise, of recall exercises
     steps_share: float = 0.15  # of questions and the relations they go through
-    curriculum: tuple[float, float] = (0.06, 0.25)  # parts of the training at which it starts to move and ends
+    curriculum: tuple[float, float] = (0.06, 0.25)  # fractions of the training at which it starts and ends
     num_parts: int = 2  # of a step's tokens; ranks take turns
     num_entities: int = 20_000
     num_chains: int = 30_000
@@ -120,7 +120,7 @@ def train_tokenizer(writers: list[TraceWriter], chains: list[list], vocab_size: 
         show_progress=False,
     )
     sample = documents(writers, chains, [0.5] * len(writers), f"tokenizer/{seed}", 6000)
-    names = [f" {word}" for word in name_words()] * 200  # every name word with its blank becomes one token
+    names = [f" {word}" for word in name_words()] * 200  # every name word, with its leading space, becomes one token
     tokenizer.train_from_iterator([*("".join(text for _, text in document) for document in sample), *names], trainer)
     return TextTokenizer(tokenizer, eos_token=EOS_TOKEN)
 
@@ -134,7 +134,7 @@ class Batches:
         self.recipe, self.tokenizer, self.writers, self.chains = recipe, tokenizer, writers, chains
 
     def __call__(self, step: int, part: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Documents until the token budget is full; segments are encoded apart, as they are in a rollout."""
+        """Pack documents until the token budget is full; segments are encoded separately, as they are in a rollout."""
         start, end = self.recipe.curriculum
         progress = 1.0 if end <= 0 else min(1.0, max(0.0, (step / self.recipe.num_steps - start) / (end - start)))
         rich_share = self.recipe.rich_share * progress
@@ -178,11 +178,11 @@ class Batches:
 
 @torch.no_grad()
 def look_back(model: Decoder, strength: float = 6.5, num_pairs: int = 6) -> None:
-    """Start head h of the first layer with its eyes on the token h before: biases of queries and keys.
+    """Make head h of the first layer start by attending to the token h before, by biases of queries and keys.
 
-    To copy a name the model must know, at each token, what came before it; then a later layer can look for the place
-    where the same token came before. Rotary angles make that a matter of biases, which grow from zero so slowly that
-    1,600 steps did not bring it about, and the model never learned to copy from a passage. With biases
+    To copy a name, the model must know at each token what came before it; a later layer can then look for the place
+    where the same token came before. With rotary angles this takes only biases, but these grow from zero so slowly that
+    1,600 steps were not enough, and the model never learned to copy from a passage. With biases
     a (cos(f_i h), sin(f_i h)) for queries and a (1, 0) for keys, in the pairs i of high frequency f_i, the scores gain
     a^2 sum_i cos(f_i (distance - h)): highest at distance h.
     """
@@ -199,11 +199,11 @@ def look_back(model: Decoder, strength: float = 6.5, num_pairs: int = 6) -> None
 
 @torch.no_grad()
 def deepen(model: Decoder, num_layers: int) -> Decoder:
-    """A model of `num_layers` that computes just what `model` does: layers that add nothing yet stand among the old.
+    """A model of `num_layers` that computes exactly what `model` does: the new layers among the old add nothing yet.
 
     New layers write nothing because the last matrices of their attention and MLP are zero (Zhang et al. 2019, Fixup,
-    start residual branches so). Deepening a trained model costs less than training a deep one from nothing (Gong et al.
-    2019, progressive stacking): what took four layers 40 M tokens, looking words up, is there from the first step.
+    start residual branches this way). Deepening a trained model costs less than training a deep one from scratch (Gong
+    et al. 2019, progressive stacking): looking words up, which took four layers 40 M tokens, works from the first step.
     """
     num_old = model.config.num_hidden_layers
     num_new = num_layers - num_old
@@ -226,7 +226,7 @@ def deepen(model: Decoder, num_layers: int) -> Decoder:
 
 
 def learning_rate_factor(step: int, recipe: Recipe) -> float:
-    """Linear warm-up, constant, and a linear descent to zero over the last 30 %."""
+    """Linear warm-up, then constant, then linear decay to zero over the last 30 %."""
     warmup = min(1.0, (step + 1) / recipe.warmup_steps)
     descent = min(1.0, (recipe.num_steps - step) / (0.3 * recipe.num_steps))
     return warmup * descent
@@ -251,7 +251,7 @@ def pretrain(
     save_every: int = 200,
     ranks: Ranks = ALONE,
 ) -> None:
-    """Train `variant` into `output`; goes on from `output/state.pt` where there is one of the same recipe."""
+    """Train `variant` into `output`; continue from `output/state.pt` if there is one of the same recipe."""
     if recipe.num_parts % ranks.world_size:
         raise ValueError(f"pretrain-base: {ranks.world_size} ranks cannot share {recipe.num_parts} parts evenly")
     model = _first_model(recipe, start)
@@ -301,7 +301,7 @@ def pretrain(
 
 
 def _first_model(recipe: Recipe, start: Path | None) -> Decoder:
-    """The model a recipe begins with."""
+    """The model that a recipe starts from."""
     torch.manual_seed(recipe.seed)
     if start is not None:
         return deepen(load_model(start), recipe.num_layers)
@@ -311,7 +311,8 @@ def _first_model(recipe: Recipe, start: Path | None) -> Decoder:
 
 
 def _gradients(model: Decoder, bf16_model: Decoder, ready: list[tuple], ranks: Ranks) -> tuple[float, int]:
-    """Of the mean loss over all targets of the step, into `model`; that loss, and the step's tokens, of all ranks."""
+    """Put the gradients of the mean loss over all targets of the step into `model`; -> that loss and the step's number
+    of tokens, over all ranks."""
     with torch.no_grad():
         for master, working in zip(model.parameters(), bf16_model.parameters(), strict=True):
             working.copy_(master)
@@ -367,12 +368,12 @@ def _make_writers(recipe: Recipe) -> tuple[list[TraceWriter], list[list]]:
 
 
 def _identity(recipe: Recipe) -> str:
-    """What a saved state must agree in to be gone on with."""
+    """What a saved state must match for training to continue from it."""
     return json.dumps(asdict(recipe) | {"architecture": asdict(ARCHITECTURE)})
 
 
 def _load_state(path: Path, recipe: Recipe, model: Decoder, optimizers: list[torch.optim.Optimizer]) -> int:
-    """Model and optimizers as they were; the number of steps done."""
+    """Restore model and optimizers; return the number of steps done."""
     state = torch.load(path, weights_only=True)
     if state["recipe"] != _identity(recipe):
         raise ValueError(f"{path} is of another recipe; remove {path.parent} to begin anew")

@@ -1,4 +1,4 @@
-"""From a question to the prompt's text."""
+"""Turn a question into the prompt's text."""
 
 from __future__ import annotations
 
@@ -38,5 +38,5 @@ class PromptBuilder:
     def __call__(self, question: Question) -> str:
         """The prompt's text; `rollout` encodes it once."""
         text = self.template.replace("{question}", question.text)  # not format(): questions hold braces
-        # A chat template begins with the start itself.
+        # A chat template brings its own start text.
         return self.tokenizer.apply_chat_template(text) if self.chat_template else self.tokenizer.start_text + text

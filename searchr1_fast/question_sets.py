@@ -1,13 +1,13 @@
-"""Published questions made ready for training and evaluation: one merged training file, one file an evaluation set.
+"""Prepare published questions for training and evaluation: one merged training file, one file per evaluation set.
 
-What the original's scripts do to a question is done here: white space around it is stripped and a question mark put
-where it lacks one; upper and lower case stay as published. Beyond that rows are checked, not changed: one without a
-field, without an answer, or with an id that is taken is named with its file and row; questions that come twice, and
-training questions that an evaluation set holds too, are counted. Two questions are the same if nothing but case,
-punctuation, articles and white space tells them apart (`reward.normalize_answer`).
+Questions are changed as the original's scripts change them: white space around them is stripped, and a question mark
+added where there is none; case stays as published. Beyond that, rows are checked, not changed. A row without a field,
+without an answer, or with an id that is taken is reported with its file and row; questions that come twice, and
+training questions that are also in an evaluation set, are counted. Two questions are the same if they differ only in
+case, punctuation, articles and white space (`reward.normalize_answer`).
 
-Rows are streamed. What stays in memory of each question is a 64-bit digest of its id and one of its text; among the
-221,328 published questions two different texts would share one with a chance of 1 in 7 x 10^8.
+Rows are streamed. Of each question, only a 64-bit digest of its id and one of its text stay in memory; the chance that
+two different texts among the 221,328 published questions share a digest is 1 in 7 x 10^8.
 
 Left out: downloads, which are huggingface_hub's; and prompts, which prompt.py makes.
 """
@@ -46,13 +46,13 @@ Part = Literal["train", "eval"]
 
 @dataclass(frozen=True)
 class QuestionFile:
-    """A published file. `name`: the set of all its rows; None: each row's `data_source`, else where the file lies."""
+    """A published file. `name`: the set of all its rows; None: each row's `data_source`, else the file's location."""
 
     path: Path
     name: str | None = None
 
     def source(self, row: dict[str, Any]) -> str:
-        """The set that a row belongs to. FlashRAG's `nq/train.jsonl` is of `nq`, any other file of its own name."""
+        """The set that a row belongs to: `nq` for FlashRAG's `nq/train.jsonl`, the file's own name for any other."""
         stem = file_stem(self.path)
         return self.name or row.get("data_source") or (self.path.resolve().parent.name if stem in _SPLITS else stem)
 
@@ -69,17 +69,17 @@ class SetSummary:
     num_marks_added: int = 0
     num_blank_answers: int = 0
     num_duplicates: int = 0
-    num_shared: dict[str, int] = field(default_factory=dict)  # training: by evaluation set that has the question too
+    num_shared: dict[str, int] = field(default_factory=dict)  # training: by evaluation set that also has the question
 
     @property
     def published_rows(self) -> int | None:
-        """How many rows the set should have, where that is known."""
+        """How many rows the set should have, if that is known."""
         return PUBLISHED_ROWS[self.part].get(self.name)
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What is left out. Evaluation sets lose unusable rows at most, so that figures stay comparable."""
+    """What to leave out. Evaluation sets lose at most unusable rows, so that scores stay comparable."""
 
     drop_unusable: bool = False
     drop_duplicates: bool = False
@@ -87,7 +87,7 @@ class Rules:
 
 
 def flashrag_files(folder: str | Path) -> tuple[list[QuestionFile], list[QuestionFile]]:
-    """The paper's training and evaluation files in a copy of FlashRAG's data sets; evaluated is `test`, else `dev`."""
+    """The paper's training files and evaluation files (`test`, else `dev`) in a copy of FlashRAG's data sets."""
     folder = Path(folder)
     wanted = [(name, ("train",)) for name in TRAINING_SETS] + [(name, ("test", "dev")) for name in EVALUATION_SETS]
     files, missing = [], []
@@ -110,11 +110,11 @@ def prepare_questions(
     rules: Rules = Rules(),
     note: Callable[[str], None] = lambda text: None,
 ) -> list[SetSummary]:
-    """Write `output`/train.jsonl, `output`/eval/<set>.jsonl and `output`/summary.json; the folder appears when whole.
+    """Write `output`/train.jsonl, `output`/eval/<set>.jsonl and `output`/summary.json; `output` appears when complete.
 
-    `note` is told of every file as it is opened. ValueError where a file is missing or broken, where a row cannot be
-    used and is not to be dropped (after all files have been read, so that all of them are counted), where nothing is
-    left, or where `output` holds something already.
+    `note` is told of every file as it is opened. ValueError if a file is missing or broken, if a row cannot be used and
+    is not to be dropped (raised after all files have been read, so that all such rows are counted), if nothing is left,
+    or if `output` already holds something.
     """
     output = Path(output)
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
@@ -139,13 +139,13 @@ class _Preparation:
         self.folder, self.files, self.rules = folder, files, rules
         self.summaries: dict[tuple[Part, str], SetSummary] = {}
         self.evaluated: dict[int, list[str]] = {}  # digest of a text -> the evaluation sets that have it
-        self.ids: dict[Path, set[int]] = {}  # by file that is written
+        self.ids: dict[Path, set[int]] = {}  # by output file
         self.texts: dict[Path, set[int]] = {}
         self.handles: dict[Path, IO[str]] = {}
         self.unusable: list[str] = []  # the first few
 
     def read(self, file: QuestionFile, part: Part) -> None:
-        """Bring every row of a file to where it belongs."""
+        """Check every row of a file, and write it where it belongs."""
         for where, row in read_rows(file.path):
             name = file.source(row)
             if not isinstance(name, str):
@@ -156,7 +156,7 @@ class _Preparation:
             summary.num_rows += 1
             path = self.folder / ("train.jsonl" if part == "train" else f"eval/{name}.jsonl")
             try:
-                # Ids restart in every published set. `read_rows` has told a Parquet file's apart by `data_source`.
+                # Ids restart in every published set; `read_rows` has put `data_source` before those of a Parquet file.
                 is_told_apart = file.path.suffix == ".parquet" and bool(row.get("data_source"))
                 question = tidy(parse_question(row, where, name), "" if is_told_apart else f"{name}:")
                 self._claim_id(question, path, where)
@@ -171,7 +171,7 @@ class _Preparation:
                 summary.num_written += 1
 
     def finish(self) -> list[SetSummary]:
-        """Check what only the whole shows, and close the files; training first."""
+        """Close the files, and check what only all rows together show; -> summaries, training first."""
         for handle in self.handles.values():
             handle.close()
         summaries = sorted(self.summaries.values(), key=lambda summary: summary.part, reverse=True)
@@ -192,7 +192,7 @@ class _Preparation:
         taken.add(digest)
 
     def _is_wanted(self, question: Question, summary: SetSummary, path: Path) -> bool:
-        """Count what the question has in common with others, and say whether the rules leave it in."""
+        """Count the question if others are the same, and return whether the rules keep it."""
         digest = _digest(normalize_answer(question.text) or question.text)
         seen = self.texts.setdefault(path, set())
         is_duplicate = digest in seen
@@ -223,7 +223,7 @@ def tidy(question: Question, id_prefix: str = "") -> Question:
 
 @contextmanager
 def _made_whole(output: Path) -> Iterator[Path]:
-    """A folder beside `output` that takes its place at the end, and leaves nothing where there was an error."""
+    """Yield a folder beside `output` that takes its place at the end; after an error, nothing is left of it."""
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(f".{output.name}.{os.getpid()}.partial")
     try:

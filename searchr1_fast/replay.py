@@ -1,7 +1,7 @@
-"""`searchr1 replay FILE`: compute an update again that was not finite, and say where it stopped being that.
+"""`searchr1 replay FILE`: recompute an update that was not finite, and say where it stopped being finite.
 
-`--dtype float32` shows whether it is the type, `--model` whether other weights have it too. The looking is
-examination.py's.
+`--dtype float32` shows whether the type causes it, `--model` whether it also happens with other weights.
+examination.py does the checking.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ NOT_REPEATED = 1  # exit code where everything is finite
 
 @entry_point
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print a row for every micro-batch and what was found first; exit code 1 where all is finite."""
+    """Print a row for every micro-batch and what was found first; exit code 1 if everything is finite."""
     parser = command_parser(
         "replay",
         "searchr1 replay runs/demo/bad_steps/step_000012_policy_0.pt\n"
@@ -45,8 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def replay(path: Path, model: str | None = None, dtype: str | None = None, device: str = "auto") -> int:
-    """-> `main`'s exit code. ValueError: the update or its weights are not there."""
-    import yaml  # these here: torch takes seconds, and who asks for help need not wait for it
+    """-> `main`'s exit code. ValueError if the update or its weights are not there."""
+    import yaml  # imported here, because torch takes seconds and `--help` should not wait for it
 
     from searchr1_fast.bad_updates import read_bad_update
     from searchr1_fast.config import Config

@@ -1,6 +1,6 @@
-"""`searchr1 report RUN_DIR …`: a table of what runs reached and what they cost, and their curves drawn again.
+"""`searchr1 report RUN_DIR …`: print a table of what runs reached and what they cost, and redraw their curves.
 
-Reads metrics.jsonl alone, so it works on a run that is still going, or whose machine is gone.
+It reads only metrics.jsonl, so it works on a run that is still going, or whose machine is gone.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from searchr1_fast.curves import eval_kinds, eval_sets, save_curves, series
 from searchr1_fast.errors import entry_point
 from searchr1_fast.metrics import read_metrics
 
-WINDOW = 10  # steps that a "start" and an "end" are means over; half of them where there are fewer than twice as many
+WINDOW = 10  # steps in the mean of a "start" and an "end"; half of all steps if there are fewer than twice as many
 
 Row = Mapping[str, Any]
 
@@ -109,7 +109,7 @@ def _cost(rows: Sequence[Row]) -> dict[str, str]:
 
 
 def _searches(rows: Sequence[Row]) -> dict[str, str]:
-    """How many queries a step asks for, how few of them are searched, and how long they are waited for."""
+    """How many queries a step has, how few of them are searched, and how long each is waited for."""
     total = {key: sum(series(rows, f"search/{key}")[1]) for key in _SEARCH_COUNTS}
     steps = len(series(rows, "search/queries")[1])
     if not total["queries"]:

@@ -1,4 +1,4 @@
-"""`searchr1 serve`: a corpus or an index behind Search-R1's POST /retrieve, for other trainers and for this one."""
+"""`searchr1 serve`: serve a corpus or an index by Search-R1's POST /retrieve, to other trainers and to this one."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     ui = Console()
     token = os.environ.get(config.token_variable, "")
-    # The port first: a large corpus takes minutes to index, and a port that is taken should be known before.
+    # The port first: a large corpus takes minutes to index, and a port that is taken should be reported before that.
     try:
         server = RetrievalServer(None, arguments.host, arguments.port, config.topk, token)
     except OSError as error:
@@ -100,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check_faiss(arguments: argparse.Namespace) -> None:
-    """ValueError for options that nothing would read."""
+    """Raise ValueError for options that nothing would read."""
     settings = ("query_prefix", "passage_prefix", "pooling", "normalize", "max_length")
     given = [name for name in settings if getattr(arguments, name) is not None]
     if arguments.faiss is None:
@@ -114,7 +114,7 @@ def _check_faiss(arguments: argparse.Namespace) -> None:
 
 
 def _open_faiss(arguments: argparse.Namespace, config: RetrievalConfig, ui: Console) -> Retriever:
-    """A faiss file, with the passages and the encoder of an index, or of a corpus and a model."""
+    """Open a faiss file, with the passages and encoder of an index, or with a corpus and a model."""
     from searchr1_fast.data import read_corpus
     from searchr1_fast.retrieval.batcher import BatchedRetriever
     from searchr1_fast.retrieval.dense import MemoryStore, check_sizes
@@ -141,7 +141,7 @@ def _open_faiss(arguments: argparse.Namespace, config: RetrievalConfig, ui: Cons
 
 
 def _is_loopback(host: str) -> bool:
-    """Whether only this machine reaches it; a name counts if it is `localhost`."""
+    """Whether only this machine reaches it; of names, only `localhost` counts."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

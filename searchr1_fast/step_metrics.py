@@ -1,18 +1,18 @@
-"""What a step of the run came to: the numbers of its row in metrics.jsonl.
+"""The numbers that a step writes to its row in metrics.jsonl.
 
 `reward_mean` to `response_tokens_mean` leave out trajectories whose search failed; `policy_tokens` are those trained
 on; `kept_fraction` is the share of the sampled trajectories they come from; `tokens_per_second` counts sampled tokens;
 `entropy`, `kl_ref`, `rollout_policy_kl`, `clip_fraction` and the other metrics of `linear_policy_loss`, which says what
 they are, are means over policy tokens of all minibatches, or extremes; `grad_norm` is a mean over optimizer steps; a
 mean of nothing is null.
-`update_imbalance` is the time that an update takes by the cost of its micro-batches, over what it would take if no rank
-waited for another (packing.py); a mean over optimizer steps.
-`search/…` are the step's searches on all ranks (retrieval/statistics.py), `time_search_wait` what the engine waited;
-`time_park` and `time_unpark` what the host took to give the index's memory to the update and to take it back;
-`time_checkpoint…` what a save took (checkpoint_writer.py), in rows of steps that save, and no part of `time_step`.
+`update_imbalance` is the time of an update, by the cost of its micro-batches, over what it would be if no rank waited
+for another (packing.py); a mean over optimizer steps.
+`search/…` are the step's searches on all ranks (retrieval/statistics.py), `time_search_wait` how long the engine
+waited; `time_park` and `time_unpark` how long the host took to give the index's memory to the update and to take it
+back; `time_checkpoint…` how long a save took (checkpoint_writer.py), in rows of steps that save; not in `time_step`.
 `finish_<reason>` are shares of all sampled trajectories, by `types.FinishReason`; `time_<phase>` are rank 0's seconds.
-With vLLM, `time_handover` is the part of `time_sync` in which it got the weights and they were compared.
-`sampler_…` are of the first minibatch, before the weights move (agreement.py).
+With vLLM, `time_handover` is the part of `time_sync` in which vLLM gets the weights and they are compared.
+`sampler_…` are of the first minibatch, before the weights change (agreement.py).
 
 Shape legend: N trajectories.
 """
@@ -44,7 +44,7 @@ class Updates:
     metrics: dict[str, torch.Tensor] = field(default_factory=dict)  # this rank's sums over tokens, and extremes; 0-d
     first: dict[str, torch.Tensor] = field(default_factory=dict)  # those of the first minibatch, which is on-policy
     num_first_tokens: int = 0
-    num_first_sampled: int = 0  # the part of them that the sampler gave a log-probability
+    num_first_sampled: int = 0  # how many of them the sampler gave a log-probability
     grad_norms: list[float] = field(default_factory=list)
     critic_grad_norms: list[float] = field(default_factory=list)
 
@@ -57,7 +57,7 @@ def rollout_metrics(
 ) -> dict[str, Any]:
     """What the rollout looked like and how long the step's phases took."""
     count = len(trajectories)
-    is_judged = np.array([t.is_judged for t in trajectories])  # some are: a rollout in which none is has raised
+    is_judged = np.array([t.is_judged for t in trajectories])  # some are True: a rollout with none has raised
     reward_mean = float(rewards[is_judged].mean())
     judged = [t for t in trajectories if t.is_judged]
     times = run.timers.collect()
@@ -81,9 +81,9 @@ def rollout_metrics(
 
 
 def update_metrics(run: Run, updates: Updates) -> dict[str, Any]:
-    """Sums of all ranks as means over policy tokens: the one place where metrics leave the device."""
+    """Turn the sums of all ranks into means over policy tokens: the only place where metrics leave the device."""
     metrics, first = updates.metrics, updates.first
-    names = metrics.keys() - {"logprob_difference", "ratio_squared"}  # of the first minibatch alone: agreement.py
+    names = metrics.keys() - {"logprob_difference", "ratio_squared"}  # only of the first minibatch: agreement.py
     sums = reduced(run, names - {*MAX_METRICS, *MIN_METRICS}, metrics, ReduceOp.SUM)
     maxima = reduced(run, names & {*MAX_METRICS}, metrics, ReduceOp.MAX)
     minima = reduced(run, names & {*MIN_METRICS}, metrics, ReduceOp.MIN)
@@ -110,7 +110,7 @@ def update_metrics(run: Run, updates: Updates) -> dict[str, Any]:
 
 
 def reduced(run: Run, keys: Set[str], metrics: dict[str, torch.Tensor], op: ReduceOp) -> dict[str, float]:
-    """Some of the metrics over all ranks, in one message."""
+    """Reduce some of the metrics over all ranks, in one message."""
     if not keys:
         return {}
     stacked = torch.stack([metrics[key].double() for key in sorted(keys)])
