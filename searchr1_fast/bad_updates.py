@@ -94,7 +94,7 @@ def write_bad_update(folder: Path, update: BadUpdate, learner: Learner, dtype: t
     failure = ranks.broadcast(_failure(partial(_write_values, path, values)) if ranks.is_main else None)
     if failure is not None:
         raise NotKept(f"what it met could not be kept in {folder}: {failure}")
-    # The second in a row meets what the first met. At the first, such a file may be of a run that was rolled back.
+    # The second in a row meets what the first met. At the first, a file there may be of a run that was rolled back.
     if learner.skipped_in_a_row == 1 or not ranks.broadcast(weights.is_file()):
         tensors = _gather_weights(learner, dtype)
         failure = ranks.broadcast(_failure(partial(_write_weights, weights, tensors)) if ranks.is_main else None)
@@ -142,7 +142,7 @@ def _gather_weights(learner: Learner, dtype: torch.dtype) -> dict[str, torch.Ten
 
 
 def _write_weights(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    path.unlink(missing_ok=True)  # of a run that was rolled back: wrong, should the new ones find no room
+    path.unlink(missing_ok=True)  # of a run that was rolled back; must not stay if the new ones find no room
     with whole_file(path) as temporary:
         save_tensors(tensors, temporary)
     newest = sorted(path.parent.glob("*.safetensors"), key=os.path.getmtime)

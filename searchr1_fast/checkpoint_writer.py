@@ -55,8 +55,8 @@ class CheckpointWriter:
     ) -> dict[str, float]:
         """Collect what the checkpoint of a step will hold; afterwards training may go on.
 
-        -> seconds: `time_checkpoint_wait` waited for the write before, `time_checkpoint` for this copy and, from the
-        second save on, `time_checkpoint_write` that the write before took, most of it while training went on.
+        -> seconds: `time_checkpoint_wait` for the write before, `time_checkpoint` for this copy and, from the second
+        save on, `time_checkpoint_write` that the write before took, most of it while training went on.
         """
         started = time.perf_counter()
         self.wait()
@@ -111,7 +111,7 @@ class CheckpointWriter:
         """The body of the thread."""
         try:
             if self._ranks.device.type == "cuda":
-                torch.cuda.set_device(self._ranks.device)  # a new thread has the first, and would make a context there
+                torch.cuda.set_device(self._ranks.device)  # a thread starts on the first GPU: no context there
             self._write(contents)
         except BaseException as failure:  # in a thread: raised in the loop
             self._failure = failure

@@ -1,4 +1,4 @@
-"""The `searchr1` command: finds the subcommand, imports it, runs it.
+"""The `searchr1` command: find the subcommand, import it, run it.
 
 Each subcommand is a module with `main(argv)`, so that `searchr1 train …` and `python -m searchr1_fast.train …` (which
 torchrun wants) are the same thing. Nothing heavy is imported before a subcommand has read its arguments.

@@ -114,7 +114,7 @@ class Config(Section):
 def load_config(path: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """Read a YAML file (None: the defaults) and apply `section.key=value` overrides, values read as YAML.
 
-    Raises ValueError, in one sentence: a missing file, broken YAML, an unknown key (naming the nearest), a bad value.
+    Raises a one-sentence ValueError for a missing file, broken YAML, an unknown key (naming the nearest), a bad value.
     """
     values: dict[str, Any] = {} if path is None else _read_file(Path(path), ())
     for override in overrides:

@@ -106,7 +106,7 @@ class Ranks:
 def process(device: str = "auto", num_threads: int = 0, seed: int = 0) -> Iterator[Ranks]:
     """Join the process group that torchrun's environment describes, seed every generator, and leave on a clean exit.
 
-    Inside it, CPU arithmetic in the whole process flushes denormal numbers to zero.
+    Within this context, CPU arithmetic of the whole process flushes denormal numbers to zero.
 
     device: `auto` (CUDA if available), `cpu` or `cuda`. Raises ValueError if `cuda` is asked for and not available. A
     group that the caller has already joined is used, and left alone.

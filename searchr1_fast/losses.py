@@ -2,7 +2,7 @@
 
 Every loss is a sum divided by `denominator`, the number of policy tokens of the whole optimizer step over all
 micro-batches and ranks. So the losses of the parts add up to the loss of the whole, however it was split. (Search-R1
-averages the means of micro-batches, so a token weighs more the fewer its micro-batch has.)
+averages the means of micro-batches, so the fewer policy tokens a micro-batch has, the more each weighs.)
 
 The policy's loss is `searchr1_kernels.linear_policy_loss`; this file supplies its arguments. Nothing waits for the
 device. Metrics are sums over tokens, except those in `MAX_METRICS` and `MIN_METRICS`.
@@ -103,7 +103,7 @@ def mismatch_weights(
     if algorithm.mismatch_mask == "geometric":
         ratios = ratios / segment_sums(is_sampled, offsets).clamp(min=1)
     low, high = (math.log(bound) if bound else -math.inf for bound in (algorithm.mismatch_low, algorithm.mismatch_high))
-    is_kept = ~((ratios < low) | (ratios > high))  # NaN is kept: it makes the update be skipped and reported
+    is_kept = ~((ratios < low) | (ratios > high))  # NaN is kept, so that the update is skipped and reported
     return is_kept.to(logprobs.dtype).repeat_interleave(offsets.diff(), output_size=len(logprobs))
 
 

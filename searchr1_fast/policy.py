@@ -7,7 +7,7 @@ that never lets a non-finite gradient into the weights.
 
 An update reads from the device once per optimizer step, for the gradient norm; metrics stay on the device until the
 run's step ends. Every rank must have as many micro-batches as the others, because FSDP gathers parameters in step:
-`padding_batch` makes up the number.
+`padding_batch` fills the gaps.
 
 Shape legend
     T  rows of a micro-batch    S  its sequences    P  its policy tokens    R  of them those that are scored: a token
@@ -206,7 +206,7 @@ class Policy(Learner):
         if offload.replica and self.replica is not decoder:
             self._replica_memory = DeviceMemory(self.replica, beside=scorer)
         self.reference: TokenScorer | None = None
-        self.reference_at_hand: AbstractContextManager[None] = nullcontext()  # inside it, its weights are there
+        self.reference_at_hand: AbstractContextManager[None] = nullcontext()  # inside it, the weights are on the device
         if config.algorithm.kl_coefficient > 0 and config.model.lora.rank:
             self.reference = TokenScorer(beginning(self.replica, config), temperature)
         elif config.algorithm.kl_coefficient > 0:

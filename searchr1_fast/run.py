@@ -71,7 +71,7 @@ class Run:
     step: int = 0  # the last that is done
     best: dict[str, Any] | None = None  # metric, value and step of the best checkpoint, if `checkpoint.best` is set
     log: MetricsLog | None = None  # rank 0's, once everything else is built
-    results: dict[int, dict[str, EvalResult]] = field(default_factory=dict)  # this process's first and last
+    results: dict[int, dict[str, EvalResult]] = field(default_factory=dict)  # by step: this process's first and last
 
     @property
     def learners(self) -> list[Learner]:
@@ -185,7 +185,7 @@ class Run:
             self.ui.note(said)
 
     def settle_cache(self, device_bytes: int) -> None:
-        """Let the planner decide whether KV cache and recorded decode steps stay during updates; say so in one line."""
+        """Let the planner decide whether KV cache and recorded decode steps stay during updates; note it in a line."""
         per_machine = int(os.environ.get("LOCAL_WORLD_SIZE", "0")) or None
         decoder = self.policy.replica.config
         plan = plan_rank(self.config, decoder, self.ranks.world_size, per_machine, device_bytes)

@@ -17,7 +17,7 @@ from searchr1_fast.config import Config
 
 @dataclass(frozen=True, slots=True)
 class LearningRate:
-    """The rate by number of update: `LearningRate(1e-6, num_warmup=10, num_updates=100)(n)` is that of update n."""
+    """The rate by update number: `LearningRate(1e-6, num_warmup=10, num_updates=100)(n)` is that of update n."""
 
     peak: float
     num_warmup: int = 0  # updates
@@ -60,5 +60,5 @@ def _learning_rate(config: Config, peak: float, num_updates: int, num_warmup: in
 
 
 def _share(ratio: float, count: int) -> int:
-    """Round down, as the original does, but not because of a product's last bit: 0.29 of 100 is 29."""
+    """Round down, as the original does, but not for a rounding error in the last bit: 0.29 of 100 is 29."""
     return int(ratio * count + 1e-6)

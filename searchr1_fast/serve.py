@@ -1,4 +1,4 @@
-"""`searchr1 serve`: serve a corpus or an index by Search-R1's POST /retrieve, to other trainers and to this one."""
+"""`searchr1 serve`: serve a corpus or an index over Search-R1's POST /retrieve, to other trainers and to this one."""
 
 from __future__ import annotations
 
