@@ -111,7 +111,7 @@ class CheckpointWriter:
         """The body of the thread."""
         try:
             if self._ranks.device.type == "cuda":
-                torch.cuda.set_device(self._ranks.device)  # a thread starts on the first GPU: no context there
+                torch.cuda.set_device(self._ranks.device)  # or it would make a context on the first GPU
             self._write(contents)
         except BaseException as failure:  # in a thread: raised in the loop
             self._failure = failure

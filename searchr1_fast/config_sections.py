@@ -199,7 +199,7 @@ class RolloutConfig(Section):
     temperature: Annotated[float, Field(gt=0)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: NonNegative = 0
-    """0: no limit. With `top_p` below 1.0 or `top_k` above 0, the sampler's distribution is not the ratio's."""
+    """0: no limit. With `top_p` below 1.0 or `top_k` above 0, the sampler's distribution is not that of the ratio."""
     max_searches: NonNegative = 4
     """Turns that may search; one forced final turn follows."""
     max_turn_tokens: Positive = 500
@@ -210,8 +210,8 @@ class RolloutConfig(Section):
     max_num_seqs: Positive = 256
     """Sequences in progress at a time, including those that wait for a search."""
     cache_tokens: Positive | None = None
-    """Capacity of the KV cache; sequences share the tokens of a common beginning. None: enough for `max_num_seqs`
-    sequences of `max_sequence_tokens`. With less, sequences that find no room wait, or are computed again."""
+    """Tokens that the KV cache holds; sequences share those of a common beginning. None: enough for `max_num_seqs`
+    sequences of `max_sequence_tokens`. With fewer, sequences that find no room wait, or are computed again."""
     cuda_graphs: bool = True
     """On a GPU: record a decode step once per batch size and sampling, and replay it. Off: launch kernel by kernel."""
     keep_cache: Literal["auto"] | bool = "auto"

@@ -115,7 +115,7 @@ def evaluate(
     engine = engine or own
     previous, engine.sampling = engine.sampling, sampling
     try:
-        whole = config.rollout.model_copy(update={"on_search_error": "stop"})  # some questions make no score
+        whole = config.rollout.model_copy(update={"on_search_error": "stop"})  # a score of some questions is none
         loop = SearchLoop(engine, environment.search, config=whole)
         trajectories = loop.run(ranks.share(requests) if ranks else requests, progress)
     finally:

@@ -185,7 +185,7 @@ class Run:
             self.ui.note(said)
 
     def settle_cache(self, device_bytes: int) -> None:
-        """Let the planner decide whether KV cache and recorded decode steps stay during updates; note it in a line."""
+        """Let the planner decide if KV cache and recorded decode steps stay during updates; note it in one line."""
         per_machine = int(os.environ.get("LOCAL_WORLD_SIZE", "0")) or None
         decoder = self.policy.replica.config
         plan = plan_rank(self.config, decoder, self.ranks.world_size, per_machine, device_bytes)
