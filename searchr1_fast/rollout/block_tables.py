@@ -1,7 +1,7 @@
-"""Which blocks of the KV cache every slot has, on the host, and how many slots have each block.
+"""Track, on the host, which blocks of the KV cache each slot has, and how many slots have each block.
 
-A block is a few places of one sequence, or of several that begin alike; who writes into it has it alone. The device has
-its own copy of the tables (`KVCache.table`), to which `take_changes` gives what is new.
+A block is a few places of one sequence, or of several that begin alike; a slot that writes into a block has it alone.
+The device has its own copy of the tables (`KVCache.table`); `take_changes` returns what it still lacks.
 
 Shape legend
     C  slots    W  blocks that a slot may have    P  blocks    B  places of a block    n  some of any of them
@@ -13,7 +13,7 @@ import numpy as np
 
 
 class BlockTables:
-    """Hands out blocks, the last one given back first: it may still be in the processor's cache."""
+    """Hands out blocks, the last one given back first, as it may still be in the processor's cache."""
 
     def __init__(self, num_slots: int, max_length: int, block_size: int, num_blocks: int) -> None:
         width = -(-max_length // block_size)
@@ -22,45 +22,45 @@ class BlockTables:
         self.table = np.zeros((num_slots, width), dtype=np.int64)  # [C, W]
         self.counts = np.zeros(num_slots, dtype=np.int64)  # [C]: blocks that a slot has
         self.num_free = num_blocks
-        self._free = np.arange(num_blocks)[::-1].copy()  # [P]: the first `num_free` count
+        self._free = np.arange(num_blocks)[::-1].copy()  # [P]: the first `num_free` are free
         self._num_holders = np.zeros(num_blocks, dtype=np.int64)  # [P]
         self._changed: list[tuple[np.ndarray, np.ndarray]] = []  # slots and numbers, [n] int64 each
 
     def num_needed(self, num_tokens: int) -> int:
-        """Blocks for so many tokens."""
+        """How many blocks `num_tokens` tokens need."""
         return -(-num_tokens // self.block_size)
 
     def extend(self, slot: int, num_tokens: int) -> None:
-        """Give a slot what it lacks for so many tokens; `num_free` is enough for it."""
+        """Give a slot the blocks that it lacks for `num_tokens` tokens; `num_free` must suffice."""
         begin, end = int(self.counts[slot]), self.num_needed(num_tokens)
         if end > begin:
             self._set(np.full(end - begin, slot), np.arange(begin, end), self._take(end - begin))
             self.counts[slot] = end
 
     def extend_each(self, slots: np.ndarray) -> None:  # [n] int64, all different
-        """Give each one block more; `num_free` is enough for it."""
+        """Give each slot one more block; `num_free` must suffice."""
         if len(slots):
             self._set(slots, self.counts[slots], self._take(len(slots)))
             self.counts[slots] += 1
 
     def adopt(self, source: int, target: int, begin: int, end: int) -> None:
-        """Let blocks `begin` to `end` of a slot be those of another, in place of its own; it has `begin` at least."""
+        """Replace blocks `begin` to `end` of `target`, which has at least `begin`, by those of `source`."""
         had = int(self.counts[target])
         assert begin <= had
         assert end <= self.counts[source]
         adopted = self.table[source, begin:end]
-        self._num_holders[adopted] += 1  # first, as a block may be given up and taken on
+        self._num_holders[adopted] += 1  # first, as the same block may be given back and adopted
         self._give_back(self.table[target, begin : min(had, end)].copy())
         self._set(np.full(end - begin, target), np.arange(begin, end), adopted)
         self.counts[target] = max(had, end)
 
     def release(self, slot: int) -> None:
-        """Take a slot's blocks away."""
+        """Take all of a slot's blocks back."""
         self._give_back(self.table[slot, : self.counts[slot]])
         self.counts[slot] = 0
 
     def take_changes(self) -> list[np.ndarray]:
-        """Slots, numbers and blocks, [n] int64 each, of the entries that were set since the last call; [] for none."""
+        """Return slots, numbers and blocks, [n] int64 each, of the entries set since the last call; [] if none was."""
         if not self._changed:
             return []
         slots, numbers = (np.concatenate(parts) for parts in zip(*self._changed, strict=True))

@@ -1,19 +1,19 @@
-"""Decode steps recorded once per batch size, and replayed.
+"""Decode steps, recorded once per batch size and replayed.
 
-A step in which no sequence joins is the same work every time: each sequence's last token through the layers, the head
-and the sampler. Launched one by one, its hundreds of small kernels take the host longer than the device. Recorded as a
-CUDA graph they are one launch, which reads what differs from step to step (tokens, slots, positions, uniforms) from
-memory that stays where it is, and leaves tokens and log-probabilities in memory that stays. The token that a sequence
-sampled last it finds on the device, so that the host may launch a step before it has read the one before.
+A step in which no sequence joins is the same work every time: each sequence's last token passes through the layers, the
+head and the sampler. Launched one by one, its hundreds of small kernels take the host longer than the device. Recorded
+as a CUDA graph, they are one launch. The graph reads what differs from step to step (tokens, slots, positions,
+uniforms) from memory at fixed addresses, and leaves tokens and log-probabilities at fixed addresses. It finds each
+sequence's last sampled token on the device, so the host may launch a step before it has read the previous one.
 
-A graph has a fixed number of rows. So a step takes the next larger of a few sizes (`bucket_size`), and its rows without
-a sequence write place 0 of a spare slot of the cache, the last, which nobody else uses, in a block that nobody else
-uses; what they sample is not read. Of the cache's table a step is sent the entries that it writes to.
+A graph has a fixed number of rows, so a step takes the next larger of a few sizes (`bucket_size`). Rows without a
+sequence write place 0 of a spare slot, the cache's last, in a spare block; no sequence uses either, and what these rows
+sample is not read. Of the cache's table, a step is sent the entries that it writes to.
 
-`DecodeGraphs` replays by calling the function that would be recorded: the plain twin, for tests on a CPU.
-`CudaDecodeGraphs` records it. Graphs hold addresses, of the cache, of the weights and of one another's scratch memory
-(they share one pool, as only one runs at a time): new ones are made with every cache, and `refresh` forgets those whose
-weights have moved. Weights that are written in place stay where they are.
+`DecodeGraphs` replays by calling the function that would be recorded: it is the plain twin, for tests on a CPU.
+`CudaDecodeGraphs` records it. Graphs hold addresses: of the cache, of the weights, and of one another's scratch memory
+(they share one pool, as only one runs at a time). So new graphs are made with every cache, and `refresh` forgets those
+whose weights have moved. Weights that are written in place stay where they are.
 
 Shape legend
     S  sequences of a step    B  rows of a bucket, at least S    C  cache slots
@@ -36,7 +36,7 @@ NUM_INPUTS = 5  # numbers per row that a step sends
 
 
 class DecodeGraphs:
-    """Replays steps over one cache, whose last slot and block are spare. Here a step is replayed by running it."""
+    """Replays steps over one cache, whose last slot and block are spare. This class replays a step by running it."""
 
     def __init__(
         self,
@@ -61,13 +61,14 @@ class DecodeGraphs:
         token_ids: np.ndarray,  # [S] int64: the last token of each sequence; -1: what it sampled last
         slots: np.ndarray,  # [S] int64
         positions: np.ndarray,  # [S] int64: how many tokens each slot holds already
-        blocks: np.ndarray,  # [S] int64: of the cache, in which these positions are
+        blocks: np.ndarray,  # [S] int64: the cache's blocks in which these positions are
         uniforms: np.ndarray,  # [S] fp64
         params: SamplingParams,
     ) -> Receipt:  # of [B]: the sequences' rows are the first
-        """The next tokens and their log-probabilities, on their way to the host; the last tokens are cached.
+        """Cache the last tokens and sample the next; these and their log-probabilities are on their way to the host.
 
-        torch.OutOfMemoryError where there is no memory to record the step; it is as if it had not been asked for."""
+        torch.OutOfMemoryError if there is no memory to record the step; it is then as if it had not been asked for.
+        """
         size = bucket_size(len(slots), self._max_rows)
         spare_slot, spare_block = self._cache.num_slots - 1, self._cache.num_blocks - 1
         rows = ((token_ids, 0), (slots, spare_slot), (positions, 0), (blocks, spare_block), (uniforms, 0))
@@ -80,7 +81,7 @@ class DecodeGraphs:
             before = self._last_tokens.clone()
             try:
                 replay = self._replays[params, size] = self._record(step)
-            finally:  # also where there is no memory for it, and the engine takes the step in another way
+            finally:  # also if there was no memory to record it, and the engine makes the step in another way
                 self._last_tokens.copy_(before)
             self.num_recordings += 1
             self.time_recording += time.perf_counter() - started
@@ -88,7 +89,7 @@ class DecodeGraphs:
         return self._transfers.fetch(outputs)
 
     def refresh(self) -> None:
-        """Forget what was recorded if a weight no longer lies where it lay."""
+        """Forget all recordings if any weight has moved."""
         addresses = self._weight_addresses()
         if addresses != self._addresses:
             self._replays.clear()
@@ -98,16 +99,16 @@ class DecodeGraphs:
         return [parameter.data_ptr() for parameter in self._model.parameters()]
 
     def _record(self, step: Callable[[], None]) -> Callable[[], None]:
-        """A function that does what the step does, from and to the same memory."""
+        """Return a function that does what the step does, from and to the same memory."""
         return step
 
 
 class CudaDecodeGraphs(DecodeGraphs):
     """Records steps as CUDA graphs.
 
-    The first step of a rollout is about its widest, so that the pool has its size from the first graph on. A step runs
-    once before it is recorded: kernels are compiled and loaded then, and libraries take their memory, none of which
-    may happen in a recording. It writes what the replay writes again.
+    The first step of a rollout is about its widest, so the pool has its full size from the first graph on. A step runs
+    once before it is recorded, so that kernels are compiled and loaded and libraries take their memory, none of which
+    may happen during a recording. The replay then writes again what this run wrote.
     """
 
     def __init__(
@@ -118,7 +119,7 @@ class CudaDecodeGraphs(DecodeGraphs):
         self._pool = torch.cuda.graph_pool_handle()
 
     def refresh(self) -> None:
-        """Also the pool."""
+        """Also renew the pool if no graph is left."""
         super().refresh()
         self._renew_pool()
 
@@ -128,7 +129,7 @@ class CudaDecodeGraphs(DecodeGraphs):
         try:
             with torch.cuda.stream(self._stream):
                 step()
-        finally:  # without memory for all of it, too: what was launched writes where others will
+        finally:  # also when memory ran out midway: what was launched still writes to memory that others will use
             current.wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
         try:
@@ -141,20 +142,23 @@ class CudaDecodeGraphs(DecodeGraphs):
         return graph.replay
 
     def _renew_pool(self) -> None:
-        """One whose graphs are all gone cannot be used again."""
+        """Take a new pool if no graph is left: a pool whose graphs are all gone cannot be used again."""
         if not self._replays:
             self._pool = torch.cuda.graph_pool_handle()
 
 
 @cached
 def _recording_stream(device: torch.device) -> torch.cuda.Stream:
-    """Where recordings are made, as the default stream cannot be recorded. One for all of a device's: torch keeps
-    cuBLAS's workspace (32 MiB on Hopper) for good for every stream that it met, and caches come with every rollout."""
+    """Return the device's stream for recordings, as the default stream cannot be recorded.
+
+    There is only one, because torch keeps cuBLAS's workspace (32 MiB on Hopper) for good for every stream that it has
+    met, and a new cache comes with every rollout.
+    """
     return torch.cuda.Stream(device)
 
 
 def bucket_size(num_rows: int, max_rows: int) -> int:
-    """The rows of the graph for so many sequences: 1, 2, 4, 8, 16, 24, 32, …, and `max_rows` at most."""
+    """How many rows the graph for `num_rows` sequences has: 1, 2, 4, 8, 16, 24, 32, …, and `max_rows` at most."""
     size = 1 << (num_rows - 1).bit_length() if num_rows <= 8 else -(-num_rows // 8) * 8
     return min(size, max_rows)
 
@@ -167,7 +171,7 @@ def _decode_step(
     outputs: torch.Tensor,  # [2 * B] int32, from `pack`
     params: SamplingParams,
 ) -> Callable[[], None]:
-    """One step from these inputs to these outputs, nothing of it known to the host."""
+    """Return a function that runs one step from these inputs to these outputs, of which the host learns nothing."""
     token_ids, slots, positions, blocks, uniforms = inputs
 
     @torch.no_grad()

@@ -1,22 +1,22 @@
 """Generate turns with continuous batching, over a KV cache that a sequence keeps from its first turn to its last.
 
-The engine knows nothing of actions or searches. It is given sequences with tokens that the model has not seen (a
-prompt, or an observation behind the last token of a turn), runs every running sequence one token further per `step`,
-and hands back those whose turn ended. `step` is the whole of it: schedule (scheduler.py), run (with sampling),
+The engine knows nothing of actions or searches. It is given sequences that have tokens the model has not seen (a
+prompt, or an observation after the last token of a turn), advances every running sequence by one token per `step`, and
+hands back those whose turn ended. `step` is all there is to it: schedule (scheduler.py), run (with sampling),
 postprocess.
 
-The cache is paged: sequences that begin alike have blocks in common, and those that have no room wait, or are computed
-again (scheduler.py). What is known per slot lies in numpy arrays, so that a step costs a few gathers and no Python per
-token; Python runs once per turn. The model is the trainer's own object: new weights need no copy.
+The cache is paged: sequences that begin alike share blocks, and sequences for which there is no room wait or are
+recomputed later (scheduler.py). Per-slot state is in numpy arrays, so that a step costs a few gathers and no Python per
+token; Python runs once per turn. The model is the trainer's own object, so new weights need no copy.
 
-On a GPU, a step that only decodes is a recorded graph (decode_graph.py); what a step needs is sent in one copy, and its
-tokens and log-probabilities are read back in one, the only wait for the device (transfers.py). The host runs ahead: it
-launches a step before it reads the one before, so that the device does not wait for the host. What a sequence sampled
-last is on the device; that its turn ended with it the host learns a step late, and then does not read what it sampled
-behind its end. The tokens are those of an engine that waits.
+On a GPU, a step that only decodes is a recorded graph (decode_graph.py). A step's inputs are sent in one copy, and its
+tokens and log-probabilities are read back in one, which is the only wait for the device (transfers.py). The host runs
+ahead: it launches a step before it reads the previous one, so that the device does not wait for the host. The token
+that a sequence sampled last stays on the device. The host learns a step late that this token ended the turn, and then
+ignores what was sampled past the end. The tokens are those of an engine that waits.
 
-A pass for which the device has no memory is made in parts (forward.py), and so are logits; a step that finds none to be
-recorded is launched kernel by kernel. Left out: speculation.
+A forward pass that runs out of device memory is made again in parts (forward.py), and so are logits. A step for whose
+recording there is no memory is launched kernel by kernel. Left out: speculative decoding.
 
 Shape legend
     C  cache slots    S  sequences of a step    T  their new tokens    D  hidden size    V  vocabulary    n  some slots
@@ -49,11 +49,11 @@ from searchr1_fast.rollout.transfers import Receipt, Transfers, pack
 
 @dataclass(slots=True)
 class Launched:
-    """A step that the device has been given, to be read."""
+    """A step that has been launched and is still to be read."""
 
     batch: Batch
-    counts: np.ndarray  # [S] int64: tokens of each turn before it
-    is_wanted: np.ndarray  # [S] bool: off where the step before turns out to have ended the turn
+    counts: np.ndarray  # [S] int64: tokens of each turn before this step
+    is_wanted: np.ndarray  # [S] bool: False where the previous step turns out to have ended the turn
     receipt: Receipt  # of [>= S]
 
 
@@ -73,23 +73,25 @@ class Engine:
         decode_graphs: type[DecodeGraphs] | None = None,
         run_ahead: bool | None = None,
     ) -> None:
-        """`sampling` None: as the configuration says. `stop_at_tags` off: turns run on to EOS or their limit and are
-        cut afterwards, as the original does it; same trajectories, more work. `decode_graphs` None: CUDA graphs where
-        there is a GPU and `rollout.cuda_graphs` says so. `run_ahead` None: where there is a GPU; on a CPU, which is
-        host and device, it is more work for nothing.
+        """`sampling` defaults to the configuration's.
+
+        With `stop_at_tags` off, turns run on to EOS or their limit and are cut afterwards, as in the original: same
+        trajectories, more work. `decode_graphs` defaults to CUDA graphs where there is a GPU and `rollout.cuda_graphs`
+        is on. `run_ahead` defaults to on where there is a GPU; on a CPU, which is host and device at once, running
+        ahead only adds work.
         """
         vocab_size = model.config.vocab_size
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.sampling = sampling or SamplingParams(config.temperature, config.top_p, config.top_k)
         self.stop_at_tags = stop_at_tags
-        self.keep_cache = config.keep_cache is True  # `auto` is the run's to settle, which knows what else there is
+        self.keep_cache = config.keep_cache is True  # `auto` is decided by the run, which knows what else needs memory
         self.token_bytes = vocabulary_bytes(tokenizer, vocab_size)
         self._matcher = StopMatcher(self.token_bytes)
         self.is_eos = np.zeros(vocab_size, dtype=bool)  # [V]: ends a turn by itself
         self.is_eos[list(tokenizer.eos_ids)] = True
         self._transfers = Transfers(model.head_weight.device)
         if decode_graphs is None and config.cuda_graphs and self._transfers.device.type == "cuda" and has_triton():
-            decode_graphs = CudaDecodeGraphs  # without Triton, attention to the cache waits for the device
+            decode_graphs = CudaDecodeGraphs  # without Triton, attention over the cache waits for the device
         self._graphs_class, self._graphs = decode_graphs, None
         self._runs_ahead = self._transfers.device.type == "cuda" if run_ahead is None else run_ahead
         self._under_way: Launched | None = None
@@ -98,22 +100,21 @@ class Engine:
 
     @property
     def statistics(self) -> RolloutStatistics:
-        """What the run took so far."""
+        """Times and counts of the run so far."""
         return self._scheduler.statistics
 
     @statistics.setter
     def statistics(self, statistics: RolloutStatistics) -> None:
-        """Count from here on in another."""
+        """Use another object for all further times and counts."""
         self._scheduler.statistics = statistics
 
     @property
     def has_work(self) -> bool:
-        """Whether there is a sequence to run; one that waits for a slot, or for memory that those who search have, is
-        none."""
+        """Whether a sequence can run. One that waits for a slot, or for memory held by searching ones, cannot."""
         return self._under_way is not None or self._scheduler.has_work
 
     def add(self, sequences: Iterable[Sequence]) -> None:
-        """Take new sequences, their prompts appended and `turn_limit` set."""
+        """Take new sequences, with their prompts appended and `turn_limit` set."""
         scheduler = self._scheduler
         scheduler.share_prefixes = self.share_prefixes
         scheduler.add(sequences)
@@ -124,7 +125,7 @@ class Engine:
             self._graphs.refresh()
 
     def resume(self, sequence: Sequence) -> None:
-        """Take back a sequence whose turn ended, the observation appended and `turn_limit` set."""
+        """Take back a sequence whose turn ended, with the observation appended and `turn_limit` set."""
         self._scheduler.resume(sequence)
 
     def release(self, sequence: Sequence) -> None:
@@ -133,33 +134,32 @@ class Engine:
             self._slots.release(sequence)
 
     def reset(self) -> None:
-        """Forget every sequence; the memory stays."""
+        """Forget every sequence, but keep the memory."""
         self._under_way = None
         self._scheduler.reset(self._make_slots(len(self._slots)))
 
     def free_cache(self) -> None:
-        """Give the memory of cache and graphs to others until the next `add`, unless `keep_cache`; no sequence may be
-        held."""
+        """Free the memory of cache and graphs until the next `add`, unless `keep_cache`. No sequence may be held."""
         assert len(self._slots.free) == len(self._slots)
         if not self.keep_cache:
             self._transfers.finish()
             self._cache = self._graphs = self._last_tokens = None
             self._scheduler.table = self._make_slots(0)
             if self._transfers.device.type == "cuda":
-                # To the driver: what an update takes and keeps, Adam's moments in the first, would lie in pieces of
-                # this memory, and no later cache would find them whole. Of 26 GiB for a 3B model 3 would be lost so
-                # (the allocator's rules, simulated, 2026-11-27).
+                # Return it to the driver. Otherwise what an update allocates and keeps (Adam's moments, in the first
+                # one) would lie in pieces of this memory, and no later cache would find it whole: for a 3B model 3 of
+                # 26 GiB would be lost (the allocator's rules, simulated, 2026-11-27).
                 torch.cuda.empty_cache()
 
     def update_weights(self) -> dict[str, float]:
-        """Nothing to do or to report: the model is the trainer's own. For engines that have a copy (vllm_engine.py)."""
+        """Do nothing, report nothing: the model is the trainer's own. Engines with a copy need it (vllm_engine.py)."""
         return {}
 
     def close(self) -> None:
-        """Nothing to do: the memory goes with the object."""
+        """Do nothing: the memory goes with the object."""
 
     def step(self) -> list[Sequence]:
-        """Run every running sequence one token further; the sequences whose turn ended with it, tokens appended."""
+        """Advance every running sequence by one token; return those whose turn ended with it, its tokens appended."""
         assert self.has_work
         step = self._under_way or self._launch()
         self._under_way = self._launch() if self._runs_ahead and self._scheduler.can_run_ahead else None
@@ -173,7 +173,7 @@ class Engine:
         return self._scheduler.table
 
     def _make_slots(self, num_slots: int) -> SlotTable:
-        """Slots without sequences, and the blocks of the cache."""
+        """Make slots without sequences, and the tables of the cache's blocks."""
         config, size = self.config, block_size(self._transfers.device)
         num_blocks = cache_blocks(config, num_slots, size)
         blocks = BlockTables(num_slots, config.max_sequence_tokens, size, num_blocks)
@@ -198,10 +198,10 @@ class Engine:
         if self._graphs_class is not None:
             memory = self._cache, self._last_tokens
             self._graphs = self._graphs_class(self.model, *memory, self._transfers, num_slots)
-        self._scheduler.table = table  # last: without memory for all of it there are no slots
+        self._scheduler.table = table  # last: if there is no memory for all of the above, there must be no slots
 
     def _launch(self) -> Launched:
-        """Give the device a step. Whose turn this step brings to its limit is known already, and does not run on."""
+        """Launch a step. A sequence whose turn reaches its limit with it is known already, and does not run on."""
         batch, table = self._scheduler.schedule(), self._slots
         started = time.perf_counter()
         counts = table.turn_count[batch.slots]
@@ -218,7 +218,7 @@ class Engine:
         return self._graphs is not None and batch.only_decodes
 
     def _replay(self, batch: Batch, randoms: np.ndarray) -> Receipt:  # [S] fp64
-        """`_run` of a batch that only decodes, by a recorded step."""
+        """Do what `_run` does for a batch that only decodes, by replaying a recorded step."""
         graphs, statistics = self._graphs, self.statistics
         num_recordings, time_recording = graphs.num_recordings, graphs.time_recording
         positions, blocks = self._slots.num_cached[batch.slots], self._slots.blocks
@@ -228,7 +228,7 @@ class Engine:
         except torch.OutOfMemoryError:
             self._count_split()
             receipt = None
-        if receipt is None:  # behind the handler, which holds what the attempt had
+        if receipt is None:  # after the handler, whose exception keeps the attempt's tensors alive
             return self._run(batch, randoms)
         statistics.num_replayed_steps += 1
         statistics.num_recordings += graphs.num_recordings - num_recordings
@@ -237,7 +237,7 @@ class Engine:
 
     @torch.no_grad()
     def _run(self, batch: Batch, randoms: np.ndarray) -> Receipt:  # [S] fp64
-        """The next tokens and their log-probabilities, on their way to the host."""
+        """Run the model and sample; the next tokens and their log-probabilities are then on their way to the host."""
         cu_seqlens = np.zeros(len(batch.slots) + 1, dtype=np.int64)
         np.cumsum(batch.lengths, out=cu_seqlens[1:])
         positions = self._slots.num_cached[batch.slots]
@@ -261,7 +261,7 @@ class Engine:
         self.statistics.num_splits += 1
 
     def _postprocess(self, step: Launched, token_ids: np.ndarray, logprobs: np.ndarray) -> list[Sequence]:
-        """Keep the tokens, find the turns that ended. [S] int64, [S] fp32"""
+        """Store the tokens ([S] int64) and log-probabilities ([S] fp32); return the sequences whose turn ended."""
         table, slots, counts = self._slots, step.batch.slots, step.counts
         if not step.is_wanted.all():
             slots, counts, token_ids, logprobs = (x[step.is_wanted] for x in (slots, counts, token_ids, logprobs))
@@ -283,7 +283,7 @@ class Engine:
         return [self._end_turn(slot) for slot in slots[ended].tolist()]
 
     def _stop(self, slots: np.ndarray) -> None:  # [n] int64
-        """Run these no longer; a step of theirs that is under way is as if it had never been."""
+        """Stop running these slots; a step of theirs that is under way is undone, as if it had never been."""
         scheduler, table, ahead = self._scheduler, self._slots, self._under_way
         is_stopped = np.zeros(len(table), dtype=bool)  # [C]
         is_stopped[slots] = True
@@ -300,7 +300,7 @@ class Engine:
             self._under_way = None
 
     def _end_turn(self, slot: int) -> Sequence:
-        """Give a sequence the tokens of its turn. It keeps its slot; the turn's last token is not cached yet."""
+        """Append the turn's tokens to its sequence, which keeps its slot. The last of them is not cached yet."""
         table = self._slots
         sequence = table.occupants[slot]
         sampled = int(table.turn_count[slot])
@@ -314,12 +314,12 @@ class Engine:
         return sequence
 
     def _num_kept(self, sequence: Sequence, token_ids: np.ndarray) -> int:  # [n] int64
-        """Where a turn ends that was sampled to its limit: with its first stop tag."""
+        """Count the tokens to keep of a turn that ran on to EOS or its limit: through its first stop tag, else all."""
         return self._matcher.find(token_ids) or len(token_ids)
 
 
 def cache_blocks(config: RolloutConfig, num_slots: int, size: int) -> int:
-    """Blocks of `size` places that the cache of so many slots has: for sequences of any length in all of them, or as
-    `rollout.cache_tokens` says."""
+    """Count the cache's blocks of `size` places: enough for a longest sequence in every slot, or fewer if
+    `rollout.cache_tokens` says so."""
     most = num_slots * -(-config.max_sequence_tokens // size)
     return most if config.cache_tokens is None else min(most, -(-config.cache_tokens // size))

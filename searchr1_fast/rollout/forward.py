@@ -1,9 +1,10 @@
-"""The forward pass of a step in which sequences join: whole, or in parts where the device has no memory for it whole.
+"""The forward pass of a step in which sequences join: whole, or in parts if the device has no memory for it whole.
 
-A prefill of many tokens takes the most memory of a rollout, and how much is free is not the engine's to know: a search
-index, another process or fragmentation may have it. So a pass that runs out of memory is made again in two, and these
-in two, down to a token. Nothing is lost: a pass writes keys and values of its own tokens and reads what was cached
-before the step, so that parts give what the whole gives, and what a failed pass wrote is written again.
+A prefill of many tokens takes the most memory of a rollout, and the engine cannot know how much is free: a search
+index, another process or fragmentation may have taken it. So a pass that runs out of memory is made again in two
+halves, and these in halves in turn, down to a single token. Nothing is lost: a pass writes only the keys and values of
+its own tokens and reads what was cached before it, so the parts give what the whole gives, and what a failed pass wrote
+is written again.
 
 Shape legend
     S  sequences    T  their new tokens    D  hidden size
@@ -31,7 +32,7 @@ class Tokens:
     lengths: np.ndarray  # [S] int64: those of cu_seqlens, on the host
 
     def halves(self) -> tuple[Tokens, Tokens]:
-        """Two parts with about as many tokens, cut between sequences; one sequence alone is cut itself."""
+        """Split into two parts with about as many tokens each, between sequences; a lone sequence is itself split."""
         ends = np.cumsum(self.lengths)
         if len(ends) == 1:
             return self._halves_of_one()
@@ -67,11 +68,11 @@ def forward_in_parts(
     model: Decoder,
     cache: KVCache,
     tokens: Tokens,
-    on_split: Callable[[], None],  # called for every pass that is made again in two
+    on_split: Callable[[], None],  # called for every pass that is made again in two halves
 ) -> torch.Tensor:  # [S, D]
-    """Append the tokens to the cache; the hidden state of each sequence's last one.
+    """Append the tokens to the cache, and return the hidden state of each sequence's last one.
 
-    torch.OutOfMemoryError where there is no memory for a single token.
+    torch.OutOfMemoryError if there is no memory for a single token.
     """
     arguments = tokens.token_ids, tokens.cu_seqlens, tokens.slots, tokens.positions, cache
     try:
@@ -80,7 +81,7 @@ def forward_in_parts(
         if len(tokens.token_ids) == 1:
             error.add_note("this ended the rollout: lower rollout.max_num_seqs, or rollout.cache_tokens")
             raise
-    # Behind the handler: the exception is gone, and with it the tensors that its traceback held.
+    # After the handler: the exception is gone, and with it the tensors that its traceback held.
     on_split()
     first, second = (forward_in_parts(model, cache, part, on_split) for part in tokens.halves())
     return second if len(tokens.lengths) == 1 else torch.cat((first, second))

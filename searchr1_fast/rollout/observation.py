@@ -1,7 +1,7 @@
 """Fit what the environment says into a token budget.
 
-The original cuts an observation's ids at the budget, and so loses `</information>` and half a passage with it. Here
-whole passages are left out, worst first, and the tag is always closed.
+The original cuts an observation's ids at the budget, and so loses `</information>` and half a passage. Here whole
+passages are left out, worst first, and the tag is always closed.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ class Text(NamedTuple):
 
 
 def encode(text: str, tokenizer: TextTokenizer) -> Text:
-    """The text with its ids."""
+    """Return the text with its ids."""
     return Text(text, tokenizer.encode(text))
 
 
 def fit_observation(passages: Sequence[Passage], tokenizer: TextTokenizer, max_tokens: int) -> Text | None:
-    """The observation of as many passages as fit, in order; None if not even an empty one does.
+    """Make an observation of as many passages as fit, in order; None if not even an empty observation fits.
 
-    Where the first passage alone is too long it is cut at a word; where its title alone is, nothing of it is shown.
+    If the first passage alone is too long, it is cut at a word; if its title alone is, nothing of it is shown.
     """
     for count in range(len(passages), 0, -1):
         observation = encode(format_observation(passages[:count]), tokenizer)
@@ -44,9 +44,10 @@ def fit_observation(passages: Sequence[Passage], tokenizer: TextTokenizer, max_t
 
 
 def _fit_first(passage: Passage, tokenizer: TextTokenizer, max_tokens: int) -> Text | None:
-    """One passage with the most words that fit, none included; found by bisection."""
+    """Make an observation of one passage and as many of its words as fit, found by bisection; None if its title does
+    not."""
     ends = [0, *(match.end() for match in re.finditer(r"\S+", passage.text))]
-    best, low, high = None, 0, len(ends)  # `low` words are tried next; `high` are too many
+    best, low, high = None, 0, len(ends)  # fewer than `low` words fit; `high` are too many
     while low < high:
         middle = (low + high) // 2
         cut = replace(passage, text=passage.text[: ends[middle]])

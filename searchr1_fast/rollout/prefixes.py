@@ -1,13 +1,13 @@
 """Which slots hold sequences that begin alike: a radix tree (Morrison 1968, doi 10.1145/321479.321481) over token ids.
 
-The samples of a group share their prompt, those that wrote the same first turn also its observation, and all prompts of
-a run their template. A node is a run of tokens that one or more slots have in common; siblings differ in their first
-token. Tokens are compared themselves, never a hash of them and never text. A slot's path grows as its sequence does, by
-one numpy comparison per node that it shares and one node of its own where it shares nothing: 3 us for an observation,
-20 us for each prompt when 1024 join at once (AMD EPYC, 2026-11-24).
+Samples of a group share their prompt, samples that wrote the same first turn also share its observation, and all
+prompts of a run share their template. A node is a run of tokens that one or more slots have in common; siblings differ
+in their first token. The tokens themselves are compared, never a hash of them and never text. A slot's path grows with
+its sequence, by one numpy comparison per node that it shares and one node of its own where it shares nothing. That
+takes 3 us for an observation, and 20 us for each prompt when 1024 join at once (AMD EPYC, 2026-11-24).
 
-The tree says what sequences consist of; what of it is cached the caller knows. Left out: tokens of a turn that is still
-being sampled, and keeping the cache of a sequence that is gone.
+The tree knows what sequences consist of; the caller knows what of it is cached. Left out: tokens of a turn that is
+still being sampled, and keeping the cache of a sequence that is gone.
 
 Shape legend
     n  tokens
@@ -40,11 +40,11 @@ class PrefixTree:
         self._leaves: dict[int, _Node] = {}  # where a slot's tokens end
 
     def num_tokens(self, slot: int | None) -> int:
-        """How many tokens of a slot's sequence are here; 0 where there is none."""
+        """How many tokens of a slot's sequence are in the tree; 0 if the slot is not known."""
         return self._leaves.get(slot, self._root).end
 
     def append(self, slot: int, token_ids: np.ndarray) -> None:  # [n] int64
-        """Tokens that follow those of the slot; its first ones where it has none."""
+        """Add tokens after those of the slot, or as its first ones if it has none."""
         node = self._leaves.get(slot, self._root)
         while len(token_ids):
             child = node.children.get(int(token_ids[0]))
@@ -63,14 +63,14 @@ class PrefixTree:
         node = self._leaves.pop(slot, self._root)
         while node.parent is not None:
             del node.slots[slot]
-            if not node.slots:  # nor have its children any
+            if not node.slots:  # then its children have none either
                 del node.parent.children[int(node.token_ids[0])]
             node = node.parent
 
     def match(self, slot: int | None, token_ids: np.ndarray) -> list[Match]:  # [n] int64
-        """The slots that share most with a sequence, then those that share less (the former among them).
+        """Return the slots that share most with a sequence, then those that share less (the former among them).
 
-        The sequence is the slot's own, continued by `token_ids`; `slot` None: one that begins with `token_ids`.
+        The sequence is the slot's own, continued by `token_ids`; with `slot` None, it begins with `token_ids`.
         """
         node = self._leaves.get(slot, self._root)
         length = node.end
@@ -91,7 +91,7 @@ class PrefixTree:
         return matches
 
     def _split(self, node: _Node, count: int) -> _Node:
-        """Part a node after `count` tokens; the new upper part."""
+        """Split a node after `count` tokens, and return the new upper part."""
         first, parent = int(node.token_ids[0]), node.parent
         upper = _Node(node.token_ids[:count], parent, parent.end + count, dict(node.slots))
         parent.children[first] = upper
@@ -101,7 +101,8 @@ class PrefixTree:
 
 
 def longest_cached(matches: Sequence[Match], num_cached: Sequence[int]) -> tuple[int, int]:
-    """The most shared tokens that a slot has cached, and that slot, where slot c has `num_cached[c]`; (0, -1): none."""
+    """Return the most shared tokens that any slot has cached, and that slot; (0, -1) if none has. Slot c has cached
+    `num_cached[c]` tokens."""
     most, holder = 0, -1
     for length, slots in matches:
         for slot in slots:
@@ -113,7 +114,7 @@ def longest_cached(matches: Sequence[Match], num_cached: Sequence[int]) -> tuple
 
 
 def _num_equal(first: np.ndarray, second: np.ndarray) -> int:  # [n], [m] int64
-    """Length of the common beginning."""
+    """The length of the common prefix."""
     count = min(len(first), len(second))
     differs = first[:count] != second[:count]
     place = int(differs.argmax())

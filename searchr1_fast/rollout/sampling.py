@@ -1,10 +1,10 @@
-"""Choose the next token of every running sequence, and say how likely it was.
+"""Choose the next token of every running sequence, and give its log-probability.
 
-Each sequence has its own stream of uniforms, a hash of (its seed, the number of tokens it has sampled), and a token is
-the inverse of the distribution's cumulative function at the next uniform. What a sequence samples is therefore a
-function of its seed and its logits: not of the sequences it shares a batch with, nor of the order they came in.
+Each sequence has its own stream of uniforms, a hash of (its seed, the number of tokens it has sampled). A token is
+drawn by inverting the distribution's cumulative function at the next uniform. What a sequence samples is therefore a
+function of its seed and its logits, not of the sequences it shares a batch with, nor of the order they came in.
 
-On a GPU the host learns nothing on the way, and no shape depends on values: decode steps are recorded with it.
+On a GPU, sampling never synchronises with the host and no shape depends on values, so recorded decode steps include it.
 
 Shape legend
     S  running sequences    D  hidden size    V  vocabulary
@@ -50,7 +50,7 @@ class SamplingParams:
 
 
 def head_logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:  # [S, D], [V, D] -> [S, V] fp32
-    """The head. On CUDA the sums of a bf16 product are kept in fp32, as the trainer keeps them."""
+    """Apply the head. On CUDA the sums of a bf16 product are kept in fp32, as in the trainer."""
     if hidden.is_cuda and hidden.dtype != torch.float32:
         return torch.mm(hidden, weight.T, out_dtype=torch.float32)
     return torch.mm(hidden, weight.T).float()
@@ -61,10 +61,10 @@ def sample(
     uniforms: torch.Tensor,  # [S] fp64 in [0, 1)
     params: SamplingParams,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # token_ids [S] int64, logprobs [S] fp32
-    """The next tokens and their log-probabilities.
+    """Sample the next tokens, and return them with their log-probabilities.
 
-    The log-probability is of the whole vocabulary at the temperature (1 when greedy), whatever top-p and top-k leave
-    out: it is what the trainer computes for the same token.
+    The log-probability is over the whole vocabulary at the temperature (1 when greedy), even where top-p and top-k
+    leave tokens out: that is what the trainer computes for the same token.
     """
     assert logits.dtype == torch.float32
     assert uniforms.dtype == torch.float64
@@ -76,12 +76,12 @@ def sample_in_parts(
     weight: torch.Tensor,  # [V, D]
     uniforms: torch.Tensor,  # [S] fp64 in [0, 1)
     params: SamplingParams,
-    on_split: Callable[[], None],  # called for all rows that are taken again in two parts
+    on_split: Callable[[], None],  # called whenever rows are taken again in two parts
 ) -> tuple[torch.Tensor, torch.Tensor]:  # token_ids [S] int64, logprobs [S] fp32
-    """`sample` of the head's logits: of all rows at once, or of as many as there is memory for. Greedy on a CPU, the
-    likeliest tokens without the logits.
+    """Apply the head and `sample`, for all rows at once or for as many as there is memory for.
 
-    torch.OutOfMemoryError where there is none for a single row.
+    Greedy sampling on a CPU finds the likeliest tokens without the logits. torch.OutOfMemoryError if there is no memory
+    for a single row.
     """
     if params.is_greedy and _head_numba.takes(hidden, weight):
         return _head_numba.likeliest(hidden, weight)
@@ -91,7 +91,7 @@ def sample_in_parts(
         if len(hidden) == 1:
             error.add_note("this ended the rollout: lower rollout.max_num_seqs, or rollout.cache_tokens")
             raise
-    on_split()  # behind the handler, as in forward.py
+    on_split()  # after the handler, as in forward.py
     middle = len(hidden) // 2
     parts = (slice(0, middle), slice(middle, None))
     found = [sample_in_parts(hidden[part], weight, uniforms[part], params, on_split) for part in parts]
@@ -100,7 +100,7 @@ def sample_in_parts(
 
 
 def stream_keys(seeds: list[int]) -> np.ndarray:  # [S] uint64
-    """One key per seed, for `uniforms`. Seeds are any integers."""
+    """Return one key per seed, for `uniforms`. A seed may be any integer."""
     return _mix(np.array([seed & 0xFFFFFFFFFFFFFFFF for seed in seeds], dtype=np.uint64) + _GOLDEN)
 
 
@@ -108,7 +108,7 @@ def uniforms(
     keys: np.ndarray,  # [S] uint64
     counters: np.ndarray,  # [S] uint64
 ) -> np.ndarray:  # [S] fp64 in [0, 1)
-    """Number `counters[s]` of the stream `keys[s]`, 53 bits each."""
+    """Return number `counters[s]` of stream `keys[s]`, with 53 bits each."""
     return (_mix(keys + counters * _GOLDEN) >> np.uint64(11)) * 2.0**-53
 
 

@@ -1,13 +1,13 @@
-"""Whom to run at the next step, on which tokens, and where their keys and values go.
+"""Decide which sequences run at the next step, on which tokens, and where their keys and values go.
 
-Running sequences get one token further; sequences whose turn is to begin join as the token budget, the slots and the
-blocks allow. What a sequence has in common with one that holds a slot is not computed: whole blocks are shared, the
-rest is copied. So the prompt of a GRPO group is there once, and so are the observations of those of its samples that
-wrote the same so far (prefixes.py).
+Running sequences advance by one token. Sequences whose turn is to begin join as the token budget, the slots and the
+blocks allow. What a sequence has in common with one that holds a slot is not recomputed: whole blocks are shared, and
+the rest is copied. So the cache holds the prompt of a GRPO group once, and the observations of those of its samples
+that have written the same so far once too (prefixes.py).
 
-Where blocks run short, the sequences that got their slots last lose their cache, in the middle of a turn if it must be,
-and join again when there is room. Nothing is lost but the time to compute it again, which is counted: tokens that were
-sampled are kept, and every step samples some.
+When blocks run short, the sequences that got their slots last lose their cache, in the middle of a turn if need be, and
+rejoin when there is room. The only cost is recomputing it, which is counted: sampled tokens are kept, and every step
+samples some.
 
 Shape legend
     S  sequences of a step    T  their new tokens    C  slots    n  blocks or tokens
@@ -26,12 +26,12 @@ from searchr1_fast.rollout.sequence import Sequence, SequenceStatus
 from searchr1_fast.rollout.slot_table import SlotTable
 from searchr1_fast.rollout.statistics import RolloutStatistics
 
-# Prompts and observations join a step up to this many tokens together: it bounds the activations of one forward pass.
+# Prompts and observations join a step up to this many tokens in all, to bound the activations of one forward pass.
 MAX_PREFILL_TOKENS = 16384
 
 
 class PrefixCopy(NamedTuple):
-    """Places `start` to `end` of a block get what another block has there."""
+    """Copy places `start` to `end` of block `source` to the same places of block `target`."""
 
     source: int
     target: int
@@ -45,14 +45,14 @@ class Batch(NamedTuple):
     slots: np.ndarray  # [S] int64
     token_ids: np.ndarray  # [T] int64; -1: what the slot's sequence sampled last, which the host may not know yet
     lengths: np.ndarray  # [S] int64, adding up to T
-    num_running: int  # those that were running
-    changes: list[np.ndarray]  # of the block tables: slots, numbers, blocks, [n] int64 each; or none
-    copies: list[PrefixCopy]  # before the forward pass
-    only_decodes: bool  # whether it is one token per sequence, each into a block of its own, and nothing else
+    num_running: int  # how many of the sequences were running already
+    changes: list[np.ndarray]  # to the block tables: slots, numbers, blocks, [n] int64 each; or empty
+    copies: list[PrefixCopy]  # to be made before the forward pass
+    only_decodes: bool  # whether the step is one token per sequence, each into a block of its own, and nothing else
 
 
 class Scheduler:
-    """The queues, and the slots of who is in them. `share_prefixes` off: every sequence computes all it has."""
+    """The queues, and the slots of the sequences in them. Without `share_prefixes`, each computes all of its tokens."""
 
     def __init__(self, table: SlotTable, *, share_prefixes: bool = True) -> None:
         self.share_prefixes = share_prefixes
@@ -68,8 +68,7 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """Whether there is a sequence to run; one that waits for a slot, or for the blocks of those who search, is
-        none."""
+        """Whether a sequence can run. One that waits for a slot, or for blocks held by searching ones, cannot."""
         if len(self.running) or self._resumed:
             return True
         if not self._waiting or not self.table.free:
@@ -78,13 +77,15 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        """Sequences that hold no slot."""
+        """How many sequences hold no slot."""
         return len(self._waiting)
 
     @property
     def can_run_ahead(self) -> bool:
-        """Whether a step can follow of which it is not known yet who ended at the one before: somebody runs on, and
-        there are blocks for all who do, so that nobody loses tokens that have not been read."""
+        """Whether the next step can be launched before it is known which turns the last one ended.
+
+        It can if some sequence runs on and there are blocks for all that do, so that none loses unread tokens.
+        """
         return len(self.running) > 0 and len(self._running_full()) <= self.table.blocks.num_free
 
     def add(self, sequences: Iterable[Sequence]) -> None:
@@ -97,7 +98,7 @@ class Scheduler:
         (self._waiting if sequence.slot is None else self._resumed).append(sequence)
 
     def schedule(self) -> Batch:
-        """Whom to run, and on which tokens."""
+        """Choose the sequences of the next step, and their tokens."""
         self._extend_running()
         grown = self.table.blocks.take_changes()
         running, last_tokens = self.running, np.full(len(self.running), -1)
@@ -126,7 +127,7 @@ class Scheduler:
         )
 
     def register(self, sequence: Sequence) -> None:
-        """Let others find what a sequence's slot holds or will hold after this step."""
+        """Let other sequences find what this one's slot holds, or will hold after this step."""
         if self.share_prefixes:
             prefixes = self.table.prefixes
             prefixes.append(sequence.slot, sequence.tokens_from(prefixes.num_tokens(sequence.slot)))
@@ -134,9 +135,9 @@ class Scheduler:
     # ------------------------------------------------------------------------------------------------------- joining
 
     def _admit(self) -> tuple[list[Sequence], list[PrefixCopy]]:
-        """Resumed sequences, then waiting ones, as the token budget, the free slots and the free blocks allow.
+        """Admit resumed sequences, then waiting ones, as the token budget, the free slots and the free blocks allow.
 
-        Of a sequence's beginning is shared what another slot had before this step: copies come before the forward pass.
+        Only what another slot had before this step is shared, because copies are made before the forward pass.
         """
         table, budget, num_reserved = self.table, MAX_PREFILL_TOKENS, 0
         had = table.num_cached.tolist()  # [C]
@@ -170,7 +171,7 @@ class Scheduler:
         return list(joining.values()), copies
 
     def _match(self, sequence: Sequence) -> list[Match]:
-        """Who shares how much with a sequence. Its last token is left out: what follows it must be predicted."""
+        """Find which slots share how much of a sequence, but for its last token: what follows it must be predicted."""
         if not self.share_prefixes:
             return []
         prefixes = self.table.prefixes
@@ -178,7 +179,7 @@ class Scheduler:
         return [(min(length, sequence.length - 1), slots) for length, slots in matches]
 
     def _join(self, sequence: Sequence, holder: int, end: int) -> list[PrefixCopy]:
-        """Give a sequence its slot, its blocks, and up to `end` what the holder's slot has; what is to be copied."""
+        """Give a sequence its slot, its blocks, and up to `end` what slot `holder` has; return what is to be copied."""
         table, start = self.table, sequence.num_cached
         slot = table.admit(sequence)
         copies = self._share(holder, slot, start, end, table.length(sequence))
@@ -191,7 +192,7 @@ class Scheduler:
         return copies
 
     def _share(self, source: int, target: int, start: int, end: int, length: int) -> list[PrefixCopy]:
-        """Blocks that are the same up to their end are had in common, and the others are the slot's own."""
+        """Share the blocks that are the same up to their end, allocate the others, and return what is to be copied."""
         blocks = self.table.blocks
         size = blocks.block_size
         first, last = start // size, end // size
@@ -207,8 +208,11 @@ class Scheduler:
     # ---------------------------------------------------------------------------------------------------- running short
 
     def _has_room(self, sequence: Sequence, end: int, joining: Collection[int]) -> bool:
-        """Whether there are blocks for a sequence of which what lies before `end` is there, and then one for each of
-        those who run or join: else who joins would be the next to lose its cache. `joining`: their slots."""
+        """Whether there are blocks for a sequence of which everything before `end` is there already.
+
+        There must also be one block for each sequence that runs or joins (`joining`: slots): otherwise the newcomer
+        would be the next to lose its cache.
+        """
         table, blocks = self.table, self.table.blocks
         count = 0 if sequence.slot is None else int(blocks.counts[sequence.slot])
         wanted = blocks.num_needed(table.length(sequence)) - max(count, end // blocks.block_size)
@@ -217,23 +221,24 @@ class Scheduler:
         return wanted <= 0 or wanted + growing <= blocks.num_free
 
     def _extend_running(self) -> None:
-        """Blocks for the next token of every running sequence."""
+        """Give every running sequence room for its next token, preempting others where blocks run short."""
         blocks = self.table.blocks
         while True:
             full = self._running_full()
             if len(full) <= blocks.num_free:
                 blocks.extend_each(full)
                 return
-            # The last one that runs is spared: it would be back at this very step, for the blocks of who does not run.
+            # If only one runs, it is spared: it would rejoin at this very step, with blocks of those that do not run.
             self._preempt_youngest(besides=int(self.running[0]) if len(self.running) == 1 else None)
 
     def _running_full(self) -> np.ndarray:  # [n] int64
-        """The slots of running sequences whose next token goes into a block that they do not have yet."""
+        """The slots of running sequences whose next token needs a block that they do not have yet."""
         table, blocks = self.table, self.table.blocks
         return self.running[table.num_cached[self.running] == blocks.counts[self.running] * blocks.block_size]
 
     def _preempt_youngest(self, besides: int | None = None) -> None:
-        """Take the blocks of who got its slot last of all that have blocks. What ran joins again, before all others."""
+        """Take the blocks of the sequence that got its slot last, among those that have blocks. If it was running, it
+        rejoins before all others. Slot `besides` is spared."""
         table = self.table
         candidates = np.flatnonzero(table.blocks.counts)
         candidates = candidates[candidates != (-1 if besides is None else besides)]
@@ -248,7 +253,7 @@ class Scheduler:
 
 
 def copied_places(copies: list[PrefixCopy]) -> list[np.ndarray]:
-    """Source block, target block and place of every token that is copied, [n] int64 each; nothing where none is."""
+    """Return source block, target block and place of every copied token, [n] int64 each; [] if none is copied."""
     if not copies:
         return []
     sources, targets, starts, ends = np.array(copies, dtype=np.int64).T
@@ -259,10 +264,10 @@ def copied_places(copies: list[PrefixCopy]) -> list[np.ndarray]:
 
 
 def _stays_behind(sequence: Sequence, num_cached: int, matches: list[Match], joining: dict[int, Sequence]) -> bool:
-    """Whether a sequence of which all but the last token joins at this very step waits until they can be shared.
+    """Whether a sequence waits a step because one that joins now computes all but its last token, which it can share.
 
-    It does so once, whatever becomes of the other. One that shares less joins at once: it has tokens of its own to
-    compute, and others may want to share them.
+    It waits only once, whatever becomes of the other. A sequence that would share less joins at once: it has tokens of
+    its own to compute, and others may want to share them.
     """
     last = sequence.length - 1
     if sequence.stayed_behind or sequence.is_interrupted or num_cached == last:

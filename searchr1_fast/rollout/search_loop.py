@@ -1,13 +1,13 @@
 """Drive an engine and a search function through whole rollouts: turns, actions, observations, ends.
 
-`normal_loop` searches inline: what became pending at a step is searched as one batch before the next step.
-`overlap_loop` searches in a worker thread while the other sequences decode on: one batch in flight at a time, and what
-becomes pending meanwhile is the next batch. Read them as a diff: tokens are the same, as they depend on a sequence's
-own seed and context alone.
+`normal_loop` searches inline: queries that become pending at a step are searched as one batch before the next step.
+`overlap_loop` searches in a worker thread while the other sequences go on decoding: one batch is in flight at a time,
+and queries that become pending meanwhile are the next batch. Read them as a diff. Both give the same tokens, which
+depend only on a sequence's own seed and context.
 
-A search that fails ends the run, with the queries in a note on the exception; or, with `rollout.on_search_error=drop`,
-the sequences that asked, which say so in their `finish_reason`. What the search function raises besides `SearchError`
-ends the run in any case.
+A failed search ends the run; a note on the exception has the number of queries and the first of them. With
+`rollout.on_search_error=drop` it ends only the sequences that asked, and their `finish_reason` says so. An exception
+other than `SearchError` ends the run in either case.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from searchr1_fast.types import (
     Turn,
 )
 
-Results = list[list[Passage]] | SearchError  # by query; or why there are none, where that ends the sequences alone
+Results = list[list[Passage]] | SearchError  # by query; or the error, where it ends only the sequences that asked
 
 
 class SearchLoop:
@@ -51,7 +51,7 @@ class SearchLoop:
         tokenizer: TextTokenizer | None = None,
         config: RolloutConfig | None = None,
     ) -> None:
-        """`tokenizer` and `config` None: the engine's."""
+        """`tokenizer` and `config` default to the engine's."""
         self.engine, self.search = engine, search
         self.tokenizer = tokenizer or engine.tokenizer
         self.config = config or engine.config
@@ -73,10 +73,10 @@ class SearchLoop:
             )
 
     def run(self, requests: list[RolloutRequest], progress: Progress | None = None) -> list[Trajectory]:
-        """One trajectory per request, in their order. `progress` is called whenever sequences finish.
+        """Sample one trajectory per request, in the order of the requests. `progress` is called as sequences finish.
 
-        The first search that fails is raised; or, where each ends its sequences alone, none: how many did `statistics`
-        says, and `last_error` why.
+        The first failed search is raised. Where a failed search ends only its own sequences, none is raised:
+        `statistics` says how many failed, and `last_error` why.
         """
         started = time.perf_counter()
         self.statistics = self.engine.statistics = RolloutStatistics()
@@ -127,7 +127,7 @@ class SearchLoop:
     # ---- turns ------------------------------------------------------------------------------------------------------
 
     def _start(self, request: RolloutRequest, stream_key: np.uint64) -> Sequence:
-        """A sequence with its prompt, ready to be added."""
+        """Make a sequence with its prompt, ready to be added to the engine."""
         token_ids = self.tokenizer.encode_prompt(request.prompt, request.question.text)
         if not token_ids:
             raise ValueError(f"the prompt of question {request.question.id!r} is empty; check prompt.template")
@@ -141,12 +141,12 @@ class SearchLoop:
         return sequence
 
     def _room(self, sequence: Sequence) -> int:
-        """Tokens that the environment may add, so that the policy has one left and the final message fits."""
+        """How many tokens the environment may add, leaving one for the policy and room for the final message."""
         room = self.config.max_sequence_tokens - sequence.length - 1
         return room - (len(self._final.token_ids) if len(sequence.turns) == self.config.max_searches else 0)
 
     def _open_turn(self, sequence: Sequence) -> bool:
-        """Set the next turn's budget, the final turn's message before it; False where there is no room for a turn."""
+        """Set the next turn's limit, appending the final turn's message if it is due; False if no turn fits."""
         if self._room(sequence) < 0:
             return False
         if len(sequence.turns) == self.config.max_searches and self._final.token_ids:
@@ -155,7 +155,7 @@ class SearchLoop:
         return True
 
     def _read_turns(self, ended: list[Sequence]) -> list[Sequence]:
-        """Act on turns that ended; returned are the sequences to search for, all others are settled."""
+        """Act on the turns that ended; return the sequences to search for. All others are settled."""
         num_finished = self._num_finished
         for sequence in ended:
             self._read_turn(sequence)
@@ -164,7 +164,7 @@ class SearchLoop:
         return [sequence for sequence in ended if sequence.status is SequenceStatus.SEARCHING]
 
     def _read_turn(self, sequence: Sequence) -> None:
-        """What the policy wrote decides: an end, a search, or one more try."""
+        """End the sequence, mark it for a search or let it try again, depending on what the policy wrote."""
         action = self._record_turn(sequence).action
         if action is Action.ANSWER:
             self._finish(sequence, FinishReason.ANSWER)
@@ -179,7 +179,7 @@ class SearchLoop:
             self._continue(sequence, self._invalid)
 
     def _record_turn(self, sequence: Sequence) -> Turn:
-        """Read the turn that the engine appended. An end-of-sequence token is part of its tokens, not of its text."""
+        """Record the turn that the engine appended. An end-of-sequence token is in its tokens, but not in its text."""
         token_ids = sequence.token_pieces[-1]
         written = token_ids[~self.engine.is_eos[token_ids]].tolist()
         text = b"".join(self.engine.token_bytes[i] for i in written).decode(errors="replace")
@@ -190,7 +190,7 @@ class SearchLoop:
         return turn
 
     def _search(self, sequences: list[Sequence]) -> Results:
-        """The passages for each sequence's query, best first."""
+        """Return the passages for each sequence's query, best first."""
         queries = [sequence.turns[-1].content for sequence in sequences]
         try:
             results = self.search(queries)
@@ -204,7 +204,7 @@ class SearchLoop:
         return results
 
     def _observe(self, sequences: list[Sequence], results: Results) -> None:
-        """Append what was found and let the sequences go on; where the search failed they end."""
+        """Append what was found and resume the sequences; if the search failed, end them."""
         if isinstance(results, SearchError):
             self.statistics.num_failed_searches += len(sequences)
             self.last_error = results

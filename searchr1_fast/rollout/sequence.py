@@ -1,6 +1,6 @@
-"""One rollout while it grows: its tokens, and where it stands.
+"""One rollout while it grows: its tokens and its state.
 
-Who writes what: `SearchLoop` makes sequences, appends what the environment says and sets SEARCHING and FINISHED; the
+Who writes what: `SearchLoop` makes sequences, appends what the environment says, and sets SEARCHING and FINISHED. The
 engine appends what the policy says, sets WAITING and RUNNING, and owns `slot`, `num_cached`, `num_computed`,
 `stayed_behind` and `is_interrupted`. The mask is written here, together with the tokens, and nowhere else.
 
@@ -29,7 +29,7 @@ class RolloutRequest:
 
 
 class SequenceStatus(Enum):
-    """Where a sequence is."""
+    """The state of a sequence."""
 
     WAITING = auto()  # has tokens that the model has not seen; in one of the engine's queues
     RUNNING = auto()  # samples a token at every step
@@ -45,7 +45,7 @@ class Sequence:
     stream_key: np.uint64
     status: SequenceStatus = SequenceStatus.WAITING
     length: int = 0
-    num_policy_tokens: int = 0  # also the place in the stream of uniforms
+    num_policy_tokens: int = 0  # also the position in the sequence's stream of uniforms
     prompt_length: int = 0
     turn_limit: int = 0  # tokens that the current turn may take
     turns: list[Turn] = field(default_factory=list)
@@ -54,26 +54,26 @@ class Sequence:
     slot: int | None = None  # row of the engine's table
     num_cached: int = 0  # tokens whose keys and values are in the slot's blocks
     num_computed: int = 0  # tokens that were cached at least once
-    stayed_behind: bool = False  # for one step, to share with another that joined at it
+    stayed_behind: bool = False  # waited one step, to share with another that joined at it
     is_interrupted: bool = False  # lost its cache in the middle of a turn, whose tokens are in the slot's row
     token_pieces: list[np.ndarray] = field(default_factory=list)  # [n] int64 each
     logprob_pieces: list[np.ndarray] = field(default_factory=list)  # [n] fp32 each
     policy_pieces: list[bool] = field(default_factory=list)
 
     def append_prompt(self, token_ids: list[int], text: str) -> None:
-        """The first piece."""
+        """Append the first piece."""
         assert self.length == 0
         self._append(np.array(token_ids, dtype=np.int64), None)
         self.prompt_length = self.length
         self.segments.append(("prompt", text))
 
     def append_observation(self, token_ids: list[int], text: str) -> None:
-        """What the environment says: seen by the policy, masked from the loss."""
+        """Append what the environment says: seen by the policy, masked from the loss."""
         self._append(np.array(token_ids, dtype=np.int64), None)
         self.segments.append(("observation", text))
 
     def append_turn(self, token_ids: np.ndarray, logprobs: np.ndarray) -> None:  # [n] int64, [n] fp32
-        """What the policy sampled. `turns` and `segments` follow when the loop has read it."""
+        """Append what the policy sampled. The loop adds to `turns` and `segments` when it has read the turn."""
         self._append(token_ids, logprobs)
         self.num_policy_tokens += len(token_ids)
 
@@ -84,7 +84,7 @@ class Sequence:
         self.length += len(token_ids)
 
     def tokens_from(self, start: int) -> np.ndarray:  # [length - start] int64
-        """All but the first `start` tokens."""
+        """Return all but the first `start` tokens."""
         pieces, missing = [], self.length - start
         for piece in reversed(self.token_pieces):
             pieces.append(piece[max(0, len(piece) - missing) :])
@@ -94,7 +94,7 @@ class Sequence:
         return np.concatenate(pieces[::-1])
 
     def to_trajectory(self) -> Trajectory:
-        """The finished rollout."""
+        """Join the pieces of a finished rollout into its trajectory."""
         assert self.status is SequenceStatus.FINISHED
         assert self.finish_reason is not None
         sizes = [len(piece) for piece in self.token_pieces]

@@ -1,4 +1,4 @@
-"""What the engine knows of the sequence in each slot: numpy arrays, so that a step costs a few gathers.
+"""What the engine knows about the sequence in each slot, in numpy arrays, so that a step costs a few gathers.
 
 Shape legend
     C  cache slots    N  tokens that a turn may have at most
@@ -15,7 +15,7 @@ from searchr1_fast.rollout.stop import START
 
 
 class SlotTable:
-    """One row per slot; `blocks` and `prefixes` say what a slot's cache holds, and who else begins with it."""
+    """One row per slot; `blocks` and `prefixes` say what a slot's cache holds, and which other slots begin with it."""
 
     def __init__(self, max_turn_tokens: int, blocks: BlockTables) -> None:
         num_slots = len(blocks.counts)
@@ -24,7 +24,7 @@ class SlotTable:
         self.blocks = blocks
         self.prefixes = PrefixTree()
         self.num_cached = np.zeros(num_slots, dtype=np.int64)  # [C]
-        self.arrival = np.zeros(num_slots, dtype=np.int64)  # [C]: who got a slot later has a larger one
+        self.arrival = np.zeros(num_slots, dtype=np.int64)  # [C]: larger for a sequence that got its slot later
         self.stop_state = np.zeros(num_slots, dtype=np.uint8)  # [C]
         self.stream_key = np.zeros(num_slots, dtype=np.uint64)  # [C]
         self.stream_start = np.zeros(num_slots, dtype=np.uint64)  # [C]: policy tokens before the turn
@@ -38,7 +38,7 @@ class SlotTable:
         return len(self.occupants)
 
     def admit(self, sequence: Sequence) -> int:
-        """The slot of a sequence; one without gets a free one."""
+        """Return a sequence's slot, giving it a free one if it has none."""
         if sequence.slot is None:
             sequence.slot = self.free.pop()
             self.occupants[sequence.slot] = sequence
@@ -47,7 +47,7 @@ class SlotTable:
         return sequence.slot
 
     def begin_turn(self, sequence: Sequence) -> None:
-        """Set a sequence's entries for a turn of which nothing is sampled yet."""
+        """Set a sequence's row for a turn of which nothing is sampled yet."""
         assert 0 < sequence.turn_limit <= self.turn_tokens.shape[1]
         slot = sequence.slot
         self.stop_state[slot] = START
@@ -57,7 +57,7 @@ class SlotTable:
         self.turn_limit[slot] = sequence.turn_limit
 
     def uncached_tokens(self, sequence: Sequence) -> np.ndarray:  # [n] int64
-        """What the model must see before the sequence can go on; never empty, as its last token is not cached."""
+        """Return what the model must see before the sequence can go on. Never empty: its last token is not cached."""
         assert sequence.num_cached < sequence.length
         tokens = sequence.tokens_from(sequence.num_cached)
         if not sequence.is_interrupted:
@@ -65,18 +65,18 @@ class SlotTable:
         return np.concatenate((tokens, self.turn_tokens[sequence.slot, : self.turn_count[sequence.slot]]))
 
     def length(self, sequence: Sequence) -> int:
-        """Tokens of a sequence, those of an interrupted turn included."""
+        """The length of a sequence, tokens of an interrupted turn included."""
         return sequence.length + (int(self.turn_count[sequence.slot]) if sequence.is_interrupted else 0)
 
     def drop_cache(self, sequence: Sequence) -> None:
-        """Take away what a sequence has cached; it keeps its slot."""
+        """Forget what a sequence has cached; it keeps its slot."""
         slot = sequence.slot
         sequence.num_computed = max(sequence.num_computed, int(self.num_cached[slot]))
         self.blocks.release(slot)
         sequence.num_cached = self.num_cached[slot] = 0
 
     def release(self, sequence: Sequence) -> None:
-        """Make a sequence's slot free, its cache forgotten."""
+        """Free a sequence's slot and forget its cache."""
         slot = sequence.slot
         self.occupants[slot] = None
         self.free.append(slot)

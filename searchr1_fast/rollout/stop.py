@@ -1,9 +1,9 @@
 """Find the end of a turn while it is being sampled: the first `</search>` or `</answer>` in the bytes of its tokens.
 
-A tag is ordinary text, so it is several tokens, and where it begins and ends the tokeniser does not care: ">\\n\\n" may
-end it, "></" may end it and carry on, and a multi-byte character may be half in one token. So the matcher is a finite
-automaton over bytes, and what a token does to each of its states is tabulated once: one look-up per sampled token, for
-all sequences in one numpy gather. A token is kept whole: a turn ends after the token that completes the tag.
+A tag is ordinary text: it is several tokens, and need not begin or end where a token does. ">\\n\\n" may end it, "></"
+may end it and carry on, and a multi-byte character may be half in one token. So the matcher is a finite automaton over
+bytes. What each token does to each state is tabulated once, which leaves one look-up per sampled token, in one numpy
+gather for all sequences. A token is kept whole: a turn ends after the token that completes the tag.
 
 Shape legend
     S  sequences    V  vocabulary    A  states of the automaton    B  bytes of all tokens, end to end
@@ -22,9 +22,9 @@ START = 0
 
 
 def vocabulary_bytes(tokenizer: TextTokenizer, vocab_size: int) -> list[bytes]:
-    """The bytes of every id below `vocab_size`; none for the ids by which a model's embedding exceeds its tokenizer.
+    """Return the bytes of every id below `vocab_size`; b"" for ids that the model has and the tokenizer has not.
 
-    ValueError where it is the tokenizer that has more.
+    ValueError if the tokenizer has more ids than the model.
     """
     known = tokenizer.vocab_size
     if known > vocab_size:
@@ -52,11 +52,11 @@ class StopMatcher:
         states: np.ndarray,  # [S] uint8
         token_ids: np.ndarray,  # [S] int64
     ) -> np.ndarray:  # [S] uint8
-        """The states after one more token each."""
+        """Return the states after one more token each."""
         return self._table[states, token_ids]
 
     def find(self, token_ids: np.ndarray) -> int | None:  # [n] int64
-        """How many tokens, counted from `START`, it takes to complete the first tag; None if there is none."""
+        """Count the tokens, from `START`, that it takes to complete the first tag; None if there is none."""
         state = START
         for count, token_id in enumerate(token_ids.tolist(), start=1):
             state = self._table[state, token_id]
@@ -66,9 +66,9 @@ class StopMatcher:
 
 
 def _byte_transitions(prefixes: list[bytes], tags: list[bytes]) -> np.ndarray:  # [A, 256] uint8
-    """The automaton of Aho and Corasick (1975): a state is the longest end of the text that begins a tag."""
+    """The automaton of Aho and Corasick (1975): a state is the longest suffix of the text that is a prefix of a tag."""
     state_of = {prefix: state for state, prefix in enumerate(prefixes)}
-    transitions = np.full((len(prefixes) + 1, 256), START, dtype=np.uint8)  # also what a byte of no tag leads to
+    transitions = np.full((len(prefixes) + 1, 256), START, dtype=np.uint8)  # START: where a byte of no tag leads
     transitions[-1] = len(prefixes)
     for prefix, state in state_of.items():
         for byte in set(b"".join(tags)):
@@ -85,7 +85,7 @@ def _tabulate(
     transitions: np.ndarray,  # [A, 256] uint8
     token_bytes: Sequence[bytes],
 ) -> np.ndarray:  # [A, V] uint8
-    """Run every token from every state, all tokens abreast, byte by byte."""
+    """Run every token from every state, all tokens at once, byte by byte."""
     lengths = np.array([len(token) for token in token_bytes], dtype=np.int64)
     offsets = np.concatenate(([0], lengths.cumsum()))[:-1]
     flat = np.frombuffer(b"".join(token_bytes), dtype=np.uint8)  # [B]

@@ -1,12 +1,12 @@
-"""What a step of the engine sends to the device and reads back: one copy each way, and one wait. (Where sequences join,
-the model sends its attention's table of tiles besides: a few kB, from memory that the driver copies at once.)
+"""Send a step's inputs to the device and read its results back: one copy each way, and one wait.
 
-A copy of a few numbers takes a GPU longer to begin than to make, and one from memory that is not pinned makes the host
-wait. So everything that a step needs travels in one pinned buffer, 8 bytes a number, and its results come back in
-another. There are two such pairs, taken in turn: a step may be launched before the one before it is read. A pair is
-used again when all that was asked of the device with it has been done, whether or not anybody read it.
+A copy of a few numbers takes a GPU longer to begin than to make, and a copy from memory that is not pinned makes the
+host wait. So everything that a step needs travels in one pinned buffer, 8 bytes per number, and its results come back
+in another. There are two such pairs, used in turn, because a step may be launched before the previous one is read. A
+pair is reused once the device has done all that it was asked to do with it, whether or not the results were read.
 
-On a CPU nothing is pinned, and what is sent is the buffer itself.
+Where sequences join, the model also sends its attention's table of tiles: a few kB, from memory that the driver copies
+at once. On a CPU nothing is pinned, and what is sent is the buffer itself.
 
 Shape legend
     S  sequences of a step    n  numbers of one array    W  all that is sent
@@ -23,7 +23,7 @@ NUM_PAIRS = 2
 
 
 class Transfers:
-    """Both pairs of buffers; they grow with what is sent."""
+    """Both pairs of buffers, which grow with what is sent."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -35,9 +35,11 @@ class Transfers:
         arrays: Sequence[np.ndarray],  # [n] int64 or fp64 each
         target: torch.Tensor | None = None,  # [>= W] int64 on the device; None: new memory
     ) -> list[torch.Tensor]:  # [n] each, of the same type
-        """The arrays on the device, in order and end to end in one memory; on a CPU good until the `send` after the
-        next."""
-        if not self._pairs[-1].is_unfetched:  # else of a step that failed: the other may be one's that is not read yet
+        """Put the arrays on the device, in order and end to end in one piece of memory.
+
+        On a CPU they are valid until the `send` after the next.
+        """
+        if not self._pairs[-1].is_unfetched:  # else its step failed: reuse it, as the other may be still to be read
             self._pairs.append(self._pairs.pop(0))
         pair = self._pairs[-1]
         self._finish(pair)
@@ -57,7 +59,7 @@ class Transfers:
         return [part.view(torch.float64) if array.dtype == np.float64 else part for array, part in parts]
 
     def fetch(self, results: torch.Tensor) -> Receipt:  # [2 * S] int32, from `pack`
-        """Begin to copy to the host what came of the last `send`; nothing is waited for."""
+        """Begin to copy the results of the last `send` to the host, without waiting."""
         pair = self._pairs[-1]
         if not self._is_cuda:
             return Receipt(self, pair, results.numpy().copy())
@@ -75,7 +77,7 @@ class Transfers:
             self._finish(pair)
 
     def _finish(self, pair: _Pair) -> None:
-        if pair.is_unfetched:  # the step failed, and what it sent may be on its way still
+        if pair.is_unfetched:  # the step failed, and what it sent may still be on its way
             torch.cuda.current_stream(self.device).synchronize()
             pair.is_unfetched = False
         if pair.done is not None:
@@ -83,7 +85,7 @@ class Transfers:
             pair.done = None
 
     def _wait(self, done: torch.cuda.Event) -> None:
-        """Until what was asked of the device before the event has been done."""
+        """Wait until the device has done all that it was asked to do before the event."""
         done.synchronize()
 
     def _buffer(self, size: int, dtype: torch.dtype) -> torch.Tensor:
@@ -91,8 +93,11 @@ class Transfers:
 
 
 class _Pair:
-    """The buffers of one step. `done`: when the device needs them no longer; None where it does not know of them.
-    `is_unfetched`: a GPU was sent something, and nothing was asked back."""
+    """The buffers of one step.
+
+    `done`: when the device no longer needs them; None if it does not know of them. `is_unfetched`: something was sent
+    to a GPU, and nothing was asked back.
+    """
 
     def __init__(self, sent: torch.Tensor, received: torch.Tensor) -> None:
         self.sent, self.received = sent, received
@@ -101,13 +106,13 @@ class _Pair:
 
 
 class Receipt:
-    """Token ids and log-probabilities of a step, on their way; to be read once, before the `send` after the next."""
+    """Token ids and log-probabilities of a step, on their way. Read them once, before the `send` after the next."""
 
     def __init__(self, transfers: Transfers, pair: _Pair, host: np.ndarray) -> None:  # [2 * S] int32
         self._transfers, self._pair, self._host, self._done = transfers, pair, host, pair.done
 
     def wait(self) -> tuple[np.ndarray, np.ndarray]:  # [S] int64, [S] fp32
-        """They, once they are there: the one wait of a step."""
+        """Wait for them and return them: the one wait of a step."""
         assert self._pair.done is self._done, "the buffers are another step's by now"
         self._transfers._finish(self._pair)
         token_ids, logprobs = self._host.copy().reshape(2, -1)
@@ -115,5 +120,5 @@ class Receipt:
 
 
 def pack(token_ids: torch.Tensor, logprobs: torch.Tensor) -> torch.Tensor:  # [S] int64, [S] fp32 -> [2 * S] int32
-    """Both in one memory, so that one copy reads them: the ids, then the bits of the log-probabilities."""
+    """Join both, so that one copy reads them: the ids, then the bits of the log-probabilities."""
     return torch.cat((token_ids.int(), logprobs.view(torch.int32)))

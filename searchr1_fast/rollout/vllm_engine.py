@@ -1,15 +1,15 @@
-"""The engine's interface over vLLM: a turn is a request, and what ends it is ours.
+"""The engine's interface over vLLM: a turn is a request, and stop tags are found here.
 
-`SearchLoop` drives it as it drives the native engine. Every turn is one request of all the tokens so far; what vLLM
-computed for the turns before it, and for the samples of the same prompt, it finds in its prefix cache. End-of-sequence
-tokens and the turn's limit end a request inside vLLM; a stop tag, which may be several tokens and may end inside one,
-is found here by the native engine's automaton after every step, and the request is aborted before the next.
+`SearchLoop` drives it as it drives the native engine. Every turn is one request with all the tokens so far; vLLM finds
+what it computed for earlier turns, and for samples of the same prompt, in its prefix cache. End-of-sequence tokens and
+the turn's limit end a request inside vLLM. A stop tag may be several tokens and may end inside one, so it is found
+here, by the native engine's automaton after every step, and the request is aborted before the next.
 
-A turn's seed is a hash of its sequence's seed and of the number of tokens sampled before it. Same seeds give the same
-tokens whatever the batch, but not the native engine's tokens, except greedily: vLLM draws in a way of its own.
+A turn's seed is a hash of its sequence's seed and of the number of tokens sampled before it. The same seeds give the
+same tokens whatever the batch, but not the native engine's tokens, except when greedy: vLLM draws in its own way.
 
-The weights are vLLM's own copy. `update_weights` hands them over in place, after every update of the policy, checks
-that they arrived (weight_handover.py), and reports what that took and found, for the step's row.
+vLLM has its own copy of the weights. `update_weights` hands them over in place after every update of the policy, checks
+that they arrived (weight_handover.py), and reports what that took and found, for the step's row of metrics.
 
 Left out: vLLM's asynchronous scheduling, which would sample a token past every stop tag; parallelism inside the model.
 
@@ -48,7 +48,7 @@ from searchr1_fast.rollout.weight_handover import (
 
 
 class Generator(Protocol):
-    """What the engine needs of vLLM; `VllmModel` is it, and says what each does."""
+    """What the engine needs of vLLM. `VllmModel` implements and documents it."""
 
     version: str
 
@@ -73,7 +73,8 @@ class RunningTurn:
 
 
 class VllmEngine:
-    """Turns by vLLM. `sampling`, `statistics`, `keep_cache` may be replaced between runs, as the native engine's."""
+    """Samples turns with vLLM. As in the native engine, `sampling`, `statistics` and `keep_cache` may be replaced
+    between runs."""
 
     def __init__(
         self,
@@ -84,12 +85,14 @@ class VllmEngine:
         *,
         generator: Generator | None = None,
     ) -> None:
-        """`sampling` None: as the configuration says. `generator` None: vLLM, started here. ValueError: vLLM is not
-        installed, or cannot do what is configured, or does not get the weights."""
+        """`sampling` defaults to the configuration's, and `generator` to vLLM, which is then started here.
+
+        ValueError if vLLM is not installed, cannot do what is configured, or does not get the weights.
+        """
         vocab_size = model.config.vocab_size
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.sampling = sampling or SamplingParams(config.temperature, config.top_p, config.top_k)
-        self.keep_cache = config.keep_cache is True  # `auto` is the run's to settle, as for the native engine
+        self.keep_cache = config.keep_cache is True  # `auto` is decided by the run, as for the native engine
         self.statistics = RolloutStatistics()
         self.token_bytes = vocabulary_bytes(tokenizer, vocab_size)
         self.is_eos = np.zeros(vocab_size, dtype=bool)  # [V]
@@ -112,12 +115,12 @@ class VllmEngine:
         return bool(self._turns)
 
     def add(self, sequences: Iterable[Sequence]) -> None:
-        """Take new sequences, their prompts appended and `turn_limit` set."""
+        """Take new sequences, with their prompts appended and `turn_limit` set."""
         for sequence in sequences:
             self.resume(sequence)
 
     def resume(self, sequence: Sequence) -> None:
-        """Take a sequence whose next turn is to be sampled, `turn_limit` set."""
+        """Take a sequence whose next turn is to be sampled, with `turn_limit` set."""
         assert self._is_awake, "update_weights wakes vLLM"
         assert sequence.turn_limit > 0
         sequence.status = SequenceStatus.RUNNING
@@ -127,7 +130,7 @@ class VllmEngine:
         self._turns[request_id] = RunningTurn(sequence)
 
     def release(self, sequence: Sequence) -> None:
-        """Nothing is held between turns: vLLM's cache forgets what has not been asked for longest."""
+        """Do nothing: nothing is held between turns, and vLLM's cache evicts what was least recently used."""
 
     def reset(self) -> None:
         """Forget every sequence."""
@@ -135,23 +138,23 @@ class VllmEngine:
         self._turns.clear()
 
     def free_cache(self) -> None:
-        """Let vLLM sleep until `update_weights`, unless `keep_cache`; no sequence may be held."""
+        """Let vLLM sleep until `update_weights`, unless `keep_cache`. No sequence may be held."""
         assert not self._turns
         if not self.keep_cache:
             self._generator.sleep()
             self._is_awake = False
 
     def close(self) -> None:
-        """End vLLM; the engine is of no use any more."""
+        """End vLLM; the engine cannot be used any more."""
         self.reset()
         self._generator.close()
 
     def update_weights(self) -> dict[str, float]:
-        """Hand the model's weights to vLLM, which wakes for it. ValueError where they did not arrive.
+        """Hand the model's weights to vLLM, which wakes up for it. ValueError if they did not arrive.
 
-        Returns `time_handover`, seconds of all of it, `time_handover_checks`, those after the copy,
-        `handover_logprob_difference_max`, over the known sequences, and `handover_unseen_weights`, those that the known
-        sequences alone vouch for.
+        Returns `time_handover` (seconds for everything), `time_handover_checks` (seconds after the copy),
+        `handover_logprob_difference_max` (over the known sequences) and `handover_unseen_weights` (how many weights
+        only the known sequences vouch for).
         """
         assert not self._turns
         started = time.perf_counter()
@@ -178,7 +181,7 @@ class VllmEngine:
         }
 
     def step(self) -> list[Sequence]:
-        """Run every running sequence one token further; the sequences whose turn ended with it, tokens appended."""
+        """Advance every running sequence by one token; return those whose turn ended with it, its tokens appended."""
         assert self.has_work
         started = time.perf_counter()
         pieces = self._generator.step()
@@ -201,9 +204,9 @@ class VllmEngine:
         return ended
 
     def _append(self, turn: RunningTurn, piece: Piece) -> None:
-        """Keep the tokens of a step, which are one, and follow the tags in them."""
+        """Keep the one token that a step sampled, and look for the end of a tag in it."""
         if not piece.token_ids:
-            return  # a long prompt that takes several steps
+            return  # none yet: a long prompt takes several steps
         (token_id,) = piece.token_ids
         sequence, statistics = turn.sequence, self.statistics
         if turn.token_ids:
@@ -218,7 +221,7 @@ class VllmEngine:
         turn.stop_state = int(self._matcher.advance(turn.stop_state, token_id))
 
     def _end_turn(self, turn: RunningTurn) -> Sequence:
-        """Give a sequence the tokens of its turn, the last of which vLLM has not computed."""
+        """Append the turn's tokens to its sequence. vLLM has not computed the last of them."""
         sequence = turn.sequence
         sequence.append_turn(np.array(turn.token_ids, dtype=np.int64), np.array(turn.logprobs, dtype=np.float32))
         sequence.num_computed = sequence.length - 1
@@ -226,5 +229,5 @@ class VllmEngine:
 
 
 def turn_seed(sequence: Sequence) -> int:
-    """63 bits for the next turn of a sequence."""
+    """Return 63 bits for the next turn of a sequence."""
     return int(stream_keys([int(sequence.stream_key) + sequence.num_policy_tokens])[0]) >> 1

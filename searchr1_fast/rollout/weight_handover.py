@@ -1,18 +1,18 @@
-"""Give a generator with weights of its own the trainer's weights, and see that they arrived.
+"""Hand the trainer's weights to a generator that has its own copy, and check that they arrived.
 
-What is not handed over stays as it was, and nothing complains: with a tied head and vLLM 0.32, weights without
+A weight that is not handed over stays as it was, and nothing complains. With a tied head and vLLM 0.32, weights without
 `lm_head.weight` leave the old head in place, and log-probabilities are off by up to 12 at the start of a run and by 0.2
 after the weights moved by a hundredth (`builtin:base`, Intel Xeon, 2026-11-27). So every hand-over is checked twice.
 
-`check_weights`: what the receiver computes with is the trainer's, number by number, on the device and without a copy.
-One weight of many that stays behind shows at the first step that moves it, a norm or a bias as well as a matrix; what a
-checksum of each would show, and without its collisions: both sides are in one process.
+`check_weights` compares what the receiver computes with to the trainer's weights, number by number, on the device and
+without a copy. One weight of many that stays behind shows at the first step that moves it, a norm or a bias as well as
+a matrix. That is what a checksum of each would show, but without its collisions: both sides are in one process.
 
-`check_scores`: both sides score a few known sequences. It sees what the first cannot: a weight that the receiver has no
-plain copy of, something derived from the old weights, a sum over other numbers. The first of them finds random weights
-on the other side: what never arrives shows there. What arrived once and does not again is harder to see, as an update
-moves the scores by less than rounding explains: a receiver whose scores stay as they were, to the bit, while the
-model's move away is told apart by that.
+`check_scores` lets both sides score a few known sequences. It sees what the first check cannot: a weight of which the
+receiver has no plain copy, something derived from the old weights, a sum over other numbers. At the first hand-over the
+receiver has random weights, so a weight that never arrives shows there. A weight that arrived once and does not again
+is harder to see, as an update moves the scores by less than rounding explains. It is recognised by scores of the
+receiver that stay as they were, to the bit, while the model's move away.
 
 Shape legend
     L  tokens of a known sequence    T  of all of them    D  hidden size    V  vocabulary    ...  a weight's own shape
@@ -33,26 +33,28 @@ from searchr1_fast.protocol import INVALID_ACTION_MESSAGE, format_observation
 from searchr1_fast.rollout.sampling import head_logits
 
 KNOWN_LENGTH = 48  # tokens, at most
-# Mean absolute difference of log-probabilities that rounding explains, by the type that both compute in. Measured for
+# Mean absolute difference of log-probabilities that rounding explains, by the dtype both compute in. Measured for
 # builtin:base on a CPU: 3e-6 in fp32, 0.03 in bf16 (Intel Xeon, 2026-11-27); on a GPU, and for larger models: not yet.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}
-# How far the model's scores may move away in the mean, since the receiver's last moved, before theirs must: a margin
-# over a model whose sums are not ordered the same every time, far below what the tolerance lets pass.
+# How far in the mean the model's scores may move, since the receiver's last moved, before the receiver's must move too.
+# A margin for a model whose sums are not ordered the same every time, far below what the tolerance lets pass.
 STANDSTILL = {torch.float32: 1e-5, torch.bfloat16: 0.02}
 COMPARED = 1 << 26  # numbers at a time: comparing them takes a byte each
 REMEDY = "take one that this was tested with (docs/architecture.md), or set rollout.engine=native"
 
 
 class Scores(NamedTuple):
-    """Of the known sequences, by either side, when the receiver's last changed."""
+    """Both sides' scores of the known sequences, from when the receiver's last changed."""
 
     model: np.ndarray  # [T - sequences] fp32
     receiver: np.ndarray  # [T - sequences] fp32
 
 
 class HandedWeights(Mapping[str, torch.Tensor]):
-    """Every weight by Hugging Face's name, a tied head under both of its names. An adapter is merged, where a weight is
-    asked for: one at a time is a copy, and not the model."""
+    """Every weight by its Hugging Face name, a tied head under both of its names.
+
+    An adapter is merged when a weight is asked for, so that one weight at a time is a copy, and not the whole model.
+    """
 
     def __init__(self, model: Decoder) -> None:
         self._all, self._scale = dict(model.named_parameters()), adapter_scale(model)
@@ -62,7 +64,7 @@ class HandedWeights(Mapping[str, torch.Tensor]):
 
     @property
     def shapes(self) -> dict[str, torch.Size]:
-        """Of all."""
+        """The shape of every weight, by name."""
         return {name: parameter.shape for name, parameter in self._own.items()}
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -76,18 +78,18 @@ class HandedWeights(Mapping[str, torch.Tensor]):
 
 
 def named_weights(model: Decoder) -> Iterator[tuple[str, torch.Tensor]]:
-    """`HandedWeights`, one after the other."""
+    """Yield the items of `HandedWeights`, one after the other."""
     yield from HandedWeights(model).items()
 
 
 def check_weights(
     weights: Mapping[str, torch.Tensor],  # [...] each
-    held: Iterable[tuple[str, torch.Tensor]],  # [...] each, of the trainer's device
+    held: Iterable[tuple[str, torch.Tensor]],  # [...] each, on the trainer's device
     receiver: str,
 ) -> list[str]:
-    """Names of the weights of which the receiver showed no copy. ValueError where a copy is not the trainer's.
+    """Return the names of weights of which the receiver showed no copy. ValueError if a copy is not the trainer's.
 
-    `held`: name and copy, in the receiver's own type, to which the trainer's numbers are rounded.
+    `held`: name and copy, in the receiver's own dtype, to which the trainer's numbers are rounded.
     """
     names, counts = [], []
     for name, theirs in held:
@@ -107,14 +109,14 @@ def check_weights(
 
 @torch.no_grad()
 def count_unlike(mine: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:  # [...], [...] -> [] int64
-    """Numbers that differ, once they are of the same type. NaN differs from everything."""
+    """Count the numbers that differ once they have the same dtype. NaN differs from everything."""
     rows = max(1, COMPARED * len(mine) // max(1, mine.numel()))
     parts = zip(mine.split(rows), theirs.split(rows), strict=True)
     return torch.stack([(one.to(other.dtype) != other).sum() for one, other in parts]).sum()
 
 
 def known_sequences(tokenizer: TextTokenizer, vocab_size: int, max_length: int) -> list[list[int]]:
-    """Texts that a policy sees, and ids from all over the vocabulary in both directions; [L] each, L >= 2."""
+    """Return texts that a policy sees, and ids from all over the vocabulary in both orders; [L] each, L >= 2."""
     length = min(KNOWN_LENGTH, max_length)
     spread = np.linspace(0, vocab_size - 1, length).astype(np.int64).tolist()
     texts = [INVALID_ACTION_MESSAGE, format_observation([])]
@@ -124,14 +126,14 @@ def known_sequences(tokenizer: TextTokenizer, vocab_size: int, max_length: int) 
 
 @torch.no_grad()
 def score(model: Decoder, sequences: list[list[int]]) -> np.ndarray:  # [T - sequences] fp32
-    """The model's log-probability of every token but each sequence's first."""
+    """Return the model's log-probability of every token but each sequence's first."""
     device = model.head_weight.device
     token_ids = torch.tensor([token for sequence in sequences for token in sequence], device=device)  # [T]
     lengths = torch.tensor([0, *map(len, sequences)])
     hidden = model.hidden(token_ids, lengths.cumsum(0).to(device), max_seqlen=int(lengths.max()))  # [T, D]
     table = torch.log_softmax(head_logits(hidden, model.head_weight), dim=-1)  # [T, V]
     after = table[:-1].gather(1, token_ids[1:, None])[:, 0].cpu().numpy()
-    starts = lengths.cumsum(0)[1:-1].numpy()  # what would follow one sequence's end is the next one's first token
+    starts = lengths.cumsum(0)[1:-1].numpy()  # the token after one sequence's end is the next one's first: left out
     return np.delete(after, starts - 1)
 
 
@@ -142,9 +144,9 @@ def check_scores(
     receiver: str,
     before: Scores | None = None,
 ) -> tuple[Scores, float]:
-    """-> what to give as `before` the next time, and the largest difference of two log-probabilities.
+    """Return what to pass as `before` the next time, and the largest difference of two log-probabilities.
 
-    ValueError where the receiver's scores are not the model's, or have not moved with it.
+    ValueError if the receiver's scores are not the model's, or have not moved with it.
     """
     now = Scores(score(model, sequences), np.concatenate(scores))
     differences, dtype = np.abs(now.receiver - now.model), model.head_weight.dtype
