@@ -19,10 +19,10 @@ def packed_attention(
     key_lengths: list[int] | None = None,  # [S], adding up to K; None: the sequences' own
     masks: list[torch.Tensor | None] | None = None,  # [S], from `suffix_masks`
 ) -> torch.Tensor:  # [T, H, d]
-    """Causal softmax attention inside each sequence; with `key_lengths` a sequence's queries are the last of its keys.
+    """Causal softmax attention inside each sequence. With `key_lengths`, a sequence's queries are the last of its keys.
 
-    One SDPA call per sequence: the lengths differ and padding would be work. `split` and not slicing, because the
-    gradient of a split is one concatenation, that of S slices S tensors of full size.
+    There is one SDPA call per sequence, as the lengths differ and padding would be work. `split` is used and not
+    slicing, because the gradient of a split is one concatenation, and that of S slices is S tensors of full size.
     """
     if query.device.type == "cpu" and query.dtype != torch.float32:
         # torch's CPU attention takes 2.6 times as long backward in bf16 as in fp32 (AMD EPYC, torch 2.13, 2026-11-22)
@@ -44,8 +44,8 @@ def packed_attention(
         )
         if q.shape[2]
     ]
-    # A tensor of its own, as the kernels return: the copy is made in any case, by whoever flattens the heads, and
-    # compiled code would tell views from what is none.
+    # A tensor of its own, as the kernels return. Flattening the heads would copy in any case, and compiled code would
+    # distinguish a view from a tensor that is none.
     return torch.cat(outputs, dim=2)[0].transpose(0, 1).clone(memory_format=torch.contiguous_format)
 
 
@@ -54,7 +54,7 @@ def suffix_masks(
     key_lengths: list[int],  # [S]
     device: torch.device,
 ) -> list[torch.Tensor | None]:  # [queries, keys] bool each
-    """Which keys the last tokens of each sequence see; None where the queries are all of the sequence."""
+    """Return which keys the last tokens of each sequence see; None where the queries are the whole sequence."""
     return [
         torch.ones(n, m, dtype=torch.bool, device=device).tril(m - n) if m > n else None
         for n, m in zip(sequence_lengths, key_lengths, strict=True)
@@ -62,5 +62,5 @@ def suffix_masks(
 
 
 def gather_rows(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:  # [T, G, d], [K] int64 -> [K, G, d]
-    """`x[rows]`, as an embedding: its gradient adds row to row, fast and in a fixed order; indexing is neither."""
+    """Return `x[rows]` by an embedding, whose gradient adds rows fast and in a fixed order; indexing does neither."""
     return F.embedding(rows, x.flatten(1)).view(len(rows), *x.shape[1:])

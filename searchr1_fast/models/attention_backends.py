@@ -1,14 +1,14 @@
-"""Which code computes packed attention, chosen once per device and type, and said in one line (`describe_attention`).
+"""Choose which code computes packed attention, once per device and dtype; `describe_attention` says it in one line.
 
-All of them take packed rows with the ends of each sequence and are causal, aligned at the end: where a sequence has
+All back-ends take packed rows with the ends of each sequence. They are causal, aligned at the end: where a sequence has
 more keys than queries (it continues a beginning that others share), its queries are the last of its keys.
 
     flash-attn  flash_attn.flash_attn_varlen_func, where the package is installed
     varlen      torch.nn.attention.varlen.varlen_attn, which is torch's own build of the same kernels
     sdpa        attention.packed_attention, one call per sequence: the plain twin, and the path of the CPU and of fp32
 
-The first two need a GPU (flash-attn has not been tried on one yet); without one, tests hold their calls against the
-twin.
+The first two need a GPU (flash-attn has not been tried on one yet). Without one, tests compare their calls with the
+twin's.
 
 Shape legend
     T  packed tokens    S  sequences    K  keys: T, or more where sequences share beginnings
@@ -39,8 +39,8 @@ _MIN_FLASH_VERSION = (2, 5)  # from 2.1 the causal mask is aligned at the end, f
 class PackedLayout:
     """Where sequences end, among queries and among keys; the same for all layers of a forward pass.
 
-    The lengths on the host are those that kernels size their grids by; the plain twin needs all of them and reads them
-    when first asked, which on a GPU waits for the device.
+    Kernels size their grids by the longest lengths, which the host knows. The plain twin needs all lengths: `lists`
+    reads them when first called, which waits for a GPU.
     """
 
     cu_seqlens_q: torch.Tensor  # [S+1] int32
@@ -50,7 +50,7 @@ class PackedLayout:
     _lists: tuple[list[int], list[int], list[torch.Tensor | None]] | None = field(default=None, repr=False)
 
     def lists(self) -> tuple[list[int], list[int], list[torch.Tensor | None]]:
-        """Lengths of queries and keys, and the masks of the sequences that have more keys than queries."""
+        """Return the lengths of queries and keys, and the masks of the sequences that have more keys than queries."""
         if self._lists is None:
             query_lengths, key_lengths = self.cu_seqlens_q.diff().tolist(), self.cu_seqlens_k.diff().tolist()
             masks = suffix_masks(query_lengths, key_lengths, self.cu_seqlens_q.device)
@@ -63,7 +63,7 @@ PackedAttention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, PackedLayo
 
 
 class AttentionBackend(NamedTuple):
-    """One way to compute packed attention, and why it is the one."""
+    """One way to compute packed attention, and why it was chosen."""
 
     name: str
     reason: str
@@ -72,7 +72,7 @@ class AttentionBackend(NamedTuple):
 
 @cache
 def choose_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -> AttentionBackend:
-    """The fastest that is there for tensors of this kind; nothing is imported that is not used."""
+    """Choose the fastest back-end that is there for tensors of this kind; nothing is imported that is not used."""
     obstacle = _obstacle(device, dtype, head_dim)
     if obstacle:
         return AttentionBackend("sdpa", obstacle, attend_sdpa)
@@ -86,13 +86,13 @@ def choose_attention(device: torch.device, dtype: torch.dtype, head_dim: int) ->
 
 
 def describe_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    """The choice in one line."""
+    """Describe the choice in one line."""
     chosen = choose_attention(device, dtype, head_dim)
     return f"attention: {chosen.name} ({chosen.reason})"
 
 
 def repeats_key_heads(dtype: torch.dtype) -> bool:
-    """Whether a GPU's attention of 16-bit types is given a key head per query head: memory that a plan must count."""
+    """Whether a GPU's attention in this dtype is given a key head per query head: memory that a plan must count."""
     if dtype not in (torch.bfloat16, torch.float16):
         return True  # the plain twin does
     if importlib.util.find_spec("flash_attn") is not None:
@@ -105,7 +105,7 @@ def _has_groups(varlen_attn: Callable) -> bool:
 
 
 def _obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    """What keeps the kernels from these tensors, or ""."""
+    """Say why the kernels cannot take these tensors; "" if they can."""
     if device.type != "cuda":
         return f"on the {device.type.upper()}"
     if dtype not in (torch.bfloat16, torch.float16):
@@ -130,9 +130,9 @@ def attend_sdpa(
 
 
 def attend_flash() -> PackedAttention:
-    """flash-attn's function, which aligns the causal mask at the end, and groups heads by itself.
+    """Return flash-attn's function, which aligns the causal mask at the end and groups heads by itself.
 
-    `deterministic`: else blocks add to the queries' gradient in the order in which they happen to end.
+    Without `deterministic`, blocks add to the queries' gradient in the order in which they happen to end.
     """
     varlen_func = importlib.import_module("flash_attn").flash_attn_varlen_func
 
@@ -153,8 +153,8 @@ def attend_flash() -> PackedAttention:
 
 
 def attend_varlen() -> PackedAttention:
-    """torch's function. `window_size=(-1, 0)` is its causal mask, aligned at the end as in flash-attn (torch's own
-    `causal_lower_right` rests on the same kernel).
+    """Return torch's function. `window_size=(-1, 0)` is its causal mask, aligned at the end as in flash-attn (torch's
+    own `causal_lower_right` uses the same kernel).
 
     torch 2.11 has no `enable_gqa` and documents equal numbers of heads; from 2.12 groups must be asked for.
     """

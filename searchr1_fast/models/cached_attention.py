@@ -1,8 +1,8 @@
 """Attention of new tokens over a paged KV cache, for generation. No gradients; nothing is padded.
 
-On a CPU tokens read their blocks in place (`searchr1_kernels`, fp32 and bf16), and many that join a sequence together
-go through matrix products over a copy of its keys. On CUDA it is the Triton kernel of `searchr1_kernels`.
-`cached_attention_reference` is the plain twin of all, and the path of every other device and type.
+On a CPU, tokens read their blocks in place (`searchr1_kernels`, fp32 and bf16), but many that join a sequence together
+go through matrix products over a copy of its keys. On CUDA, it is the Triton kernel of `searchr1_kernels`.
+`cached_attention_reference` is the plain twin of all of these, and the path of every other device and dtype.
 
 Shape legend
     T  new tokens    S  sequences    H  query heads    G  key/value heads (H a multiple of G)    d  head dimension
@@ -26,30 +26,30 @@ GATHERED_TOKENS = 512  # bounds what the plain twin gathers: [512, H, length, d]
 
 
 class Least(NamedTuple):
-    """A run of tokens that goes through matrix products: how many at least, and how many times keys."""
+    """The least run of tokens that goes through matrix products: its tokens, and its tokens times keys."""
 
     tokens: int
     pairs: int
 
 
-# Tokens that join one sequence are faster through matrix products than one by one where they meet many keys. Against
-# the compiled loop 2.4 times for 210 tokens behind 300, 1.4 for 8 behind 500; 0.6 times for 40 at the beginning (4
-# heads of 32, one core of an AMD EPYC, 2026-11-25). Against the vector code in fp32 0.4 to 0.7 times for 64 tokens, 0.6
-# to 1 for 128, and 0.6 to 1.2 for 256, at the beginning and behind 500; in bf16, which has AMX in its products, 0.5 to
-# 1.2 for 64 at the beginning and 1 to 1.6 behind 500, 0.8 to 1.4 for 128 at the beginning, 1.4 to 1.9 behind 500 (4
-# heads of 32 and of 64, 14 of 64, 16 of 128, 2 for keys; one core of an Intel Xeon, 2026-11-27).
+# Tokens that join one sequence are faster through matrix products than one by one where they meet many keys. Speed of
+# the products relative to the compiled loop: 2.4 for 210 tokens after 300, 1.4 for 8 after 500, 0.6 for 40 at the
+# beginning (4 heads of 32, one core of an AMD EPYC, 2026-11-25). Relative to the vector code in fp32: 0.4 to 0.7 for 64
+# tokens, 0.6 to 1 for 128 and 0.6 to 1.2 for 256, at the beginning and after 500. In bf16, which has AMX in its
+# products: for 64, 0.5 to 1.2 at the beginning and 1 to 1.6 after 500; for 128, 0.8 to 1.4 and 1.4 to 1.9 (4 heads of
+# 32 and of 64, 14 of 64, 16 of 128, 2 for keys; one core of an Intel Xeon, 2026-11-27).
 _LEAST = Least(4, 4096)
 _LEAST_OF_VECTORS = {torch.float32: Least(256, 0), torch.bfloat16: Least(4, 8192)}
 
 
 def least_chunk(keys: torch.Tensor) -> Least:  # [P, G, B, d]
-    """Of tokens whose keys these are."""
+    """Return the least run of tokens that have these keys."""
     size, head_dim = keys.shape[2:]
     return _LEAST_OF_VECTORS[keys.dtype] if takes(head_dim, size, keys.dtype == torch.bfloat16) else _LEAST
 
 
 class Chunk(NamedTuple):
-    """Tokens `begin` to `end` of a step: places `length - (end - begin)` to `length` of one slot."""
+    """Tokens `begin` to `end` of a step, at places `length - (end - begin)` to `length` of one slot."""
 
     begin: int
     end: int
@@ -71,7 +71,7 @@ def find_chunks(
     table: torch.Tensor,  # [C, W] int32
     least: Least = _LEAST,
 ) -> Chunks:
-    """Consecutive tokens at consecutive places of one slot, where they are many."""
+    """Find consecutive tokens at consecutive places of one slot, where they are many; the others are alone."""
     slot, position = slots.numpy(), positions.numpy()
     assert len(slot) > 0
     breaks = np.flatnonzero((slot[1:] != slot[:-1]) | (position[1:] != position[:-1] + 1)) + 1
@@ -95,7 +95,8 @@ class Tiles(NamedTuple):
 
 
 def make_tiles(lengths: np.ndarray, group: int, device: torch.device) -> Tiles | None:
-    """lengths [S] of a step's sequences; query heads per key/value head. None where every token is alone."""
+    """Tile a step's sequences of `lengths` [S], with `group` query heads per key/value head; None if every token is
+    alone."""
     found = searchr1_kernels.attention_tiles(lengths, group)
     return None if found is None else Tiles(torch.from_numpy(found[0]).to(device, non_blocking=True), found[1])
 
@@ -107,10 +108,10 @@ def cached_attention(
     table: torch.Tensor,  # [C, W] int32
     slots: torch.Tensor,  # [T] int64: the cache slot of each token
     positions: torch.Tensor,  # [T] int64: its place in the slot, already written
-    chunks: Chunks | None = None,  # of these slots, positions and table, where they are known; read on the CPU alone
-    tiles: Tiles | None = None,  # of these tokens, from `make_tiles`; read on CUDA alone
+    chunks: Chunks | None = None,  # of these slots, positions and table, if they are known; read only on the CPU
+    tiles: Tiles | None = None,  # of these tokens, from `make_tiles`; read only on CUDA
 ) -> torch.Tensor:  # [T, H, d]
-    """Token t attends to places 0 … positions[t] of its slot."""
+    """Let token t attend to places 0 … positions[t] of its slot."""
     if query.device.type == "cuda":
         found, num_alone = (None, 0) if tiles is None else tiles
         options = {"table": table, "tiles": found, "num_alone": num_alone}
@@ -147,14 +148,14 @@ def cached_attention_reference(
     slots: torch.Tensor,  # [T] int64
     positions: torch.Tensor,  # [T] int64
 ) -> torch.Tensor:  # [T, H, d]
-    """`cached_attention` in plain torch: gathers every token's blocks up to the longest, some tokens at a time."""
+    """Do `cached_attention` in plain torch: gather every token's blocks up to the longest, some tokens at a time."""
     if len(query) > GATHERED_TOKENS:
         parts = zip(*(x.split(GATHERED_TOKENS) for x in (query, slots, positions)), strict=True)
         return torch.cat([cached_attention_reference(q, keys, values, table, s, p) for q, s, p in parts])
     length = int(positions.max()) + 1 if len(positions) else 0
     blocks = table[slots, : -(-length // keys.shape[2])].long()  # [T, W']
     group = query.shape[1] // keys.shape[1]
-    # Entries behind a token's own may be anybody's blocks, and hold anything: a weight of 0 would not silence a NaN.
+    # Entries past a token's own may be any sequence's blocks, and hold anything: a weight of 0 would not silence a NaN.
     visible = torch.arange(length, device=query.device) <= positions[:, None]  # [T, length]
     k, v = (cache[blocks].transpose(1, 2).flatten(2, 3)[:, :, :length] for cache in (keys, values))
     k, v = (x.masked_fill(~visible[:, None, :, None], 0.0).repeat_interleave(group, dim=1) for x in (k, v))

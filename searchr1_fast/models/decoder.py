@@ -1,8 +1,8 @@
 """The decoder (Qwen2, Qwen3, Llama 3): one module for training on packed sequences and for generating with a cache.
 
 Module and parameter names are those of Hugging Face, so a checkpoint's state dict is this module's. Left out on
-purpose: padding, attention masks, dropout, and what `DecoderConfig.from_hf` refuses. One matrix product for q, k and v
-together, and one for gate and up, are for generation alone (generation.py): docs/models.md.
+purpose: padding, attention masks, dropout, and what `DecoderConfig.from_hf` refuses. Only generation uses one matrix
+product for q, k and v together, and one for gate and up (generation.py, docs/models.md).
 
 Shape legend
     T  packed tokens    S  sequences    D  hidden size    V  vocabulary    H, G  query, key/value heads    d  head size
@@ -49,8 +49,8 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """The matrices of grouped-query attention; biases on q, k, v and norms over the heads of q and k as the family has
-    them. Attention itself is the context's."""
+    """The matrices of grouped-query attention, with biases on q, k, v and norms over the heads of q and k where the
+    family has them. The context computes the attention itself."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-norm layer; the unit that FSDP shards, and around its attention the unit that torch compiles."""
+    """One pre-norm layer: the unit that FSDP shards and, around its attention, the unit that torch compiles."""
 
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
@@ -114,7 +114,7 @@ class Block(nn.Module):
         context: PackedContext | CachedContext,
         rows: torch.Tensor | None = None,  # [R] int64: the tokens whose output is wanted
     ) -> torch.Tensor:  # [T, D], or [R, D]
-        """All tokens are keys and values; past the attention only `rows` are worked on."""
+        """Run the layer: all tokens are keys and values, and after attention only `rows` are worked on."""
         if self.recompute == "full":
             return recomputed(self._run, x, context, rows, _call)
         return self._run(x, context, rows, recomputed if self.recompute == "selective" else _call)
@@ -122,7 +122,7 @@ class Block(nn.Module):
     def _run(
         self, x: torch.Tensor, context: PackedContext | CachedContext, rows: torch.Tensor | None, part: Callable
     ) -> torch.Tensor:  # [T, D], or [R, D]
-        """`part` calls what lies before attention, and what lies behind it."""
+        """Run the layer, with `part` to call what comes before attention and what comes after it."""
         attended = context.attend(self.layer, *part(self.before_attention, x, context.cos, context.sin))
         if rows is not None:
             x, attended = x.index_select(0, rows), attended.index_select(0, rows)
@@ -143,7 +143,7 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
     def compile_in_place(self, backend: str) -> None:
-        """Compile what surrounds attention, for any number of tokens; attention, which is given lists of lengths,
+        """Compile what surrounds attention, for any number of tokens. Attention itself is given lists of lengths, and
         would be compiled anew for each."""
         self.before_attention = torch.compile(self.before_attention, backend=backend, fullgraph=True, dynamic=True)
         self.after_attention = torch.compile(self.after_attention, backend=backend, fullgraph=True, dynamic=True)
@@ -211,7 +211,7 @@ class CachedContext:
         return self.read(layer, query)
 
     def read(self, layer: int, query: torch.Tensor) -> torch.Tensor:  # [T, H, d] -> [T, H, d]
-        """Attention to what is cached, the tokens themselves included."""
+        """Attend to what is cached, the tokens themselves included."""
         memory = self.cache.keys[layer], self.cache.values[layer], self.cache.table
         return cached_attention(query, *memory, self.slots, self.positions, self.chunks, self.tiles)
 
@@ -229,7 +229,7 @@ class Model(nn.Module):
 class Decoder(nn.Module):
     """A causal language model over packed token ids."""
 
-    # The cached passes by generation.py, or by the modules; None: where those operations have kernels of their own.
+    # Whether generation.py runs cached passes, and not the modules; None: where its operations have kernels.
     fused_generation: bool | None = None
 
     def __init__(self, config: DecoderConfig) -> None:
@@ -240,7 +240,7 @@ class Decoder(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Normal weights of `initializer_range`, zero biases, unit norms; ties the head where the config says so."""
+        """Set normal weights of `initializer_range`, zero biases and unit norms; tie the head if the config says so."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=self.config.initializer_range)
@@ -255,9 +255,9 @@ class Decoder(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Decoder:
-        """What `to`, `to_empty` and the like do to every parameter; to a tied head as the embedding, once.
+        """Do what `to`, `to_empty` and the like do to every parameter; to a tied head only once, as the embedding.
 
-        nn.Module would give it memory of its own, and with it the largest matrix of a small model a second time.
+        nn.Module would give the head memory of its own, and so hold the largest matrix of a small model twice.
         """
         head = self.lm_head
         if head is None or not self.config.tie_word_embeddings:
@@ -273,21 +273,20 @@ class Decoder(nn.Module):
     def compile_blocks(self, backend: str = "inductor") -> None:
         """`torch.compile` every block around its attention, once, before the first forward.
 
-        Two graphs serve all layers and lengths, with and without gradients each; a single token, and none, have their
-        own, as torch treats sizes of 0 and 1 apart. With an adapter, passes of the base alone have theirs, and a critic
-        on the same base too: 8 in all, where torch would give up, are soon there.
+        Two graphs serve all layers and lengths, each with and without gradients. A single token, and none, have graphs
+        of their own, as torch treats sizes of 0 and 1 apart; with an adapter, so do passes of the base alone, and a
+        critic on the same base. The limit of 8, where torch would give up, is soon reached.
         """
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
         for block in self.layers:
             block.compile_in_place(backend)
 
     def join_projections(self) -> None:
-        """Let fused generation multiply once by the weights of q, k and v, and once by gate's and up's; likewise by
-        their adapters."""
+        """Let fused generation use one product for q, k and v, and one for gate and up; likewise for their adapters."""
         join_projections(self.model)
 
     def on_same_base(self) -> Decoder:
-        """Another decoder of the same parameters, the very objects, but for an adapter: it has none."""
+        """Return another decoder that has the same parameter objects, but no adapter."""
         with torch.device("meta"):
             other = Decoder(self.config)
         for name, parameter in base_parameters(self).items():
@@ -297,7 +296,7 @@ class Decoder(nn.Module):
         return other
 
     def checkpoint_blocks(self, recompute: Recompute) -> None:
-        """What blocks keep for the backward pass of `hidden`; generation keeps nothing in any case."""
+        """Set what blocks keep for the backward pass of `hidden`; generation keeps nothing in any case."""
         for block in self.layers:
             block.recompute = recompute
 
@@ -312,7 +311,7 @@ class Decoder(nn.Module):
         return self.lm_head.weight
 
     def forward(self, token_ids: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
-        """`hidden`: calling the module runs the hooks that FSDP needs."""
+        """Do `hidden`; calling the module runs the hooks that FSDP needs."""
         return self.hidden(token_ids, cu_seqlens)
 
     def hidden(
@@ -324,18 +323,18 @@ class Decoder(nn.Module):
         max_seqlen: int | None = None,
         positions: torch.Tensor | None = None,  # [T] int64
     ) -> torch.Tensor:  # [T, D], or [R, D]
-        """Final hidden states of packed sequences, each causal in itself.
+        """Return the final hidden states of packed sequences, each causal in itself.
 
-        `rows`: of these tokens alone. In training most tokens are retrieved text that only has to be attended to, and
+        `rows`: the tokens to return. In training most tokens are retrieved text that only has to be attended to, and
         the last layer need not work on them. `prefixes`: how sequences continue what others began (`PackedBatch`).
-        `max_seqlen`: the longest of `cu_seqlens`; where it is not given, a GPU is waited for to know it.
-        `positions`: of the tokens in their sequences; where they are not given, they are counted.
+        `max_seqlen`: the longest length in `cu_seqlens`; without it, the host waits for a GPU to compute it.
+        `positions`: of the tokens in their sequences; computed if not given.
         """
         x = self.model.embed_tokens(token_ids)
         return self._run(x, PackedContext(x, cu_seqlens, prefixes, max_seqlen, positions, self.config), rows)
 
     def scored_hidden(self, batch: PackedBatch) -> torch.Tensor:  # [R, D]
-        """`hidden` of the rows of a batch that predict, each once."""
+        """Return `hidden` of those rows of a batch that predict, each once."""
         return self.hidden(
             batch.token_ids, batch.cu_seqlens, batch.scored_rows, batch.prefixes, batch.max_seqlen, batch.positions
         )
@@ -354,16 +353,16 @@ class Decoder(nn.Module):
         cache: KVCache,
         host_lengths: np.ndarray | None = None,  # [S] int64: those of cu_seqlens, where the host knows them
     ) -> torch.Tensor:  # [S, D]
-        """Append tokens to cached sequences; the hidden state of each sequence's last new token.
+        """Append tokens to cached sequences, and return the hidden state of each sequence's last new token.
 
-        `host_lengths`: on a GPU, tokens that join a sequence together then share the loads of its keys. Without, each
-        loads its own; neither waits for the device.
+        With `host_lengths`, tokens that join a sequence together on a GPU share the loads of its keys. Without, each
+        loads its own. Neither waits for the device.
         """
         if len(token_ids) == len(slots):  # one each
             return self.decode_cached(token_ids, slots, start_positions, cache)
         cu_seqlens = cu_seqlens.long()
         lengths = cu_seqlens.diff()
-        num_tokens = len(token_ids)  # given to repeat_interleave, which else would wait for the device
+        num_tokens = len(token_ids)  # for repeat_interleave, which would otherwise wait for the device
         starts, slots = (x.repeat_interleave(lengths, output_size=num_tokens) for x in (start_positions, slots))
         positions = packed_positions(cu_seqlens, num_tokens) + starts
         context = CachedContext(slots, positions, cache, self.config, host_lengths)
@@ -377,7 +376,7 @@ class Decoder(nn.Module):
         positions: torch.Tensor,  # [S] int64: how many tokens each slot holds already
         cache: KVCache,
     ) -> torch.Tensor:  # [S, D]
-        """`forward_cached` where every sequence has one new token; what `DecodeGraphs` records."""
+        """Do `forward_cached` for one new token per sequence. This is what `DecodeGraphs` records."""
         context = CachedContext(slots, positions, cache, self.config)
         return self._run(self.model.embed_tokens(token_ids), context, rows=None)
 
@@ -399,9 +398,9 @@ def packed_positions(
     num_tokens: int,
     prefixes: SharedPrefixes | None = None,
 ) -> torch.Tensor:  # [T] int64
-    """0, 1, … from the start of each sequence, what it shares with others counted."""
+    """Count positions 0, 1, … from the start of each sequence, including what it shares with others."""
     own, starts = cu_seqlens.diff().long(), cu_seqlens[:-1].long()
     if prefixes is not None:
         starts = starts + own - prefixes.cu_seqlens_k.diff().long()
-    # output_size is given as repeat_interleave would wait for the device to know it
+    # without output_size, repeat_interleave would wait for the device to know it
     return torch.arange(num_tokens, device=cu_seqlens.device) - starts.repeat_interleave(own, output_size=num_tokens)

@@ -1,11 +1,11 @@
-"""Memory for keys and values during generation, in blocks of a few places each, and where every sequence's blocks are.
+"""Memory for keys and values during generation, in blocks of a few places each, and the table of each slot's blocks.
 
 A slot is a row of `table`, for one sequence: its token p is at place p % B of block `table[c, p // B]` (Kwon et al.
-2023, arXiv 2309.06180). Slots whose sequences begin alike may have their first blocks in common; a block is written by
-one slot only.
+2023, arXiv 2309.06180). Slots whose sequences begin alike may share their first blocks; a block is written by one slot
+only.
 
-Who owns what: this class holds memory and table, on the device. Which block is whose is decided elsewhere, by the
-engine's `BlockTables`; a cache made without `num_blocks` has all blocks of every slot laid out from the start.
+Who owns what: this class holds memory and table, on the device. The engine's `BlockTables` decides which slot has which
+block; a cache made without `num_blocks` has all blocks of every slot laid out from the start.
 
 Shape legend
     C  slots    W  blocks of a slot    P  blocks    G  key/value heads    B  places of a block    d  head dimension
@@ -23,22 +23,22 @@ from searchr1_fast.models.decoder_config import DecoderConfig
 if TYPE_CHECKING:
     from searchr1_fast.models.generation_loops import Kept
 
-# Places of a block. CUDA: as many keys as one step of the attention kernel loads. CPU: blocks are what sequences that
-# begin alike can share, so small ones; but of 16 the attention takes 1.1 to 1.25 times as long as of 32, and of 64 as
-# long (4 heads of 32 and of 64, one core of an Intel Xeon, 2026-11-27).
+# Places per block. CUDA: as many keys as one step of the attention kernel loads. CPU: small, as sequences that begin
+# alike share whole blocks; but attention takes 1.1 to 1.25 times as long with 16 as with 32, and as long with 64 as
+# with 32 (4 heads of 32 and of 64, one core of an Intel Xeon, 2026-11-27).
 BLOCK_SIZE = {"cpu": 32, "cuda": 64}
 
 
 def block_size(device: torch.device | str) -> int:
-    """Places of a block on a device of this kind."""
+    """Return the places per block on a device of this kind."""
     return BLOCK_SIZE.get(torch.device(device).type, BLOCK_SIZE["cuda"])
 
 
 class KVCache:
     """Keys and values per layer, `[P, G, B, d]` each, and `table` [C, W] int32.
 
-    The head comes before the place so that one head's keys lie together, as the attention reads them. Zeros at first:
-    an attention that masks by a weight of 0 would otherwise read 0 * NaN from places never written.
+    The head comes before the place so that one head's keys lie together, as the attention reads them. Memory starts as
+    zeros: an attention that masks by a weight of 0 would otherwise read 0 * NaN from places never written.
     """
 
     def __init__(
@@ -51,8 +51,10 @@ class KVCache:
         *,
         num_blocks: int | None = None,
     ) -> None:
-        """Room for `num_slots` sequences of up to `max_length` tokens, if `num_blocks` are enough for what they have;
-        None: as many as they may need, and every slot has its own."""
+        """Make room for `num_slots` sequences of up to `max_length` tokens, as far as `num_blocks` blocks suffice.
+
+        `num_blocks` None: as many as they may need, and every slot has its own.
+        """
         self.block_size = block_size(device)
         self.num_slots, self.max_length = num_slots, max_length
         width = -(-max_length // self.block_size)
@@ -99,8 +101,8 @@ class KVCache:
     ) -> None:
         """Give place `places[t]` of block `targets[t]` what block `sources[t]` has at the same place.
 
-        Everything is read before anything is written, a layer at a time. A row of one head at one place is a run of
-        memory: by rows it takes half the time of indexing blocks and places (AMD EPYC, 2026-11-24).
+        Everything is read before anything is written, a layer at a time. One head at one place is a contiguous row:
+        copying rows takes half the time of indexing blocks and places (AMD EPYC, 2026-11-24).
         """
         memory = self.keys[0]
         heads = torch.arange(memory.shape[1], device=memory.device)
@@ -114,5 +116,5 @@ class KVCache:
 
     @property
     def num_bytes(self) -> int:
-        """Memory of all layers, and of the table."""
+        """The bytes of all layers and of the table."""
         return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values, self.table))

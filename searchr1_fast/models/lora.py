@@ -1,16 +1,16 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685): a layer computes with W + alpha / rank * B A; A and B are learned, W is
-frozen.
+"""Low-rank adapters (LoRA, arXiv 2106.09685): with W frozen, A and B learned, layers use W + alpha / rank * B A.
 
-Numerics are peft's: A begins as peft draws it, B at zero, so that training begins at the base. Products are two thin
-ones beside the frozen one, in training and in generation alike, and W is never written. Why not a merged copy for
-generation: it is as large as the model, and W + B A has to be rounded to the compute type, where B A is lost while it
-is smaller than half of W's last digit. In bf16 (rank 32, B as ten steps of AdamW at 1e-5 leave it, 3584 x 3584 of
-deviation 0.02) 94 % of what the adapter adds is gone, after a hundred steps 51 %, after a thousand 6 %: the sampler
-would not see what the trainer learns. Merged weights are for what leaves the process: files, and engines with weights
-of their own; `save_adapter` writes what such rounding would lose.
+Numerics are peft's: A starts as peft draws it and B at zero, so that training starts at the base. The adapter is two
+thin products beside the frozen one, in training and in generation alike, and W is never written.
 
-A base is shared, as nobody writes it: by the module that is trained, by the one that generates, by the reference (the
-base without adapter) and by PPO's critic, which has an adapter of its own.
+Generation does not use a merged copy. It would be as large as the model, and W + B A would have to be rounded to the
+compute dtype, where B A is lost while it is smaller than half of W's last digit. In bf16 (rank 32, B as ten steps of
+AdamW at 1e-5 leave it, 3584 x 3584 of deviation 0.02) 94 % of what the adapter adds is gone, after a hundred steps
+51 %, after a thousand 6 %: the sampler would not see what the trainer learns. Merged weights are for what leaves the
+process: files, and engines with weights of their own. `save_adapter` writes what such rounding would lose.
+
+The base is shared, as nothing writes it: by the module that is trained, the one that generates, the reference (the base
+without adapter) and PPO's critic, which has an adapter of its own.
 
 Left out: dropout on the adapter's input (the sampler could not have it), rsLoRA and DoRA, adapters on embedding and
 head, base weights in fewer bits.
@@ -35,7 +35,7 @@ PARTS = ("lora_A", "lora_B")
 
 
 class LoraLinear(nn.Linear):
-    """A linear layer with its adapter. `weight` and `bias` are those of the layer whose place it takes."""
+    """A linear layer with its adapter. `weight` and `bias` are those of the layer that it replaces."""
 
     def __init__(self, linear: nn.Linear, rank: int, alpha: float, dtype: torch.dtype) -> None:
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
@@ -66,10 +66,10 @@ def adapted_product(
     above: torch.Tensor,  # [O, r]: B
     scale: float,
 ) -> torch.Tensor:  # [T, O]
-    """x W^T + bias + scale x A^T B^T.
+    """Compute x W^T + bias + scale x A^T B^T.
 
-    The frozen product comes last and is added in place. So its sum is rounded once, with what B A gives in it; and
-    recomputation ends before it where it is a block's last, as it keeps nothing: that is over a quarter of a block.
+    The frozen product comes last and is added in place. So its sum, with B A's part in it, is rounded only once. And
+    where it is a block's last, recomputation ends before it, as it keeps nothing: that is over a quarter of a block.
     """
     thin = F.linear(x, below)  # [T, r]
     if scale != 1.0:
@@ -81,24 +81,24 @@ def adapted_product(
 
 
 def adapted_layers(model: nn.Module) -> dict[str, LoraLinear]:
-    """By the layer's name; none where the model has no adapter."""
+    """Return the adapted layers by name; {} if the model has no adapter."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """A and B of every adapted layer, by name."""
+    """Return A and B of every adapted layer, by name."""
     layers = adapted_layers(model)
     return {f"{name}.{part}": getattr(layer, part) for name, layer in layers.items() for part in PARTS}
 
 
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """All but the adapter's, by Hugging Face's names; a tied head once, as the embedding."""
+    """Return all parameters but the adapter's, by Hugging Face's names; a tied head once, as the embedding."""
     own = adapter_parameters(model).keys()
     return {name: parameter for name, parameter in model.named_parameters() if name not in own}
 
 
 def adapter_scale(model: nn.Module) -> float:
-    """What B A is multiplied by, in all layers; 1 where there is no adapter."""
+    """Return what B A is multiplied by in all layers; 1 if there is no adapter."""
     return next((layer.scale for layer in adapted_layers(model).values()), 1.0)
 
 
@@ -109,8 +109,8 @@ def is_adapters(name: str) -> bool:
 
 @torch.no_grad()
 def merged(weights: Mapping[str, torch.Tensor], name: str, scale: float) -> torch.Tensor:
-    """A weight of a model, by its name among all of them; with an adapter W + scale * B A, summed in fp32 and rounded
-    once to W's type."""
+    """Return a weight by its name among all of a model's, with its adapter merged: W + scale * B A, summed in fp32 and
+    rounded once to W's dtype."""
     layer, _, own = name.rpartition(".")
     weight, below = weights[name].detach(), weights.get(f"{layer}.{PARTS[0]}")
     if own != "weight" or below is None:
@@ -120,7 +120,7 @@ def merged(weights: Mapping[str, torch.Tensor], name: str, scale: float) -> torc
 
 
 def describe_adapter(model: nn.Module) -> str:
-    """Of a model that has one, in one line."""
+    """Describe the adapter of a model that has one, in one line."""
     layers = adapted_layers(model)
     rank, targets = next(iter(layers.values())).rank, dict.fromkeys(name.rpartition(".")[2] for name in layers)
     learned, frozen = (sum(p.numel() for p in part(model).values()) for part in (adapter_parameters, base_parameters))
@@ -133,9 +133,9 @@ def describe_adapter(model: nn.Module) -> str:
 def add_adapter(
     model: nn.Module, rank: int, alpha: float, targets: Collection[str], dtype: torch.dtype = torch.float32
 ) -> None:
-    """Freeze every parameter, and put a LoraLinear of `rank` in the place of every linear layer whose own name (the
-    last part, `q_proj`) is among the targets. A and B are where the layer is, A uninitialised. ValueError: a target
-    that the model does not have."""
+    """Freeze every parameter, and replace every linear layer whose own name (the last part, `q_proj`) is among the
+    targets by a LoraLinear of `rank`. A and B are on the layer's device, A uninitialised. ValueError for a target that
+    the model does not have."""
     assert not adapted_layers(model), "one adapter at a time"
     model.requires_grad_(False)
     found = set()
@@ -150,8 +150,8 @@ def add_adapter(
 
 @torch.no_grad()
 def reset_adapter(model: nn.Module, seed: int) -> None:
-    """A uniform in +-1 / sqrt(I), as peft draws it, and B zero. The same on any number of ranks: each draws all of A,
-    and keeps its rows."""
+    """Draw A uniformly in +-1 / sqrt(I), as peft does, and set B to zero. The result is the same on any number of
+    ranks: each draws all of A and keeps its rows."""
     generator = torch.Generator().manual_seed(seed)
     for layer in adapted_layers(model).values():
         bound = layer.in_features**-0.5
@@ -163,7 +163,7 @@ def reset_adapter(model: nn.Module, seed: int) -> None:
 
 @contextmanager
 def without_adapter(model: nn.Module) -> Iterator[None]:
-    """The base alone, within. Nothing to switch where there is no adapter."""
+    """Use the base alone inside this context. Without an adapter, there is nothing to switch."""
     layers = list(adapted_layers(model).values())
     for layer in layers:
         layer.is_active = False
@@ -176,12 +176,12 @@ def without_adapter(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def fingerprint(model: nn.Module) -> int:
-    """A number that tells bases apart: the sum of the bits of all their numbers, in whatever order they are added."""
+    """Return a number that tells bases apart: the sum of all their numbers' bits, which is the same in any order."""
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
     parameters = list(base_parameters(model).values())
     total = torch.zeros((), dtype=torch.int64, device=parameters[0].device)
     for parameter in parameters:
-        # In pieces: a sum of narrow integers first makes wide ones of all of them.
+        # In pieces, because a sum of narrow integers first widens all of them.
         for piece in parameter.view(integers[parameter.element_size()]).flatten().split(1 << 24):
             total += piece.sum(dtype=torch.int64)
     return int(total)
@@ -191,7 +191,7 @@ def fingerprint(model: nn.Module) -> int:
 
 
 class JoinedAdapters(NamedTuple):
-    """The adapters of n layers that take the same input, as two matrices of which theirs are views."""
+    """The adapters of n layers that take the same input, as two matrices; each layer's A and B are views of them."""
 
     below: torch.Tensor  # [n r, I]: each A below the one before
     diagonal: torch.Tensor  # [sum of O, n r]: each B on the diagonal, zeros beside them
@@ -199,8 +199,8 @@ class JoinedAdapters(NamedTuple):
 
 
 def join_adapters(layers: Sequence[nn.Linear]) -> None:
-    """Give the adapters of layers that take the same input one memory, so that two products serve them all. Layers
-    without adapter get rows of zeros. The parameters stay themselves; their values too."""
+    """Put the adapters of layers that take the same input into one memory, so that two products serve them all. Layers
+    without an adapter get rows of zeros. The parameters remain the same objects with the same values."""
     adapted = [layer for layer in layers if isinstance(layer, LoraLinear)]
     if not adapted:
         return
@@ -217,7 +217,7 @@ def join_adapters(layers: Sequence[nn.Linear]) -> None:
 
 
 def joined_adapters(layers: Sequence[LoraLinear]) -> JoinedAdapters | None:
-    """What `join_adapters` made of them, if A and B still lie there: `Module.to` gives them memory of their own."""
+    """Return what `join_adapters` made; None if A and B no longer lie there, as after `Module.to`."""
     joined = layers[0].joined
     if joined is None or len(joined.views) != len(layers):
         return None
