@@ -1,6 +1,6 @@
-"""An adapter alone, as peft keeps it: adapter_config.json and adapter_model.safetensors, in a directory of its own.
+"""Read and write an adapter alone, as peft does: adapter_config.json and adapter_model.safetensors in a directory.
 
-What such a file may say and lora.py does not compute is refused, with a sentence that names it.
+What such a file may ask for and lora.py does not compute is refused, with a sentence that names it.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from searchr1_fast.models.tensor_files import save_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX, SUFFIX = "base_model.model.", ".weight"  # around our names, in peft's
-# Keys that say nothing of the arithmetic, or whose word is checked against the tensors; of any other, whichever peft
-# will have, what is not nothing is refused.
+# Keys that say nothing about the arithmetic, or whose values are checked against the tensors. Any other key, whichever
+# peft will have, is refused unless its value is in `_PLAIN`, or in `_NOTHING` if `_PLAIN` lacks the key.
 _KNOWN = {
     *("base_model_name_or_path", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules"),
     *("task_type", "inference_mode", "auto_mapping", "revision", "peft_version"),
@@ -37,14 +37,14 @@ _PLAIN = {
 
 
 def save_adapter(model: Decoder, directory: str | Path, base: str) -> None:
-    """Write the adapter of a model that has one, whole parameters in their own type. `base`: what the adapter stands
-    on, a Hugging Face directory or name."""
+    """Write the adapter of a model that has one, as whole parameters in their own dtype. `base`: the adapter's base
+    model, a Hugging Face directory or name."""
     alpha = next(iter(adapted_layers(model).values())).alpha
     write_adapter(adapter_parameters(model), alpha, directory, base)
 
 
 def write_adapter(weights: Mapping[str, torch.Tensor], alpha: float, directory: str | Path, base: str) -> None:
-    """`save_adapter` of weights that left their model; others than A and B among them are passed over."""
+    """Do `save_adapter` for weights apart from their model; weights other than A and B are passed over."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     own = {name: weight.detach().cpu().contiguous() for name, weight in weights.items() if is_adapters(name)}
@@ -70,13 +70,13 @@ def write_adapter(weights: Mapping[str, torch.Tensor], alpha: float, directory: 
 
 
 def adapter_base(directory: str | Path) -> str | None:
-    """What the adapter of a directory stands on; None where it holds none."""
+    """Return the base model of a directory's adapter; None if it holds no adapter."""
     return _read_config(Path(directory))["base_model_name_or_path"] if (Path(directory) / CONFIG).is_file() else None
 
 
 def load_adapter(model: Decoder, directory: str | Path) -> None:
-    """Put the adapter of a directory on a model without one, in the model's type and where it is. ValueError: a file
-    that is not an adapter of such a model, or one that computes otherwise."""
+    """Put the adapter of a directory on a model without one, in the model's dtype and on its device. ValueError for a
+    file that is not an adapter of such a model, or one that computes differently."""
     config = _read_config(Path(directory))
     add_adapter(model, config["r"], float(config["lora_alpha"]), config["target_modules"], model.head_weight.dtype)
     fill_adapter(model, directory)
@@ -84,8 +84,8 @@ def load_adapter(model: Decoder, directory: str | Path) -> None:
 
 @torch.no_grad()
 def fill_adapter(model: torch.nn.Module, directory: str | Path) -> None:
-    """Give the adapter that a model has the numbers of a directory's; where FSDP2 has sharded it, its own rows.
-    ValueError, before anything is copied: what does not fit."""
+    """Fill a model's adapter from a directory's; where FSDP2 has sharded it, with this rank's rows. ValueError, before
+    anything is copied, names what does not fit."""
     directory = Path(directory)
     own = {f"{PREFIX}{name}{SUFFIX}": parameter for name, parameter in adapter_parameters(model).items()}
     with _open_tensors(directory / WEIGHTS) as file:
@@ -110,7 +110,7 @@ def check_start(
     alpha: float,
     targets: Collection[str],
 ) -> None:
-    """ValueError: training that is set up so cannot begin with the adapter of a directory. Nothing large is read."""
+    """Raise ValueError if such training cannot begin with the adapter of a directory. Nothing large is read."""
     directory = Path(directory)
     config = _read_config(directory)
     has = {"rank": config["r"], "alpha": config["lora_alpha"], "targets": config["target_modules"]}
@@ -119,7 +119,7 @@ def check_start(
         values = " ".join(f"model.lora.{key}={_as_yaml(has[key])}" for key in differing)
         raise ValueError(f"model.lora.path: the adapter of {directory} has other settings than this run; set {values}")
     base = config["base_model_name_or_path"]
-    # A name of the Hub says nothing of where its copy lies here, but what the copy's folder is called.
+    # A name of the Hub does not say where its copy lies here, only what the copy's folder is called.
     is_here = base is not None and (Path(base) / "config.json").is_file()
     if not (Path(base).samefile(model) if is_here else Path(str(base)).name == Path(model).resolve().name):
         raise ValueError(
@@ -129,7 +129,7 @@ def check_start(
 
 
 def _as_yaml(value: Any) -> str:
-    """As an override on the command line has it."""
+    """Format a value as an override on the command line has it."""
     return f"[{','.join(value)}]" if isinstance(value, list) else str(value)
 
 
@@ -148,7 +148,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
     names = wanted["target_modules"]
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{path}: target_modules must list names, not {names!r}")
-    # Of "all-linear" peft writes every layer's whole name; that none of them is missing is for the tensors to say.
+    # For "all-linear" peft writes every layer's whole name; the tensors say whether any of them is missing.
     wanted["target_modules"] = sorted({name.rpartition(".")[2] for name in names})
     for key, kind in (("r", int), ("lora_alpha", int | float)):
         if not isinstance(wanted[key], kind) or not wanted[key] > 0:

@@ -73,7 +73,7 @@ class DecoderConfig:
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
     model_type: str = "qwen2"
-    head_dim: int = 0  # 0, as given: hidden_size / num_attention_heads
+    head_dim: int = 0  # if given as 0: hidden_size / num_attention_heads
     rope_scaling: Llama3Scaling | None = None
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
@@ -103,7 +103,7 @@ class DecoderConfig:
 
     @classmethod
     def from_hf(cls, values: Mapping[str, Any]) -> DecoderConfig:
-        """From the contents of a config.json. ValueError for another architecture or an option that is not built."""
+        """Read the contents of a config.json. ValueError for another architecture or an option that is not built."""
         _refuse_what_is_not_built(values)
         theta, scaling = _read_rope(values)
         given = {field.name: values[field.name] for field in fields(cls) if values.get(field.name) is not None}
@@ -118,7 +118,7 @@ class DecoderConfig:
         return cls(**given)
 
     def to_hf(self) -> dict[str, Any]:
-        """A config.json that transformers, 4 and 5, reads as the same model."""
+        """Return a config.json that transformers, 4 and 5, reads as the same model."""
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in _TOKEN_IDS}
         del values["rope_scaling"], values["model_type"]
         is_usual_size = self.head_dim * self.num_attention_heads == self.hidden_size
@@ -174,7 +174,7 @@ def _refuse_what_is_no_size(given: Mapping[str, Any]) -> None:
 
 
 def _read_rope(values: Mapping[str, Any]) -> tuple[float, Llama3Scaling | None]:
-    """Base and scaling. transformers 5 writes `rope_parameters`, earlier releases `rope_theta` and `rope_scaling`."""
+    """Read base and scaling: transformers 5 writes `rope_parameters`, older ones `rope_theta` and `rope_scaling`."""
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
     if not isinstance(rope, Mapping):
         raise ValueError(f"config.json: rope_parameters (or rope_scaling) must be an object, not {rope!r}")

@@ -1,6 +1,6 @@
-"""Weights to Hugging Face directories, as transformers writes them: one file, or shards with an index above a size.
+"""Write weights to Hugging Face directories, as transformers does: one file, or shards with an index above a size.
 
-An adapter (lora.py) is merged into the weights there; adapter_files.py writes it alone.
+An adapter (lora.py) is merged into the weights; adapter_files.py writes it alone.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def save_weights(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     scale: float = 1.0,
 ) -> None:
-    """`save_model` of weights that left their model, as those that a checkpoint has copied to the host. An adapter that
-    is among them is merged, by that scale."""
+    """Do `save_model` for weights apart from their model, such as those that a checkpoint has copied to the host. An
+    adapter among them is merged, with `scale`."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     state = {name: weight for name, weight in weights.items() if not is_adapters(name)}
@@ -68,7 +68,7 @@ def save_weights(
 
 
 def _split(state: dict[str, torch.Tensor], dtype: torch.dtype, max_bytes: int) -> list[list[str]]:
-    """Names in order, cut where a shard would grow above `max_bytes`; a larger tensor goes alone."""
+    """Split names in order, where a shard would grow above `max_bytes`; a larger tensor goes alone."""
     shards: list[list[str]] = [[]]
     size = 0
     for name, tensor in state.items():

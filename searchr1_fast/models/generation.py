@@ -1,11 +1,12 @@
-"""The blocks as they generate: the weights of decoder.py's modules, and between their products one launch where the
-modules have several (`searchr1_kernels`: `rms_norm`, `rotary_write`, `silu_mul`).
+"""Run the decoder's blocks for generation, with one launch between products where the modules have several.
 
-On a GPU a step of one token per sequence is bound by its launches, and recorded as a CUDA graph by what each takes at
-the least: written as modules a layer has about 40, here 13, and 10 where `join_projections` laid weights side by side;
-an adapter (lora.py) on all layers adds two to each of a layer's four products, three where alpha is not the rank. On a
-CPU a small model is bound by passes over its tokens' numbers, of which there are as many. Values are rounded where the
-modules round. Without gradients only; the plain twin is `Decoder` itself.
+The weights are those of decoder.py's modules; the launches are `rms_norm`, `rotary_write` and `silu_mul` of
+`searchr1_kernels`. On a GPU, a step of one token per sequence is bound by its launches or, recorded as a CUDA graph, by
+the least time that each takes. Written as modules, a layer has about 40; here it has 13, and 10 where
+`join_projections` laid weights side by side. An adapter (lora.py) on all layers adds two to each of a layer's four
+products, three where alpha is not the rank. On a CPU, a small model is bound by passes over its tokens' numbers, of
+which there are as many. Values are rounded where the modules round. Without gradients only; the plain twin is `Decoder`
+itself.
 
 Shape legend
     T  new tokens    R  those whose output is wanted    D  hidden size    I  MLP size    H, G  query, key/value heads
@@ -33,7 +34,7 @@ def run_blocks(
     context: CachedContext,
     rows: torch.Tensor | None,  # [R] int64
 ) -> torch.Tensor:  # [T, D], or [R, D]
-    """All blocks and the final norm. Each norm adds what the part before it gave to the residual stream `x`."""
+    """Run all blocks and the final norm. Each norm adds what the part before it gave to the residual stream `x`."""
     output = run_loops(model, x, context, rows)
     if output is not None:
         return output

@@ -1,11 +1,12 @@
-"""`run_blocks` on a CPU, fp32 and bf16: the compiled loops of its operators and the products, on memory that stays.
-Steps of lone tokens go through generation_panels.py where it takes them, whose plain twin this is.
+"""`run_blocks` on a CPU, fp32 and bf16: the compiled loops of its operators and the products, on memory that is kept.
 
-Between two operations of a layer attention reads more keys and values than any cache holds, so whatever the interpreter
-needs comes from memory again: to check arguments and take tensors apart took longer than the loops themselves (256
-sequences of 4 heads of 64, one core of an Intel Xeon, 2026-11-27). So what does not change from step to step is kept
-with the cache: views of the weights, checked at every step, and room for what a layer passes on, while steps have as
-many tokens. Weights are the model's own memory, never copies.
+Steps of lone tokens go through generation_panels.py where it takes them; this file is its plain twin.
+
+Between two operations of a layer, attention reads more keys and values than any cache of the processor holds, so
+whatever the interpreter needs comes from memory again: checking arguments and taking tensors apart took longer than the
+loops themselves (256 sequences of 4 heads of 64, one core of an Intel Xeon, 2026-11-27). So what does not change from
+step to step is kept with the KV cache: views of the weights, checked at every step, and room for what a layer passes
+on, while the number of tokens stays the same. Weights are the model's own memory, never copies.
 
 Shape legend
     T  new tokens    R  those whose output is wanted    D  hidden size    H  query heads    d  head size
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 _MOST_KEPT_TOKENS = 4096  # rows of the largest room that is kept from one step to the next
 
-Flat = tuple[np.ndarray, int]  # all numbers of rows from the first to the last, and the distance of rows
+Flat = tuple[np.ndarray, int]  # all numbers from the first row to the last, and the distance between rows
 
 
 def run_loops(
@@ -42,7 +43,7 @@ def run_loops(
     context: CachedContext,
     rows: torch.Tensor | None,  # [R] int64
 ) -> torch.Tensor | None:  # [T, D], or [R, D]
-    """None on other devices, and where not all is fp32 or all bf16."""
+    """Run all blocks and the final norm; None on other devices, and where not all is fp32 or all bf16."""
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
         return None
     if context.cache.keys[0].dtype != x.dtype or any(norm.weight.dtype != x.dtype for norm in _norms(model)):
@@ -57,7 +58,7 @@ def run_loops(
 
 
 class Kept:
-    """What steps leave behind for the next."""
+    """What a step leaves behind for the next."""
 
     def __init__(self) -> None:
         self._layers: list[Layer] = []
@@ -65,7 +66,7 @@ class Kept:
         self._panel_room: PanelRoom | None = None
 
     def layers(self, model: Model) -> list[Layer]:
-        """Of every block, as its weights are now."""
+        """Return a `Layer` for every block, with its weights as they are now."""
         if len(self._layers) != len(model.layers) or not all(
             layer.is_of(block) for layer, block in zip(self._layers, model.layers, strict=True)
         ):
@@ -73,14 +74,14 @@ class Kept:
         return self._layers
 
     def panel_room(self, num_tokens: int, model: Model, dtype: torch.dtype) -> PanelRoom:
-        """For a step of so many lone tokens; as sequences end they become fewer."""
+        """Return room for at least `num_tokens` lone tokens, which become fewer as sequences end."""
         room = self._panel_room
         if room is None or room.dtype != dtype or room.num_tokens < num_tokens:
             room = self._panel_room = PanelRoom(num_tokens, model, dtype)
         return room
 
     def room(self, num_tokens: int, model: Model, dtype: torch.dtype) -> _Room:
-        """For a step of so many tokens."""
+        """Return room for a step of `num_tokens` tokens."""
         if self._room is not None and self._room.shape == (num_tokens, dtype):
             return self._room
         self._room = None  # first, so that two are never held together
@@ -94,7 +95,7 @@ class Kept:
 
 
 class _Weights(NamedTuple):
-    """Of one product: x @ weight + bias."""
+    """The weights of one product, x @ weight + bias."""
 
     weight: torch.Tensor  # [what goes in, what comes out]
     bias: torch.Tensor | None
@@ -107,8 +108,8 @@ class _Weights(NamedTuple):
 
 
 class Layer:
-    """A block's linear layers and norms. Products whose weights lie apart, or that have an adapter, are None: the
-    layers themselves are called."""
+    """A block's linear layers and norms. `weights` is None for a product whose weights lie apart, or that has an
+    adapter: then the layers themselves are called."""
 
     def __init__(self, block: Block) -> None:
         attention, mlp = block.self_attn, block.mlp
@@ -123,7 +124,7 @@ class Layer:
         self.addresses = self._addresses() if None not in self.weights.values() else None
 
     def _addresses(self) -> list[int]:
-        """As `_decode_numba` has them, but for the cache."""
+        """The addresses that `_decode_numba` takes, except those of the cache."""
         heads, output, gates, down = (one.weight.data_ptr() for one in self.weights.values())
         bias = self.weights[self.heads].bias
         input_norm, mlp_norm, *of_heads = (norm.weight.data_ptr() for norm in self._norms)
@@ -131,7 +132,7 @@ class Layer:
         return [input_norm, heads, bias_address, *(of_heads or (0, 0)), output, mlp_norm, gates, down]
 
     def is_of(self, block: Block) -> bool:
-        """Whether the block has these layers still, and they their memory."""
+        """Whether the block still has these layers, in the same memory."""
         attention, mlp = block.self_attn, block.mlp
         linear = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
         linear += (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
@@ -171,7 +172,7 @@ def _weights(layers: Sequence[nn.Linear]) -> _Weights | None:
 
 
 class _Rows:
-    """A tensor [T, n], contiguous, as torch and as the loops see it."""
+    """A contiguous tensor [T, n], as torch and as the loops see it."""
 
     def __init__(self, tensor: torch.Tensor, sizes: Sequence[int] = ()) -> None:
         self.tensor, self.array = tensor, as_array(tensor)
@@ -180,12 +181,12 @@ class _Rows:
         self.parts: list[Flat] = [(flat[start:], tensor.shape[1]) for start in starts]  # columns of `sizes` each
 
     def first(self, count: int) -> _Rows:
-        """As many rows."""
+        """The first `count` rows."""
         return _Rows(self.tensor[:count])
 
 
 class _Room:
-    """What a layer's operations give."""
+    """Memory for what a layer's operations give."""
 
     def __init__(self, num_tokens: int, block: Block, dtype: torch.dtype) -> None:
         self.shape = num_tokens, dtype
@@ -230,7 +231,7 @@ class _Step:
             loops.silu_mul_loop(*gates[0], *gates[1], inner.array)
             (added,) = self._multiply(layer, layer.down, inner.tensor, self._room.added)
         norm = self._model.norm
-        output = _Rows(torch.empty_like(sum_.tensor))  # which is not written by the next step
+        output = _Rows(torch.empty_like(sum_.tensor))  # new memory, which the next step does not overwrite
         self._add_norm(sum_, added, (as_array(norm.weight.detach()), np.float32(norm.eps)), output)
         return output.tensor
 
@@ -240,7 +241,7 @@ class _Step:
     def _add_norm(
         self, x: _Rows, added: Flat | None, norm: tuple[np.ndarray, np.float32], output: _Rows | None = None
     ) -> _Rows:
-        """The norm of the sum goes to `output`, or is the next product's input; -> the sum."""
+        """Write the norm of the sum to `output`, or to the next product's input; return the sum."""
         if output is None:
             output = self._rows(self._room.normed)
             self._normed = output.tensor

@@ -1,6 +1,7 @@
-"""`run_blocks` on a CPU where every token is alone in its sequence: a compiled loop in which each thread takes its
-tokens through all layers (`searchr1_kernels._decode_numba`). Its plain twin is generation_loops.py, which has all other
-steps.
+"""`run_blocks` on a CPU for steps in which every token is alone in its sequence.
+
+It is a compiled loop in which each thread takes its tokens through all layers (`searchr1_kernels._decode_numba`). Its
+plain twin is generation_loops.py, which runs all other steps.
 
 Shape legend
     T  tokens    N  panels    L  LANES    D  hidden size    I  MLP size    H, G  query, key/value heads    d  head size
@@ -24,15 +25,15 @@ if TYPE_CHECKING:
     from searchr1_fast.models.decoder import CachedContext, Model
     from searchr1_fast.models.generation_loops import Layer
 
-# From which on it is the faster way: a panel of one fp32 token takes as long as one of 16.
+# The number of tokens from which this is faster: a panel of one fp32 token takes as long as one of 16.
 MIN_TOKENS = {torch.float32: 16, torch.bfloat16: 1}
-# What a thread passes to a layer's last product, at the most: there the second-level cache is left behind, and products
-# that are cut by depth as well, as torch's are, catch up (fp32, 256 tokens of 4,864: as long as with them).
+# The most that a thread may pass to a layer's last product. At this size it outgrows the second-level cache, and
+# products that are cut by depth as well, as torch's are, catch up (fp32, 256 tokens of 4,864: as long as with them).
 _MOST_BYTES = 256 * 4864 * 4
 
 
 def takes(model: Model, layers: Sequence[Layer], x: torch.Tensor, context: CachedContext) -> bool:
-    """Whether tokens `x` [T, D] can go this way: they are enough, alone, and all sizes those of whole vectors."""
+    """Whether tokens `x` [T, D] can go this way: enough of them, all alone, and all sizes those of whole vectors."""
     num_panels = -(-len(x) // LANES)
     if len(x) < MIN_TOKENS[x.dtype] or num_panels < numba.get_num_threads() or len(context.chunks.alone) < len(x):
         return False
@@ -49,7 +50,7 @@ def takes(model: Model, layers: Sequence[Layer], x: torch.Tensor, context: Cache
 
 
 class PanelRoom:
-    """What a step of so many tokens, or fewer, passes on."""
+    """Memory for what a step of `num_tokens` tokens or fewer passes on."""
 
     def __init__(self, num_tokens: int, model: Model, dtype: torch.dtype) -> None:
         attention, self.num_tokens, self.dtype = model.layers[0].self_attn, num_tokens, dtype
@@ -68,7 +69,7 @@ class PanelRoom:
 def run_panels(
     model: Model, layers: Sequence[Layer], room: PanelRoom, x: torch.Tensor, context: CachedContext
 ) -> torch.Tensor:  # [T, D] -> [T, D]
-    """All blocks and the final norm."""
+    """Run all blocks and the final norm."""
     cache, attention = context.cache, model.layers[0].self_attn
     head_dim, num_heads, num_kv_heads = attention.head_dim, attention.num_heads, attention.num_kv_heads
     tokens, share = context.chunks.alone.numpy(), 4 // x.dtype.itemsize
@@ -97,5 +98,5 @@ def run_panels(
 
 
 def _packed(x: torch.Tensor) -> np.ndarray:
-    """Contiguous memory, 32 bits a number."""
+    """View contiguous memory as 32-bit numbers."""
     return x.view(torch.int32).numpy().reshape(-1)

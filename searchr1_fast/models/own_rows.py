@@ -7,7 +7,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 
 def own_rows(parameter: torch.nn.Parameter) -> tuple[torch.Tensor, slice]:
-    """The part of a parameter that this rank holds, and which rows of the whole it is."""
+    """Return the part of a parameter that this rank holds, and which rows of the whole it is."""
     if not isinstance(parameter, DTensor):
         return parameter, slice(None)
     local = parameter.to_local()

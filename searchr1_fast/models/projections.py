@@ -1,4 +1,4 @@
-"""Layers that take the same input, as one product: their weights lie side by side in memory, and stay themselves.
+"""Compute layers that take the same input as one product; their weights lie side by side but stay separate parameters.
 
 Shape legend
     T  tokens    D  hidden size    n  rows of one part
@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 
 
 def project(x: torch.Tensor, layers: Sequence[nn.Linear]) -> Sequence[torch.Tensor]:
-    """[T, D] -> what each layer gives, [T, its outputs] each: by one product where their weights are side by side, and
-    their biases too; two more where they are adapted."""
+    """[T, D] -> what each layer gives, [T, its outputs] each.
+
+    It takes one product if the weights lie side by side, and the biases too, and two more if the layers are adapted.
+    """
     weight = side_by_side([layer.weight for layer in layers])
     has_bias = layers[0].bias is not None
     bias = side_by_side([layer.bias for layer in layers]) if has_bias else None
@@ -37,9 +39,11 @@ def project(x: torch.Tensor, layers: Sequence[nn.Linear]) -> Sequence[torch.Tens
 
 
 def join_projections(model: Model) -> None:
-    """Lay the weights of q, k and v side by side in memory, and those of gate and up, and their adapters as well. The
-    parameters stay themselves, their names and values too; what gives them other memory (`Module.to`) undoes it, and
-    costs the speed alone."""
+    """Lay the weights of q, k and v side by side in memory, and those of gate and up, and their adapters as well.
+
+    The parameters remain the same objects with the same names and values. Whatever gives them other memory
+    (`Module.to`) undoes this, which costs only the speed.
+    """
     for block in model.layers:
         _join((block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj))
         _join((block.mlp.gate_proj, block.mlp.up_proj))
@@ -56,7 +60,7 @@ def _join(layers: Sequence[nn.Linear]) -> None:
 
 
 def side_by_side(parts: Sequence[torch.Tensor]) -> torch.Tensor | None:  # [n, …] each -> [sum of n, …]
-    """A view of all of them where they lie one behind the other in one memory; else None."""
+    """Return a view of all parts if they lie one after the other in one memory, else None."""
     first = parts[0]
     expected, memory = first.data_ptr(), first.untyped_storage().data_ptr()
     for part in parts:

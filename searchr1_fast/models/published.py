@@ -109,7 +109,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {  # the contents of config.json
 
 
 def published_config(name: str) -> DecoderConfig:
-    """The decoder of a name in `PUBLISHED`. ValueError: there is none."""
+    """Return the configuration of a name in `PUBLISHED`. ValueError if there is none."""
     if name not in PUBLISHED:
         raise ValueError(f"no published shape {name!r}; there are {', '.join(PUBLISHED)}")
     return DecoderConfig.from_hf(PUBLISHED[name])

@@ -24,8 +24,8 @@ def rotary_embedding(
     theta: float,
     scaling: Llama3Scaling | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # cos, sin: [T, 1, d] fp32
-    """Angles of rotary position embedding (eq. 34), halves layout as in Hugging Face."""
-    # A tensor that only stands for one (torch traces with such) must not be kept for others, nor meet one that was.
+    """Cosines and sines of rotary position embedding (eq. 34), in the halves layout of Hugging Face."""
+    # A stand-in tensor, with which torch traces, must not be cached for others, nor meet a cached tensor.
     frequencies = _frequencies if type(positions) is torch.Tensor else _frequencies.__wrapped__
     angles = positions[:, None].float() * frequencies(head_dim, theta, scaling, positions.device)  # [T, d/2]
     angles = torch.cat((angles, angles), dim=-1).unsqueeze(1)
@@ -38,9 +38,12 @@ def rotary_rows(
     theta: float,
     scaling: Llama3Scaling | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # cos, sin: [T, 1, d] fp32
-    """`rotary_embedding`, on a CPU from a table of all positions so far. A decode step's cosines are little work, which
-    a library yet shares out among its threads; to wake them beside those of the compiled loops took 4 ms of a step of
-    19 (256 sequences, two threads, two cores of an Intel Xeon, 2026-11-27)."""
+    """Return `rotary_embedding`, on a CPU from a table of all positions so far.
+
+    A decode step's cosines are little work, but a library still splits it among its threads. Waking them beside those
+    of the compiled loops took 4 ms of a step of 19 (256 sequences, two threads, two cores of an Intel Xeon,
+    2026-11-27).
+    """
     if positions.device.type != "cpu" or type(positions) is not torch.Tensor or not len(positions):
         return rotary_embedding(positions, head_dim, theta, scaling)
     rows, kind = positions.numpy(), (head_dim, theta, scaling)
@@ -61,16 +64,16 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
 @cache
 def _frequencies(head_dim: int, theta: float, scaling: Llama3Scaling | None, device: torch.device) -> torch.Tensor:
     """[d/2] fp32, radians per token; made once, as on a GPU each of these small operations is a launch per step.
-    Kept for good: CUDA graphs of decode steps read them where they lie."""
-    with torch.inference_mode(False):  # or a first call in inference mode would leave what autograd cannot save
+    They are kept for good, as CUDA graphs of decode steps read them at their address."""
+    with torch.inference_mode(False):  # else a first call in inference mode would leave what autograd cannot save
         exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
         frequencies = 1.0 / theta**exponents
         return frequencies if scaling is None else _scale_llama3(frequencies, scaling)
 
 
 def _scale_llama3(frequencies: torch.Tensor, scaling: Llama3Scaling) -> torch.Tensor:  # [d/2] -> [d/2]
-    """Slow turns are slowed by `factor`, fast ones kept, and between them the two are mixed linearly in the number of
-    turns that fit into the original context (`apply_scaling` of meta-llama/llama-models, models/llama3/model.py)."""
+    """Slow down slow rotations by `factor`, keep fast ones, and mix the two linearly in between, in the number of turns
+    that fit into the original context (`apply_scaling` of meta-llama/llama-models, models/llama3/model.py)."""
     turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
     kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     kept = kept.clamp(0.0, 1.0)  # 0: below low_freq_factor turns, 1: above high_freq_factor

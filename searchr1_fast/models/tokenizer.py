@@ -23,7 +23,7 @@ SETTINGS, GENERATION = "tokenizer_config.json", "generation_config.json"
 
 @functools.cache
 def _byte_alphabet() -> dict[str, int]:
-    """The character that stands for each byte in a byte-level BPE vocabulary (the GPT-2 table)."""
+    """Return the byte of each character that stands for one in a byte-level BPE vocabulary (the GPT-2 table)."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
@@ -32,9 +32,9 @@ def _byte_alphabet() -> dict[str, int]:
 class TextTokenizer:
     """A `tokenizers.Tokenizer` with exact token bytes, what ends a turn, and an optional chat template.
 
-    `eos_ids` are all the tokens that end a turn, `eos_id` (None: there is none) the first: the tokenizer's own, and
-    those that generation_config.json lists. `settings` and `generation` are what tokenizer_config.json and
-    generation_config.json said, to be handed on by `save`.
+    `eos_ids` are all the tokens that end a turn: the tokenizer's own, and those that generation_config.json lists.
+    `eos_id` is the first of them, or None. `settings` and `generation` are what tokenizer_config.json and
+    generation_config.json said; `save` passes them on.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class TextTokenizer:
         self.eos_ids = tuple(dict.fromkeys(i for i in (*own, *more_eos_ids) if i is not None))
         self.eos_id = self.eos_ids[0] if self.eos_ids else None
         self.chat_template = chat_template
-        self._settings, self._generation = dict(settings), dict(generation)  # what is kept can be copied, and pickled
+        self._settings, self._generation = dict(settings), dict(generation)  # dicts can be copied and pickled
         self._is_byte_level = '"ByteLevel"' in json.dumps(json.loads(tokenizer.to_str()).get("decoder"))
         self._added = {i: token.content.encode() for i, token in tokenizer.get_added_tokens_decoder().items()}
 
@@ -65,11 +65,11 @@ class TextTokenizer:
 
     @functools.cached_property
     def vocab_size(self) -> int:
-        """Ids are below this; a model's embedding may be larger."""
+        """All ids are below this; a model's embedding may be larger."""
         return 1 + max(self.backend.get_vocab(with_added_tokens=True).values())  # there may be gaps
 
     def encode(self, text: str, special_tokens: bool = False) -> list[int]:
-        """Ids of the text alone, no special tokens added.
+        """Return the ids of the text alone, with no special tokens added.
 
         `special_tokens`: read "<|im_start|>" as the token it names, as a chat template means it. Otherwise text is
         text: a passage that holds "<|endoftext|>" must not end a turn.
@@ -78,15 +78,15 @@ class TextTokenizer:
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def encode_prompt(self, prompt: str, question: str) -> list[int]:
-        """Ids of a prompt, the special tokens of its template read as the tokens they name, the question's as text.
+        """Encode a prompt, reading special tokens in its template as the tokens they name, and in its question as text.
 
-        The two cannot be encoded apart, as a token may hold the end of one and the beginning of the other. A question
-        that is a special token and nothing else makes it text in the template as well.
+        The two cannot be encoded apart, as one token may hold the end of one and the beginning of the other. If the
+        question is nothing but a special token, that token is read as text in the template as well.
         """
         if not any(special in question for special in self._specials):
             return self.encode(prompt, special_tokens=True)
         question = question.strip()  # as chat templates do
-        pieces = [""]  # text and special tokens in turn
+        pieces = [""]  # text and special tokens, alternating
         for number, part in enumerate(prompt.split(question)):
             first, *rest = self._split_at_specials(part)
             pieces[-1] += first if number == 0 else question + first
@@ -103,39 +103,39 @@ class TextTokenizer:
         return sorted((token.content for token in tokens if token.special), key=len, reverse=True)
 
     def _split_at_specials(self, text: str) -> list[str]:
-        """Text, special token, text, …: ends with a text, as it begins, which may be empty."""
+        """Split into text, special token, text, …; it begins and ends with a text, which may be empty."""
         return re.split(f"({'|'.join(map(re.escape, self._specials))})", text)
 
     def decode(self, token_ids: list[int]) -> str:
-        """Text of the ids, special tokens spelled out."""
+        """Return the text of the ids, with special tokens spelled out."""
         return self.backend.decode(list(token_ids), skip_special_tokens=False)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes one token adds to the text; empty for an id the vocabulary does not have."""
+        """Return the bytes that one token adds to the text; b"" for an id that the vocabulary does not have."""
         if token_id in self._added:  # spelled out as it is, whatever the alphabet
             return self._added[token_id]
         token = self.backend.id_to_token(token_id)
         if token is None:
             return b""
         if not self._is_byte_level:
-            # A decoder may strip the leading blank of a first token; between two anchors it cannot.
+            # A decoder may strip the leading blank of a first token; after an anchor it cannot.
             anchor = self.encode("a")
             return self.decode([*anchor, token_id]).removeprefix(self.decode(anchor)).encode()
         alphabet = _byte_alphabet()
         return bytes(alphabet[character] for character in token)
 
     def apply_chat_template(self, text: str) -> str:
-        """The text as one user turn, with the opening of the assistant's turn.
+        """Render the text as one user turn, followed by the opening of the assistant's turn.
 
-        Raises ValueError where the model directory has no chat template, or one that does not render.
+        ValueError if the model directory has no chat template, or one that does not render.
         """
         return self._render([{"role": "user", "content": text}], add_generation_prompt=True)
 
     def template_end_ids(self) -> tuple[int, ...]:
-        """The special token that the chat template puts behind what an assistant said; none where it puts none.
+        """Return the special token that the chat template puts after what an assistant said; () if it puts none.
 
-        Base models need it said: Qwen2.5's have a template, and "<|im_end|>" behind every turn in it, but of the ends
-        of generation they list "<|endoftext|>" alone, and write the user's next turn as well.
+        Base models need it: Qwen2.5's have a template with "<|im_end|>" after every turn, but list only "<|endoftext|>"
+        as an end of generation, and so write the user's next turn as well.
         """
         said = "what an assistant said"
         turns = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": said}]
@@ -161,8 +161,10 @@ class TextTokenizer:
             raise ValueError(f"the model's chat template does not render: {error}") from error
 
     def save(self, directory: Path) -> None:
-        """Write tokenizer.json, tokenizer_config.json, and generation_config.json where something ends a turn; what the
-        directory that was read said there beside (a token that pads, say) is said again."""
+        """Write tokenizer.json, tokenizer_config.json, and generation_config.json if something ends a turn.
+
+        What else these files said in the directory that was read (a padding token, say) is written again.
+        """
         self.backend.save(str(directory / "tokenizer.json"))
         settings = {"tokenizer_class": "PreTrainedTokenizerFast"} | self._settings
         settings.pop("auto_map", None)  # names code in files that are not copied
@@ -184,7 +186,7 @@ def load_tokenizer(directory: Path | str, for_chat: bool = False) -> TextTokeniz
     """Read a Hugging Face directory's tokenizer, or a built-in one's. ValueError for a file that is missing or broken,
     and for an end of turns that is no token.
 
-    `for_chat`: prompts will go through its chat template, so what ends a turn there ends one.
+    `for_chat`: prompts will go through its chat template, so what ends a turn in the template ends a turn.
     """
     directory = resolve(directory) if str(directory).startswith("builtin:") else Path(directory)
     path = directory / "tokenizer.json"
@@ -221,5 +223,5 @@ def _chat_template(directory: Path, settings: Mapping[str, Any]) -> str | None:
 
 
 def _read_if_there(path: Path) -> dict[str, Any]:
-    """An object; an empty one where there is no file."""
+    """Read an object; an empty one if there is no file."""
     return read_object(path) if path.is_file() else {}

@@ -1,8 +1,8 @@
-"""Weights from Hugging Face directories (config.json, model.safetensors or its shards), tensor by tensor.
+"""Load weights from Hugging Face directories (config.json, model.safetensors or its shards), tensor by tensor.
 
-Files are mapped, not read: what is copied goes from the file's pages straight into the parameter, in its type and on
-its device, so that a process never holds a second copy. Of a parameter that FSDP2 has sharded it copies its own rows,
-and the other rows are never touched. The way for N ranks is `meta_model`, `fully_shard`, `to_empty`, `load_weights`.
+Files are mapped, not read: what is copied goes from the file's pages straight into the parameter, in its dtype and on
+its device, so a process never holds a second copy. Of a parameter that FSDP2 has sharded, a rank copies its own rows,
+and the other rows are never touched. N ranks call `meta_model`, `fully_shard`, `to_empty` and `load_weights` in turn.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ SINGLE = "model.safetensors"
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
-_ROWS_COMPARED = 4096  # at a time: 20 MB of a 4B's
+_ROWS_COMPARED = 4096  # at a time: 20 MB for a 4B model
 _FLOATING = ("F64", "F32", "F16", "BF16")  # as safetensors spells them
 _NAMES_SHOWN = 3
 
 
 def resolve(path: str | Path, or_adapter: bool = False) -> Path:
-    """A model directory; `builtin:base` and `builtin:instruct` name those in the package. ValueError: there is none.
+    """Return a model directory; `builtin:base` and `builtin:instruct` name those in the package.
 
-    `or_adapter`: or the directory of an adapter, which `load_model` takes as well.
+    ValueError if there is none. `or_adapter` also accepts the directory of an adapter, which `load_model` takes too.
     """
     if str(path) in BUILTIN:
         return Path(__file__).resolve().parent.parent / "assets" / BUILTIN[str(path)]
@@ -58,7 +58,7 @@ def resolve(path: str | Path, or_adapter: bool = False) -> Path:
 def load_model(
     directory: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> Decoder:
-    """The decoder of a Hugging Face directory, or of an adapter's with the model that it stands on. ValueError names
+    """Load the decoder of a Hugging Face directory, or of an adapter's directory with its base model. ValueError names
     what is missing, left over or of another shape."""
     base = adapter_base(directory)
     if base is not None and not (Path(base) / "config.json").is_file():
@@ -85,9 +85,9 @@ def meta_model(directory: str | Path, dtype: torch.dtype = torch.float32) -> Dec
 def load_weights(model: Decoder, directory: str | Path) -> None:
     """Fill the model's parameters from a directory's files.
 
-    Parameters may be plain or DTensors, of any floating type, on any device but meta. A model without a head
-    (`lm_head` None) leaves the head in the file, and so does one that is tied, of which it must be a copy of the
-    embedding; an adapter stays as it is. ValueError, before anything is copied: what does not fit.
+    Parameters may be plain or DTensors, of any floating dtype, on any device but meta. A model without a head
+    (`lm_head` None) leaves the head in the file, and so does a tied one, for which it must be a copy of the embedding.
+    An adapter stays as it is. ValueError, before anything is copied, names what does not fit.
     """
     directory = resolve(directory)
     parameters = base_parameters(model)
@@ -103,12 +103,12 @@ def load_weights(model: Decoder, directory: str | Path) -> None:
         for name, parameter in parameters.items():
             local, rows = own_rows(parameter)
             if local.numel():
-                # To the device first: the file's bf16 is half of what the parameter's fp32 would be on the way.
+                # To the device first: the file's bf16 is half the size that the parameter's fp32 would be on the way.
                 local.copy_(tensors[name][rows].to(local.device))
 
 
 def read_config(directory: Path) -> DecoderConfig:
-    """What a directory's config.json describes. ValueError: it is broken, or of a model that this decoder is not."""
+    """Read what a directory's config.json describes. ValueError if it is broken, or of a model not supported here."""
     path = directory / "config.json"
     values = read_object(path)
     try:
@@ -118,7 +118,7 @@ def read_config(directory: Path) -> DecoderConfig:
 
 
 def _check(directory: Path, tensors: dict[str, Any], parameters: dict[str, torch.nn.Parameter]) -> None:
-    """ValueError: everything in the files that is not as the model has it."""
+    """Raise ValueError with everything in the files that is not as the model has it."""
     shared = sorted(tensors.keys() & parameters.keys())
     shapes = {name: tuple(tensors[name].get_shape()) for name in shared}
     problems = [
@@ -143,8 +143,8 @@ def _check(directory: Path, tensors: dict[str, Any], parameters: dict[str, torch
 
 
 def _check_copy(directory: Path, head: Any, embedding: Any, rows: slice) -> None:
-    """ValueError: the head that a tied model's files hold is another matrix than the embedding. Nothing is tied by
-    transformers 5 then, so that it runs another model. `rows`: this rank's, which it reads in any case."""
+    """Raise ValueError if the head that a tied model's files hold is another matrix than the embedding. transformers 5
+    then ties nothing, and so runs another model. `rows`: this rank's, which it reads in any case."""
     same = tuple(head.get_shape()) == tuple(embedding.get_shape())
     begin, end, _ = rows.indices(embedding.get_shape()[0])
     for start in range(begin, end, _ROWS_COMPARED):
