@@ -1,4 +1,4 @@
-"""`searchr1 world`: write a generated encyclopedia to files, streaming, so that its size is the disk's affair."""
+"""`searchr1 world`: write a generated encyclopedia to files, streaming, so that only the disk limits its size."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _shown(passages: Iterator[Passage], total: int) -> Iterator[Passage]:
-    """The passages, with a progress bar on a terminal."""
+    """Yield the passages, with a progress bar on a terminal."""
     from rich.progress import track
 
     yield from track(passages, "writing passages", total, transient=True, disable=not sys.stdout.isatty())

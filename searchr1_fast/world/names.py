@@ -1,8 +1,8 @@
 """Names: two or three invented words and, for everything but people, a noun of their kind.
 
-A name is a pure function of (split, salt, kind, number), so a world of millions of entities needs no table. Word
-numbers of one name add up to the split's residue modulo 4: names of different splits cannot meet. Numbers 2m and 2m+1
-share all words but the last: every entity has a near-duplicate as a distractor.
+A name is a pure function of (split, salt, kind, number), so a world of millions of entities needs no table. The word
+numbers of a name add up to its split's residue modulo 4, so names of different splits cannot coincide. Numbers 2m and
+2m+1 share all words but the last, so every entity has a near-duplicate as a distractor.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import functools
 import math
 import random
 
-# Residues modulo 4 of the sum of a name's word numbers. Two for pretraining: a base model reads the most worlds.
+# Residues modulo 4 of the sum of a name's word numbers. Pretraining has two, as a base model reads the most worlds.
 SPLIT_RESIDUES = {"pretrain": (0, 1), "train": (2,), "eval": (3,)}
 
 NUM_WORDS = 512
@@ -44,7 +44,7 @@ _CODAS = ("", "n", "s", "r", "l", "k", "th", "m")
 
 @functools.cache
 def name_words() -> tuple[str, ...]:
-    """The 512 words all names are made of: the same in every world, so that no word tells the split."""
+    """Return the 512 words that all names are made of: the same in every world, so that no word tells the split."""
     generator = random.Random("searchr1_fast names")
     words: dict[str, None] = {}
     while len(words) < NUM_WORDS:
@@ -60,7 +60,7 @@ def name_capacity(split: str, num_words: int) -> int:
 
 
 def word_tuple(split: str, salt: str, number: int, num_words: int) -> tuple[str, ...]:
-    """The words of name `number` of the family `salt`; different numbers give different tuples."""
+    """Return the words of name `number` of the family `salt`; different numbers give different tuples."""
     residues = SPLIT_RESIDUES[split]
     pair, member = divmod(number, 2)
     num_pairs = name_capacity(split, num_words) // 2
@@ -79,7 +79,7 @@ def word_tuple(split: str, salt: str, number: int, num_words: int) -> tuple[str,
 
 
 def _permute(number: int, size: int, salt: str) -> int:
-    """A bijection of range(size) chosen by the salt: affine with a multiplier near the golden section."""
+    """Apply a bijection of range(size) chosen by the salt: affine, with a multiplier near the golden section."""
     multiplier, offset = _affine(size, salt)
     return (number * multiplier + offset) % size
 

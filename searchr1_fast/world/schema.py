@@ -1,4 +1,4 @@
-"""What there is in a world: kinds of entities, the relations between them, and the words for both."""
+"""What a world consists of: kinds of entities, the relations between them, and the words for both."""
 
 from __future__ import annotations
 
@@ -205,7 +205,7 @@ REGION = Kind(
 KINDS = (PERSON, CITY, COMPANY, BOOK, REGION)
 KIND_NAMES = tuple(kind.name for kind in KINDS)
 
-# How a rich passage says its subject's other name once more; {a} is the alias.
+# How a rich passage repeats its subject's other name; {a} is the alias.
 ALIAS_SENTENCES = (
     "To many, {s} is {a}.",
     "Older papers speak of {s} as {a}.",

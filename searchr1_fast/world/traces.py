@@ -1,8 +1,8 @@
 """Text for pre-training the tiny base model: traces good and bad, exercises in reading and in questions, articles.
 
 A base model has seen much text about everything and few good examples of the task at hand. The mix imitates that: a
-`TraceMix` says which share of the traces is complete; the rest stops after the first search, guesses, or searches for
-something else. What the exercises teach is reading a question and a passage, never chaining searches.
+`TraceMix` says which share of the traces is complete; the others stop after the first search, guess, or search for
+something else. The exercises teach reading a question and a passage, never chaining searches.
 
 A document is a list of segments `(kind, text)`; only "policy" segments are learned.
 """
@@ -64,7 +64,7 @@ class TraceWriter:
     # ---------------------------------------------------------------- traces
 
     def trace(self, generator: random.Random, chain: Chain) -> Document:
-        """One attempt at the chain's question, of a kind drawn from the mix."""
+        """Write one attempt at the chain's question, of a kind drawn from the mix."""
         kinds = (self._complete, self._first_hop_only, self._guess, self._wrong_search)
         weights = (self.mix.complete, self.mix.first_hop_only, self.mix.guess, self.mix.wrong_search)
         write = generator.choices(kinds, weights)[0]
@@ -83,7 +83,7 @@ class TraceWriter:
         return [*document, ("policy", _answer(known.rstrip(), name))]
 
     def _found(self, entity: Entity, fact: Fact, name: str) -> str:
-        """What the passage said of the entity, which was looked for as `name`."""
+        """Say what the passage said about the entity, which was searched for as `name`."""
         if self.mix.resolve_aliases and name != entity.name:
             return f"{name} is {entity.name}. The {fact.relation.name} of {entity.name} is {fact.mention}."
         return f"The {fact.relation.name} of {name} is {fact.mention}."
@@ -119,7 +119,7 @@ class TraceWriter:
         ]
 
     def _search(self, generator: random.Random, thought: str, name: str, relation: str, entity: Entity) -> Document:
-        """A search turn with its observation; in rich worlds now and then a miss and a second try in other words."""
+        """Write a search turn with its observation; in rich worlds sometimes a miss and a second try in other words."""
         document = [("policy", f"<think> {thought} </think>\n<search> {name} </search>")]
         if self.world.rich and generator.random() < 0.08:
             document.append(("observation", self._observe(generator, None)))
@@ -129,7 +129,7 @@ class TraceWriter:
         return document
 
     def _observe(self, generator: random.Random, entity: Entity | None, num_passages: int = 2) -> str:
-        """What a lexical retriever would return: the entity's passage, mostly first, among look-alikes and others."""
+        """Write what a lexical retriever would find: the entity's passage, mostly first, and look-alikes or others."""
         if entity is None:
             found = [self.world.random_entity(generator) for _ in range(num_passages)]
         else:
@@ -142,13 +142,13 @@ class TraceWriter:
     # ---------------------------------------------------------------- exercises
 
     def reading(self, generator: random.Random) -> Document:
-        """One of the two exercises in reading."""
+        """Write one of the two exercises in reading."""
         return self._searches(generator) if self.mix.as_found else self._questions(generator)
 
     def _searches(self, generator: random.Random) -> Document:
-        """One to four searches, each with what it finds and some facts of what was looked for.
+        """Write one to four searches, each with what it finds and some facts about the entity searched for.
 
-        What is looked for next is given, never learned: half of the time somebody the last passage named.
+        The next entity to search for is given, never learned: half of the time it is one that the last passage named.
         """
         document: Document = []
         entity = self.world.random_entity(generator)
@@ -173,7 +173,7 @@ class TraceWriter:
         return document
 
     def _excerpts(self, generator: random.Random, entity: Entity, facts: Sequence[Fact]) -> str:
-        """What a search finds: these facts of the entity first, perhaps some of a look-alike behind it."""
+        """Write what a search finds: these facts of the entity first, then perhaps some of its near-duplicate."""
         told = [(entity, facts)]
         if generator.random() < 0.3:
             other = self.world.near_duplicate(entity)
@@ -186,12 +186,12 @@ class TraceWriter:
         )
 
     def _some_facts(self, generator: random.Random, entity: Entity) -> list[Fact]:
-        """Half of the time all, in any order."""
+        """Draw some of an entity's facts, half of the time all, in any order."""
         facts = [self.world.fact(entity, relation) for relation in self.world.relations(entity.kind)]
         return generator.sample(facts, generator.choice((len(facts), generator.randint(1, len(facts)))))
 
     def _questions(self, generator: random.Random) -> Document:
-        """Excerpts of one to three passages, mostly with two that look alike; then their facts in one form of words.
+        """Write excerpts of one to three passages, mostly two of them alike, then their facts in one form of words.
 
         Only the facts are learned, not which of them is asked for next: that is chance, and would be noise in the
         gradient.
@@ -220,9 +220,9 @@ class TraceWriter:
         return document
 
     def recall(self, generator: random.Random) -> Document:
-        """A list of words; then one of them, and what followed it. Again and again, from anywhere in the list.
+        """Write a list of words, then many times one of them and what followed it, from anywhere in the list.
 
-        Nothing but looking for the word helps. The whole list once more does not teach that: it is copied by counting.
+        Only looking for the word helps. Repeating the whole list would not teach that: it can be copied by counting.
         """
         words = generator.sample(name_words(), generator.randint(6, 48))
         document = [("prompt", f"List: {' '.join(words)}.\n")]
@@ -234,18 +234,18 @@ class TraceWriter:
         return document
 
     def steps(self, generator: random.Random, chain: Chain) -> Document:
-        """A question, and the facts it goes through from the inside out."""
+        """Write a question, and the facts it goes through from the inside out."""
         names = ", then the ".join(fact.relation.name for fact in chain.facts)  # of a comparison: the same twice
         steps = f"Steps: the {names}, from {_asked_name(chain)}.\n"
         return [("prompt", PROMPT.format(question=chain.question.text)), ("policy", steps)]
 
     def article(self, generator: random.Random) -> Document:
-        """A passage as plain text."""
+        """Write a passage as plain text."""
         return [("policy", self._describe(self.world.random_entity(generator)) + "\n")]
 
 
 def _asked_name(chain: Chain) -> str:
-    """The name in the question: the first entity's, or its alias where the question uses that."""
+    """Return the name in the question: the first entity's, or its alias if the question uses that."""
     entity = chain.entities[0]
     return entity.name if entity.name in chain.question.text else entity.alias
 
@@ -265,7 +265,7 @@ def documents(
     steps_share: float = 0.15,
     article_share: float = 0.02,
 ) -> list[Document]:
-    """A batch of documents, a pure function of the seed: exercises in the given shares, the rest traces."""
+    """Write a batch of documents, a pure function of the seed: exercises in the given shares, the rest traces."""
     generator = random.Random(seed)
     batch = []
     for _ in range(num_documents):

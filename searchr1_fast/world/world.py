@@ -1,8 +1,8 @@
 """A generated encyclopedia: entities, facts, one passage each, and questions of one to many hops.
 
 Everything is a pure function of the configuration and an entity's number; nothing is stored. A world of a few hundred
-entities is a list in memory, one of millions is streamed to JSONL at a constant memory cost. Who does not search cannot
-answer: facts are hashes, and names of different splits never meet (names.py).
+entities is a list in memory; one of millions is streamed to JSONL at a constant memory cost. A model that does not
+search cannot answer: facts are hashes, and names of different splits never coincide (names.py).
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from searchr1_fast.world.schema import ALIAS_SENTENCES, KIND_NAMES, KINDS, Kind,
 
 _FIRST_YEAR, _NUM_YEARS = 1500, 500
 
-# Names are made of the same words, and of two words nearly every order names something in a large world: to a lexical
-# retriever an alias of two words is somebody else's name (100,000 entities: found in the best five for none of 233).
-# With three, said twice in its own passage, it is found.
+# All names are made of the same words, and in a large world nearly every order of two words names something. So to a
+# lexical retriever an alias of two words is another entity's name (100,000 entities: found in the best five for none of
+# 233). With three words, said twice in its own passage, it is found.
 _ALIAS_WORDS = 3
 
 
@@ -39,7 +39,7 @@ class Entity:
 
 @dataclass(frozen=True)
 class Fact:
-    """What one relation says of one entity. `mention` is the object as the passage writes it: its name or its alias."""
+    """What a relation says about an entity. `mention` is the object as the passage writes it: its name or its alias."""
 
     relation: Relation
     answers: tuple[str, ...]  # name and alias of the object, or the year
@@ -76,11 +76,11 @@ class World:
 
     @property
     def num_entities(self) -> int:
-        """One passage each."""
+        """The number of entities, each of which has one passage."""
         return sum(self._counts)
 
     def entity(self, kind_index: int, number: int) -> Entity:
-        """The entry `number` of a kind."""
+        """Make entry `number` of a kind."""
         kind = KINDS[kind_index]
         words = word_tuple(self.config.split, f"{self._salt}/{kind.name}", number, self._num_words)
         suffix = (
@@ -97,7 +97,7 @@ class World:
         return kind.relations if self.rich else kind.relations[: kind.num_plain] + kind.relations[-1:]
 
     def fact(self, entity: Entity, relation: Relation) -> Fact:
-        """What the world holds of the entity; never the entity itself."""
+        """Return what a relation says about an entity in this world. Its object is never the entity itself."""
         value = self._hash("fact", entity.kind.name, entity.number, relation.name)
         if relation.target == "year":
             year = str(_FIRST_YEAR + value % _NUM_YEARS)
@@ -112,20 +112,21 @@ class World:
         return Fact(relation, names, names[1] if by_alias else names[0], (kind_index, number))
 
     def near_duplicate(self, entity: Entity) -> Entity:
-        """The entity whose name differs in the last word only; the last of an odd-sized kind has none: the first."""
+        """Return the entity whose name differs only in the last word. The last of an odd-sized kind has none, and gets
+        the first of its kind."""
         kind_index = KINDS.index(entity.kind)
         other = entity.number ^ 1
         return self.entity(kind_index, other if other < self._counts[kind_index] else 0)
 
     def random_entity(self, generator: random.Random) -> Entity:
-        """An entry drawn evenly."""
+        """Draw an entry uniformly."""
         kind_index = generator.choices(range(len(KINDS)), self._counts)[0]
         return self.entity(kind_index, generator.randrange(self._counts[kind_index]))
 
     # ---------------------------------------------------------------- passages
 
     def iter_passages(self) -> Iterator[Passage]:
-        """All passages, in a fixed order, ids "0", "1", …"""
+        """Yield all passages, in a fixed order, with ids "0", "1", …"""
         row = itertools.count()
         for kind_index, count in enumerate(self._counts):
             for number in range(count):
@@ -134,7 +135,7 @@ class World:
 
     @property
     def corpus_key(self) -> tuple[str, int, int, str]:
-        """What decides the passages: worlds with the same key differ in their questions alone."""
+        """What determines the passages: worlds with the same key differ only in their questions."""
         return self.config.split, self.config.seed, self.config.num_entities, self.config.style
 
     @cached_property
@@ -156,11 +157,11 @@ class World:
     def excerpt(
         self, entity: Entity, facts: Sequence[Fact], generator: random.Random, object_first: float = 1.0
     ) -> str:
-        """A passage as `describe` might have written it: these facts alone, in any order, in words drawn anew.
+        """Write a passage as `describe` might have: only these facts, in any order, in words drawn anew.
 
-        For exercises. In a plain world facts always stand in the same places, and a model that has read nothing else
-        finds them by counting: two passages that begin alike, or one fact more, and it is lost. Sentences that begin
-        with their object are drawn `object_first` times as often as others.
+        It is for exercises. In a plain world facts always stand in the same places, and a model that has read nothing
+        else finds them by counting: two passages that begin alike, or one fact more, and it is lost. Sentences that
+        begin with their object are drawn `object_first` times as often as others.
         """
         if not self.rich:
             sentences = [_plain_sentence(entity, fact) for fact in facts]
@@ -174,7 +175,7 @@ class World:
         return " ".join((_opening(entity), *sentences) if self.rich else sentences)
 
     def _filler(self, entity: Entity, generator: random.Random) -> str:
-        """A sentence that answers nothing, and may name the look-alike."""
+        """Choose a sentence that answers nothing, and may name the near-duplicate."""
         return generator.choice(entity.kind.fillers).format(s=entity.name, d=self.near_duplicate(entity).name)
 
     # ---------------------------------------------------------------- questions
@@ -185,7 +186,7 @@ class World:
         return [chain.question for chain in self.chains()]
 
     def chains(self) -> list[Chain]:
-        """The questions with the way to their answers."""
+        """Make the questions, with the way to their answers."""
         generator = random.Random(f"{self._salt}/questions")
         num_comparison = round(self.config.num_questions * self.config.comparison)
         hops = [0] * num_comparison + apportion(self.config.num_questions - num_comparison, self.config.hops)
@@ -229,7 +230,7 @@ class World:
         return Chain(question, tuple(entities[:hops]), tuple(facts))
 
     def _ask(self, generator: random.Random, relation: Relation, innermost: bool) -> str:
-        """A noun phrase for the relation. A possessive goes on a name only: on more it could be read two ways."""
+        """Choose a noun phrase for the relation; a possessive only on a name, as on more it could be read two ways."""
         if not self.rich:
             return f"the {relation.name} of {{x}}"
         return generator.choice([phrase for phrase in relation.phrases if innermost or "{x}'s" not in phrase])
@@ -259,12 +260,12 @@ class World:
 
 
 def build_world(config: WorldConfig) -> World:
-    """The world of a configuration. ValueError where it asks for more than there is."""
+    """Make the world of a configuration. ValueError if it asks for more than there is."""
     return World(config)
 
 
 def apportion(num_questions: int, weights: Sequence[float]) -> list[int]:
-    """The number of hops of each question, ascending: shares as exact as whole numbers can be (largest remainders)."""
+    """Return each question's number of hops, ascending, in shares as exact as integers can be (largest remainders)."""
     exact = [num_questions * weight / sum(weights) for weight in weights]
     counts = [int(share) for share in exact]
     by_remainder = sorted(range(len(weights)), key=lambda i: counts[i] - exact[i])
@@ -279,7 +280,7 @@ def _plain_sentence(entity: Entity, fact: Fact) -> str:
 
 def _rich_sentence(entity: Entity, fact: Fact, generator: random.Random, object_first: float = 1.0) -> str:
     sentences = fact.relation.sentences
-    if object_first == 1.0:  # `choices` draws otherwise than `choice`: worlds must not change
+    if object_first == 1.0:  # `choices` draws differently from `choice`, and worlds must not change
         sentence = generator.choice(sentences)
     else:
         weights = [object_first if sentence.startswith("{o}") else 1.0 for sentence in sentences]
