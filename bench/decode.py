@@ -1,5 +1,4 @@
-"""Steps in which every sequence decodes one token: recorded as CUDA graphs, of fused blocks and of the modules, and
-launched kernel by kernel.
+"""Measure steps in which every sequence decodes one token: as CUDA graphs, and launched kernel by kernel.
 
     python bench/decode.py                                # Qwen2.5-3B's shape, random weights: for a GPU
     python bench/decode.py --shape tiny --rows 8 --context 50
@@ -7,20 +6,20 @@ launched kernel by kernel.
     python bench/decode.py --lora-rank 32 --output       # with an adapter, and what it costs
     python bench/decode.py --engines graphs --parts      # where the time goes, kernel by kernel
 
-The engine is the trainer's. Its sequences are said to have `--context` tokens in the cache (zeros, which cost as much
-as any), so no prompt is computed; then they decode, and each step is timed whole: schedule, one copy in, layers, head,
-sampling, one copy out, bookkeeping. The engines share the weights and run in turn, some steps each; on a GPU they run
-ahead, and a step's time is that from reading one to reading the next.
+The engine is the trainer's. Its sequences are declared to have `--context` tokens in the cache (zeros, which cost as
+much as any), so no prompt is computed. Then they decode, and each step is timed whole: schedule, one copy in, layers,
+head, sampling, one copy out, bookkeeping. The engines share the weights and alternate, some steps each. On a GPU they
+run ahead, and a step's time is that from reading one step to reading the next.
 
-A step cannot be faster than memory: it reads every weight once and every sequence's keys and values. The floor that is
+A step cannot be faster than memory: it reads every weight once, and every sequence's keys and values. The floor that is
 printed is these bytes over the bandwidth of a copy, measured in the same run.
 
-`graphs` is what the trainer runs; `waiting` is the same, but for that it reads a step before it launches the next;
-`modules` are graphs too, of the blocks as training has them; `single` is the first, launched kernel by kernel. With
-`--compile` the modules are compiled. With `--lora-rank` there is an adapter on all layers, and `base` is `graphs`
-without it: what weights with the adapter merged into them would take.
+`graphs` is what the trainer runs: recorded steps of the fused blocks. `waiting` is the same, except that it reads a
+step before it launches the next. `modules` are graphs too, but of the blocks as training has them. `single` is
+`graphs`, launched kernel by kernel. With `--compile` the modules are compiled. With `--lora-rank` there is an adapter
+on all layers, and `base` is `graphs` without it: what weights with the adapter merged into them would take.
 
-Without a GPU all run the same kernels but for the fused operations' twins, and graphs are their plain twin.
+Without a GPU, all run the same kernels except the fused operations' twins, and graphs are their plain twin.
 """
 
 from __future__ import annotations
@@ -71,7 +70,7 @@ ENGINES = ("graphs", "waiting", "base", "modules", "single")
 
 
 def build_model(config: DecoderConfig, dtype: torch.dtype, device: torch.device, lora_rank: int = 0) -> Decoder:
-    """Random weights, and a random adapter."""
+    """Make a model with random weights, and a random adapter."""
     with torch.device("meta"):
         model = Decoder(config)
     model = model.to(dtype).to_empty(device=device).requires_grad_(False)
@@ -88,14 +87,14 @@ def build_model(config: DecoderConfig, dtype: torch.dtype, device: torch.device,
 
 @contextmanager
 def mode(model: Decoder, name: str) -> Iterator[None]:
-    """The model as an engine has it: read where a step is recorded, and in every other."""
+    """Put the model into an engine's mode, which is read where a step is recorded and in every unrecorded step."""
     model.fused_generation = name != "modules"
     with without_adapter(model) if name == "base" else nullcontext():
         yield
 
 
 class Decoding:
-    """An engine of which every sequence decodes, and what its steps took."""
+    """An engine whose sequences all decode, and what its steps took."""
 
     def __init__(
         self, model: Decoder, tokenizer: TextTokenizer, arguments: argparse.Namespace, num_rows: int, name: str
@@ -120,7 +119,7 @@ class Decoding:
         self.seconds.clear()
 
     def run(self, num_steps: int) -> None:
-        """So many more steps. One that another engine left under way is not theirs."""
+        """Run `num_steps` more steps. A step that another engine left under way is not among them."""
         if self.engine.model.head_weight.is_cuda:
             torch.cuda.synchronize()
         for _ in range(num_steps):
@@ -141,7 +140,7 @@ class Decoding:
 def measure(
     model: Decoder, tokenizer: TextTokenizer, arguments: argparse.Namespace, num_rows: int, bandwidth: float
 ) -> dict[str, Any]:
-    """One batch size: milliseconds a step, with graphs and without, and the floor."""
+    """Measure one batch size: milliseconds per step, with graphs and without, and the floor."""
     engines = {}
     for name in arguments.engines:
         with mode(model, name):
@@ -153,7 +152,7 @@ def measure(
     graphs = engines["graphs"].engine
     assert graphs.statistics.num_replayed_steps == graphs.statistics.num_steps - 1  # the first one hands out blocks
     parts = {}
-    if arguments.parts:  # behind the clock: to profile takes time
+    if arguments.parts:  # after the timing, as profiling takes time
         with mode(model, "graphs"):
             parts = harness.device_parts(lambda: engines["graphs"].run(1), model.head_weight.device, PROFILED_STEPS)
     floor = step_bytes(model, num_rows, arguments.context + WARM_UP_STEPS + arguments.steps // 2) / bandwidth
@@ -168,7 +167,7 @@ def measure(
 
 
 def step_bytes(model: Decoder, num_rows: int, length: int) -> int:
-    """What a step must read: every weight but an embedding of its own, and the keys and values of every sequence."""
+    """The bytes a step must read: every weight but an untied embedding, and the keys and values of every sequence."""
     parameters = {name: p.numel() * p.element_size() for name, p in model.named_parameters()}
     if not model.config.tie_word_embeddings:
         del parameters["model.embed_tokens.weight"]
@@ -178,7 +177,7 @@ def step_bytes(model: Decoder, num_rows: int, length: int) -> int:
 
 
 def table(results: list[dict[str, Any]]) -> Table:
-    """A row per batch size."""
+    """Tabulate the results, a row per batch size."""
     shown = Table(box=box.SIMPLE_HEAD)
     names = list(results[0]["milliseconds"])
     titles = (*(f"{name} ms" for name in names), *(f"{name} tokens/s" for name in names), "floor ms", "record ms")
@@ -192,7 +191,7 @@ def table(results: list[dict[str, Any]]) -> Table:
 
 
 def parts_table(one: dict[str, Any]) -> Table:
-    """What takes more than a thousandth of a step on the device, of one batch size."""
+    """Tabulate what takes more than a thousandth of a step on the device, for one batch size."""
     busy = sum(part["ms"] for part in one["parts"].values())
     title = f"{one['rows']:,} sequences: the device is at work for {busy:.2f} ms of a step"
     shown = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)

@@ -1,12 +1,12 @@
-"""What every benchmark here shares: on what it ran, interleaved repetitions, and the row it leaves.
+"""What every benchmark here shares: what it ran on, interleaved repetitions, and the row it leaves.
 
-A benchmark prints tables for a person and, as the last line of stdout, one JSON object for everything else; `--output`
+A benchmark prints tables for people and, as the last line of stdout, one JSON object for everything else; `--output`
 appends the same object to a file in bench/results. A row says what it was measured on: device, threads, versions,
-commit, date. Durations come from `time.perf_counter`; what queues work on a GPU has to synchronise before it stops the
-clock (`metrics.PhaseTimers` does).
+commit, date. Durations come from `time.perf_counter`; code that queues work on a GPU has to synchronise before it stops
+the clock (`metrics.PhaseTimers` does).
 
-Providers are measured in turn, not one after the other, so that a machine that slows down slows all of them; each
-repetition begins with another one, so that none always follows the same neighbour.
+Providers are interleaved, not measured one after the other, so that a machine that slows down slows all of them. Each
+repetition begins with another provider, so that none always follows the same neighbour.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ PACKAGES = (
 Name = TypeVar("Name")
 
 
-# A script's folder is first on the import path, where transformers would find kernels.py, and run it, in search of the
-# package of that name.
+# A script's folder is first on the import path. There transformers would find kernels.py, and run it, when it looks for
+# the package of that name.
 sys.modules.setdefault("kernels", None)
 
 
@@ -59,12 +59,12 @@ def medians(rows: Iterable[Mapping[str, float]]) -> dict[str, float]:
 
 
 def waiter(device: torch.device) -> Callable[[], None]:
-    """What waits until the device has done what was asked of it."""
+    """Return a function that waits until the device has done all that it was asked to do."""
     return functools.partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
 
 
 def timed(function: Callable[[], Any], device: torch.device) -> float:
-    """Seconds until it is done."""
+    """Return the seconds until the function's work is done on the device."""
     wait = waiter(device)
     wait()
     started = time.perf_counter()
@@ -74,8 +74,8 @@ def timed(function: Callable[[], Any], device: torch.device) -> float:
 
 
 def copy_bandwidth(device: torch.device, repetitions: int = 5) -> float:
-    """Bytes a second of a copy on the device, read and written ones counted, the best of some: what can be had of its
-    memory."""
+    """Bytes per second of a copy on the device, counting those read and those written, the best of some: the most that
+    its memory gives."""
     source = torch.zeros(2**30 if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     seconds = [timed(lambda: target.copy_(source), device) for _ in range(repetitions + 1)]
@@ -91,7 +91,7 @@ def matmul_flops(device: torch.device, dtype: torch.dtype, size: int = 1024, rep
 
 
 def circumstances(device: torch.device) -> dict[str, Any]:
-    """The part of a row that says on what, with what and when."""
+    """Return the part of a row that says on what, with what and when it was measured."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit(),
@@ -104,7 +104,7 @@ def circumstances(device: torch.device) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Python's, and those of the packages that decide speed, where installed."""
+    """The versions of Python and of those packages that decide speed, where installed."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -115,7 +115,7 @@ def versions() -> dict[str, str]:
 
 
 def device_name(device: torch.device) -> str:
-    """What a person calls it."""
+    """The device's name, as a person would say it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
@@ -125,7 +125,7 @@ def device_name(device: torch.device) -> str:
 
 
 def commit() -> str | None:
-    """The commit that was measured, with a + where the working tree differs; None outside of a repository."""
+    """The commit that was measured, with a + if the working tree differs; None outside a repository."""
     try:
         described = _git("rev-parse", "--short=12", "HEAD")
         return described + ("+" if _git("status", "--porcelain", "--untracked-files=no") else "")
@@ -134,13 +134,13 @@ def commit() -> str | None:
 
 
 def refuse_ranks() -> None:
-    """ValueError under torchrun: each rank would measure beside the others, and leave a row."""
+    """Raise ValueError under torchrun, where each rank would measure beside the others, and leave a row."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("this benchmark runs in one process; start it with python, not torchrun")
 
 
 def refuse_below_one(options: argparse.Namespace, *names: str) -> None:
-    """ValueError for the first of these numbers that is not at least 1, or that has such a one in it."""
+    """Raise ValueError for the first of these options that is below 1, or that has such a number in it."""
     for name in names:
         value = getattr(options, name)
         least = min(value) if isinstance(value, list) else value
@@ -149,7 +149,7 @@ def refuse_below_one(options: argparse.Namespace, *names: str) -> None:
 
 
 def add_output_argument(parser: argparse.ArgumentParser, name: str) -> None:
-    """`--output [FILE]`."""
+    """Add `--output [FILE]`."""
     default = RESULTS / f"{name}.jsonl"
     parser.add_argument(
         "--output", metavar="FILE", type=Path, nargs="?", const=default,
@@ -158,7 +158,7 @@ def add_output_argument(parser: argparse.ArgumentParser, name: str) -> None:
 
 
 def device_parts(run: Callable[[], Any], device: torch.device, num_runs: int = 10) -> dict[str, dict[str, float]]:
-    """By kernel or copy: milliseconds and launches of one run, the longest first. Empty without a GPU."""
+    """Return milliseconds and launches of one run by kernel or copy, the longest first. Empty without a GPU."""
     if device.type != "cuda":
         return {}
     run()
@@ -176,7 +176,7 @@ def device_parts(run: Callable[[], Any], device: torch.device, num_runs: int = 1
 
 
 def emit(row: Mapping[str, Any], output: Path | None = None) -> None:
-    """The row as the last line of stdout, and at the end of `output`."""
+    """Print the row as the last line of stdout, and append it to `output`."""
     line = json.dumps(row, ensure_ascii=False, allow_nan=False)
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""One problem of the kernels' benchmark: its providers, what it costs at the least, which peers it does without."""
+"""One problem of the kernels' benchmark: its providers, its least cost, and the peers that are missing."""
 
 from __future__ import annotations
 
@@ -32,6 +32,6 @@ class Case:
 
     @property
     def label(self) -> str:
-        """The shape in a line."""
+        """The shape in one line."""
         return " ".join(f"{name}={value:,}" if isinstance(value, int) else f"{name}={value}"
                         for name, value in self.shape.items())  # fmt: skip

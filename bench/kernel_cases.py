@@ -1,7 +1,7 @@
 """What kernels.py measures: the operations of `searchr1_kernels` beside other ways to the same result, on one problem.
 
-A case has its problem, its providers, what the work costs at the least (operations of matrix units, bytes moved once),
-and which optional peers it had to do without. Providers return what they computed; that they agree is checked first.
+A case has its problem, its providers, the least that the work costs (operations of matrix units, bytes moved once), and
+the optional peers that are missing. Providers return what they computed; first they are checked to agree.
 
 The head's providers get what a trainer has: all tokens, and a mask of those that the policy wrote. Ours selects rows;
 the others are told to ignore the rest, as they are in trainers.
@@ -38,8 +38,8 @@ IGNORED = -100  # a target that a cross-entropy leaves out
 
 
 def cases(device: torch.device, kernels: list[str]) -> Iterator[Case]:
-    """All problems of these kernels, made when their turn comes. On a GPU one size is varied at a time around 16k
-    tokens of a 3B model, on a CPU around what takes a second."""
+    """Yield all problems of these kernels, each made only when it is needed. On a GPU one size is varied at a time
+    around 16k tokens of a 3B model, on a CPU around what takes a second."""
     gpu = device.type == "cuda"
     dtype = torch.bfloat16 if gpu else torch.float32
     if gpu:
@@ -166,7 +166,7 @@ def score_case(device, dtype, N, H, V, kept) -> Case:
 
 
 def bare_products(hidden, weight, rows, backward: bool) -> Callable[[], None]:
-    """The matrix products alone, of the selected rows, in chunks that fit: what no head can be faster than."""
+    """Only the matrix products, of the selected rows, in chunks that fit: no head can be faster."""
     hidden, weight = hidden.detach()[rows], weight.detach()
     size = min(4096, max(1, len(rows)))
     logits = torch.empty(size, weight.shape[0], device=hidden.device, dtype=hidden.dtype)
@@ -183,7 +183,7 @@ def bare_products(hidden, weight, rows, backward: bool) -> Callable[[], None]:
 
 
 def add_compiled(into: dict[str, Callable], name: str, function: Callable, left_out: dict[str, str]) -> None:
-    """torch.compile needs a C++ compiler on a CPU; on a GPU it brings its own."""
+    """Add a compiled function. torch.compile needs a C++ compiler on a CPU; on a GPU it brings its own."""
     if torch.cuda.is_available() or shutil.which(os.environ.get("CXX", "g++")):
         into[name] = torch.compile(function)
     else:
@@ -191,7 +191,7 @@ def add_compiled(into: dict[str, Callable], name: str, function: Callable, left_
 
 
 def add_peer(into, name, package, make, left_out, targets) -> None:
-    """An optional package's loss of (hidden, weight) for targets [N]."""
+    """Add an optional package's loss of (hidden, weight) for targets [N]."""
     if targets.device.type != "cuda":
         left_out[name] = "needs a GPU"
     elif importlib.util.find_spec(package) is None:
@@ -224,12 +224,12 @@ def gae_problem(tokens: int, sequences: int) -> tuple[torch.Tensor, ...]:
     lengths = torch.randint(1, 2 * tokens // sequences, (sequences,), generator=generator)
     mask = torch.rand(int(lengths.sum()), generator=generator) < 0.4
     rewards, values = torch.randn(2, len(mask), generator=generator)
-    rewards = rewards * mask  # the loop forgets what stands at masked tokens
+    rewards = rewards * mask  # the loop ignores rewards at masked tokens
     return rewards, values, mask, F.pad(lengths.cumsum(0), (1, 0)).int(), lengths
 
 
 def gae_case(device, tokens: int, sequences: int) -> Case:
-    """`gae_problem`. The loop has it padded, as a trainer that uses it does."""
+    """Make a case of `gae_problem`. The loop gets it padded, as in a trainer that uses it."""
     rewards, values, mask, cu_seqlens, lengths = gae_problem(tokens, sequences)
     inside = torch.arange(int(lengths.max())) < lengths[:, None]  # [S, T]
     total = len(mask)
@@ -315,7 +315,7 @@ def kl_case(device, tokens: int) -> Case:
 
 
 def make_corpus(device, dtype, rows: int, size: int) -> torch.Tensor:
-    """[M,D] unit vectors of no preferred direction, the hardest kind to search by bounds."""
+    """Make [M,D] unit vectors of no preferred direction, the hardest kind to search by bounds."""
     generator = torch.Generator(device).manual_seed(0)
     corpus = torch.empty(rows, size, device=device, dtype=dtype)
     for part in corpus.split(1 << 20):
@@ -324,8 +324,8 @@ def make_corpus(device, dtype, rows: int, size: int) -> torch.Tensor:
 
 
 def topk_case(corpus: torch.Tensor, index: TopKIndex, num_queries: int, k: int = 10) -> Case:
-    """Exact search. faiss is measured as it comes, which from 1.15 on means no matrix products below 128,000 numbers in
-    the batch, and told to use them always, which on one thread is faster."""
+    """Exact search. faiss is measured as it comes, which from 1.15 on means no matrix products for batches below
+    128,000 numbers, and with matrix products always, which on one thread is faster."""
     device = corpus.device
     generator = torch.Generator(device).manual_seed(1)
     queries = F.normalize(torch.randn(num_queries, corpus.shape[1], device=device, generator=generator), dim=1)
@@ -337,7 +337,7 @@ def topk_case(corpus: torch.Tensor, index: TopKIndex, num_queries: int, k: int =
     left_out = {}
     if device.type == "cuda":
         rows = TopKIndex(corpus, coarse="float")
-        for prepared in (index, rows):  # from here on both are searched in the fastest way
+        for prepared in (index, rows):  # from here on, both are searched in their fastest way
             open_search(prepared, num_queries, k).tune(num_queries)
         providers["ours, without codes"] = Provider(lambda: topk_inner_product(queries, rows, k))
         left_out["faiss"] = "its CPU package says nothing about a GPU"
@@ -356,7 +356,7 @@ def topk_case(corpus: torch.Tensor, index: TopKIndex, num_queries: int, k: int =
 
 @functools.cache
 def faiss_index(corpus: torch.Tensor) -> tuple[int, Any]:
-    """(the number of queries from which this faiss multiplies matrices, a flat index of the corpus)."""
+    """-> the number of queries from which this faiss multiplies matrices, and a flat index of the corpus."""
     import faiss
 
     faiss.omp_set_num_threads(torch.get_num_threads())
@@ -366,7 +366,7 @@ def faiss_index(corpus: torch.Tensor) -> tuple[int, Any]:
 
 
 def faiss_search(flat: Any, queries: Any, k: int, threshold: int) -> Any:
-    """scores, ids."""
+    """-> scores and ids."""
     import faiss
 
     faiss.cvar.distance_compute_blas_threshold = threshold

@@ -1,4 +1,4 @@
-"""Each kernel beside other ways to the same result: eager and compiled torch, peers where installed, and the floor.
+"""Measure each kernel beside other ways to the same result: eager and compiled torch, installed peers, and the floor.
 
     python bench/kernels.py                                 everything, on a GPU where there is one
     python bench/kernels.py gae topk --repetitions 7 --output --plot
@@ -14,16 +14,17 @@ above it is row passes, chunking, and products of rows that do not count. Scans,
 bytes per token, and are bound by launches or by Python. Search reads the corpus once per batch, up to the batch at
 which the products take longer.
 
-Every provider's result is compared with ours before anything is timed; the largest relative difference is in the row,
-which may be large where a provider rounds to 16 bits. Times are medians of interleaved repetitions, each of as many
-calls as fill two milliseconds on a GPU and twenty on a CPU, where the first of a repetition is not among them: it is in
-a column of its own, with code and data that others have put out of the caches; on a virtual machine that is mostly what
-other machines do. What takes more than a second is measured once. On a GPU a repetition is timed by
-events: short kernels show what a loop of calls costs, a call that fills the two milliseconds alone begins behind as
-much waiting, so that it has a full queue as it has in a training step, and `device_seconds` is what the device itself
-was busy (from the profiler). `cpu_seconds` is the process's CPU time: on one thread, what a quiet machine would
-take. "roofline" is the time that matrix units at the rate of a large product, or memory at the rate of a large copy,
-would need, over the time taken; integer products may pass 100 %.
+Every provider's result is compared with ours before anything is timed. The largest relative difference is in the row;
+it may be large where a provider rounds to 16 bits. Times are medians of interleaved repetitions. Each repetition makes
+as many calls as fill two milliseconds on a GPU and twenty on a CPU. On a CPU a repetition's first call is not among
+them, and has a column of its own: others have put its code and data out of the caches, on a virtual machine mostly
+other machines. What takes more than a second is measured once.
+
+On a GPU a repetition is timed by events, so short kernels show what a loop of calls costs. A call that fills the two
+milliseconds alone begins after as much waiting, so that its queue is full, as it is in a training step.
+`device_seconds` is how long the device itself was busy (from the profiler). `cpu_seconds` is the process's CPU time: on
+one thread, what a quiet machine would take. "roofline" is the time that matrix units at the rate of a large product, or
+memory at the rate of a large copy, would need, over the time taken; integer products may pass 100 %.
 
 Peak memory is what a call adds at its highest: the allocator's count on a GPU, the resident set's on Linux.
 """
@@ -66,21 +67,21 @@ kernels:
 
 example:
   python bench/kernels.py gae topk --output --plot"""
-# Of calls in a sample. On a CPU the first finds in the caches what ran before, and is told apart.
+# How long the calls of a sample take. On a CPU the first finds in the caches what ran before, and is reported apart.
 _FILL_SECONDS = {"cuda": 2e-3, "cpu": 20e-3}
 _FILL_CYCLES = 4_000_000  # of a GPU at 2 GHz
-_SLOW_SECONDS = 1.0  # of a call that is not repeated
+_SLOW_SECONDS = 1.0  # a call that takes longer is not repeated
 _PROFILED_SECONDS = 0.1  # of calls under the profiler, which keeps an event per launch: a loop of launches has millions
 
 
 class Clock:
-    """Runs a provider so many times, and says what one run took."""
+    """Runs a provider a number of times, and says what one run took."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
     def measure(self, provider: Provider, calls: int) -> dict[str, float]:
-        """Seconds per call; on a CPU of the calls that follow the first, if there are others, and of the first."""
+        """Return seconds per call; on a CPU for the calls after the first, if there are others, and for the first."""
         if self.device.type != "cuda":
             first = self._measure_on_cpu(provider, 1)
             following = self._measure_on_cpu(provider, calls - 1) if calls > 1 else first
@@ -110,7 +111,7 @@ class Clock:
         }
 
     def device_seconds(self, provider: Provider, seconds: float) -> float | None:
-        """Seconds per call that the GPU's kernels take, without the gaps between them; None for what takes long."""
+        """Return seconds per call that the GPU's kernels take, without gaps between them; None for what takes long."""
         if self.device.type != "cuda" or seconds > _PROFILED_SECONDS:
             return None
         calls = min(10, math.ceil(_PROFILED_SECONDS / seconds))
@@ -121,13 +122,13 @@ class Clock:
             torch.cuda.synchronize()
         kernels = (
             event
-            for event in profile.key_averages()  # of operators too, to which their kernels' time is ascribed again
+            for event in profile.key_averages()  # includes operators, to which their kernels' time is ascribed again
             if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
         )
         return sum(event.self_device_time_total for event in kernels) / 1e6 / calls
 
     def once(self, provider: Provider) -> tuple[dict[str, float], int | None]:
-        """-> `measure` of one call, and what it adds to the memory in use at its highest; None where nobody counts."""
+        """-> `measure` of one call, and what it adds to peak memory; None where nothing counts it."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
             before = torch.cuda.memory_allocated()
@@ -136,13 +137,13 @@ class Clock:
         reset = Path("/proc/self/clear_refs")
         if not reset.exists():
             return self.measure(provider, 1), None
-        reset.write_text("5", encoding="ascii")  # the high-water mark starts again from here
+        reset.write_text("5", encoding="ascii")  # resets the high-water mark
         before = resident("VmRSS")
         return self.measure(provider, 1), max(0, resident("VmHWM") - before)
 
 
 def resident(name: str) -> int:
-    """Bytes, from the kernel's account of this process."""
+    """Read a number of bytes from the kernel's account of this process."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     (line,) = (line for line in lines if line.startswith(name + ":"))
     return int(line.split()[1]) * 1024
@@ -157,13 +158,13 @@ def copy_rate(device: torch.device) -> float:
 
 
 def difference(have: Sequence[torch.Tensor], want: Sequence[torch.Tensor]) -> float:
-    """The largest over outputs of |have - want| / |want|, as norms."""
+    """The largest |have - want| / |want| over the outputs, as norms."""
     pairs = [(a.detach().double(), b.detach().double()) for a, b in zip(have, want, strict=True)]
     return max(float((a - b).norm() / b.norm().clamp(min=1e-30)) for a, b in pairs)
 
 
 def measure(case: Case, clock: Clock, repetitions: int, rates: dict[str, float]) -> dict[str, Any]:
-    """The measured part of a row."""
+    """Measure a case: the measured part of its row."""
     systems: dict[str, dict[str, Any]] = {}
     samples: dict[str, list[dict[str, float]]] = {}
     wanted = None
@@ -181,7 +182,7 @@ def measure(case: Case, clock: Clock, repetitions: int, rates: dict[str, float])
             wanted = answer if wanted is None else wanted
             systems[name]["difference"] = difference(answer, wanted)
         del output
-        once, systems[name]["peak_bytes"] = clock.once(provider)  # compiled by now, and what it keeps is there
+        once, systems[name]["peak_bytes"] = clock.once(provider)  # by now it is compiled, and has what it keeps
         if once["seconds"] > _SLOW_SECONDS:
             samples[name] = [once]
             systems[name]["calls"] = 1
@@ -209,7 +210,7 @@ def measure(case: Case, clock: Clock, repetitions: int, rates: dict[str, float])
 
 
 def table(case: Case, row: dict[str, Any]) -> Table:
-    """One case for a person."""
+    """Tabulate one case for a person."""
     shown = Table(title=f"{case.kernel}: {case.label}", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD,
                   caption_justify="left", collapse_padding=True)  # fmt: skip
     shown.add_column("", no_wrap=True)
@@ -231,19 +232,19 @@ def table(case: Case, row: dict[str, Any]) -> Table:
             "" if apart is None else f"{apart:.0e}",
             style="bold" if name == OURS else None,
         )
-    if case.left_out:  # below: in a column a sentence would take the width that names need
+    if case.left_out:  # below the table: in a column, a sentence would take the width that names need
         shown.caption = "\n".join(f"left out: {name}: {reason}" for name, reason in case.left_out.items())
     return shown
 
 
 def milliseconds(seconds: float) -> str:
-    """With three digits that mean something."""
+    """Format milliseconds with three significant digits."""
     return f"{1e3 * seconds:,.{max(0, 2 - math.floor(math.log10(max(1e3 * seconds, 1e-6))))}f} ms"
 
 
 def plot(kernel: str, rows: Sequence[dict[str, Any]], folder: Path, on_gpu: bool) -> Path:
-    """Time by shape and provider, in a file of its own; CPU time where no GPU is: a clock also sees others. Points, as
-    the axis is logarithmic: a bar would begin at no particular time, and its length say nothing."""
+    """Plot time by shape and provider into a file; without a GPU CPU time, as a clock also sees others. It draws points
+    because the axis is logarithmic: a bar would begin at no particular time, and its length would say nothing."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -3,17 +3,18 @@
     rollout     lock-step: all sequences take a turn, whole contexts are prefilled again each turn, nothing is shared;
                 a turn runs on to the end-of-sequence token or its limit and is cut at its tag afterwards
     old         one more pass without gradients over every trajectory, for log-probabilities that the sampler had
-    update      rows in micro-batches of equal count, filled up with padding to the longest; the head, a log-softmax
-                over the vocabulary and the entropy at every position, prompt, observations and padding too; then a
-                mask. Every group, also one whose rewards are all the same and that teaches nothing
+    update      micro-batches with equal numbers of rows, padded to the longest; the head, a log-softmax over the
+                vocabulary and the entropy at every position, including prompt, observations and padding; then a mask.
+                Every group is trained on, also one whose rewards are all the same, which teaches nothing
     loss        the mean over a micro-batch's policy tokens, averaged over micro-batches
 
-It is no straw man: decoder, attention, optimizer, search, number of threads and token budget are the fast path's own;
+It is no straw man. Decoder, attention, optimizer, search, number of threads and token budget are the fast path's own;
 within a turn it batches continuously; it knows the longest row and takes as many rows as then fit; an entropy that is
-only reported is kept out of the backward pass. Of the original's work it leaves out what an honest rival would mend
-first: a further log-probability pass after each turn whose result nobody reads, activation checkpointing, turning text
-into tokens again, weights sent to a second engine each turn, offloading. In one point it does more: the original's
-recipes drop the padding before the decoder (`use_remove_padding`). So there are kinder variants, see `VARIANTS`.
+only reported is kept out of the backward pass. It leaves out those parts of the original's work that an honest rival
+would fix first: a further log-probability pass after each turn whose result nobody reads, activation checkpointing,
+turning text into tokens again, sending weights to a second engine each turn, offloading. In one point it does more: the
+original's recipes drop the padding before the decoder (`use_remove_padding`). So there are kinder variants, see
+`VARIANTS`.
 
 Shape legend
     B  rows of a micro-batch    T  its positions, padding included    D  hidden size    V  vocabulary
@@ -65,7 +66,7 @@ class PlainBatch:
 
     token_ids: torch.Tensor  # [T] int64
     cu_seqlens: torch.Tensor  # [B+1] int32
-    targets: torch.Tensor  # [T] int64; of a row's last position: nothing that is read
+    targets: torch.Tensor  # [T] int64; at a row's last position it is not read
     mask: torch.Tensor  # [T] bool: predicts a policy token
     advantages: torch.Tensor  # [T] fp32, 0 off the mask
     num_policy_tokens: int
@@ -87,7 +88,7 @@ class PlainScorer(nn.Module):
     def forward(
         self, batch: PlainBatch, entropy_gradient: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:  # logprobs [T] fp32, entropy [T] fp32
-        """Log-probability of the next token and entropy at every position."""
+        """Return the log-probability of the next token and the entropy at every position."""
         hidden = self.decoder.hidden(batch.token_ids, batch.cu_seqlens)  # [T, D]
         logits = (hidden @ self.decoder.head_weight.T).float()  # [T, V]
         if self.temperature != 1.0:
@@ -118,7 +119,7 @@ class PlainPolicy(Learner):
 
     @torch.no_grad()
     def logprobs(self, batches: Sequence[PlainBatch], model: PlainScorer) -> list[torch.Tensor]:  # [T] fp32 each
-        """Of every batch, under the policy or the reference. The entropy comes along, as it does in the original."""
+        """Score every batch under the policy or the reference. The entropy is computed too, as in the original."""
         logprobs = [model(batch)[0] for batch in batches]
         reshard(model)
         return logprobs
@@ -130,7 +131,7 @@ class PlainPolicy(Learner):
         references: Sequence[torch.Tensor] | None,  # [T] fp32 each
         denominator: int | None = None,
     ) -> torch.Tensor:  # 0-d
-        """Add the gradients of one minibatch; its loss. `denominator` None: a mean of means, as the original's."""
+        """Add the gradients of one minibatch; return its loss. `denominator` None: a mean of means, as originally."""
         total = torch.zeros((), device=batches[0].token_ids.device)
         for index, batch in enumerate(batches):
             logprobs, entropy = self.module(batch, entropy_gradient=self.algorithm.entropy_coefficient > 0)
@@ -142,7 +143,7 @@ class PlainPolicy(Learner):
         return total
 
     def sync_replica(self) -> None:
-        """Give the generating replica the trained weights, where it is not the same module."""
+        """Give the generating replica the trained weights, if it is another module."""
         if self.replica is not self.module.decoder:
             copy_parameters(self.module.decoder, self.replica)
 
@@ -155,7 +156,7 @@ def plain_loss(
     batch: PlainBatch,
     algorithm: AlgorithmConfig,
 ) -> torch.Tensor:  # 0-d: a sum over policy tokens
-    """Clipped surrogate, KL and entropy at every position; then the mask."""
+    """Compute clipped surrogate, KL and entropy at every position, then apply the mask."""
     ratio = (logprobs - old).exp()
     clipped = ratio.clamp(1.0 - algorithm.clip_low, 1.0 + algorithm.clip_high)
     terms = torch.maximum(-batch.advantages * ratio, -batch.advantages * clipped)
@@ -176,9 +177,9 @@ def pad(
     padding: bool = True,
     to_longest: bool = False,
 ) -> list[PlainBatch]:
-    """Micro-batches of equally many rows, in order: as many as fit the token budget if all were the longest.
+    """Make micro-batches of equally many rows, in order: as many rows as fit the token budget if all were the longest.
 
-    `to_longest`: rows are padded to the longest of all, and not only of their micro-batch.
+    `to_longest`: rows are padded to the longest of all, not only to the longest of their micro-batch.
     """
     longest = max(len(trajectories[i].token_ids) for i in indices)
     rows = max(1, config.train.tokens_per_microbatch // longest)
@@ -211,7 +212,7 @@ def _pad_one(
 
 
 def plain_policy(run: Run) -> PlainPolicy:
-    """The twin of a run's policy: the same start, weights of its own."""
+    """Make the twin of a run's policy, with the same start and weights of its own."""
     config, device, directory = run.config, run.ranks.device, resolve(run.config.model.path)
     reference = None
     if config.algorithm.kl_coefficient > 0:
@@ -220,7 +221,7 @@ def plain_policy(run: Run) -> PlainPolicy:
 
 
 def plain_run(run: Run, policy: PlainPolicy, variant: Variant, engine_type: type[PlainEngine] = PlainEngine) -> Run:
-    """The run with the twin's policy and engine: what `train.sample` needs to sample the same trajectories."""
+    """Return the run with the twin's policy and engine: what `train.sample` needs to sample the same trajectories."""
     config = run.config
     engine = engine_type(policy.replica, run.tokenizer, config.rollout, stop_at_tags=variant.stop_at_tags)
     return replace(

@@ -2,10 +2,10 @@
 
     python bench/plain_server.py --index wiki.index --port 8000
 
-FastAPI with an ordinary function for an endpoint, which its thread pool calls: each request encodes its queries and
-searches them alone, faiss `IndexFlatIP` over the vectors in fp32, passages from a list in memory. Vectors and encoder
-are the index's own, so that only the serving differs. It is no straw man: it starts no bars, empties no caches, and its
-encoder costs tens of microseconds a query.
+It is FastAPI with an ordinary function as its endpoint, which its thread pool calls. Each request encodes its queries
+and searches for them alone, by faiss `IndexFlatIP` over the vectors in fp32; passages come from a list in memory.
+Vectors and encoder are the index's own, so that only the serving differs. It is no straw man: it starts no progress
+bars, empties no caches, and its encoder costs tens of microseconds a query.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from searchr1_fast.retrieval.index_format import TextColumn, open_index
 
 
 class QueryRequest(BaseModel):
-    """The protocol's request."""
+    """A request of the protocol."""
 
     queries: list[str]
     topk: int = 3
@@ -32,7 +32,7 @@ class QueryRequest(BaseModel):
 
 
 def flat_index(folder: Path) -> faiss.IndexFlatIP:
-    """faiss over the vectors of an index of ours."""
+    """Build a faiss index over the vectors of an index of ours."""
     index = open_index(folder)
     flat = faiss.IndexFlatIP(index.dimension)
     for _, part in index.vector_parts():
@@ -42,7 +42,7 @@ def flat_index(folder: Path) -> faiss.IndexFlatIP:
 
 
 def application(folder: Path) -> FastAPI:
-    """The server over an index."""
+    """Make the server over an index."""
     index = open_index(folder)
     encoder = open_encoder(index.manifest.encoder, index.folder)
     encoder.encode_queries(["compiles"])

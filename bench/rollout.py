@@ -1,4 +1,4 @@
-"""The native engine beside other ways to the same tokens: transformers, vLLM, and lock-step turns.
+"""Measure the native engine beside other ways to the same tokens: transformers, vLLM, and lock-step turns.
 
     python bench/rollout.py                            both parts, on a CPU
     python bench/rollout.py generate --prompts 256 --new-tokens 128 --output
@@ -6,18 +6,18 @@
     python bench/rollout.py --device cuda --shape 3b   both parts, on a GPU, all in bf16
     python bench/rollout.py generate --threads 2 --leave-out transformers      beside vLLM, in its environment
 
-generate   prompts of one length, greedy, so many new tokens each: the engine and transformers' `generate` in fp32
-           and in bf16, over the whole batch at once; and where vLLM is installed, vLLM in both (docs/architecture.md
+generate   greedy, prompts of one length and a fixed number of new tokens: the engine and transformers' `generate` in
+           fp32 and in bf16, over the whole batch at once; and vLLM in both where it is installed (docs/architecture.md
            has the installation). Ids of the fp32 ways are compared.
-replay     trajectories of several turns with a search behind each (replay.py): the engine, which keeps its cache and
-           lets every sequence go on by itself, against the lock-step twin (`PlainEngine`), which waits for the slowest
-           turn and prefills whole contexts again; against transformers' `generate` in fp32 and bf16, called for every
-           turn with all contexts, padded on the left, until the longest turn ends; and against `VllmEngine` in both,
-           which finds them in its prefix cache. `--run-on 500` adds the twin as the original generates: without stop
-           tags, every turn to 500 tokens, and cut then. Turns are as long as a seed says and ask what it says: all run
-           the same, and the share of their contexts that was cached is in the row, and how long they took and waited
-           for others (timeline.py; drawn with `--plot`). Ids are compared with the twin's; vLLM and transformers draw
-           in ways of their own.
+replay     trajectories of several turns with a search after each (replay.py). The engine keeps its cache and lets every
+           sequence go on by itself. It is measured against the lock-step twin (`PlainEngine`), which waits for the
+           slowest turn and prefills whole contexts again; against transformers' `generate` in fp32 and bf16, called
+           for every turn with all contexts, padded on the left, until the longest turn ends; and against `VllmEngine`
+           in both, which finds the contexts in its prefix cache. `--run-on 500` adds the twin that generates as the
+           original does: without stop tags, every turn to 500 tokens, then cut. A seed sets how long each turn is and
+           what it asks for, so all run the same turns. The row has the share of their contexts that was cached, how
+           long they took, and how long they waited for others (timeline.py; drawn with `--plot`). Ids are compared with
+           the twin's; vLLM and transformers draw in their own ways.
 
 The model's parameters are random, and its tokens end no turn. Providers run in turn, repetition by repetition; times
 are medians. With one thread, `cpu_seconds` is what a quiet machine would take.
@@ -72,7 +72,7 @@ PARTS = ("generate", "replay")
 def generate_providers(
     model: Decoder, tokenizer: TextTokenizer, options: argparse.Namespace, stack: ExitStack
 ) -> dict[str, Provider]:
-    """All that give `--new-tokens` tokens behind each prompt, [prompts] of [new tokens] int64. `stack` ends them."""
+    """Make all ways to `--new-tokens` tokens after each prompt, [prompts] of [new tokens] int64. `stack` ends them."""
     size = (options.prompts, options.prompt_tokens)
     prompts = np.random.default_rng(0).integers(0, model.config.vocab_size, size)
     config = RolloutConfig(
@@ -99,7 +99,7 @@ def generate_providers(
 def native_provider(
     model: Decoder, tokenizer: TextTokenizer, prompts: np.ndarray, new_tokens: int, config: RolloutConfig
 ) -> Provider:
-    """The engine, which keeps its memory from run to run."""
+    """Make the native engine, which keeps its memory from run to run."""
     engine = native_engine(Engine, model, tokenizer, config, temperature=0.0)
 
     def run() -> list[np.ndarray]:
@@ -116,7 +116,7 @@ def native_provider(
 def vllm_provider(
     model: Decoder, prompts: np.ndarray, new_tokens: int, config: RolloutConfig, stack: ExitStack
 ) -> Provider:
-    """vLLM with the same weights, its prefix cache emptied before each run."""
+    """Make vLLM with the same weights, its prefix cache emptied before each run."""
     greedy = SamplingParams(0.0)
     other = VllmModel(model, config, greedy, eos_ids=())
     stack.callback(other.close)
@@ -137,7 +137,7 @@ def vllm_provider(
 
 
 def generator(model: Decoder, prompts: np.ndarray, new_tokens: int, dtype: torch.dtype) -> Callable:
-    """transformers' own model of the same weights, behind `generate`."""
+    """Return `generate` of transformers' own model with the same weights."""
     other = transformers_model(model, dtype)
     ids = torch.from_numpy(prompts).to(other.device)
 
@@ -154,8 +154,10 @@ def generator(model: Decoder, prompts: np.ndarray, new_tokens: int, dtype: torch
 
 
 def measure(providers: dict[str, Provider], repetitions: int, compared: Sequence[str]) -> dict[str, Any]:
-    """Medians by provider; how many sequences of `compared` have our tokens. AssertionError where that is not most: a
-    few may take another way where two tokens are as likely, to the last bits of fp32; and where one ran other lengths.
+    """Return medians by provider, and how many sequences of `compared` have our tokens.
+
+    AssertionError if one ran other lengths, and unless most have our tokens: a few may differ where two tokens are
+    equally likely, to the last bits of fp32.
     """
     for _, name in harness.interleaved(list(providers), repetitions + 1):
         providers[name].measure()
@@ -175,7 +177,7 @@ def measure(providers: dict[str, Provider], repetitions: int, compared: Sequence
 
 
 def without(names: Sequence[str], providers: dict[str, Provider]) -> dict[str, Provider]:
-    """Those of no other project that is named."""
+    """Leave out the providers of the projects that are named."""
     return {name: one for name, one in providers.items() if name.partition(" ")[0].rstrip(",") not in names}
 
 
@@ -281,7 +283,7 @@ def measure_parts(options: argparse.Namespace, device: torch.device) -> None:
             made = replay.replay_providers(model, tokenizer, options, work, timelines, stack)
             providers = without(options.leave_out, made)
             twins = [name for name in (replay.LOCK_STEP, replay.RUN_ON) if name in providers]
-            compared = twins if device.type == "cpu" else []  # in bf16 two tokens are often as likely
+            compared = twins if device.type == "cpu" else []  # in bf16 two tokens are often equally likely
             row |= measure(providers, options.repetitions, compared)
         row["work"] = work
         title = f"replay: {options.searches} searches of at most {options.observation_tokens} tokens a trajectory"

@@ -29,7 +29,7 @@ HAS_VLLM = importlib.util.find_spec("vllm") is not None
 
 
 class Provider:
-    """One way: how to run it, what its runs took and what it left. `prepare` is outside of the clock."""
+    """One way: how to run it, what its runs took and what it left. `prepare` is not timed."""
 
     def __init__(self, run: Callable[[], list[np.ndarray]], prepare: Callable[[], object] = lambda: None) -> None:
         self.run, self.prepare = run, prepare
@@ -45,7 +45,7 @@ class Provider:
 
 
 def build_model(shape: str, device: torch.device) -> Decoder:
-    """Random weights: fp32 on a CPU, bf16 on a GPU."""
+    """Make a model with random weights, in fp32 on a CPU and in bf16 on a GPU."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     with torch.device("meta"):
         model = Decoder(SHAPES[shape])
@@ -57,17 +57,17 @@ def build_model(shape: str, device: torch.device) -> Decoder:
 
 
 def other_types(model: Decoder) -> list[torch.dtype]:
-    """Those that others are measured in: the model's own, and on a CPU what they are built for."""
+    """The dtypes that other projects are measured in: the model's own, and on a CPU also the one they are built for."""
     return list(dict.fromkeys([model.head_weight.dtype, torch.bfloat16]))
 
 
 def type_name(dtype: torch.dtype) -> str:
-    """As in a table."""
+    """The dtype's name in a table."""
     return str(dtype).removeprefix("torch.")
 
 
 def in_type(model: Decoder, dtype: torch.dtype) -> Decoder:
-    """The model, or a copy of it in another type."""
+    """Return the model, or a copy of it in another dtype."""
     if model.head_weight.dtype == dtype:
         return model
     copy = Decoder(model.config).to(dtype).to(model.head_weight.device)
@@ -77,7 +77,7 @@ def in_type(model: Decoder, dtype: torch.dtype) -> Decoder:
 
 
 def transformers_model(model: Decoder, dtype: torch.dtype) -> Any:
-    """transformers' own, of the same weights. Nothing ends its sequences."""
+    """Make transformers' own model with the same weights. Nothing ends its sequences."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     shape = model.config
@@ -97,21 +97,21 @@ def transformers_model(model: Decoder, dtype: torch.dtype) -> Any:
 def native_engine(
     kind: type[Engine], model: Decoder, tokenizer: TextTokenizer, config: RolloutConfig, temperature: float
 ) -> Engine:
-    """One whose turns end at their limit, as the tokenizer has no end of a sequence."""
+    """Make an engine whose turns end at their limit, as the tokenizer has no end-of-sequence token."""
     return kind(model, tokenizer, config, SamplingParams(temperature), stop_at_tags=False)
 
 
 def vllm_engine(
     model: Decoder, tokenizer: TextTokenizer, config: RolloutConfig, temperature: float, stack: ExitStack
 ) -> VllmEngine:
-    """The trainer's engine over vLLM, until the stack ends. No random model writes a whole tag."""
+    """Make the trainer's engine over vLLM, which `stack` closes. No random model writes a whole tag."""
     engine = VllmEngine(model, tokenizer, config, SamplingParams(temperature))
     stack.callback(engine.close)
     return engine
 
 
 def make_sequences(prompts: np.ndarray, turn_limits: list[int]) -> list[Rollout]:
-    """One per prompt [S, n], each with its own stream."""
+    """Make one sequence per prompt [S, n], each with its own stream."""
     sequences = []
     for place, key in enumerate(stream_keys(list(range(len(prompts))))):
         sequence = Rollout(RolloutRequest(QUESTION, place, "", place), key)

@@ -5,34 +5,35 @@
     python bench/throughput.py --plain original,stop,kindest rollout.max_turn_tokens=128
     python bench/throughput.py --model qwen2.5-3b --workload A --scale 0.125    # a published shape: replayed_step.py
 
-A step is rollout (with its searches), reward and advantage, log-probabilities that the update needs, update. Ours is
-made of `train`'s own functions (steps.py); the twin (plain.py) does what Search-R1 does. Both sample the same
+A step is rollout (with its searches), reward and advantage, log-probabilities that the update needs, and update. Ours
+is made of `train`'s own functions (steps.py); the twin (plain.py) does what Search-R1 does. Both sample the same
 trajectories, token for token, and their gradients agree; the benchmark checks that first, and says so in its row.
 
-Where the time can come from. A decoder costs about 2 FLOP per parameter of its layers and token, its head 2 V D per
-row, a backward pass twice its forward. So the work is counted in tokens through the layers and rows through the head:
+Where the time can come from. A decoder costs about 2 FLOP per token and parameter of its layers, its head 2 V D per
+row, and a backward pass twice its forward. So the work is counted in tokens through the layers and rows through the
+head:
 
     rollout     decoding is bound by memory (on a GPU) or by small matrices and overhead (on a CPU), and pays per engine
                 step; prefill is bound by arithmetic and pays per token. Keeping the cache across turns saves the
-                re-prefill, sharing beginnings the copies of them, stopping at the tag all that would be cut away,
-                continuous batching the steps in which a few stragglers run alone.
+                re-prefill; sharing beginnings saves the copies of them; stopping at the tag saves all that would be cut
+                away; continuous batching saves the steps in which a few stragglers run alone.
     log-probs   the sampler's are kept, so there is nothing to recompute; a reference (kl_coefficient) costs one pass.
     update      no padding; the head sees policy tokens only, and [T, V] is never held.
 
-The card that is printed before the clock starts holds these counts for each provider, and the ratio of time that they
-alone would give; what is measured beyond or below it is how well each keeps the machine busy.
+The table that is printed before the clock starts has these counts for each provider, and the ratio of time that they
+alone would give. Any difference between that and the measured ratio is how well each keeps the machine busy.
 
-Answers are scored, but every second sample of a group is declared the winner: so every group teaches something, both
-train on the same trajectories, and the work does not depend on how good the model is. `--scored` takes the rewards that
+Answers are scored, but every second sample of a group is declared the winner. So every group teaches something, both
+train on the same trajectories, and the work does not depend on how good the model is. `--scored` uses the rewards that
 were won; ours then drops the groups whose rewards are all equal, which the original trains on, and gains by it.
 
 Weights and optimizer are put back after every step, so that each repetition is the same work. A repetition is noisy on
-a machine that others use: the row holds every total, the ratio's range over repetitions, and the CPU time, which others
-disturb less (on one thread without a GPU it is the time that a quiet machine would take).
+a machine that others use. So the row holds every total, the ratio's range over repetitions, and the CPU time, which
+others disturb less (on one thread without a GPU, it is the time that a quiet machine would take).
 
-With a published shape for `--model` (`qwen2.5-{0.5b,1.5b,3b,7b}`, `llama-3.2-3b`, …) weights are random, and would
-never write a tag: then turns are replayed, and everything is replayed_step.py's, its options too, with the twin unless
-`--no-plain` is said.
+With a published shape for `--model` (`qwen2.5-{0.5b,1.5b,3b,7b}`, `llama-3.2-3b`, …), weights are random and would
+never write a tag. Turns are then replayed: replayed_step.py does everything, with its own options, and with the twin
+unless `--no-plain` is given.
 
 Left out: PPO (the twin has no critic), and more than one process.
 """
@@ -81,13 +82,13 @@ class Provider:
     cpu_seconds: list[float] = field(default_factory=list)
 
     def run(self) -> Step:
-        """A step, and back to the start."""
+        """Run a step, and put everything back."""
         step = self.step()
         self.restore()
         return step
 
     def measure(self) -> None:
-        """One repetition."""
+        """Measure one repetition."""
         started = time.process_time()
         self.seconds.append(self.run().seconds)
         self.cpu_seconds.append(time.process_time() - started)
@@ -97,7 +98,7 @@ class Provider:
 
 
 def cost_table(providers: dict[str, Provider], flops: dict[str, dict[str, float]]) -> Table:
-    """What each provider puts through the model in one step."""
+    """Tabulate what each provider puts through the model in one step."""
     table = columns("one step, counted", providers)
     for label, text in {
         "tokens prefilled": lambda cost: f"{cost.prefill_tokens:,}",
@@ -119,7 +120,7 @@ def cost_table(providers: dict[str, Provider], flops: dict[str, dict[str, float]
 
 
 def time_table(row: dict[str, Any], providers: dict[str, Provider]) -> Table:
-    """Medians by phase, and what follows from them."""
+    """Tabulate medians by phase, and what follows from them."""
     systems = row["systems"]
     ratios = {name: f"{ratio:.2f}x" for name, ratio in row["ratios"].items()}
     table = columns(f"one step, median of {row['repetitions']}", providers)
@@ -149,7 +150,7 @@ def columns(title: str, providers: dict[str, Provider]) -> Table:
 
 
 def times(values: dict[str, dict[str, float]], name: str, phase: str) -> str:
-    """How many times ours it is."""
+    """Format how many times ours a value is."""
     ours = values[OURS][phase]
     return f"  {values[name][phase] / ours:5.1f}x" if name != OURS and ours > 1e-3 else ""
 

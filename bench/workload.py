@@ -1,4 +1,4 @@
-"""One real training workload on a published shape, with random weights: how fast the update and the engine are.
+"""Measure the update and the engine on one real training workload: a published shape with random weights.
 
     python bench/workload.py --model qwen2.5-1.5b
     python bench/workload.py --model qwen2.5-3b --checkpointing selective --tokens-per-microbatch 16384 --output
@@ -8,14 +8,14 @@
 
 The update is `Policy.update` on trajectories of random tokens in the mix of Search-R1's traces (prompt, turn, passages,
 turn; 35 % of the tokens are the policy's; lengths spread by half around their mean), in groups that share their prompt.
-The engine samples from prompts of which a group shares one, so many tokens each; random weights never end a turn, so
-lengths are fixed. Nothing is loaded or downloaded. What does not fit, by the planner, is left out and said.
+The engine samples a fixed number of tokens from each prompt, which a group shares; lengths are fixed because random
+weights never end a turn. Nothing is loaded or downloaded. What does not fit, by the planner, is left out and reported.
 
-Operations are counted twice (random_work.py): what the workload asks for if nothing is shared and the head sees every
-token (`model`, of which MFU is made), and what is `done` of it, with what checkpointing computes again.
+Operations are counted in two ways (random_work.py): `model` is what the workload asks for if nothing is shared and the
+head sees every token, and MFU is computed from it; `done` is what is done of that, plus what checkpointing recomputes.
 
-MFU may exceed the other by what is saved. The peak is the data sheet's of an H100 SXM or H200 (989 TFLOP/s, bf16,
-dense), and beside it stands the rate of one large matrix product, measured here.
+MFU may exceed the share of the peak that is `done`, by what is saved. The peak is the data sheet's of an H100 SXM or
+H200 (989 TFLOP/s, bf16, dense); the rate of one large matrix product, measured here, is given beside it.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ WARM_UP_STEPS = 8  # decode steps before the clock
 def measure_update(
     policy: Policy, batches: list[PackedBatch], denominator: int, repetitions: int
 ) -> tuple[list[float], int | None]:
-    """Seconds of each optimizer step after one that warms up, and the peak of all (None: no GPU)."""
+    """Return the seconds of each optimizer step after one that warms up, and the peak of all (None without a GPU)."""
     device = policy.ranks.device
     wait = harness.waiter(device)
     if device.type == "cuda":
@@ -81,7 +81,7 @@ def measure_update(
 
 
 def run_update(policy: Policy, batches: list[PackedBatch], work: Work, plan: TrainingPlan, options) -> dict[str, Any]:
-    """The row's part about the update."""
+    """Measure the row's part about the update."""
     device = policy.ranks.device
     on_device = [to_device(batch, device) for batch in batches]
     seconds, peak = measure_update(policy, on_device, work.policy_tokens, options.repetitions)
@@ -109,7 +109,7 @@ def run_update(policy: Policy, batches: list[PackedBatch], work: Work, plan: Tra
 
 
 def peak_flops(device: torch.device, options) -> float | None:
-    """The data sheet's, where it is known."""
+    """Return the data sheet's peak, if it is known."""
     if options.peak_tflops is not None:
         return options.peak_tflops * 1e12
     if device.type != "cuda" or torch.cuda.get_device_capability(device) != HOPPER or options.dtype != "bfloat16":
@@ -121,7 +121,7 @@ def peak_flops(device: torch.device, options) -> float | None:
 
 
 def run_rollout(model: Decoder, tokenizer: TextTokenizer, config: Config, num_seqs: int, options) -> dict[str, Any]:
-    """The engine over `num_seqs` sequences: seconds of its prefill, and decoded tokens a second after it."""
+    """Run the engine over `num_seqs` sequences: seconds of its prefill, then decoded tokens per second."""
     rollout = config.rollout.model_copy(update={"max_num_seqs": num_seqs})
     engine = Engine(model, tokenizer, rollout, stop_at_tags=False)
     wait = harness.waiter(model.head_weight.device)
@@ -149,12 +149,12 @@ def run_rollout(model: Decoder, tokenizer: TextTokenizer, config: Config, num_se
         "decode_steps": len(timed),
         "decode_step_seconds": typical,
         "decode_tokens_per_second": num_seqs / typical,
-        "weights_gb_per_second": weights / typical / 1e9,  # what reading the weights alone comes to
+        "weights_gb_per_second": weights / typical / 1e9,  # the rate of reading the weights alone
     }
 
 
 def make_sequences(num_seqs: int, vocab_size: int, options) -> list[Rollout]:
-    """Prompts of random tokens, one per group."""
+    """Make sequences with prompts of random tokens, one prompt per group."""
     generator = np.random.default_rng(0)
     sequences = []
     for place, key in enumerate(stream_keys(list(range(num_seqs)))):
@@ -172,7 +172,7 @@ def make_sequences(num_seqs: int, vocab_size: int, options) -> list[Rollout]:
 
 def measure(options, ranks: Ranks, say: Callable[[str], None]) -> dict[str, Any]:
     """The row."""
-    # No token of it ends a turn, and none of random ones spells a tag that would.
+    # None of its tokens ends a turn, and random ones do not spell a tag that would.
     tokenizer = TextTokenizer(load_tokenizer("builtin:base").backend)
     tiny = options.model == "tiny"
     decoder = tiny_config(tokenizer.vocab_size) if tiny else published_config(options.model)
@@ -209,12 +209,12 @@ def measure(options, ranks: Ranks, say: Callable[[str], None]) -> dict[str, Any]
 
 
 def tiny_config(vocab_size: int) -> DecoderConfig:
-    """For a CPU and the tests."""
+    """Return a tiny shape, for a CPU and the tests."""
     return DecoderConfig(vocab_size, 64, 160, 2, 4, 2, tie_word_embeddings=True)
 
 
 def make_config(options) -> Config:
-    """The parts of a run's configuration that count here."""
+    """Make the parts of a run's configuration that count here."""
     length = options.prompt_tokens + options.new_tokens
     return Config.model_validate(
         {
@@ -236,7 +236,7 @@ def make_config(options) -> Config:
 
 
 def random_decoder(decoder: DecoderConfig, device: torch.device) -> Decoder:
-    """In fp32, drawn on the device: a CPU takes a minute for some billions."""
+    """Make a random decoder in fp32, drawn on the device: a CPU takes a minute for some billions of numbers."""
     with device:
         return Decoder(decoder)
 
@@ -244,7 +244,7 @@ def random_decoder(decoder: DecoderConfig, device: torch.device) -> Decoder:
 def make_plan(
     config: Config, decoder: DecoderConfig, batches: Sequence[PackedBatch], device: torch.device
 ) -> TrainingPlan:
-    """For the micro-batch with the most rows."""
+    """Plan the memory for the micro-batch with the most rows."""
     largest = max(batches, key=lambda batch: batch.num_tokens)
     keys = largest.num_tokens if largest.prefixes is None else len(largest.prefixes.key_index)
     return plan_training(
@@ -257,7 +257,7 @@ def make_plan(
 
 
 def workload_row(options, work: Work, batches: Sequence[PackedBatch]) -> dict[str, Any]:
-    """What was asked for."""
+    """The row's part about what was asked for."""
     return {
         "tokens": work.tokens,
         "policy_tokens": work.policy_tokens,
@@ -277,7 +277,7 @@ def workload_row(options, work: Work, batches: Sequence[PackedBatch]) -> dict[st
 
 
 def tables(row: dict[str, Any]) -> list[Table]:
-    """For a person."""
+    """Tabulate the row for a person."""
     work, update, found = row["workload"], row["update"], []
     if update is not None:
         table = Table("update", "", title=f"{row['model']['name']}, {work['checkpointing']}", box=box.SIMPLE_HEAD)
@@ -309,7 +309,7 @@ def tables(row: dict[str, Any]) -> list[Table]:
 
 
 def release(device: torch.device) -> None:
-    """Give back what is no longer used."""
+    """Free memory that is no longer used."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -318,7 +318,7 @@ def release(device: torch.device) -> None:
 def add_model_arguments(
     parser: argparse.ArgumentParser, *, model: str, tokens_per_microbatch: int, checkpointing: str
 ) -> None:
-    """What is run where, and how its update is cut; replayed_step.py asks for the same."""
+    """Add what is run where, and how its update is cut; replayed_step.py takes the same options."""
     parser.add_argument("--model", choices=("tiny", *PUBLISHED), default=model)
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
