@@ -1,18 +1,18 @@
-"""How evenly an update's micro-batches lie on ranks: what ranks wait for one another, counted and not timed.
+"""Measure how evenly an update's micro-batches lie on ranks: how much ranks wait for one another, counted, not timed.
 
     python bench/balance.py
     python bench/balance.py --lengths mix --questions 64 --group-size 8 --output
 
 FSDP gathers a block's weights on all ranks at once, so in every round of micro-batches all wait for the costliest. The
-imbalance is the sum of the costliest micro-batch of each round over the mean rank's cost (packing.py has the cost); 1.0
-is none. `largest rank` is the largest sum of a rank over the mean, which counts where nothing is gathered between
+imbalance is the sum of each round's costliest micro-batch over the mean rank's cost (packing.py has the cost); 1.0 is
+none. `largest rank` is the largest sum of a rank over the mean, which counts where nothing is gathered between
 micro-batches (`train.reshard_after=update`).
 
 Columns: `dealt` is packing.lay_out, which cuts the micro-batches of all ranks from one list. `apart` is its plain twin:
 sequences are dealt out by cost, and every rank packs its own.
 
 Lengths: `real` are the turns of released Search-R1 models (trace_lengths.json in $SEARCHR1_DATA/stats, read in place),
-drawn with a seed, behind a prompt that a group shares; `mix` is bench/workload.py's. No model, no GPU.
+drawn with a seed, after a prompt that a group shares; `mix` is bench/workload.py's. No model, no GPU.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ from searchr1_fast.packing import Layout, lay_out, plan
 from searchr1_fast.types import FinishReason, Trajectory
 
 DATA = Path(os.environ.get("SEARCHR1_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
-VOCABULARY = 100_000  # so many that no two trajectories go on alike by chance
+VOCABULARY = 100_000  # large enough that no two trajectories continue alike by chance
 MIX_LENGTH = 1024  # mean, as in bench/workload.py
 
 
 def real_trajectories(turns: Sequence[list[list[int]]], options, seed: int) -> list[Trajectory]:
-    """Groups of random tokens in turns that were really taken, each sample's drawn by itself."""
+    """Make groups of random tokens in turns that were really taken, each sample's drawn by itself."""
     generator = np.random.default_rng(seed)
     trajectories = []
     for group in range(options.questions):
@@ -61,14 +61,14 @@ def real_trajectories(turns: Sequence[list[list[int]]], options, seed: int) -> l
 
 
 def read_turns(path: Path) -> list[list[list[int]]]:
-    """Of each trajectory its turns: characters and tokens of the policy, then of its passages."""
+    """Read the turns of each trajectory: characters and tokens of the policy, then of its passages."""
     if not path.is_file():
         raise ValueError(f"no {path}; set SEARCHR1_DATA to the directory that holds stats/, or give --lengths mix")
     return [record["turns"] for record in json.loads(path.read_text(encoding="utf-8"))["records"]["all"]]
 
 
 def lay_out_apart(trajectories: Sequence[Trajectory], budget: int, world_size: int) -> Layout:
-    """The plain twin: one run of nearly equal cost a rank, which every rank cuts by itself."""
+    """The plain twin: one run of nearly equal cost per rank, which every rank cuts by itself."""
     whole = lay_out(trajectories, budget)
     by_rank = plan(whole.lengths, whole.shared, sum(whole.lengths), world_size)
     runs = []
@@ -79,7 +79,7 @@ def lay_out_apart(trajectories: Sequence[Trajectory], budget: int, world_size: i
 
 
 def measure(options) -> list[dict[str, Any]]:
-    """A row for each budget and number of ranks: means over the seeds."""
+    """Make a row for each budget and number of ranks: means over the seeds."""
     turns = read_turns(DATA / "stats" / "trace_lengths.json") if options.lengths == "real" else None
     number = options.questions * options.group_size
     found: dict[tuple[int, int], list[tuple[Layout, Layout]]] = {}
@@ -109,7 +109,7 @@ def summary(layouts: Sequence[Layout]) -> dict[str, float]:
 
 
 def table_of(row: dict[str, Any]) -> Table:
-    """For a person."""
+    """Tabulate the row for a person."""
     table = Table("rows", "ranks", "rounds", "dealt", "largest rank", "rounds, apart", "apart", "largest rank, apart",
                   title=f"imbalance: {row['questions']} questions x {row['group_size']}, {row['lengths']} lengths",
                   box=box.SIMPLE_HEAD)  # fmt: skip

@@ -1,14 +1,14 @@
-"""Bursts of searches through the batcher, in front of a backend that takes 2 ms a batch, whatever is in it.
+"""Send bursts of searches through the batcher, to a backend that takes 2 ms per batch, whatever is in it.
 
-Closed loop: so many callers at once, each of whom searches again as soon as it has its result. That is what a rollout
-does to its retriever. Every result is checked; a wrong one counts as a failure, as an exception does.
+It is a closed loop: a number of callers at once, each of which searches again as soon as it has its result, as a
+rollout does with its retriever. Every result is checked; a wrong one counts as a failure, as an exception does.
 
 The callers are coroutines, threads, or one caller with a list (as the rollout's own loop searches). The plain twin is
-what published search servers do: one query a request, one request at a time behind a lock.
+what published search servers do: one query per request, one request at a time behind a lock.
 
 Queries come in groups, as the samples of a question do, and a share of them is equal within the group. No query comes
-back in a later round, so the cache only costs here. Among many coroutines every eighth is timed: to read the clock
-twice cost more than a microsecond where this was first measured, a tenth of what a search costs.
+back in a later round, so here the cache is only a cost. Among many coroutines only every eighth is timed: reading the
+clock twice took more than a microsecond where this was first measured, a tenth of what a search costs.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from searchr1_fast.retrieval.batcher import BatchedRetriever
 K = 3
 GROUP = 5  # samples of a question
 BACKEND_SECONDS = 0.002
-MANY, EVERY = 256, 8  # from so many coroutines on, one of so many is timed
+MANY, EVERY = 256, 8  # from MANY coroutines on, one of EVERY is timed
 
 
 class FakeBackend:
@@ -51,7 +51,7 @@ class NoPassages:
     """This part measures searches, not texts."""
 
     def passages(self, rows: Sequence[int], scores: Sequence[float]) -> list[Any]:
-        """None is asked for."""
+        """Return nothing: no passages are asked for."""
         raise AssertionError("only ids are searched for here")
 
 
@@ -67,16 +67,16 @@ class Measured:
     statistics: dict[str, Any] = field(default_factory=dict)
 
     def add(self, started: float, ids: np.ndarray, number: int) -> None:
-        """A search for query `number` that was started then and ends now; ids [1,k]."""
+        """Add a search for query `number` that was started at `started` and ends now; ids [1,k]."""
         self.latencies.append(time.perf_counter() - started)
         self.num_failures += ids.item(0) != number
 
     def check(self, ids: np.ndarray, number: int) -> None:
-        """The same of one that is not timed."""
+        """Check a search that is not timed."""
         self.num_failures += ids.item(0) != number
 
     def row(self) -> dict[str, Any]:
-        """What is reported."""
+        """The row that is reported."""
         p50, p99 = np.percentile(self.latencies, [50, 99]) if self.latencies else (float("nan"),) * 2
         row = {
             "queries": self.num_queries,
@@ -93,7 +93,7 @@ class Measured:
 
 
 def workload(num_callers: int, num_rounds: int, unique: float, seed: int = 0) -> np.ndarray:
-    """[rounds, callers] int64: the query of each search. In a group, a share `unique` differs, the others repeat."""
+    """-> [rounds, callers] int64: the query of each search. In a group, a share `unique` differs; the others repeat."""
     generator = np.random.default_rng(seed)
     places = np.arange(num_callers)
     leader = places - places % GROUP
@@ -103,7 +103,7 @@ def workload(num_callers: int, num_rounds: int, unique: float, seed: int = 0) ->
 
 
 def text(number: int) -> str:
-    """About as long as a model's query."""
+    """Make a text about as long as a model's query."""
     return f"when was the mayor of township {number} born"
 
 
@@ -111,7 +111,7 @@ def text(number: int) -> str:
 
 
 def call_by_coroutines(retriever: BatchedRetriever, queries: np.ndarray, texts: list[str], measured: Measured) -> None:
-    """One coroutine a caller, all on one loop."""
+    """One coroutine per caller, all on one loop."""
 
     async def timed_caller(own: list[int]) -> None:
         for number in own:
@@ -133,12 +133,12 @@ def call_by_coroutines(retriever: BatchedRetriever, queries: np.ndarray, texts: 
 
 
 def call_by_threads(retriever: BatchedRetriever, queries: np.ndarray, texts: list[str], measured: Measured) -> None:
-    """One thread a caller."""
+    """One thread per caller."""
     _in_threads(lambda query: retriever.search_ids([query], K)[1], queries, texts, measured)
 
 
 def call_with_lists(retriever: BatchedRetriever, queries: np.ndarray, texts: list[str], measured: Measured) -> None:
-    """One caller, who searches for everybody at once."""
+    """One caller, which searches for all at once."""
     for numbers in queries.tolist():
         started = time.perf_counter()
         _, ids = retriever.search_ids([texts[number] for number in numbers], K)
@@ -178,7 +178,7 @@ MOST_THREADS = 256
 
 
 def measure(way: str, num_callers: int, num_rounds: int, unique: float) -> Measured:
-    """One run, with a batcher of its own."""
+    """Measure one run, with a batcher of its own."""
     queries = workload(num_callers, num_rounds, unique)
     texts = [text(number) for number in range(num_callers * num_rounds)]
     backend = FakeBackend({query: number for number, query in enumerate(texts)})
@@ -193,7 +193,7 @@ def measure(way: str, num_callers: int, num_rounds: int, unique: float) -> Measu
 
 
 def _timed(run: Callable[[], None], measured: Measured) -> None:
-    gc.freeze()  # the collector need not walk over a hundred thousand texts that wait for their turn
+    gc.freeze()  # the collector need not walk over a hundred thousand waiting texts
     started, cpu_started = time.perf_counter(), time.process_time()
     run()
     measured.seconds = time.perf_counter() - started
@@ -204,7 +204,7 @@ def _timed(run: Callable[[], None], measured: Measured) -> None:
 def measure_all(
     concurrencies: Sequence[int], num_queries: int, unique: float, repetitions: int
 ) -> list[dict[str, Any]]:
-    """A row per way and number of callers: the median of the repetitions, failures of all of them together."""
+    """Make a row per way and number of callers: the median of the repetitions, and the failures of all together."""
     cases = []
     for callers in concurrencies:
         for way in WAYS:

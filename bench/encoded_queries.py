@@ -1,15 +1,15 @@
-"""What it takes to encode queries on a GPU: a forward pass recorded as one launch, beside the same piece by piece.
+"""Measure encoding queries on a GPU: a forward pass recorded as one launch, beside the same piece by piece.
 
-A part of retrieval_gpu.py, which see. The encoder has E5-base's shape and random weights (on a CPU a small one, which
+This is a part of retrieval_gpu.py. The encoder has E5-base's shape and random weights (on a CPU a small shape, which
 shows that it runs); texts have about as many tokens as a policy's queries, prefix included. By batch size:
 
     recorded    one CUDA graph, replayed: what is used
     launched    the same kernels, launched by the host
     by length   attention by torch, for all texts of one length at once: what is used without Triton
     unparked    recorded, from the call that takes the encoder's memory back (`retrieval.park_during_update`): weights
-                are copied, passes recorded once more
+                are copied, passes recorded again
 
-The vectors of all but the third must be the same bits, alone and in the batch, and those of the third close.
+The vectors of all but the third must be the same to the bit, alone and in the batch; those of the third must be close.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _CLOSE = 1e-3  # of vectors whose components are about 1
 
 
 def measure_encoder(device: torch.device, batches: Sequence[int], repetitions: int) -> tuple[list[dict[str, Any]], int]:
-    """(a row per way and batch size, how many vectors are wrong)."""
+    """-> a row per way and batch size, and how many vectors are wrong."""
     model = random_model(device)
     kind, step = (CudaRecordedForward if device.type == "cuda" else RecordedForward), _SMALL_TILE[device.type]
     recorded = kind(partial(model.pooled_packed, pooling="mean"), device, step, _TOKENS_AT_ONCE)
@@ -61,7 +61,7 @@ def _measure_batch(
     device: torch.device,
     repetitions: int,
 ) -> tuple[dict[str, list[float]], int]:
-    """(seconds by way, how many vectors are wrong)."""
+    """-> seconds by way, and how many vectors are wrong."""
 
     def run(name: str) -> torch.Tensor:
         if name == "by length":
@@ -89,7 +89,7 @@ def _measure_batch(
 
 
 def random_model(device: torch.device) -> _Bert:
-    """In fp32, as queries are encoded."""
+    """Make a random encoder in fp32, in which queries are encoded."""
     is_gpu = device.type == "cuda"
     width, inner, layers, heads = (768, 3072, 12, 12) if is_gpu else (64, 96, 2, 2)
     config = {

@@ -1,6 +1,6 @@
-"""The problems of generation: attention to a KV cache, what a decoder does between its products, and sampling.
+"""The problems of generation: attention over a KV cache, what a decoder does between its products, and sampling.
 
-As in kernel_cases.py, which yields them; at the widths of a 3B model.
+They are like those of kernel_cases.py, which yields them, at the widths of a 3B model.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def cached_case(device, dtype, lengths: list[int], cached: int, H: int = 16, G: 
     tiles, num_alone = (None, 0) if found is None else (torch.from_numpy(found[0]).to(device), found[1])
 
     def padded():
-        """Of sequences of one length: all slots at once, as a padded batch."""
+        """Attend for sequences of one length: all slots at once, as a padded batch."""
         k, v = (x[: len(lengths)].repeat_interleave(H // G, dim=1) for x in (keys, values))
         q = query.view(len(lengths), lengths[0], H, d).transpose(1, 2)
         visible = torch.ones(lengths[0], places, dtype=torch.bool, device=device).tril(places - lengths[0])
@@ -53,7 +53,7 @@ def cached_case(device, dtype, lengths: list[int], cached: int, H: int = 16, G: 
         "SDPA, padded": padded,
     }
     providers = {name: Provider(run, lambda output: (output.float(),)) for name, run in runs.items()}
-    seen = sum(cached * n + n * (n + 1) // 2 for n in lengths)  # pairs of a token and a place
+    seen = sum(cached * n + n * (n + 1) // 2 for n in lengths)  # pairs of a token and a place that it attends to
     shape = {"T": sum(lengths), "S": len(lengths), "cached": cached, "dtype": str(dtype).removeprefix("torch.")}
     moved = 2.0 * len(lengths) * places * G * d * keys.element_size()
     return Case("cached", shape, providers, flops=4.0 * seen * H * d, bytes=moved)
@@ -104,7 +104,7 @@ def silu_case(device, dtype, rows: int, size: int = 11008) -> Case:
 
 
 def generation_case(kernel: str, dtype, rows: int, runs: dict[str, Callable], moved: float) -> Case:
-    """One of the three, at the widths of a 3B model."""
+    """Make one of these three cases, at the widths of a 3B model."""
     providers = {name: Provider(run, lambda output: tuple(x.float() for x in output)) for name, run in runs.items()}
     return Case(kernel, {"T": rows, "dtype": str(dtype).removeprefix("torch.")}, providers, bytes=moved)
 
@@ -113,8 +113,8 @@ def generation_case(kernel: str, dtype, rows: int, runs: dict[str, Callable], mo
 
 
 def sampling_case(device, rows: int, vocabulary: int, top_k: int, top_p: float, spread: float) -> Case:
-    """A token of every row at temperature 1; `spread`: the standard deviation of the logits. Less is flatter, and more
-    to search for top-p. `torch.multinomial` has randoms of its own."""
+    """Sample a token of every row at temperature 1. `spread` is the standard deviation of the logits: a smaller one is
+    flatter, and leaves top-p more to search. `torch.multinomial` draws its own random numbers."""
     (logits,) = random_rows(device, torch.float32, (rows, vocabulary))
     logits *= spread
     generator = torch.Generator(device).manual_seed(1)
@@ -136,11 +136,11 @@ def sampling_case(device, rows: int, vocabulary: int, top_k: int, top_p: float, 
 
 
 def logprobs_of(output: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor]:
-    """Of what `sample_tokens` gives: they differ where the tokens do."""
+    """Return the log-probabilities that `sample_tokens` gives: they differ where the tokens do."""
     return (output[1],)
 
 
 def random_rows(device, dtype, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
-    """A tensor of each shape."""
+    """Make a random tensor of each shape."""
     generator = torch.Generator(device).manual_seed(0)
     return [torch.randn(shape, device=device, generator=generator).to(dtype) for shape in shapes]

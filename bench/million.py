@@ -1,7 +1,7 @@
-"""Text in, passages out, over an index of a million passages and more: through the batcher, and beside faiss.
+"""Measure text in, passages out, over an index of a million passages or more: through the batcher, and beside faiss.
 
-The first part searches as a rollout does: one caller with a list, and coroutines. The second takes the encoder and the
-passages away, and gives the same vectors to faiss' `IndexFlatIP` in the same process.
+The first part searches as a rollout does: one caller with a list, and coroutines. The second leaves out the encoder and
+the passages, and gives the same vectors to faiss' `IndexFlatIP` in the same process.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ ROUNDS = 64  # searches of a caller at most: one alone may take a tenth of a sec
 def end_to_end(
     search: DenseSearch, folder: Path, queries: Sequence[str], callers: Sequence[int], say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """A row per number of callers, as far as there are queries for them, and way of calling; no query comes twice in
-    one of them. Each is said when it is there."""
+    """Make a row per number of callers, as far as there are queries for them, and way of calling. No query comes twice
+    in one row. Each row is reported as soon as it is there."""
     rows = []
     store = PassageStore(folder)
     for count in sorted({min(count, len(queries)) for count in callers}):
@@ -80,9 +80,9 @@ def _measure(retriever: BatchedRetriever, way: str, count: int, queries: Sequenc
 
 
 def beside_faiss(search: DenseSearch, folder: Path, queries: Sequence[str], repetitions: int) -> list[dict[str, Any]]:
-    """A row per batch size: queries a second of both, and whether they found the same rows.
+    """Make a row per batch size: queries a second of both, and whether they found the same rows.
 
-    Rows are the same "up to ties" where the scores at a rank differ by no more than the rounding of faiss' fp32 sums.
+    Rows are the same "up to ties" if the scores at a rank differ by no more than the rounding of faiss' fp32 sums.
     """
     import faiss
     from plain_server import flat_index
@@ -117,5 +117,5 @@ def beside_faiss(search: DenseSearch, folder: Path, queries: Sequence[str], repe
 
 
 def open_search(folder: Path) -> DenseSearch:
-    """Search over the index."""
+    """Open a search over the index."""
     return open_dense(folder)[0]

@@ -1,14 +1,14 @@
-"""One update on trajectories of real lengths: ours, and the padded twin that does what Search-R1 does.
+"""Measure one update on trajectories of real lengths: ours, and the padded twin that does what Search-R1 does.
 
     python bench/padded_update.py --output
     python bench/padded_update.py --lengths mix --questions 4      # without the file of real lengths
 
-Ours packs, works out what samples of a question share once, and asks the head for policy tokens alone; the sampler's
-log-probabilities are kept. The twin (plain.py) pads rows to the longest of the step (or, `plain, close`, of their
-micro-batch alone), asks the head for every token, and first computes old log-probabilities, in a pass of their own; the
+Ours packs, computes what samples of a question share only once, and runs the head on policy tokens only; the sampler's
+log-probabilities are kept. The twin (plain.py) pads rows to the longest of the step (or, as `plain, close`, of only
+their micro-batch), runs the head on every token, and first computes old log-probabilities, in a pass of their own. The
 original, whose rows have room for 4,096 tokens, takes padding out again before its passes. All take one optimizer step
 on the same trajectories, of random tokens in turns that released Search-R1 models took (balance.py), with the demo's
-model; losses and gradients agree. Seconds are CPU seconds of this process, in turns, medians.
+model; losses and gradients agree. Seconds are CPU seconds of this process: medians of interleaved repetitions.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ OURS, PLAIN, CLOSE = "ours", "plain", "plain, close"
 
 
 def draw(options: argparse.Namespace, vocab_size: int) -> list[Trajectory]:
-    """Groups of trajectories, their tokens within the vocabulary."""
+    """Draw groups of trajectories, their tokens within the vocabulary."""
     if options.lengths == "mix":
         number = options.questions * options.group_size
         return make_trajectories(number * MIX_LENGTH, MIX_LENGTH, options.group_size, vocab_size)
@@ -52,7 +52,7 @@ def draw(options: argparse.Namespace, vocab_size: int) -> list[Trajectory]:
 
 
 def measure(options: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
-    """The row, without its circumstances."""
+    """Measure the row, without its circumstances."""
     config = Config.model_validate(
         {"algorithm": {"importance_cap": 0.0}, "train": {"tokens_per_microbatch": options.tokens_per_microbatch}}
     )
@@ -87,7 +87,7 @@ def measure(options: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
     seconds: dict[str, list[dict[str, float]]] = {name: [] for name in systems}
     for repetition, name in harness.interleaved(list(systems), options.repetitions + 1):
         update, restore = systems[name]
-        restore()  # both meet the weights that the other meets
+        restore()  # both start from the same weights
         started = time.process_time()
         reports[name] = update()
         if repetition:  # the first one warms up
@@ -110,7 +110,7 @@ def measure(options: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
 
 
 def table_of(row: dict[str, Any]) -> Table:
-    """For a person."""
+    """Tabulate the row for a person."""
     title = (
         f"{row['trajectories']} trajectories of {row['lengths']} lengths, {row['tokens']:,} tokens, of which "
         f"{row['policy_tokens']:,} the policy's"

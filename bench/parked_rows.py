@@ -1,8 +1,9 @@
-"""What it costs to give an index's GPU memory to an update and to take it back (`retrieval.park_during_update`).
+"""Measure giving an index's GPU memory to an update and taking it back (`retrieval.park_during_update`).
 
-A part of retrieval_gpu.py, which see: seconds of the first `park`, which copies to the host, and of later ones, which
-give memory away; of `unpark`, which takes memory, queues the copies back and records the searches once more; and from
-its call to the hits of a first search, which waits for the copies. Hits are compared with those from before.
+This is a part of retrieval_gpu.py. It gives the seconds of the first `park`, which copies to the host, and of later
+ones, which only give memory away; of `unpark`, which takes memory, queues the copies back and records the searches
+again; and from the call of `unpark` to the hits of a first search, which waits for the copies. Hits are compared with
+those from before.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ def measure_parking(
     device: torch.device,
     repetitions: int,
 ) -> tuple[dict[str, float], int]:
-    """(seconds, and bytes a second of the copy back; how many hits were others afterwards)."""
+    """-> seconds and the copy back's bytes a second, and how many hits differed afterwards."""
     opened = DeviceRows([(0, rows)], device)
     wanted, wrong = opened.search(queries, 16), 0
     first = harness.timed(opened.park, device)

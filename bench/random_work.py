@@ -1,14 +1,14 @@
-"""Trajectories of random tokens in the mix of Search-R1's traces, and what training on them asks for in operations.
+"""Trajectories of random tokens in the mix of Search-R1's traces, and how many operations training on them takes.
 
     model   6 P T + 12 A x layers x pairs: what the workload asks for if nothing is shared and the head sees every
-            token. P: weights of all matrices, head included and embedding not; T: tokens of all trajectories; A: query
-            heads x head size; pairs: of a token and one before it or itself.
-    done    what this project computes of it: shared beginnings once, the last layer behind its attention and the head
-            on scored rows alone; and what checkpointing computes again.
+            token. P: weights of all matrices, including the head but not the embedding; T: tokens of all trajectories;
+            A: query heads x head size; pairs: of a token and one before it or itself.
+    done    what this project computes of it: shared beginnings once, the last layer after its attention and the head
+            only on scored rows; and what checkpointing recomputes.
 
-Both count products of matrices alone, two operations per multiplication and addition, backward twice forward. With an
-adapter on all layers a frozen weight has no gradient, so backward is once forward for it, 4 P T in place of 6; thin
-products come on top, of which backward is twice forward.
+Both count only matrix products, two operations per multiplication and addition, with backward twice forward. With an
+adapter on all layers a frozen weight has no gradient, so backward is once forward for it, 4 P T instead of 6; the thin
+products come on top, and for them backward is twice forward.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ QUESTION = Question("q", "", ("",), "random")
 def make_trajectories(
     num_tokens: int, mean_length: int, group_size: int, vocab_size: int, seed: int = 0
 ) -> list[Trajectory]:
-    """Whole groups, until there are so many tokens."""
+    """Make whole groups, until there are enough tokens."""
     generator = np.random.default_rng(seed)
     trajectories: list[Trajectory] = []
     total = 0
@@ -61,7 +61,7 @@ def make_trajectories(
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What an update is asked for, and what of it is laid out."""
+    """What an update is asked to do, and what of it is laid out."""
 
     tokens: int  # of all trajectories
     pairs: int  # of tokens and what they attend to, nothing shared
@@ -72,7 +72,7 @@ class Work:
 
     @classmethod
     def of(cls, trajectories: Sequence[Trajectory], batches: Sequence[PackedBatch]) -> Work:
-        """Counted on the host."""
+        """Count the work, on the host."""
         lengths = [len(trajectory.token_ids) for trajectory in trajectories]
         return cls(
             tokens=sum(lengths),
@@ -85,7 +85,7 @@ class Work:
 
 
 def count_flops(decoder: DecoderConfig, work: Work, checkpointing: str, lora_rank: int = 0) -> dict[str, float]:
-    """`model` and `done`, as on top of the file."""
+    """Return `model` and `done`, as defined at the top of the file."""
     hidden, layers = decoder.hidden_size, decoder.num_hidden_layers
     queries, keys = (n * decoder.head_dim for n in (decoder.num_attention_heads, decoder.num_key_value_heads))
     before = hidden * (queries + 2 * keys)
@@ -100,14 +100,14 @@ def count_flops(decoder: DecoderConfig, work: Work, checkpointing: str, lora_ran
     model += 6.0 * layers * (thin_before + thin_after) * work.tokens
 
     def blocks(ahead: int, behind: int) -> float:
-        """All layers' products of a forward pass, of so many weights ahead of attention and behind it."""
+        """Operations of all layers in a forward pass, with `ahead` weights before attention and `behind` after it."""
         last = ahead * work.rows + behind * work.scored
         return 2.0 * ((layers - 1) * (ahead + behind) * work.rows + last)
 
     attention, thin = 4.0 * queries * layers * work.row_pairs, blocks(thin_before, thin_after)
     done = passes * (blocks(before, after) + 2.0 * head * work.scored) + 3.0 * (attention + thin)
-    if lora_rank:  # the embedding is frozen: nothing asks for the gradient of the first layer's input
+    if lora_rank:  # the embedding is frozen, so the gradient of the first layer's input is not needed
         done -= 2.0 * (before + inputs) * work.rows
-    if checkpointing != "none":  # the last product of a block is not needed again
+    if checkpointing != "none":  # a block's last product is not recomputed
         done += blocks(before, after - down) + thin + (attention if checkpointing == "full" else 0.0)
     return {"model": model, "done": done}

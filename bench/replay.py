@@ -1,8 +1,8 @@
-"""Trajectories of several turns with a search behind each but the last, after a script: rollout.py's second part.
+"""Replay trajectories of several turns, with a search after each but the last, from a script: rollout.py's second part.
 
-How long each turn is and what it asks for, a seed says; so every engine runs the same turns, whatever it samples. The
-searches are real: BM25 over a generated encyclopedia, all that asked at a step in one batch, the passages fitted into
-the observation's tokens as the trainer does it.
+A seed sets how long each turn is and what it asks for, so every engine runs the same turns, whatever it samples. The
+searches are real: BM25 over a generated encyclopedia, with all that asked at a step in one batch, and the passages
+fitted into the observation's tokens as in the trainer.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from searchr1_fast.world import build_world
 
 LOCK_STEP = "lock-step, re-prefilled"
 RUN_ON = "lock-step, re-prefilled, turns run on"
-TOPK = 5  # of the encyclopedia's articles, which are of about 95 tokens
+TOPK = 5  # of the encyclopedia's articles, which have about 95 tokens
 
 
 class RunOnEngine(PlainEngine):
-    """The lock-step twin without stop tags, as the original generates: a turn is sampled to `run_on` tokens, and then
-    cut where the script ends it."""
+    """The lock-step twin without stop tags, generating as the original does: a turn is sampled to `run_on` tokens, and
+    then cut where the script ends it."""
 
     run_on = 0
 
@@ -43,11 +43,11 @@ class RunOnEngine(PlainEngine):
         self._kept: dict[int, int] = {}  # by sequence
 
     def add(self, sequences: Iterable[Rollout]) -> None:
-        """As the twin, all turns of one length."""
+        """Add sequences as the twin does, with all turns of one length."""
         super().add([self._lengthened(sequence) for sequence in sequences])
 
     def resume(self, sequence: Rollout) -> None:
-        """As the twin."""
+        """Resume as the twin does, with a turn of that length."""
         super().resume(self._lengthened(sequence))
 
     def _lengthened(self, sequence: Rollout) -> Rollout:
@@ -83,17 +83,17 @@ class Script:
 
     @property
     def num_searches(self) -> int:
-        """Of a trajectory."""
+        """The number of searches of a trajectory."""
         return self.queries.shape[1]
 
     def search(self, places: Sequence[int], turns: Sequence[int]) -> list[Text]:
-        """What trajectories are told that ask at the end of these turns."""
+        """Return what trajectories are told that search at the end of these turns."""
         queries = [str(self.queries[place, turn]) for place, turn in zip(places, turns, strict=True)]
         found = self.retriever.search(queries, TOPK)
         return [fit_observation(passages, self.tokenizer, self.observation_tokens) for passages in found]
 
     def observe(self, asking: list[tuple[Rollout, int, int]]) -> None:
-        """Search for sequences, each given with its place and the number of its turn; they have their next turn."""
+        """Search for sequences, each given with its place and turn number, and give them their next turn."""
         sequences, places, turns = zip(*asking, strict=True)
         for sequence, place, turn, text in zip(sequences, places, turns, self.search(places, turns), strict=True):
             sequence.append_observation(text.token_ids, text.text)
@@ -101,12 +101,12 @@ class Script:
 
 
 def play(engine: Engine | VllmEngine, script: Script) -> tuple[list[np.ndarray], dict[str, Any], Timeline]:
-    """-> the tokens of every trajectory, what was computed for them, and when."""
+    """-> the tokens of every trajectory, what was computed for them, and when each was generated."""
     engine.statistics = RolloutStatistics()
     sequences = engines.make_sequences(script.prompts, script.limits[:, 0].tolist())
     places = {id(sequence): place for place, sequence in enumerate(sequences)}
     turns, seconds = [0] * len(sequences), 0.0
-    num_asked = sum(sequence.length for sequence in sequences)  # tokens that a turn begins behind
+    num_asked = sum(sequence.length for sequence in sequences)  # tokens before each turn
     timeline = Timeline()
     for place in range(len(sequences)):
         timeline.begin_turn(place)
@@ -135,7 +135,7 @@ def play(engine: Engine | VllmEngine, script: Script) -> tuple[list[np.ndarray],
     statistics = engine.statistics
     work = {
         "tokens_computed": statistics.num_prefill_tokens + statistics.num_decode_tokens,
-        "tokens_that_exist": sum(sequence.length - 1 for sequence in sequences),  # nobody attends to the last
+        "tokens_that_exist": sum(sequence.length - 1 for sequence in sequences),  # nothing attends to the last
         "cache_hit_share": 1 - statistics.num_prefill_tokens / num_asked,
         "search_seconds": seconds,
     }
@@ -143,8 +143,8 @@ def play(engine: Engine | VllmEngine, script: Script) -> tuple[list[np.ndarray],
 
 
 class Generate:
-    """transformers' `generate` in lock-step: every turn all contexts again, padded on the left, until the longest turn
-    ends. `max_num_seqs` trajectories at a time."""
+    """transformers' `generate` in lock-step: at every turn it gets all contexts again, padded on the left, until the
+    longest turn ends. It takes `max_num_seqs` trajectories at a time."""
 
     def __init__(self, model: Decoder, dtype: torch.dtype, script: Script) -> None:
         self._other, self._script = engines.transformers_model(model, dtype), script
@@ -167,7 +167,7 @@ class Generate:
         return contexts
 
     def _write(self, contexts: list[np.ndarray], limits: np.ndarray) -> list[np.ndarray]:
-        """A turn of so many tokens each."""
+        """Generate a turn of `limits` tokens after each context."""
         from transformers import StoppingCriteriaList
 
         width, most, device = max(map(len, contexts)), int(limits.max()), self._other.device
@@ -192,8 +192,11 @@ def replay_providers(
     timelines: dict[str, Timeline],
     stack: ExitStack,
 ) -> dict[str, engines.Provider]:
-    """The native engine, its lock-step twin, transformers, and vLLM where it is installed. Of the last run of each,
-    `work` gets what it computed, and what vLLM's hand-over before it took, and `timelines` when; `stack` ends them."""
+    """Make the native engine, its lock-step twin, transformers, and vLLM where it is installed. `stack` ends them.
+
+    For the last run of each, `work` gets what it computed and what vLLM's hand-over before it took, and `timelines`
+    gets when.
+    """
     script = Script(options, model.config.vocab_size, tokenizer)
 
     def player(name: str, engine: Engine | VllmEngine) -> engines.Provider:
@@ -204,7 +207,7 @@ def replay_providers(
             work[name] = done | report
             return tokens
 
-        # Before the clock starts: vLLM's empties the cache, in which the last run's contexts are.
+        # Before the clock starts: vLLM's hand-over empties the cache, which holds the last run's contexts.
         return engines.Provider(run, lambda: report.update(engine.update_weights()))
 
     providers = {}
@@ -228,7 +231,7 @@ def replay_providers(
 
 
 def generate_provider(model: Decoder, dtype: torch.dtype, script: Script, work: dict[str, Any]) -> engines.Provider:
-    """`Generate`. `work` gets what the last run computed."""
+    """Make `Generate` a provider. `work` gets what the last run computed."""
     generate = Generate(model, dtype, script)
 
     def run() -> list[np.ndarray]:
@@ -243,7 +246,7 @@ def generate_provider(model: Decoder, dtype: torch.dtype, script: Script, work: 
 
 
 def describe(name: str, one: dict[str, Any]) -> str:
-    """A line about the work of one provider."""
+    """Write a line about the work of one provider."""
     share = one["tokens_computed"] / one["tokens_that_exist"]
     computed = f"{name}: {one['tokens_computed']:,} tokens computed, {share:.2f} of those that exist"
     if "cache_hit_share" not in one:  # no engine of ours

@@ -1,25 +1,25 @@
-"""The whole RL step on a published shape with random weights and turns of real lengths: rollout, searches, update.
+"""Measure a whole RL step on a published shape, with random weights and turns of real lengths.
 
     python bench/throughput.py --model qwen2.5-3b --workload A --scale 0.125       # with the plain twin
     python bench/replayed_step.py --model qwen2.5-3b --workload A --scale 0.125 --output
     python bench/replayed_step.py --model tiny --device cpu --dtype float32 --scale 0.02 --plain
 
-Two published workloads (turn_script.py): A, 512 questions with 4 samples and one search each, which come to 760 tokens
-a trajectory; B, 512 with 5 and three searches, 1,820 tokens. `--scale` takes that share of the questions. The step is
-that of the trainer, function by function (steps.py): sampling with real searches between turns, packing, the loss and
-its optimizer step, handing over the weights. What the random weights would not do, a script does: each turn's text,
-with its query, is given (turn_script.py). The prompt is Search-R1's template over a question about a generated
-encyclopedia, which BM25 searches. One process, one GPU: what is given a second is a GPU's.
+There are two published workloads (turn_script.py). A has 512 questions with 4 samples and one search each, which come
+to 760 tokens a trajectory; B has 512 with 5 and three searches, 1,820 tokens. `--scale` takes that share of the
+questions. The step is that of the trainer, function by function (steps.py): rollout with real searches between turns,
+packing, the loss and its optimizer step, handing over the weights. What random weights would not do, a script does: it
+gives each turn's text, with its query (turn_script.py). The prompt is Search-R1's template over a question about a
+generated encyclopedia, which BM25 searches. There is one process with one GPU, so rates per second are those of a GPU.
 
 The limit is what the same step would take if matrix products ran at the rate of one large product, and memory at that
-of a large copy, both measured here: products of the prefill and of the update as they are done, and for every decode
-step the weights once and every sequence's keys and values once. Nothing overlaps in it, as nothing does in the step.
+of a large copy, both measured here. It counts the products of the prefill and of the update as they are done, and for
+every decode step the weights once and every sequence's keys and values once. Nothing overlaps in it, as nothing does in
+the step.
 
 `--plain` runs the twin that does what the original does (plain.py) on the same trajectories: in lock-step, contexts
-computed again every turn, right-padding, the head on every token, old log-probabilities computed again. On a GPU it
-begins when ours has left the memory, which the two would not share at these sizes; it recomputes activations as ours
-does, and its micro-batches have 8,192 positions at most, about the original's eight sequences: logits of all of them
-are there at once.
+recomputed every turn, right-padding, the head on every token, old log-probabilities recomputed. On a GPU it begins
+when ours has left the memory, which the two could not share at these sizes. It recomputes activations as ours does, and
+its micro-batches have 8,192 positions at most, about the original's eight sequences: all their logits exist at once.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ PLAIN_POSITIONS = 8192  # of a micro-batch of the twin's, at most
 
 
 def make_config(options: argparse.Namespace, workload: Workload) -> Config:
-    """A run's configuration of this workload."""
+    """Make a run's configuration for this workload."""
     prompt, observation, turn = 400, 500, 500
     longest = prompt + (observation + 120) * workload.searches + turn
     return Config.model_validate(
@@ -93,12 +93,12 @@ def make_config(options: argparse.Namespace, workload: Workload) -> Config:
 
 
 def num_questions(options: argparse.Namespace, workload: Workload) -> int:
-    """Of a step."""
+    """The number of questions of a step."""
     return max(2, round(options.scale * workload.questions))
 
 
 def make_run(config: Config, ranks: Ranks, environment: Environment, policy: Learner, engine: Engine) -> Run:
-    """A run that writes nothing down."""
+    """Make a run that writes nothing to disk."""
     return Run(
         config=config, ranks=ranks, ui=Console(quiet=True),
         timers=PhaseTimers(torch.cuda.synchronize if ranks.device.type == "cuda" else None),
@@ -109,13 +109,13 @@ def make_run(config: Config, ranks: Ranks, environment: Environment, policy: Lea
 
 
 def build(config: Config, options: argparse.Namespace, ranks: Ranks, environment: Environment) -> Run:
-    """Ours, over random weights. No token of its tokenizer ends a turn by itself."""
+    """Make our run, over random weights. No token of its tokenizer ends a turn by itself."""
     policy = Policy(same_decoder(config, options, ranks), config, ranks)
     return make_run(config, ranks, environment, policy, ScriptedEngine(policy.replica, tokenizer(), config.rollout))
 
 
 def build_plain(config: Config, options: argparse.Namespace, ranks: Ranks, environment: Environment) -> Run:
-    """The plain twin, over the same weights."""
+    """Make the plain twin's run, over the same weights."""
     budget = min(options.tokens_per_microbatch, PLAIN_POSITIONS)
     config = config.model_copy(
         update={
@@ -132,12 +132,12 @@ def build_plain(config: Config, options: argparse.Namespace, ranks: Ranks, envir
 
 
 def tokenizer() -> TextTokenizer:
-    """One whose tokens end no turn by themselves."""
+    """Make a tokenizer whose tokens end no turn by themselves."""
     return TextTokenizer(load_tokenizer("builtin:base").backend)
 
 
 def same_decoder(config: Config, options: argparse.Namespace, ranks: Ranks) -> Decoder:
-    """Random weights, whenever it is called the same."""
+    """Make a decoder with random weights, the same at every call."""
     torch.manual_seed(config.run.seed)
     tiny = options.model == "tiny"
     return random_decoder(
@@ -146,7 +146,7 @@ def same_decoder(config: Config, options: argparse.Namespace, ranks: Ranks) -> D
 
 
 def limit_seconds(run: Run, step: Step, options: argparse.Namespace) -> dict[str, float]:
-    """What the step's own work takes at the machine's own rates, and those."""
+    """Return how long the step's own work takes at the machine's own rates, and those rates."""
     device, dtype = run.ranks.device, getattr(torch, options.dtype)
     matmul, bandwidth = harness.matmul_flops(device, dtype), harness.copy_bandwidth(device)
     decoder, cost = run.policy.replica, step.cost
@@ -164,18 +164,18 @@ def limit_seconds(run: Run, step: Step, options: argparse.Namespace) -> dict[str
 
 
 def attended(step: Step) -> int:
-    """Tokens that the policy's tokens attend to, summed: what decoding reads of the cache if each reads its own."""
+    """Count the tokens that all policy tokens attend to: what decoding reads of the cache if each reads its own."""
     return sum(int(np.flatnonzero(trajectory.loss_mask).sum()) for trajectory in step.trajectories)
 
 
 def update_flops(run: Run, step: Step, options: argparse.Namespace) -> dict[str, float]:
-    """`model` and `done` of random_work.py; half of the trajectories win, so all groups are trained on."""
+    """Return `model` and `done` of random_work.py; half of the trajectories win, so all groups are trained on."""
     work = Work.of(step.trajectories, packed(step, options))
     return count_flops(run.policy.replica.config, work, options.checkpointing)
 
 
 def packed(step: Step, options: argparse.Namespace) -> list[PackedBatch]:
-    """The micro-batches of ours."""
+    """Return our micro-batches."""
     return pack(step.trajectories, np.ones(len(step.trajectories)), options.tokens_per_microbatch)
 
 
@@ -210,7 +210,7 @@ def measure(options: argparse.Namespace, ranks: Ranks, say: Callable[[str], None
 def take_steps(
     runs: dict[str, Run], options: argparse.Namespace, workload: Workload, say: Callable[[str], None]
 ) -> tuple[dict[str, list[Step]], dict[str, int | None]]:
-    """Of each run the steps, the first of which warms up, and the peak of its last, in turn."""
+    """Run interleaved steps; return each run's, the first of which warms up, and the memory peak of its last."""
     ways = {OURS: our_step, PLAIN: lambda run, *arguments: plain_step(run, VARIANTS[options.plain_variant], *arguments)}
     taken: dict[str, list[Step]] = {name: [] for name in runs}
     peaks: dict[str, int | None] = {}
@@ -226,7 +226,7 @@ def take_steps(
 
 
 def scripted(run: Run, step, questions: Sequence[Question], workload: Workload) -> Step:
-    """The step, after its trajectories' turns were written."""
+    """Run the step, after writing its trajectories' turns."""
     titles = [passage.title for passage in run.environment.retriever.search(["the"], 50)[0]]
     seeds = trajectory_seeds(run, len(questions))
     run.engine.scripts = write_scripts(seeds, titles, workload.searches, run.tokenizer)
@@ -234,7 +234,7 @@ def scripted(run: Run, step, questions: Sequence[Question], workload: Workload) 
 
 
 def trajectory_seeds(run: Run, count: int) -> list[int]:
-    """Of every trajectory of the step, as `train.sample` makes them."""
+    """Return the seed of every trajectory of the step, as `train.sample` makes them."""
     size = run.config.algorithm.group_size
     return [trajectory_seed(run.config.run.seed, STEP, place) for place in range(count * size)]
 
@@ -242,7 +242,7 @@ def trajectory_seeds(run: Run, count: int) -> list[int]:
 def system(
     name: str, run: Run, steps: list[Step], peak: int | None, options: argparse.Namespace, limit: dict[str, float]
 ) -> dict[str, Any]:
-    """One column; the first step warms up."""
+    """Describe one column; the first step warms up."""
     device = run.ranks.device
     seconds = harness.medians([step.seconds for step in steps[1:]])
     step, count = steps[-1], len(steps[-1].trajectories)
@@ -266,7 +266,7 @@ def system(
 
 
 def describe(options: argparse.Namespace, workload: Workload, step: Step) -> dict[str, Any]:
-    """What was run."""
+    """Describe what was run."""
     lengths = [len(trajectory.token_ids) for trajectory in step.trajectories]
     return asdict(workload) | {
         "name": options.workload,
@@ -283,7 +283,7 @@ def describe(options: argparse.Namespace, workload: Workload, step: Step) -> dic
 
 
 def table_of(row: dict[str, Any]) -> Table:
-    """For a person."""
+    """Tabulate the row for a person."""
     work, systems, limit = row["workload"], row["systems"], row["limit_seconds"]
     title = (
         f"{row['model']['name']}, workload {work['name']} x {work['scale']}: {work['trajectories']} trajectories of "

@@ -1,17 +1,17 @@
-"""Retrieval: what the batcher carries, in searches a second, and how long each of them takes.
+"""Measure retrieval: how many searches a second the batcher carries, and how long each of them takes.
 
     python bench/retrieval.py
     python bench/retrieval.py --callers 1,64,2560 --unique 0.4 --output
     python bench/retrieval.py --parts million,faiss,server --index million.index --questions questions.jsonl --output
 
-bursts    the backend is a fake that takes 2 ms a batch, so everything else that a search costs is the batcher and its
+bursts    the backend is a fake that takes 2 ms per batch, so all else that a search costs is the batcher and its
           callers: Python's share of it, the C++, the waking of threads and loops (bursts.py)
 million   text in, passages out, over an index (million.py)
 faiss     exact search beside faiss' IndexFlatIP, same vectors, same process (million.py; needs faiss-cpu)
 server    `searchr1 serve` beside a plain server in the manner of published ones (serving.py, plain_server.py; needs
           faiss-cpu, fastapi and the extra `serve`)
 
-CPU time is reported beside the clock's: on a machine that others use, the clock also counts them.
+CPU time is reported beside wall time: on a machine that others use, wall time also counts them.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ TWINS = ("plain", "faiss", "behind a lock")  # ends of labels
 
 
 def burst_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """A line per way of calling and number of callers."""
+    """Tabulate the rows, a line per way of calling and number of callers."""
     title = f"searches in front of a backend of {bursts.BACKEND_SECONDS * 1e3:.0f} ms a batch"
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     for name in ("callers", "as", "queries/s", "p50 ms", "p99 ms", "CPU us/query", "batch", "failures"):
@@ -61,7 +61,7 @@ def burst_table(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
-    """Any rows, their keys as columns."""
+    """Tabulate any rows, with their keys as columns."""
     made = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     for name in rows[0]:
         made.add_column(name.replace("_", " "), justify="right")
@@ -104,7 +104,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def numbers(text: str) -> list[int]:
-    """The numbers of `--callers`."""
+    """Read the numbers of `--callers`."""
     found = [int(part) for part in text.split(",")]
     if min(found) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: give numbers of at least 1")
@@ -112,7 +112,7 @@ def numbers(text: str) -> list[int]:
 
 
 def parts(text: str) -> list[str]:
-    """The names of `--parts`."""
+    """Read the names of `--parts`."""
     names = text.split(",")
     if unknown := [name for name in names if name not in PARTS]:
         raise argparse.ArgumentTypeError(f"{unknown[0]!r}: the parts are {', '.join(PARTS)}")
@@ -120,7 +120,7 @@ def parts(text: str) -> list[str]:
 
 
 def different_questions(arguments: argparse.Namespace, count: int) -> list[str]:
-    """So many texts, no two alike. ValueError where the file holds fewer."""
+    """Return `count` texts, no two alike. ValueError if the file holds fewer."""
     texts = list(dict.fromkeys(question.text for question in read_questions(arguments.questions)))
     if len(texts) < count:
         raise ValueError(f"{arguments.questions} holds {len(texts)} different questions; {count} are asked for")
@@ -128,7 +128,7 @@ def different_questions(arguments: argparse.Namespace, count: int) -> list[str]:
 
 
 def plot(row: dict[str, Any], folder: Path) -> Path:
-    """Queries a second of every part that was measured, a panel each; what ours is compared with in grey."""
+    """Plot queries a second, a panel for each part that was measured, with what ours is compared with in grey."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -167,7 +167,7 @@ def plot(row: dict[str, Any], folder: Path) -> Path:
 
 
 def measure_million(arguments: argparse.Namespace, console: Any) -> dict[str, Any]:
-    """The parts that search an index in this process."""
+    """Measure the parts that search an index in this process."""
     found: dict[str, Any] = {}
     search = million.open_search(arguments.index)
     if "million" in arguments.parts:
@@ -182,7 +182,7 @@ def measure_million(arguments: argparse.Namespace, console: Any) -> dict[str, An
 
 
 def measure_servers(arguments: argparse.Namespace, console: Any) -> dict[str, Any]:
-    """Both servers, and the ratio."""
+    """Measure both servers, and the ratio."""
     num_warming = serving.NUM_WARMING
     queries = different_questions(arguments, num_warming + max(arguments.requests, arguments.plain_requests))
     counts = {"plain": arguments.plain_requests, "ours": arguments.requests}

@@ -1,4 +1,4 @@
-"""Retrieval on a GPU: builds what a rank has there, checks it against the CPU, and times it beside the plain ways.
+"""Measure retrieval on a GPU: build what a rank has there, check it against the CPU, and time it beside plain ways.
 
     python bench/retrieval_gpu.py                                    8 M rows of 768 on a GPU
     python bench/retrieval_gpu.py --rows 21015324 --output           as many as the published index has
@@ -9,13 +9,13 @@ scan     queries in host memory to hits in host memory, by batch size: 16-bit ro
          (where its time goes: bench/search_parts.py)
 batched  2,560 queries at once through the batcher, texts in, hits out; without an encoder: a text names its vector
 upload   a file to the device: through the pinned ring, and as torch copies a memory map
-merge    the hits of 8 parts, which lie in host memory, as the sockets left them: C++, our kernel, torch
-link     what asking several ranks costs beside their searches, with parts that answer at once
+merge    the hits of 8 parts, which are in host memory as the sockets left them: C++, our kernel, torch
+link     what asking several ranks costs besides their searches, with parts that answer at once
 parking  giving the memory to an update and taking it back (parked_rows.py)
 encoder  queries to vectors, by batch size: recorded, launched, by torch, and after parking (encoded_queries.py)
 
 Rows and queries are shaped like E5's: unit vectors around a common direction, cosines about 0.7. The last line is the
-row, as always; the exit status is 1 where a result differs from the CPU's, or a vector from what it was alone.
+row, as always. The exit status is 1 if a result differs from the CPU's, or a vector from what it was alone.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ from searchr1_fast.retrieval.staging import CudaCopies, StagingRing, copies_of
 Search = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]
 
 PUBLISHED_ROWS = 21_015_324  # of wiki-18, whose vectors are the published index
-SCALABLE_ROWS = 8_000_000  # from so many on a pass is long enough that time follows rows
-CHECKED_ROWS = 100_000  # that a CPU searches too
+SCALABLE_ROWS = 8_000_000  # from here on a pass is long enough for time to be proportional to rows
+CHECKED_ROWS = 100_000  # searched by a CPU too
 _MADE_AT_ONCE = 2**17
 _BURST = 2560
 _TILE = 2**20  # rows of torch's product at a time
@@ -66,7 +66,7 @@ _PARTS, _QUERIES, _K = 8, 256, 16  # of a merge: 8 ranks, the batcher's largest 
 
 
 def make_rows(num_rows: int, dimension: int, device: torch.device, seed: int = 0) -> np.ndarray:
-    """[num_rows, dimension] fp16."""
+    """Make rows: [num_rows, dimension] fp16."""
     generator = torch.Generator(device).manual_seed(seed)
     direction = torch.ones(dimension, device=device) / dimension**0.5
     rows = np.empty((num_rows, dimension), np.float16)
@@ -100,7 +100,7 @@ def torch_search(rows: np.ndarray, device: torch.device) -> Search:
 
 
 def faiss_search(rows: np.ndarray, device: torch.device) -> Search | None:
-    """faiss' flat index, fp16 on a GPU; None where it is not installed for this device."""
+    """faiss' flat index, fp16 on a GPU; None if it is not installed for this device."""
     try:
         import faiss
     except ModuleNotFoundError:
@@ -121,7 +121,7 @@ def faiss_search(rows: np.ndarray, device: torch.device) -> Search | None:
 def measure_scans(
     rows: np.ndarray, device: torch.device, batches: Sequence[int], k: int, repetitions: int, say: Callable[[str], None]
 ) -> tuple[list[dict[str, Any]], int]:
-    """(a row per way and batch size, how many hits differ from the CPU's)."""
+    """-> a row per way and batch size, and how many hits differ from the CPU's."""
     half = len(rows) // 2
     parts = [(0, rows[:half]), (half, rows[half:])]
     opened = {scan: DeviceRows(parts, device, scan) for scan in ("float16", "int8")}
@@ -164,22 +164,22 @@ def measure_scans(
 
 
 class NamedVectors:
-    """A backend of two stages, whose queries are numbers of vectors."""
+    """A backend of two stages, whose queries are the numbers of vectors."""
 
     def __init__(self, rows: DeviceRows, vectors: np.ndarray) -> None:
         self._rows, self._vectors = rows, vectors
 
     def prepare(self, queries: Sequence[str]) -> np.ndarray:
-        """Where an encoder would be."""
+        """Look up the vectors, where an encoder would be."""
         return self._vectors[np.fromiter(map(int, queries), np.int64, len(queries))]
 
     def search_prepared(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """As `batcher.SearchBackend`."""
+        """See `batcher.SearchBackend`."""
         return self._rows.search(vectors, k)
 
 
 def measure_batched(rows: np.ndarray, device: torch.device, repetitions: int) -> float:
-    """Queries a second."""
+    """Measure queries a second."""
     vectors = make_rows(_BURST, rows.shape[1], device, seed=2).astype(np.float32)
     backend = NamedVectors(DeviceRows([(0, rows)], device), vectors)
     texts = [str(number) for number in range(_BURST)]
@@ -192,7 +192,7 @@ def measure_batched(rows: np.ndarray, device: torch.device, repetitions: int) ->
 
 
 def measure_upload(rows: np.ndarray, device: torch.device, repetitions: int) -> dict[str, float]:
-    """Bytes a second from a mapped file to the device."""
+    """Measure bytes a second from a mapped file to the device."""
     target = torch.empty(rows.shape, dtype=torch.float16, device=device)
     with tempfile.NamedTemporaryFile() as file:
         rows.tofile(file)
@@ -222,13 +222,13 @@ class TorchMerge:
         self._shape: tuple[int, Sequence[int]] = (0, ())
 
     def rooms(self, num_queries: int, widths: Sequence[int]) -> list[memoryview]:
-        """As `hit_merge.Merge`."""
+        """See `hit_merge.Merge`."""
         self._shape = num_queries, widths
         self._bodies = [bytearray(12 * num_queries * width) for width in widths]
         return [memoryview(body) for body in self._bodies]
 
     def merge(self, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """As `hit_merge.Merge`; k no more than there are hits."""
+        """See `hit_merge.Merge`; k must not exceed the number of hits."""
         parts = [hits_in(body, self._shape[0], width) for body, width in zip(self._bodies, self._shape[1], strict=True)]
         scores, rows = (
             torch.cat([torch.from_numpy(part[which]).to(self._device, non_blocking=True) for part in parts], 1)
@@ -240,7 +240,7 @@ class TorchMerge:
 
 
 def measure_merges(device: torch.device, repetitions: int) -> dict[str, float]:
-    """Seconds of each, by name; a difference raises."""
+    """Measure the seconds of each merge, by name; a difference raises."""
     merges: dict[str, Merge] = {"c++": HostMerge(), "torch": TorchMerge(device)}
     if device.type == "cuda" and importlib.util.find_spec("cupy") is not None:
         stream = torch.cuda.current_stream(device)
@@ -260,19 +260,19 @@ class Ready:
         return self._num_rows
 
     def search(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The same hits for whatever is asked."""
+        """Return the same hits for any query."""
         return self._hits[0][: len(vectors), :k], self._hits[1][: len(vectors), :k]
 
 
 class Threads:
-    """Ranks that are threads of one process, and so share its GIL: a real rank's answer comes sooner."""
+    """Ranks that are threads of one process and so share its GIL: a real rank would answer sooner."""
 
     def __init__(self, rank: int, barrier: threading.Barrier, values: list[Any]) -> None:
         self.rank, self.world_size = rank, len(values)
         self._barrier, self._values = barrier, values
 
     def gather(self, value: Any) -> list[Any]:
-        """As `shard_link.Peers`."""
+        """See `shard_link.Peers`."""
         self._values[self.rank] = value
         self._barrier.wait()
         values = list(self._values)
@@ -281,7 +281,7 @@ class Threads:
 
 
 def measure_link(sizes: Iterable[int], dimension: int, repetitions: int) -> dict[str, float]:
-    """Seconds of a search of 256 queries by number of ranks."""
+    """Measure the seconds of a search of 256 queries, by number of ranks."""
     vectors = np.zeros((_QUERIES, dimension), np.float32)
     seconds = {}
     for size in sizes:
@@ -308,7 +308,7 @@ def measure_link(sizes: Iterable[int], dimension: int, repetitions: int) -> dict
 
 
 def scan_table(scans: Sequence[dict[str, Any]], bandwidth: float) -> Table:
-    """A line per way and batch size."""
+    """Tabulate the scans, a line per way and batch size."""
     table = Table(title="scan", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     for name in ("queries", "way", "ms", "queries/s", "GB/s", "of a copy"):
         table.add_column(name, justify="left" if name == "way" else "right", no_wrap=True)
@@ -367,7 +367,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     row["merge_seconds"] = measure_merges(device, arguments.repetitions)
     row["link_seconds"] = measure_link((2, 4, 8), arguments.dimension, arguments.repetitions)
     queries = make_rows(64, arguments.dimension, device, seed=1).astype(np.float32)
-    few = rows[: 2**31 // rows[:1].nbytes]  # to lock much host memory takes seconds
+    few = rows[: 2**31 // rows[:1].nbytes]  # locking much host memory takes seconds
     row["parking_seconds"], others = measure_parking(few, queries, device, min(arguments.repetitions, 3))
     row["wrong_hits"] = wrong = wrong + others
     row["encoder"], row["wrong_vectors"] = measure_encoder(device, arguments.batches, arguments.repetitions)

@@ -1,15 +1,15 @@
-"""What a checkpoint costs a training, on a published shape with random weights: written beside it, and the plain way.
+"""Measure what a checkpoint costs training, on a published shape with random weights: in the background, and plainly.
 
     python bench/saving.py --model qwen2.5-1.5b --directory /some/disk --output
     python bench/saving.py --model tiny --device cpu --dtype float32
 
-Of the policy with its optimizer's state, as a run of one rank saves it, and the exported weights beside it:
-    stage    training stands still for the copy to the host; the first also takes that memory
+A checkpoint is the policy with its optimizer's state, as a run of one rank saves it, and the exported weights:
+    stage    training stands still for the copy to the host; the first also allocates that memory
     write    what the thread then takes, while updates go on
-    update   seconds of an update alone, and the median of those that a write went on beside, the last in part
+    update   seconds of an update alone, and the median of those that ran beside a write, the last only in part
     plain    training stands still for all of it (`checkpoint.background=false`)
 
-The page cache is part of it, as every file is flushed to the disk and none read. The checkpoints are deleted.
+The page cache is part of it, as every file is flushed to the disk and none is read. The checkpoints are deleted.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from searchr1_fast.retrieval.memory_plan import size_text
 
 
 def measure(config: Config, ranks: Ranks, options: argparse.Namespace) -> dict[str, Any]:
-    """The row, without its circumstances."""
+    """Measure the row, without its circumstances."""
     decoder = tiny_config(1024) if options.model == "tiny" else published_config(options.model)
     policy = Policy(random_decoder(decoder, ranks.device), config, ranks)
     trajectories = make_trajectories(options.tokens, options.sequence_length, 8, decoder.vocab_size)
@@ -57,7 +57,7 @@ def measure(config: Config, ranks: Ranks, options: argparse.Namespace) -> dict[s
     def update() -> float:
         return harness.timed(lambda: policy.update(batches, count), ranks.device)
 
-    update()  # makes the optimizer's state, compiles
+    update()  # makes the optimizer's state, and compiles
     row: dict[str, Any] = {"stage": [], "write": [], "beside": [], "plain": []}
     row["alone"] = [update() for _ in range(options.repetitions)]
     with tempfile.TemporaryDirectory(dir=options.directory) as folder:
@@ -80,7 +80,7 @@ def measure(config: Config, ranks: Ranks, options: argparse.Namespace) -> dict[s
 
 
 def stage(writer: CheckpointWriter, policy: Policy, step: int) -> None:
-    """As a run does."""
+    """Stage a checkpoint as a run does."""
 
     def export(weights: dict[str, torch.Tensor], directory: Path) -> None:
         save_weights(weights, policy.replica.config, directory)
@@ -89,7 +89,7 @@ def stage(writer: CheckpointWriter, policy: Policy, step: int) -> None:
 
 
 def table(row: dict[str, Any]) -> Table:
-    """For a person."""
+    """Tabulate the row for a person."""
     shown = Table("", "seconds", title=f"{row['model']}: {size_text(row['bytes'])} each", box=box.SIMPLE_HEAD)
     for name, title in (
         ("stage", "training stands still: copy to the host"),

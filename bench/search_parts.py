@@ -1,20 +1,20 @@
-"""Where the time of a GPU's search goes: each kernel and copy by name, and what is left for the host.
+"""Measure where the time of a GPU's search goes: each kernel and copy by name, and what is left for the host.
 
     python bench/search_parts.py                                 8 M rows of 768, both scans, on a GPU
     python bench/search_parts.py --rows 21015324 --scans float16 --output
     python bench/search_parts.py --device cpu --rows 20000       without one: that it runs, and no parts
 
-For each scan and number of queries, queries in host memory to hits in host memory:
+For each scan and number of queries, from queries in host memory to hits in host memory:
 
     recorded    milliseconds of a search as it is: one graph, replayed
     launched    the same, kernel by kernel
-    busy        what the device was at work of the first (the profiler's kernels and copies), and each of them
+    busy        how long the device was at work in a recorded search (the profiler's kernels and copies), and on each
     host        the rest: launching, waiting, copying to and from numpy
     of a copy   the scan alone: bytes of rows over the time of the kernel that reads them, over the rate of a large copy
 
-and for each scan how long every way to read the rows took when the index was opened, the first of which is in use, and
-what had to be settled because the first answer did not prove it. Hits are compared with the CPU's before anything is
-timed, and between recorded and launched searches after; a difference is the exit status 1.
+For each scan it also gives how long every way to read the rows took when the index was opened (the first is in use),
+and what had to be settled because the first answer did not prove it. Hits are compared with the CPU's before anything
+is timed, and between recorded and launched searches afterwards; if any differ, the exit status is 1.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ SCANS = ("float16", "int8")
 
 
 def wrong_hits(found: Sequence[np.ndarray], wanted: Sequence[np.ndarray]) -> int:
-    """How many scores or rows differ."""
+    """Count the scores and rows that differ."""
     return sum(int((one != other).sum()) for one, other in zip(found, wanted, strict=True))
 
 
 def measure(rows: DeviceRows, vectors: np.ndarray, k: int, repetitions: int, device: torch.device) -> dict[str, Any]:
-    """One line: a number of queries."""
+    """Measure one line, for a number of queries."""
     seconds: dict[str, list[float]] = {"recorded": [], "launched": []}
     found = {}
     before = rows.settled
@@ -78,7 +78,7 @@ def measure(rows: DeviceRows, vectors: np.ndarray, k: int, repetitions: int, dev
 
 
 def show(scan: str, lines: Sequence[dict[str, Any]], bandwidth: float) -> list[Table]:
-    """For a person: times, and parts."""
+    """Tabulate times and parts for a person."""
 
     def table(title: str, names: Sequence[str]) -> Table:
         made = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)

@@ -1,10 +1,10 @@
-"""Requests of many clients to two search servers, one after the other: `searchr1 serve`, and its plain twin.
+"""Send requests of many clients to two search servers, one after the other: `searchr1 serve`, and its plain twin.
 
-Closed loop: so many connections at once, each of which sends its next request, of one query, when it has its answer. No
-query comes twice, so that nothing is known from before. An answer counts if its status is 200 and it holds k passages;
-the passages that both servers give for the same queries are compared.
+It is a closed loop: a number of connections at once, each of which sends its next request, of one query, when it has
+its answer. No query comes twice, so nothing is known from before. An answer counts if its status is 200 and it holds k
+passages; the passages that both servers give for the same queries are compared.
 
-A server's processor time per query is reported beside the clock's, for machines that others use.
+A server's CPU time per query is reported beside wall time, for machines that others use.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Served:
     ids: dict[str, list[str]] = field(default_factory=dict)  # of passages, by query
 
     def row(self) -> dict[str, Any]:
-        """What is reported."""
+        """The row that is reported."""
         p50, p99 = np.percentile(self.latencies, [50, 99])
         return {
             "requests": self.num_requests,
@@ -67,13 +67,13 @@ def measure(name: str, index: Path, queries: Sequence[str], num_clients: int) ->
 
 
 def same_passages(one: Served, other: Served) -> float:
-    """The share of the queries both answered that got the same passages in the same order."""
+    """The share of the queries answered by both that got the same passages in the same order."""
     both = one.ids.keys() & other.ids.keys()
     return float(np.mean([one.ids[query] == other.ids[query] for query in both]))
 
 
 async def ask(port: int, queries: Sequence[str], num_clients: int) -> Served:
-    """All queries, by so many clients."""
+    """Send all queries, by `num_clients` clients."""
     served, remaining = Served(num_requests=len(queries)), iter(queries)
     started = time.perf_counter()
     await asyncio.gather(*(client(port, remaining, served) for _ in range(num_clients)))
@@ -82,7 +82,7 @@ async def ask(port: int, queries: Sequence[str], num_clients: int) -> Served:
 
 
 async def client(port: int, queries: Iterator[str], served: Served) -> None:
-    """One connection, kept alive, one request after the other."""
+    """Send one request after the other over one connection, kept alive."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=2**22)
     for query in queries:
         body = json.dumps({"queries": [query], "topk": K, "return_scores": True}).encode()
@@ -101,7 +101,7 @@ async def client(port: int, queries: Iterator[str], served: Served) -> None:
 
 
 def passage_ids(answer: bytes) -> list[str]:
-    """The ids of the one query's passages, or none where it is no such answer."""
+    """Read the ids of the one query's passages; none if it is no such answer."""
     try:
         (hits,) = json.loads(answer)["result"]
         return [hit["document"]["id"] for hit in hits]
@@ -111,7 +111,7 @@ def passage_ids(answer: bytes) -> list[str]:
 
 @contextmanager
 def running(name: str, index: Path) -> Iterator[tuple[subprocess.Popen, int]]:
-    """The server's process and port, once it answers."""
+    """Start the server, and yield its process and port once it answers."""
     with socket.create_server(("127.0.0.1", 0)) as bound:
         port = bound.getsockname()[1]
     here = Path(__file__).parent
@@ -141,6 +141,6 @@ def running(name: str, index: Path) -> Iterator[tuple[subprocess.Popen, int]]:
 
 
 def cpu_seconds(pid: int) -> float:
-    """Processor time of a process so far, all threads (Linux)."""
+    """CPU seconds of a process so far, in all threads (Linux)."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

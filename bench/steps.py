@@ -1,4 +1,4 @@
-"""One RL step, ours and the plain one, with its clock and its count of work; and the check that both are one step.
+"""One RL step, ours and the plain one, with its times and its count of work; and the check that both are the same step.
 
 Ours is made of `train`'s own functions, in the order of its loop; the twin's parts are in plain.py.
 """
@@ -19,7 +19,7 @@ from searchr1_fast.run import Run
 from searchr1_fast.train import add_references, baselines, make_minibatches, sample, update
 from searchr1_fast.types import Question, Trajectory
 
-STEP = 1  # of the run whose seeds are taken; any will do
+STEP = 1  # the run's step whose seeds are used; any will do
 PHASES = ("rollout", "search", "logprobs", "update", "other", "total")
 
 
@@ -31,7 +31,7 @@ class Cost:
     decode_tokens: int
     decode_steps: int
     sampled_tokens: int  # rows through the head in the rollout
-    discarded_tokens: int  # the part of them that is cut away
+    discarded_tokens: int  # the part of `sampled_tokens` that is cut away
     logprob_tokens: int  # in passes without gradients
     logprob_rows: int
     update_tokens: int  # forward and backward
@@ -40,7 +40,7 @@ class Cost:
     trained_trajectories: int
 
     def flops(self, layer_parameters: int, head_parameters: int) -> dict[str, float]:
-        """By phase; attention between tokens is left out, which at these lengths is little."""
+        """Return FLOP by phase, without attention between tokens, which at these lengths is little."""
         layer, head = 2.0 * layer_parameters, 2.0 * head_parameters
         flops = {
             "rollout": layer * (self.prefill_tokens + self.decode_tokens) + head * self.sampled_tokens,
@@ -52,7 +52,7 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One step as it was."""
+    """One step as it was measured."""
 
     seconds: dict[str, float]  # by phase
     cost: Cost
@@ -64,7 +64,7 @@ class Step:
 
 
 def our_step(run: Run, questions: Sequence[Question], scored: bool) -> Step:
-    """The body of `train.train`'s loop."""
+    """Run the body of `train.train`'s loop."""
     run.timers.collect()
     with run.timers("rollout"):
         trajectories = sample(run, questions, STEP)
@@ -87,7 +87,7 @@ def our_step(run: Run, questions: Sequence[Question], scored: bool) -> Step:
 
 
 def plain_step(run: Run, variant: Variant, questions: Sequence[Question], scored: bool) -> Step:
-    """The same step, the plain way; `run` is from `plain_run`."""
+    """Run the same step the plain way; `run` is from `plain_run`."""
     policy, config, device = run.policy, run.config, run.ranks.device
     assert isinstance(policy, PlainPolicy)
     run.timers.collect()
@@ -116,13 +116,13 @@ def plain_step(run: Run, variant: Variant, questions: Sequence[Question], scored
 
 
 def judge(trajectories: list[Trajectory], scored: bool) -> np.ndarray:  # [N] fp64
-    """Score the answers; whatever they are worth, every second one wins unless `scored`."""
+    """Score the answers; unless `scored`, every second one wins, whatever it is worth."""
     rewards = np.array([score(trajectory).em for trajectory in trajectories])
     return rewards if scored else np.arange(len(trajectories)) % 2.0
 
 
 def phases(run: Run) -> dict[str, float]:
-    """The step's seconds by phase. Searches are taken out of the rollout they are part of."""
+    """Return the step's seconds by phase. Searches are taken out of the rollout that they are part of."""
     times = run.timers.collect()
     search = times["time_search_wait"]
     seconds = {
@@ -144,7 +144,7 @@ def count(
     update_rows: int,
     padding_tokens: int,
 ) -> Cost:
-    """The cost of the step that was just run."""
+    """Return the cost of the step that was just run."""
     statistics_ = run.loop.statistics
     return Cost(
         prefill_tokens=statistics_.num_prefill_tokens,
@@ -162,7 +162,7 @@ def count(
 
 
 def restorer(learner: Learner) -> Callable[[], None]:
-    """A function that puts weights, moments and counters back to what they are now (before the first update)."""
+    """Return a function that puts weights, moments and counters back to what they are now (before the first update)."""
     weights = {name: parameter.detach().clone() for name, parameter in learner.parameters.items()}
     counters = learner.state_dict()
 
@@ -183,9 +183,9 @@ def restorer(learner: Learner) -> Callable[[], None]:
 
 
 def agreement(ours: Run, twin: PlainPolicy, step: Step, *, padding: bool = True) -> dict[str, float] | None:
-    """Losses and gradients of both on the same trajectories, over one denominator: how far they are apart, relatively.
+    """Return the relative differences of both losses and gradients, on the same trajectories and over one denominator.
 
-    None where no group's rewards differ: there is no gradient to compare.
+    None if no group's rewards differ: there is no gradient to compare.
     """
     config = ours.config
     advantages, kept = baselines(config, step.trajectories, step.rewards)
@@ -214,7 +214,7 @@ def agreement(ours: Run, twin: PlainPolicy, step: Step, *, padding: bool = True)
 
 
 def take_gradient(learner: Learner) -> torch.Tensor:  # [all parameters] fp32
-    """The accumulated gradient as one vector; it is gone afterwards."""
+    """Return the accumulated gradient as one vector, and clear it."""
     names = sorted(name for name, parameter in learner.parameters.items() if parameter.grad is not None)
     gradient = torch.cat([full(learner.parameters[name].grad).flatten() for name in names])
     learner.optimizer.zero_grad(set_to_none=True)
@@ -222,6 +222,6 @@ def take_gradient(learner: Learner) -> torch.Tensor:  # [all parameters] fp32
 
 
 def share_of_equal(first: list[Trajectory], second: list[Trajectory]) -> float:
-    """How many trajectories are the same, token for token."""
+    """The share of trajectories that are the same, token for token."""
     pairs = zip(first, second, strict=True)
     return sum(np.array_equal(a.token_ids, b.token_ids) for a, b in pairs) / len(first)

@@ -1,4 +1,4 @@
-"""What each trajectory of a replay was doing when: generated, searched for, or made to wait for others.
+"""Record when each trajectory of a replay was generated, searched for, or waiting for others.
 
 Shape legend
     N  trajectories
@@ -30,8 +30,8 @@ class Span(NamedTuple):
 
 
 class Timeline:
-    """Spans of every trajectory, written while they run. A turn begins when it is given to the engine: one that waits
-    for a slot is being generated."""
+    """Spans of every trajectory, written while they run. A turn begins when it is given to the engine, so one that
+    waits for a slot counts as being generated."""
 
     def __init__(self) -> None:
         self.spans: list[Span] = []
@@ -46,7 +46,7 @@ class Timeline:
 
     @contextmanager
     def watching(self, engine: Engine | VllmEngine) -> Iterator[None]:
-        """Note when turns end in the middle of a `step`: the lock-step twin's goes on until the last one has."""
+        """Note when turns end in the middle of a `step`: the lock-step twin's goes on until the last turn has ended."""
         if not isinstance(engine, Engine):
             yield
             return
@@ -64,24 +64,24 @@ class Timeline:
             del engine._end_turn
 
     def begin_turn(self, place: int) -> None:
-        """The engine has got it."""
+        """Note that the engine has been given a turn."""
         self._turn_began[place] = self.now()
 
     def end_turn(self, place: int, sequence: Rollout) -> None:
-        """The engine has given it back."""
+        """Note that the engine has given it back."""
         ended = self._turn_ended.pop(id(sequence), self.now())
         self.spans.append(Span(place, "generate", self._turn_began.pop(place), ended))
         self._given_back[place] = ended
 
     def search(self, places: list[int], begin: float) -> None:
-        """Passages for these are there, asked for at `begin`; since their turns ended they had waited."""
+        """Note that passages for these are there, asked for at `begin`; they had waited since their turns ended."""
         now = self.now()
         for place in places:
             waited = Span(place, "idle", self._given_back.pop(place), begin)
             self.spans += [waited, Span(place, "search", begin, now)]
 
     def summary(self) -> dict[str, float]:
-        """Seconds that half and that 99 in 100 of the trajectories took at most, and the shares of all their time."""
+        """Return the seconds that 50 and 99 % of the trajectories took at most, and the shares of all their time."""
         ends: dict[int, float] = {}
         totals = dict.fromkeys(COLORS, 0.0)
         for span in self.spans:
@@ -95,7 +95,7 @@ class Timeline:
 
 
 def draw(timelines: dict[str, Timeline], title: str, path: Path) -> Path:
-    """A panel per provider, a line per trajectory."""
+    """Draw a panel per provider, with a line per trajectory."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,12 +1,12 @@
-"""Turns that random weights are made to write: real texts with real queries, of the lengths of Search-R1's traces.
+"""Make random weights write given turns: real texts with real queries, of the lengths of Search-R1's traces.
 
 Random weights never write a tag. So the engine is given, sequence by sequence, what each turn says, and takes the
-script's token in place of the one that was sampled; everything else is done as ever: the forward pass, the sampling,
-finding the end of the turn, the search for the query that is in it. What is not real is the log-probability that is
-kept, which is that of the token that was sampled.
+script's token instead of the one that was sampled. Everything else is done as usual: the forward pass, the sampling,
+finding the end of the turn, the search for the query in it. Only the log-probability that is kept is not real: it is
+that of the token that was sampled.
 
-Policy tokens of a turn are drawn from quantiles of 361 turns of a released Search-R1 instruct model on Bamboogle, and
-the final turn from its last turns; observations are what the search gives, cut as in training.
+The number of policy tokens of a turn is drawn from quantiles of 361 turns of a released Search-R1 instruct model on
+Bamboogle, and of the final turn from its last turns; observations are what the search gives, cut as in training.
 
 Shape legend
     C  cache slots    N  tokens that a turn may have    S  sequences of a step    n  tokens of a turn
@@ -26,8 +26,8 @@ from searchr1_fast.rollout.engine import Launched
 from searchr1_fast.rollout.scheduler import Batch
 from searchr1_fast.rollout.transfers import Receipt
 
-# Tokens that so large a share of turns have at most: the traces' 10, 50, 90 and 99 % and their longest, in tokens of
-# Qwen2.5's tokenizer. The shortest is ours, what an action without a thought takes.
+# The most tokens that a share of turns have: the traces' 10, 50, 90 and 99 % and their longest, in tokens of Qwen2.5's
+# tokenizer. The shortest is ours: what an action without a thought takes.
 _SHARES = (0.0, 0.1, 0.5, 0.9, 0.99, 1.0)
 SEARCHING, ANSWERING = (8, 27, 50, 80, 101, 117), (8, 31, 41, 60, 92, 111)
 _FILLER = " so"
@@ -35,7 +35,7 @@ _FILLER = " so"
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """A published one: questions of a step, samples of each, searches before the answer."""
+    """A published workload: questions of a step, samples of each, searches before the answer."""
 
     questions: int
     group_size: int
@@ -50,7 +50,7 @@ Script = list[np.ndarray]  # a trajectory's turns, [n] int64 each
 def write_scripts(
     seeds: Sequence[int], queries: Sequence[str], searches: int, tokenizer: TextTokenizer, seed: int = 0
 ) -> dict[int, Script]:
-    """A script for each trajectory's seed, its queries drawn from `queries`."""
+    """Write a script for each trajectory's seed, with queries drawn from `queries`."""
     rng = np.random.default_rng(seed)
     scripts = {}
     for one in seeds:
@@ -68,7 +68,7 @@ def _draw(rng: np.random.Generator, quantiles: Sequence[int]) -> float:
 
 
 def _write(tokenizer: TextTokenizer, action: str, length: int) -> np.ndarray:  # -> [n] int64
-    """A thought, then the action: as many tokens as wanted, or what the action alone takes."""
+    """Write a thought, then the action: as many tokens as wanted, or what the action alone takes."""
     opening, filler, closing = (tokenizer.encode(text) for text in ("<think>", _FILLER, f" </think> {action}"))
     missing = max(0, length - len(opening) - len(closing))
     filling = (filler * (missing // len(filler) + 1))[:missing]
@@ -96,7 +96,7 @@ class Scripted:
         return super()._run(self._dictate(batch), randoms)
 
     def _dictate(self, batch: Batch) -> Batch:
-        """Let running sequences go on from the script's tokens, not from what they sampled on the device."""
+        """Let running sequences continue from the script's tokens, not from what they sampled on the device."""
         counts = self._slots.turn_count[batch.slots]
         for slot in batch.slots[counts == 0].tolist():
             sequence = self._slots.occupants[slot]
@@ -111,7 +111,7 @@ class Scripted:
         return super()._postprocess(step, self._written(step.batch.slots, step.counts, token_ids), logprobs)
 
     def _written(self, slots: np.ndarray, counts: np.ndarray, token_ids: np.ndarray) -> np.ndarray:  # [S] int64 each
-        """Token `counts[i]` of each turn. Behind its end it goes on as sampled: the twin without stop tags does."""
+        """Return token `counts[i]` of each turn; past its end, what was sampled: the twin without stop tags goes on."""
         return np.where(counts < self._length[slots], self._script[slots, counts], token_ids)
 
 

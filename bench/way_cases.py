@@ -1,6 +1,6 @@
-"""The same call by the ways that a switch chooses between: what each costs or saves, in one run on one machine.
+"""The same call with switches set differently: what each costs or saves, in one run on one machine.
 
-For a GPU: on a CPU the switches choose between nothing.
+For a GPU: on a CPU the switches have no effect.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Switch = tuple[ModuleType, str, Any]  # module, name, value
 
 
 def switched(run: Callable[[], Any], *switches: Switch) -> Callable[[], Any]:
-    """run, with the switches set meanwhile."""
+    """Return `run` with the switches set while it runs."""
 
     def wrapped() -> Any:
         before = [getattr(module, name) for module, name, _ in switches]
@@ -48,7 +48,7 @@ def head_ways_case(hidden, weight, targets, rows, bare: Callable[[], None], shap
     normalized: Switch = (_linear_gradient_triton, "SCALE_ROWS", False)
     library: Switch = (_linear_chunks, "OWN_PRODUCTS", False)
     longer: Switch = (_linear_chunks, "_KEPT_BYTES", 2 * _linear_chunks._KEPT_BYTES)
-    summed: Switch = (_linear_sums, "ROUNDED_SUMS", 1)  # and so twice as long too, where they are more than one
+    summed: Switch = (_linear_sums, "ROUNDED_SUMS", 1)  # so also twice as long, where they are more than one
     ways = {
         OURS: (),
         "gradients copied by the backward pass": (copied,),
