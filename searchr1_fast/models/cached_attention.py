@@ -36,8 +36,8 @@ class Least(NamedTuple):
 # the products relative to the compiled loop: 2.4 for 210 tokens after 300, 1.4 for 8 after 500, 0.6 for 40 at the
 # beginning (4 heads of 32, one core of an AMD EPYC, 2026-11-25). Relative to the vector code in fp32: 0.4 to 0.7 for 64
 # tokens, 0.6 to 1 for 128 and 0.6 to 1.2 for 256, at the beginning and after 500. In bf16, which has AMX in its
-# products: for 64, 0.5 to 1.2 at the beginning and 1 to 1.6 after 500; for 128, 0.8 to 1.4 and 1.4 to 1.9 (4 heads of
-# 32 and of 64, 14 of 64, 16 of 128, 2 for keys; one core of an Intel Xeon, 2026-11-27).
+# products: for 64, 0.5 to 1.2 at the beginning and 1 to 1.6 after 500; for 128, 0.8 to 1.4 at the beginning and 1.4 to
+# 1.9 after 500 (4 heads of 32 and of 64, 14 of 64, 16 of 128, 2 for keys; one core of an Intel Xeon, 2026-11-27).
 _LEAST = Least(4, 4096)
 _LEAST_OF_VECTORS = {torch.float32: Least(256, 0), torch.bfloat16: Least(4, 8192)}
 

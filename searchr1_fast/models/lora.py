@@ -68,8 +68,8 @@ def adapted_product(
 ) -> torch.Tensor:  # [T, O]
     """Compute x W^T + bias + scale x A^T B^T.
 
-    The frozen product comes last and is added in place. So its sum, with B A's part in it, is rounded only once. And
-    where it is a block's last, recomputation ends before it, as it keeps nothing: that is over a quarter of a block.
+    The frozen product comes last and is added in place. So its sum, with B A's part in it, is rounded only once. And as
+    it keeps nothing, recomputation ends before a block's last such product, which is over a quarter of a block.
     """
     thin = F.linear(x, below)  # [T, r]
     if scale != 1.0:
@@ -109,7 +109,7 @@ def is_adapters(name: str) -> bool:
 
 @torch.no_grad()
 def merged(weights: Mapping[str, torch.Tensor], name: str, scale: float) -> torch.Tensor:
-    """Return a weight by its name among all of a model's, with its adapter merged: W + scale * B A, summed in fp32 and
+    """Return a weight by its name among all of a model's. With an adapter, it is W + scale * B A, summed in fp32 and
     rounded once to W's dtype."""
     layer, _, own = name.rpartition(".")
     weight, below = weights[name].detach(), weights.get(f"{layer}.{PARTS[0]}")

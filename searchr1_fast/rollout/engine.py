@@ -12,8 +12,8 @@ token; Python runs once per turn. The model is the trainer's own object, so new 
 On a GPU, a step that only decodes is a recorded graph (decode_graph.py). A step's inputs are sent in one copy, and its
 tokens and log-probabilities are read back in one, which is the only wait for the device (transfers.py). The host runs
 ahead: it launches a step before it reads the previous one, so that the device does not wait for the host. The token
-that a sequence sampled last stays on the device. The host learns a step late that this token ended the turn, and then
-ignores what was sampled past the end. The tokens are those of an engine that waits.
+that a sequence sampled last is on the device; the host learns a step late if this token ended the turn, and then does
+not read what was sampled past the end. The tokens are those of an engine that waits.
 
 A forward pass that runs out of device memory is made again in parts (forward.py), and so are logits. A step for whose
 recording there is no memory is launched kernel by kernel. Left out: speculative decoding.
@@ -76,8 +76,8 @@ class Engine:
         """`sampling` defaults to the configuration's.
 
         With `stop_at_tags` off, turns run on to EOS or their limit and are cut afterwards, as in the original: same
-        trajectories, more work. `decode_graphs` defaults to CUDA graphs where there is a GPU and `rollout.cuda_graphs`
-        is on. `run_ahead` defaults to on where there is a GPU; on a CPU, which is host and device at once, running
+        trajectories, more work. `decode_graphs` defaults to CUDA graphs if `rollout.cuda_graphs` is on and there are a
+        GPU and Triton. `run_ahead` defaults to on if there is a GPU; on a CPU, which is both host and device, running
         ahead only adds work.
         """
         vocab_size = model.config.vocab_size
@@ -319,7 +319,7 @@ class Engine:
 
 
 def cache_blocks(config: RolloutConfig, num_slots: int, size: int) -> int:
-    """Count the cache's blocks of `size` places: enough for a longest sequence in every slot, or fewer if
+    """Count the cache's blocks of `size` places: enough for a sequence of any length in every slot, or fewer if
     `rollout.cache_tokens` says so."""
     most = num_slots * -(-config.max_sequence_tokens // size)
     return most if config.cache_tokens is None else min(most, -(-config.cache_tokens // size))

@@ -108,7 +108,7 @@ def uniforms(
     keys: np.ndarray,  # [S] uint64
     counters: np.ndarray,  # [S] uint64
 ) -> np.ndarray:  # [S] fp64 in [0, 1)
-    """Return number `counters[s]` of stream `keys[s]`, with 53 bits each."""
+    """Return number `counters[s]` of stream `keys[s]`, 53 bits each."""
     return (_mix(keys + counters * _GOLDEN) >> np.uint64(11)) * 2.0**-53
 
 

@@ -39,7 +39,7 @@ class Transfers:
 
         On a CPU they are valid until the `send` after the next.
         """
-        if not self._pairs[-1].is_unfetched:  # else its step failed: reuse it, as the other may be still to be read
+        if not self._pairs[-1].is_unfetched:  # else its step failed: reuse it, as the other may not have been read yet
             self._pairs.append(self._pairs.pop(0))
         pair = self._pairs[-1]
         self._finish(pair)

@@ -4,7 +4,7 @@ A weight that is not handed over stays as it was, and nothing complains. With a 
 `lm_head.weight` leave the old head in place, and log-probabilities are off by up to 12 at the start of a run and by 0.2
 after the weights moved by a hundredth (`builtin:base`, Intel Xeon, 2026-11-27). So every hand-over is checked twice.
 
-`check_weights` compares what the receiver computes with to the trainer's weights, number by number, on the device and
+`check_weights` compares the numbers that the receiver computes with one by one to the trainer's, on the device and
 without a copy. One weight of many that stays behind shows at the first step that moves it, a norm or a bias as well as
 a matrix. That is what a checksum of each would show, but without its collisions: both sides are in one process.
 
