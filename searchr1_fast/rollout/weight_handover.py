@@ -4,9 +4,9 @@ A weight that is not handed over stays as it was, and nothing complains. With a 
 `lm_head.weight` leave the old head in place, and log-probabilities are off by up to 12 at the start of a run and by 0.2
 after the weights moved by a hundredth (`builtin:base`, Intel Xeon, 2026-11-27). So every hand-over is checked twice.
 
-`check_weights` compares the numbers that the receiver computes with one by one to the trainer's, on the device and
-without a copy. One weight of many that stays behind shows at the first step that moves it, a norm or a bias as well as
-a matrix. That is what a checksum of each would show, but without its collisions: both sides are in one process.
+`check_weights` compares the weights that the receiver computes with and the trainer's, number by number, on the device
+and without a copy. One weight of many that stays behind shows at the first step that moves it, a norm or a bias as well
+as a matrix. That is what a checksum of each would show, but without its collisions: both sides are in one process.
 
 `check_scores` lets both sides score a few known sequences. It sees what the first check cannot: a weight of which the
 receiver has no plain copy, something derived from the old weights, a sum over other numbers. At the first hand-over the
