@@ -74,8 +74,8 @@ def timed(function: Callable[[], Any], device: torch.device) -> float:
 
 
 def copy_bandwidth(device: torch.device, repetitions: int = 5) -> float:
-    """Bytes per second of a copy on the device, counting those read and those written, the best of some: the most that
-    its memory gives."""
+    """Bytes per second of a copy on the device, read and written ones counted, the best of some: what can be had of its
+    memory."""
     source = torch.zeros(2**30 if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     seconds = [timed(lambda: target.copy_(source), device) for _ in range(repetitions + 1)]

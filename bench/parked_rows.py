@@ -1,7 +1,7 @@
 """Measure giving an index's GPU memory to an update and taking it back (`retrieval.park_during_update`).
 
 This is a part of retrieval_gpu.py. It gives the seconds of the first `park`, which copies to the host, and of later
-ones, which only give memory away; of `unpark`, which takes memory, queues the copies back and records the searches
+ones, which give memory away; of `unpark`, which takes memory, queues the copies back and records the searches
 again; and from the call of `unpark` to the hits of a first search, which waits for the copies. Hits are compared with
 those from before.
 """

@@ -131,7 +131,7 @@ class PlainPolicy(Learner):
         references: Sequence[torch.Tensor] | None,  # [T] fp32 each
         denominator: int | None = None,
     ) -> torch.Tensor:  # 0-d
-        """Add the gradients of one minibatch; return its loss. `denominator` None: a mean of means, as originally."""
+        """Add the gradients of one minibatch; return its loss. `denominator` None: the original's mean of means."""
         total = torch.zeros((), device=batches[0].token_ids.device)
         for index, batch in enumerate(batches):
             logprobs, entropy = self.module(batch, entropy_gradient=self.algorithm.entropy_coefficient > 0)
