@@ -171,7 +171,7 @@ def _decode_step(
     outputs: torch.Tensor,  # [2 * B] int32, from `pack`
     params: SamplingParams,
 ) -> Callable[[], None]:
-    """Return a function that runs one step from these inputs to these outputs, of which the host learns nothing."""
+    """Return a function that runs one step from these inputs to these outputs, with no value known to the host."""
     token_ids, slots, positions, blocks, uniforms = inputs
 
     @torch.no_grad()
