@@ -33,15 +33,15 @@ class TraceMix:
     guess: float
     wrong_search: float
     resolve_aliases: bool = False
-    """Whose alias it is is said first, then the fact is looked for under the name: two small steps in place of one that
-    a small model hardly makes."""
+    """State whose alias it is first, then look the fact up under the name: two small steps instead of one that a small
+    model hardly manages."""
     as_found: bool = False
-    """Passages as a good retriever finds them, the right one first, and reading exercises that are searches, one after
-    the other. Where the right one is anywhere, a model of this size has to tell it by the name, and does not learn to:
-    of two passages of look-alikes it took either (the stem, after 4,000 steps: right 51 of 100 times)."""
+    """Show passages as a good retriever finds them, the right one first, and give reading exercises as a sequence of
+    searches. Where the right passage may be anywhere, a model of this size has to recognise it by the name, and does
+    not learn to: of two passages of look-alikes it took either (the stem, after 4,000 steps: right 51 of 100 times)."""
     object_first: float = 1.0
     """How many times as often as others exercises draw sentences that begin with their object ("Pekok Grame is the
-    rival of …"). They are few, and a model that met them no more often read .71 of them and .94 of the others."""
+    rival of …"). Such sentences are few: a model that met them no more often read .71 of them and .94 of the others."""
 
     def __post_init__(self) -> None:
         total = self.complete + self.first_hop_only + self.guess + self.wrong_search
