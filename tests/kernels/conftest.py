@@ -1,4 +1,4 @@
-"""The memory that is alive, what a sampler may draw, and Triton's interpreter without needless work."""
+"""Fixtures: live memory, what a sampler may draw, small chunks, and a quicker and stricter Triton interpreter."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from searchr1_kernels import _linear_chunks
 
 @pytest.fixture
 def live_bytes():
-    """-> a fresh `LiveBytes`, to be entered."""
+    """-> a fresh `LiveBytes`, to use as a context manager."""
     return LiveBytes()
 
 
 def check_row(logits, random, token, logprob, temperature, top_k, top_p):
-    """That a row's token and log-probability are right, but for rounding to fp32: what is kept may differ by what is
-    worth 1e-6 of all, and the uniform may miss the token's interval by as much; logits [V] fp32."""
+    """Check that a row's token and log-probability are right up to rounding to fp32; logits [V] fp32.
+
+    The kept set may differ by tokens worth 1e-6 of the total, and the uniform may miss the token's interval by as much.
+    """
     scaled = logits.double() / (temperature or 1.0)
     table = torch.log_softmax(scaled, dim=0)
     precision = max(1.0, float(scaled[scaled.isfinite()].abs().max()) / 16)  # fp32 holds logits of 16 to 1e-6
@@ -34,7 +36,7 @@ def check_row(logits, random, token, logprob, temperature, top_k, top_p):
     likeliest = p.sort(descending=True).values[: top_k or None]
     before = likeliest.cumsum(0) - likeliest
     low, high = (likeliest[before < (top_p + off) * likeliest.sum()][-1] for off in (allowed, -min(allowed, top_p / 2)))
-    # Tokens of almost one probability are equals where it is rounded.
+    # Rounding can make tokens of nearly equal probability equal.
     issue = p[(p >= low * (1 - 3e-7 * precision)) & (p <= high * (1 + 3e-7 * precision))].unique()
     for least in issue[torch.linspace(0, len(issue) - 1, min(len(issue), 20)).long()]:
         kept = torch.where(p >= least, p, 0.0)
@@ -46,7 +48,7 @@ def check_row(logits, random, token, logprob, temperature, top_k, top_p):
 
 @pytest.fixture
 def check_sample():
-    """`check_row` for logits [S,V], randoms [S], what `sample_tokens` gave, and its settings."""
+    """`check_row` for every row: logits [S,V], randoms [S], the outputs of `sample_tokens`, and its settings."""
 
     def check(logits, randoms, outputs, temperature=1.0, top_k=0, top_p=1.0):
         ids, logprobs = outputs
@@ -60,18 +62,18 @@ def check_sample():
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    """Several chunks of the head at test sizes."""
+    """Make the head use several chunks at test sizes."""
     monkeypatch.setattr(_linear_chunks, "_MIN_CHUNK_ROWS", 7)
     monkeypatch.setitem(_linear_chunks._CHUNK_BYTES, "cpu", 1)
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _quick_interpreter():
-    """What Triton's interpreter does in vain is a third of its time (2 cores of a CPU, Triton 3.9, November 2026).
+    """Skip needless work of Triton's interpreter: a third of its time (2 cores of a CPU, Triton 3.9, November 2026).
 
-    Whenever a function calls another it lists the members of `triton.language`, to replace the builtins among them:
-    here they are listed once, and replaced where they are not yet. And it computes whether integers overflow, only to
-    drop the answer: it asserts nothing unless its option `debug` is set.
+    On every call between functions it lists the members of `triton.language` to replace the builtins among them. Here
+    they are listed once, and replaced only if they are not yet. It also computes whether integers overflow, and drops
+    the result unless its option `debug` is set.
     """
     if os.environ.get("TRITON_INTERPRET") != "1":
         yield
@@ -84,7 +86,7 @@ def _quick_interpreter():
     def replace(package, builder, scope):
         if package not in names:
             names[package] = [name for name, member in inspect.getmembers(package) if is_builtin(member)]
-        # All of a package's are replaced, or none.
+        # Either all builtins of a package are replaced, or none.
         if names[package] and is_builtin(getattr(package, names[package][0])):
             for name in names[package]:
                 interpreter._patch_attr(package, name, getattr(package, name), builder, scope)
@@ -99,14 +101,16 @@ def _quick_interpreter():
 
 @pytest.fixture(autouse=True, scope="session")
 def _watched_interpreter():
-    """Memory and races of every kernel that Triton's interpreter runs; memory without values holds NaN or the largest
-    integer, so that no result can do without what was never written."""
+    """Watch the memory and races of every kernel that Triton's interpreter runs.
+
+    Uninitialized memory holds NaN or the largest integer, so a result that depends on it is noticed.
+    """
     if os.environ.get("TRITON_INTERPRET") != "1":
         yield
         return
     from interpreted_memory import watched
 
-    torch.use_deterministic_algorithms(True, warn_only=True)  # which fills such memory
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills uninitialized memory
     with watched():
         yield
     torch.use_deterministic_algorithms(False)

@@ -1,12 +1,12 @@
-"""Memory and races of Triton kernels, watched in Triton's interpreter: what memcheck and racecheck ask, without a GPU.
+"""Check the memory accesses of Triton kernels in Triton's interpreter, as memcheck and racecheck do on a GPU.
 
-Every load and store of a launch has to lie within a tensor that the launch was given (its own elements, not merely its
-allocation), at an address that is a multiple of its size. Programs of a launch run at the same time and in any order,
-so none may touch what another writes; nor may one load what it stored itself unless a barrier is between, as another of
-its threads may have stored it. Atomics are not there to be excused: no kernel here has any.
+Every load and store must lie within a tensor that the launch was given (within its own elements, not merely its
+allocation), at an address that is a multiple of the access size. Programs of a launch run concurrently and in any
+order, so none may access what another writes. Nor may a program load what it has stored itself without a barrier in
+between: another of its threads may have stored it. Atomics are refused, as no kernel here has any.
 
-Not seen: pointers that land in another tensor of the same launch, shared memory (the compiler's), and launches that
-overlap each other.
+Not detected: pointers that land in another tensor of the same launch, accesses to shared memory (the compiler's), and
+races between launches that overlap.
 """
 
 from __future__ import annotations
@@ -24,31 +24,31 @@ from triton.runtime import interpreter
 from triton.runtime.jit import TensorWrapper
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-_MANY = -1  # in place of the program that read, where several did
+_MANY = -1  # stands for the reading program where several have read
 _PAGE_CELLS = 1 << 16
 
 
 class Page:
-    """What happened to cells of a region that lie side by side."""
+    """The accesses to some adjacent cells of a region."""
 
     def __init__(self) -> None:
-        self.writer = np.zeros(_PAGE_CELLS, np.int32)  # the last program that wrote a cell; 0: none, they count from 1
+        self.writer = np.zeros(_PAGE_CELLS, np.int32)  # last program that wrote a cell, counted from 1; 0: none
         self.reader = np.zeros(_PAGE_CELLS, np.int32)
-        self.barriers = np.zeros(_PAGE_CELLS, np.int32)  # that the writer had passed by then
+        self.barriers = np.zeros(_PAGE_CELLS, np.int32)  # how many the writer had passed when it wrote
 
 
 @dataclass
 class Region:
-    """Bytes that some tensors of a launch cover without a gap, in cells of the smallest element among them."""
+    """A range of bytes that tensors of a launch cover without a gap, in cells of their smallest element size."""
 
     begin: int
     end: int
     cell: int
-    pages: defaultdict[int, Page] = field(init=False, default_factory=lambda: defaultdict(Page))  # of what is touched
+    pages: defaultdict[int, Page] = field(init=False, default_factory=lambda: defaultdict(Page))  # of accessed cells
 
 
 class Watch:
-    """Of one launch."""
+    """The accesses of one launch."""
 
     def __init__(self, name: str, arguments: Any) -> None:
         self.name = name
@@ -58,11 +58,11 @@ class Watch:
         self._num_barriers = 0
 
     def barrier(self) -> None:
-        """The running program passes one."""
+        """Record that the running program passes a barrier."""
         self._num_barriers += 1
 
     def touch(self, pointers: Any, mask: np.ndarray, written: np.ndarray | None = None) -> None:
-        """A load, or a store of what is written, by the running program, where the mask says so."""
+        """Check a load by the running program, or a store of `written`, in the lanes that the mask selects."""
         size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
         addresses, mask = np.broadcast_arrays(pointers.data, mask)
         addresses = addresses[mask].astype(np.int64)
@@ -126,7 +126,7 @@ class Watch:
 
 
 def _extents(arguments: Any) -> Iterator[tuple[int, int, int]]:
-    """Of every tensor among the arguments: begin, end, bytes of an element."""
+    """-> begin, end and bytes per element of every tensor among the arguments."""
     if isinstance(arguments, (TensorDescriptor, TensorWrapper)):
         yield from _extents(arguments.base)
     elif isinstance(arguments, (tuple, list)):
@@ -139,7 +139,7 @@ def _extents(arguments: Any) -> Iterator[tuple[int, int, int]]:
 
 
 def _regions(extents: list[tuple[int, int, int]]) -> list[Region]:
-    """Sorted; those that overlap are one."""
+    """Merge overlapping extents; `extents` are sorted."""
     regions: list[Region] = []
     for begin, end, cell in extents:
         if regions and begin < regions[-1].end:
@@ -152,7 +152,7 @@ def _regions(extents: list[tuple[int, int, int]]) -> list[Region]:
 
 @contextmanager
 def watched() -> Iterator[None]:
-    """Meanwhile a launch that does what is described above fails, with an InterpreterError that says it."""
+    """Within this context a launch that breaks a rule above fails with an InterpreterError that names the rule."""
     watch: Watch | None = None
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
     to_host, load, store = executor._init_args_hst, builder.create_masked_load, builder.create_masked_store

@@ -1,4 +1,4 @@
-"""Counting the memory that is alive."""
+"""Count the memory that is alive."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of memory that operators have made and that are still there, and the most there have been: what the
-    allocator of a GPU counts. Memory from before does not count, nor does a view. It does not look into operators of
-    one's own: give it their implementations."""
+    """Live bytes of memory that operators have allocated, and their peak: what a GPU's allocator counts.
+
+    Memory from before is not counted, and neither are views. It does not look inside custom operators: call their
+    implementations instead.
+    """
 
     def __init__(self) -> None:
         super().__init__()

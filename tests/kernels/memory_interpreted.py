@@ -1,5 +1,7 @@
-"""Faulty kernels, each of which the watch over memory and races has to catch, and their sound twins, which it lets
-pass. In Triton's interpreter alone: on a GPU nobody watches."""
+"""Faulty kernels that the watch over memory and races must catch, and their sound twins, which it must let pass.
+
+They run in Triton's interpreter only: nothing watches a GPU.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +19,14 @@ SIZE = tl.constexpr(8)
 
 @triton.jit
 def copy(source, target, num, step, shift):
-    """SIZE numbers a program; sound where `num` is their number, `step` SIZE and `shift` 0."""
+    """SIZE numbers per program; sound if there are `num` numbers, `step` is SIZE and `shift` is 0."""
     at = tl.program_id(0) * step + tl.arange(0, SIZE)
     tl.store(target + at, tl.load(source + at + shift, mask=at < num), mask=at < num)
 
 
 @triton.jit
 def smooth(values):
-    """In place, of each the sum with its left neighbour; sound in one program."""
+    """Add to each number its left neighbour, in place; sound with a single program."""
     at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
     left = tl.load(values + at - 1, mask=at > 0, other=0.0)
     tl.store(values + at, tl.load(values + at) + left)
@@ -32,7 +34,7 @@ def smooth(values):
 
 @triton.jit
 def turn(values, with_barrier: tl.constexpr):
-    """Reads what other threads of its program wrote; sound with a barrier."""
+    """Read what other threads of the program wrote; sound with a barrier."""
     at = tl.arange(0, SIZE)
     tl.store(values + at, at.to(tl.float32))
     if with_barrier:
@@ -42,7 +44,7 @@ def turn(values, with_barrier: tl.constexpr):
 
 @triton.jit
 def scatter(target, places, values):
-    """Sound where no two places are the same, or what goes there is."""
+    """Sound if no two places are equal, or equal places receive the same value."""
     at = tl.arange(0, SIZE)
     tl.store(target + tl.load(places + at), tl.load(values + at))
 
@@ -54,12 +56,12 @@ def count(total):
 
 @triton.jit
 def described(source, target):
-    """Through descriptors, which keep within their shape by themselves."""
+    """Copy through descriptors, which stay within their shape by themselves."""
     target.store([tl.program_id(0) * SIZE], source.load([tl.program_id(0) * SIZE]))
 
 
 def caught(sentence):
-    return pytest.raises(Exception, match=sentence)  # the interpreter's error, with the watch's words in it
+    return pytest.raises(Exception, match=sentence)  # the interpreter's error, which quotes the watch
 
 
 def test_what_is_sound_passes():
@@ -72,7 +74,7 @@ def test_what_is_sound_passes():
     assert target[8:16].tolist() == list(range(7, -1, -1))
     scatter[(1,)](target, torch.arange(8), source)
     scatter[(1,)](target, torch.zeros(8, dtype=torch.int64), torch.ones(8))
-    view = torch.zeros(4, 8)[1:3, 2:6]  # with gaps, which are the same allocation
+    view = torch.zeros(4, 8)[1:3, 2:6]  # the gaps belong to the same allocation
     copy[(1,)](source, view, 4, SIZE, 0)
     described[(3,)](*(TensorDescriptor(x, [20], [1], [SIZE.value]) for x in (source, target)))
     assert torch.equal(source, target)

@@ -1,4 +1,4 @@
-"""What tests of `linear_policy_loss` share: problems of random numbers, and what a run of one gives.
+"""Shared by the tests of `linear_policy_loss`: random problems, and the results of running a function on one.
 
 Shape legend
     N  tokens    D  hidden    V  vocabulary

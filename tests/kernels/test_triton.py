@@ -1,6 +1,6 @@
-"""The Triton kernels' cases (`*_interpreted.py`), in Triton's interpreter on any machine and compiled where a GPU is.
+"""Run the Triton kernels' cases (`*_interpreted.py`): everywhere in Triton's interpreter, and compiled on a GPU.
 
-Each in a process of its own: the interpreter is chosen for good when Triton is imported, and cases make tiles small.
+Each file runs in its own process, because importing Triton fixes the choice of interpreter and cases make tiles small.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def test_compiled(cases):
 
 
 def test_every_module_of_kernels_has_cases():
-    """Others would be compiled, and never run."""
+    """A module without cases would be compiled but never run."""
     modules = {path.stem for path in Path(searchr1_kernels.__file__).parent.glob("_*_triton.py")}
     text = "".join(path.read_text(encoding="utf-8") for path in CASES)
     assert modules == {name for name in modules if name in text}
