@@ -1,4 +1,4 @@
-"""Memory of more numbers than 32 bits count, of which tests write few: on a CPU a file that is all hole."""
+"""Memory with more numbers than 32 bits can count, of which tests write few: a sparse file on a CPU."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The Triton scan of `gae`. Run by `test_triton`, not collected by itself.
 
-Without a GPU it runs in Triton's interpreter, which has to be chosen before Triton is imported: hence a process of its
+Without a GPU it runs in Triton's interpreter, which must be chosen before Triton is imported: hence a process of its
 own. With one (`pytest tests/kernels/gae_interpreted.py`) it is compiled.
 """
 
@@ -22,7 +22,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @pytest.fixture(autouse=True, scope="module")
 def small_tiles():
-    """Several tiles per sequence; 40 tokens per sequence make it long."""
+    """Use several tiles per sequence; sequences are long above 40 tokens on average."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_gae_triton, "TILE", 16)
         patch.setattr(_gae_triton, "NUM_WARPS", 1)
@@ -31,7 +31,7 @@ def small_tiles():
 
 
 def problem(lengths, policy_share, dtype=torch.float64, seed=0):
-    """rewards [N], values [N], cu_seqlens [S+1], mask [N] or None."""
+    """-> rewards [N], values [N], cu_seqlens [S+1], mask [N] or None."""
     generator, total = torch.Generator().manual_seed(seed), sum(lengths)
     rewards, values = (torch.randn(total, generator=generator).to(DEVICE, dtype) for _ in range(2))
     mask = None if policy_share is None else (torch.rand(total, generator=generator) < policy_share).to(DEVICE)
@@ -75,7 +75,7 @@ def test_a_sequence_alone_equals_the_sequence_in_a_batch():
 @pytest.mark.parametrize("policy_share", [None, 0.7])
 @pytest.mark.parametrize(("tile", "warps"), [(16, 1), (64, 2)])
 def test_programs_per_sequence_and_per_tile_agree_to_the_bit(monkeypatch, tile, warps, policy_share, dtype):
-    """Whatever a tile is, and whenever the second launch begins (on a GPU from sm_90 on)."""
+    """For any tile, and whenever the second launch begins (on a GPU from sm_90 on)."""
     given = problem([150, 0, 16, 1, 17, 99], policy_share, dtype)
     monkeypatch.setattr(_gae_triton, "TILE", tile)
     monkeypatch.setattr(_gae_triton, "NUM_WARPS", warps)
@@ -91,7 +91,7 @@ def test_programs_per_sequence_and_per_tile_agree_to_the_bit(monkeypatch, tile, 
 
 @pytest.mark.parametrize("num_sequences", [15, 16, 17, 255, 256, 257, 300])
 def test_a_tile_finds_its_sequence_among_many(monkeypatch, num_sequences):
-    """In as many steps as their number has digits to a base of the tile's length."""
+    """The search takes as many steps as the number of sequences has digits to the base of the tile's length."""
     monkeypatch.setattr(_gae_triton, "_LONG", 0)
     lengths = [
         (0, 3, 1, 40, 0, 17, 16)[i % 7] if i % 5 == 0 or num_sequences < 20 else i % 2 for i in range(num_sequences)
@@ -103,7 +103,7 @@ def test_a_tile_finds_its_sequence_among_many(monkeypatch, num_sequences):
 
 
 class Compiled:
-    """In place of a compiled kernel: runs the interpreter on the numbers that lie where the pointers say."""
+    """Stands in for a compiled kernel: runs the interpreter on the memory that the pointers address."""
 
     function, packed_metadata = "function", "metadata"
 
@@ -116,7 +116,7 @@ class Compiled:
         assert description is enter is leave is None
         assert len(arguments) == len(self.kernel.arg_names)
         pointers, numbers = arguments[: len(self.types)], arguments[len(self.types) :]
-        # the constants are the last two, or three
+        # The constants are the last two or three.
         num_tokens, num_sequences = numbers[0], programs if len(numbers) == 7 else numbers[5]
         room = 2 * programs + _gae_triton._AHEAD.value
         lengths = [num_tokens, num_tokens, num_tokens, num_sequences + 1, num_tokens, room]
@@ -130,7 +130,7 @@ class Compiled:
 
 
 class Remembered:
-    """In place of a kernel: says which compiled one was launched, as a GPU has one per set of types."""
+    """Stands in for a kernel: returns the compiled kernel of a launch; a GPU has one per set of types."""
 
     def __init__(self, kernel, compiled):
         self.kernel, self.compiled = kernel, compiled
@@ -163,12 +163,12 @@ def test_a_remembered_kernel_is_one_for_these_types(monkeypatch, long):
             problems.append((rewards.float(), values, cu_seqlens, mask))
     first = [scan(*arguments) for arguments in problems]
     count = len(compiled)
-    assert count == len(remembered) == 16 * (1 + long)  # 18, of which two have the types of others
+    assert count == len(remembered) == 16 * (1 + long)  # of 18, two have the types of others
     for arguments, want in zip(problems, first, strict=True):
         assert torch.equal(scan(*arguments), want)
     assert len(compiled) == count
     assert sum(kernel.num_launches for kernel in compiled) == (18 + 2) * (1 + long)
-    monkeypatch.setattr(_gae_triton, "_has_hooks", lambda: True)  # a profiler: it sees Triton's own launches
+    monkeypatch.setattr(_gae_triton, "_has_hooks", lambda: True)  # a profiler, which sees Triton's own launches
     scan(*problems[0])
     assert len(compiled) == count + 1 + long
 

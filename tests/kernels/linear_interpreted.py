@@ -1,8 +1,8 @@
 """The head's Triton kernels against fp64. Run by `test_triton`, not collected by itself.
 
-Without a GPU they run in Triton's interpreter, which has to be chosen before Triton is imported: hence a process of
+Without a GPU they run in Triton's interpreter, which must be chosen before Triton is imported: hence a process of
 their own. With one (`pytest tests/kernels/linear_interpreted.py`) they are compiled. bf16 products are left to a GPU:
-the interpreter multiplies bf16 bit patterns as integers, and gets nonsense without a word.
+the interpreter multiplies bf16 bit patterns as integers and silently returns nonsense.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LIMITED = settings(
 
 @pytest.fixture(autouse=True, scope="module")
 def small_tiles():
-    """Several blocks, chunks, spans, groups and launches at test sizes; the fused passes wherever the tensors are."""
+    """Use several blocks, chunks, spans, groups and launches at test sizes, and the fused passes on any device."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_linear_chunks, "runs_fused", lambda hidden: True)
         patch.setattr(sys.modules["searchr1_kernels.linear_policy_loss"], "live_rows", lambda *_: None)  # as on CUDA
@@ -52,7 +52,7 @@ def small_tiles():
 
 @pytest.fixture(params=[False, True], ids=["library's products", "own products"])
 def products(request):
-    """Whether the products that make logits are those of `_linear_gradient_triton`, here for any type."""
+    """Whether the kernels of `_linear_gradient_triton` multiply the logits, here for any type."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("linear_logprob", "linear_policy_loss", "_linear_slabs"):
             patch.setattr(
@@ -64,7 +64,7 @@ def products(request):
 
 
 def problem(rows, size, vocabulary, seed=0, dtype=torch.float32, scale=1.0):
-    """hidden [N,D], weight [V,D], targets [N]; the last target is the last token."""
+    """-> hidden [N,D], weight [V,D], targets [N]; the last target is the last token."""
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(rows, size, generator=generator).to(DEVICE, dtype)
     weight = (torch.randn(vocabulary, size, generator=generator) * scale).to(DEVICE, dtype)
@@ -74,7 +74,7 @@ def problem(rows, size, vocabulary, seed=0, dtype=torch.float32, scale=1.0):
 
 
 def gradients(function, hidden, weight, targets, entropy_share, **options):
-    """logprob, entropy, d hidden, d weight."""
+    """-> logprob, entropy, d hidden, d weight."""
     hidden, weight = hidden.detach().clone().requires_grad_(), weight.detach().clone().requires_grad_()
     logprob, entropy = function(hidden, weight, targets, return_entropy=True, **options)
     a, b = torch.randn(2, len(targets), generator=torch.Generator().manual_seed(1)).to(DEVICE)
@@ -143,7 +143,7 @@ def test_a_row_alone_has_the_bits_of_the_row_in_a_batch():
 
 @pytest.mark.parametrize("magnitude", [1e4, -1e4])
 def test_extreme_logits(products, magnitude):
-    """One logit far from the others, as target and not; and all of them equally far."""
+    """One logit far from the others, as the target and not; and all of them equally far."""
     weight = torch.zeros(19, 8, device=DEVICE)
     weight[:3, 0] = torch.tensor([magnitude, 0.0, 1.0])
     hidden, targets = torch.ones(3, 8, device=DEVICE), torch.tensor([0, 1, 2], device=DEVICE)
@@ -176,7 +176,7 @@ def test_inputs_need_not_be_contiguous():
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
 def test_a_row_that_is_not_finite_is_loud(number):
-    """Of a NaN and 0 the smaller is 0 on a GPU, and in the interpreter since Triton 3.9: a log-probability."""
+    """The minimum of NaN and 0 is 0 on a GPU, and in the interpreter since Triton 3.9: a valid log-probability."""
     hidden, weight, targets = problem(4, 8, 37)
     hidden[1, 0] = number
     results = [forward_kernels.score_without_logits(hidden, weight, targets, 1.0, None, True)]
@@ -200,7 +200,7 @@ def test_a_target_that_is_no_token_is_loud():
 @pytest.mark.parametrize(("most_rows", "columns"), [(100, 64), (25, 16), (7, 64), (7, 16)])
 @pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True)])
 def test_slabs_of_any_shape(products, monkeypatch, most_rows, columns, wanted):
-    """One chunk of rows or several, columns that do and do not divide V; the types of the results."""
+    """One chunk of rows or several, columns that do and do not divide V, and any side that wants a gradient."""
     monkeypatch.setattr(_linear_slabs, "_MAX_ROWS", most_rows)
     monkeypatch.setattr(_linear_slabs, "_SLAB_BYTES", columns * 4 * _linear_chunks.chunk_size(25, most_rows))
     hidden, weight, targets = problem(25, 8, 37)
@@ -220,7 +220,7 @@ def test_slabs_of_any_shape(products, monkeypatch, most_rows, columns, wanted):
 
 @pytest.mark.parametrize("rows", [14, 40])
 def test_memory_of_the_backward_pass(products, monkeypatch, live_bytes, rows):
-    """The account of `_linear_slabs`: results, the sum of hidden's gradient, a workspace, and for many rows a slab."""
+    """The account of `_linear_slabs`: results, the sum of hidden's gradient, a workspace, a slab for many rows."""
     monkeypatch.setattr(_linear_slabs, "_MAX_ROWS", 20)
     monkeypatch.setattr(_linear_slabs, "_SLAB_BYTES", 16 * 20 * 4)
     hidden, weight, targets = problem(rows, 64, 100)
@@ -232,7 +232,7 @@ def test_memory_of_the_backward_pass(products, monkeypatch, live_bytes, rows):
     columns = _linear_slabs.tiles(hidden, weight, products)[1]
     account = weight.nbytes + hidden.nbytes + 4 * min(rows, 20) * columns + (4 * columns * 64 if rows > 20 else 0)
     if products and DEVICE == "cpu":
-        account += weight.nbytes + hidden.nbytes  # the interpreter's views of what was there before count as made
+        account += weight.nbytes + hidden.nbytes  # the interpreter's views of existing memory count as new
     assert account <= live_bytes.peak <= account + 20 * 4 * rows  # and a few numbers per row
 
 
@@ -297,8 +297,10 @@ def test_the_gradient_may_be_of_another_type_than_the_logits():
 @LIMITED
 @shapes
 def test_kept_probabilities_become_the_gradient(monkeypatch, rows, size, vocabulary, scale, head, seed):
-    """Against fp64, in the type of the operand: two roundings of every probability, none of the target's 1 - p. Rows
-    are multiplied here, as by `Gradients`, or by the kernel."""
+    """Against fp64, in the operand's type: every probability is rounded twice, the target's 1 - p never.
+
+    Rows are multiplied by their scales here, as by `Gradients`, or by the kernel.
+    """
     hidden, weight, targets = problem(rows, 2 * size, vocabulary, seed, torch.float16, scale)
     g, e = torch.randn(2, rows, generator=torch.Generator().manual_seed(2)).to(DEVICE)
     g[::3], e[::3] = 0.0, 0.0
@@ -330,7 +332,7 @@ def test_kept_probabilities_become_the_gradient(monkeypatch, rows, size, vocabul
 
 
 def test_a_sure_row_keeps_its_gradient():
-    """Of a target with p = 1 - 1e-4, 1 - p has more digits than a probability in 16 bits."""
+    """If the target has p = 1 - 1e-4, then 1 - p has more digits than a 16-bit probability gives."""
     hidden = torch.ones(1, 8, device=DEVICE, dtype=torch.float16)
     weight = torch.zeros(17, 8, device=DEVICE, dtype=torch.float16)
     weight[3, 0] = 12.0
@@ -345,7 +347,7 @@ def test_a_sure_row_keeps_its_gradient():
 
 
 def test_one_kernel_for_any_number_of_rows():
-    """Triton compiles another for a pointer that is no multiple of 16."""
+    """Triton compiles another kernel for a pointer that is not a multiple of 16."""
     hidden, weight, _ = problem(5, 8, 37)
     passes = gradient_kernels.KeptRows(hidden, weight, 1.0, None, 5, for_gradient=True)
     for name in ("kept", "peaks", "partial", "normalizers", "references", "scales"):
@@ -355,7 +357,7 @@ def test_one_kernel_for_any_number_of_rows():
 @pytest.mark.parametrize("headroom", [0.0, 3.0, 32.0])
 @pytest.mark.parametrize("scale", [0.2, 3.0])
 def test_whatever_probabilities_are_relative_to(monkeypatch, headroom, scale):
-    """Likely targets and unlikely ones: fp32 takes any headroom, and the loss and its gradients are the same."""
+    """For likely and unlikely targets fp32 takes any headroom, with the same loss and gradients."""
     monkeypatch.setattr(sys.modules["searchr1_kernels.linear_policy_loss"], "runs_products", lambda *_: True)
     monkeypatch.setattr(gradient_kernels, "_HEADROOM", headroom)
     related, gradient = [], gradient_kernels.KeptRows.gradient
@@ -378,8 +380,8 @@ def test_whatever_probabilities_are_relative_to(monkeypatch, headroom, scale):
         loss, metrics = function(*sides, *known, loss=PolicyLoss(kind="cispo"), denominator=30.0)
         loss.backward()
         results.append((loss.detach(), torch.as_tensor(metrics["entropy"]) / 30, sides[0].grad, sides[1].grad))
-    # Not 1e-5: a rounding of an unlikely target's logit, some hundreds, comes into the ratio, and from there into the
-    # loss times its log-probability.
+    # Not 1e-5: the rounding of an unlikely target's logit, some hundreds, enters the ratio, and so the loss times its
+    # log-probability.
     assert_close(results[0], results[1], 5e-5)
     related = torch.cat(related)
     assert related[1] and not related[0]
@@ -387,7 +389,7 @@ def test_whatever_probabilities_are_relative_to(monkeypatch, headroom, scale):
 
 @pytest.mark.parametrize("magnitude", [1e4, -1e4])
 def test_extreme_logits_of_a_policy_loss(monkeypatch, magnitude):
-    """A logit far from the others, as target and not; and a target that is no token, which is loud."""
+    """One logit far from the others, as the target and not; and a target that is no token, which is loud."""
     monkeypatch.setattr(sys.modules["searchr1_kernels.linear_policy_loss"], "runs_products", lambda *_: True)
     weight = torch.zeros(19, 8, device=DEVICE)
     weight[:3, 0] = torch.tensor([magnitude, 0.0, 1.0])
@@ -401,7 +403,7 @@ def test_extreme_logits_of_a_policy_loss(monkeypatch, magnitude):
         results.append([side.grad for side in sides])
     assert all(tensor.isfinite().all() for tensor in results[0])
     assert_close(results[0], results[1], 1e-6)
-    # On a CPU someone looks at the targets first.
+    # On a CPU the targets are checked first.
     monkeypatch.setattr(sys.modules["searchr1_kernels.checks"], "check_indices", lambda *_: None)
     targets[1] = -100
     side = hidden.clone().requires_grad_()

@@ -12,7 +12,7 @@ from searchr1_kernels import _linear_rows_triton as row_kernels
 
 
 def far_apart(folder, rows, columns):
-    """[rows, columns] fp16 whose rows begin 2^30 numbers from each other."""
+    """[rows, columns] fp16 whose rows begin 2^30 numbers apart."""
     width = 1 << 30
     return far_memory(folder, (rows - 1) * width + columns, DEVICE).as_strided((rows, columns), (width, 1))
 

@@ -19,7 +19,7 @@ def _seed():
 
 
 def device_scan(rewards, values, cu_seqlens, *, gamma=1.0, lam=1.0, mask=None):
-    """What runs on devices without Triton, on the CPU."""
+    """The scan for devices without Triton, run on the CPU."""
     return _scan_torch(rewards, values, cu_seqlens, gamma, lam, mask, torch.promote_types(values.dtype, torch.float32))
 
 
@@ -58,15 +58,15 @@ def test_matches_the_oracle(implementation, lengths, gamma, lam, policy_share, s
 @pytest.mark.parametrize("rest", [0, 1, 7])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_every_mask_of_eight_tokens(implementation, dtype, rest):
-    """A CPU takes eight at a time, from the end, in three ways by their mask; `rest` are left at the beginning."""
+    """A CPU takes eight tokens at a time, from the end, in three ways by their mask; `rest` remain at the beginning."""
     patterns = (torch.randperm(256)[:, None] >> torch.arange(8) & 1).bool()
-    alike = torch.tensor([[True], [True], [False], [False], [True]]).expand(5, 8)  # one way after another, and itself
+    alike = torch.tensor([[True], [True], [False], [False], [True]]).expand(5, 8)  # each way after either
     mask = torch.cat([torch.rand(rest) < 0.5, patterns.flatten(), alike.flatten()])
     rewards, values = torch.randn(2, len(mask), dtype=dtype)
     rewards[~mask & (torch.rand(len(mask)) < 0.5)] = 0.0
     options = {"gamma": 0.97, "lam": 0.9, "mask": mask}
     want = reference.gae(rewards.double(), values.double(), offsets([len(mask)]), **options)
-    values[~mask] = float("nan")  # what stands there is not read
+    values[~mask] = float("nan")  # must not be read
     precision = {"rtol": 1e-11, "atol": 1e-11} if dtype == torch.float64 else {"rtol": 1e-6, "atol": 1e-6}
     for have, wanted in zip(implementation(rewards, values, offsets([len(mask)]), **options), want, strict=True):
         torch.testing.assert_close(have, wanted.to(dtype), **precision)
@@ -74,7 +74,7 @@ def test_every_mask_of_eight_tokens(implementation, dtype, rest):
 
 @IMPLEMENTATIONS
 def test_by_hand(implementation):
-    """Two sequences; E are an environment's tokens, the second sequence begins with one."""
+    """Two sequences; E marks tokens of the environment, and the second sequence begins with one."""
     #                        A     E    E    A   |  E     A
     rewards = torch.tensor([0.0, 0.25, 0.0, 1.0, 9.0, 2.0])
     values = torch.tensor([0.5, 7.0, 7.0, 0.25, 7.0, 1.0])
@@ -88,7 +88,7 @@ def test_by_hand(implementation):
 
 @IMPLEMENTATIONS
 def test_mask_equals_compaction(implementation):
-    """What stands at masked tokens does not matter."""
+    """What masked tokens hold does not matter."""
     rewards, values = torch.randn(50), torch.randn(50)
     mask = torch.rand(50) < 0.6
     rewards[~mask], values[~mask] = 0.0, float("nan")
@@ -111,7 +111,7 @@ def test_undiscounted_advantage_is_return_minus_value(implementation):
 
 @IMPLEMENTATIONS
 def test_long_sequences_match_the_oracle(implementation):
-    """Longer than what is worked on at once, and as long."""
+    """Sequences longer than what is processed at once, and exactly as long."""
     lengths = [4096, 1, 8200, 4097]
     rewards, values = torch.randn(2, sum(lengths), dtype=torch.float64)
     options = {"gamma": 0.99, "lam": 0.97, "mask": torch.rand(sum(lengths)) < 0.4}
@@ -144,7 +144,7 @@ def test_no_tokens(implementation, lengths):
 @IMPLEMENTATIONS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_rewards_are_not_rounded_to_the_type_of_the_values(implementation, dtype):
-    """2^30 + 1 is 2^30 in fp32; less 2^30 it is 1 or 0."""
+    """2^30 + 1 is 2^30 in fp32, so less 2^30 it is 1, or 0 if it was rounded."""
     rewards = torch.tensor([*[0.0] * 7, -(2.0**30), 2.0**30 + 1], dtype=torch.float64)
     advantages, returns = implementation(rewards, torch.zeros(9, dtype=dtype), offsets([9]))
     assert returns.tolist() == [*[1.0] * 8, 2.0**30]
@@ -152,7 +152,7 @@ def test_rewards_are_not_rounded_to_the_type_of_the_values(implementation, dtype
 
 
 def test_threads_share_the_sequences(monkeypatch):
-    """However many, and however the tokens are spread: the same bits."""
+    """The bits are the same for any number of threads and any spread of the tokens."""
     lengths = [0, 3, 900, 0, 40, 1, 5000, 7, 300, 0]
     inputs = (torch.randn(sum(lengths)), torch.randn(sum(lengths)), offsets(lengths))
     options = {"gamma": 0.9, "lam": 0.8, "mask": torch.rand(sum(lengths)) < 0.5}

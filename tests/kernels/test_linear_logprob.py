@@ -14,14 +14,14 @@ from searchr1_kernels import _installed, _linear_chunks, _linear_sums, linear_lo
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    """Several chunks at test sizes, some kept for the backward pass and some recomputed."""
+    """Make the head use several chunks at test sizes, some kept for the backward pass and some recomputed."""
     monkeypatch.setattr(_linear_chunks, "_MIN_CHUNK_ROWS", 7)
     monkeypatch.setitem(_linear_chunks._CHUNK_BYTES, "cpu", 1)
     monkeypatch.setitem(_linear_chunks._KEEP_BYTES, "cpu", 3000)
 
 
 def problem(rows, size, vocabulary, seed=0, dtype=torch.float64, scale=1.0):
-    """hidden [N,D], weight [V,D], targets [N]."""
+    """-> hidden [N,D], weight [V,D], targets [N]."""
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(rows, size, generator=generator, dtype=torch.float64).to(dtype)
     weight = (torch.randn(vocabulary, size, generator=generator, dtype=torch.float64) * scale).to(dtype)
@@ -29,7 +29,7 @@ def problem(rows, size, vocabulary, seed=0, dtype=torch.float64, scale=1.0):
 
 
 def run(function, hidden, weight, targets, coefficients, **options):
-    """Outputs and gradients of a fixed combination of both outputs: logprob, entropy, d hidden, d weight."""
+    """-> logprob, entropy, d hidden, d weight; the gradients are those of a fixed combination of both outputs."""
     hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
     logprob, entropy = function(hidden, weight, targets, return_entropy=True, **options)
     generator = torch.Generator().manual_seed(1)
@@ -46,7 +46,7 @@ def assert_close(ours, oracle, tolerance):
 
 
 def assert_as_near_as_plain_torch(ours, plain, oracle):
-    """As norms: scores off by three times as much at the most, gradients by twice, and what rounding a sum leaves."""
+    """Norms of errors: at most 3 times plain torch's for scores and twice for gradients, plus rounding of a sum."""
     for place, (have, other, want) in enumerate(zip(ours, plain, oracle, strict=True)):
         off, allowed = (float((tensor.double() - want).norm() / want.norm()) for tensor in (have, other))
         assert off <= (3 if place < 2 else 2) * allowed + 1e-7
@@ -112,7 +112,7 @@ def test_low_precision_inputs_keep_fp32_logprobs(dtype):
 
 @pytest.mark.parametrize("magnitude", [1e4, -1e4])
 def test_extreme_logits(magnitude):
-    """One logit far above or below the others, as target and not; and all of them equally far."""
+    """One logit far above or below the others, as the target and not; and all of them equally far."""
     weight = torch.tensor([[magnitude], [0.0], [1.0]])
     hidden, targets = torch.ones(3, 1), torch.tensor([0, 1, 2])
     ours = run(linear_logprob, hidden, weight, targets, (1.0, 1.0))
@@ -147,7 +147,7 @@ def test_what_masked_rows_hold_does_not_matter():
 
 
 def heights_agree(hidden, weight):
-    """Whether the library gives rows the same bits in products of 16 and of more rows: what the promise is built on."""
+    """Whether this library gives rows the same bits in products of 16 and of more rows, which the promise relies on."""
     hidden, weight = (tensor.to(_linear_sums.compute_dtype(tensor)) for tensor in (hidden, weight))
     together = hidden @ weight.T
     return all(torch.equal(hidden[i : i + 16] @ weight.T, together[i : i + 16]) for i in range(0, len(hidden), 16))
@@ -159,7 +159,7 @@ def heights_agree(hidden, weight):
     [(torch.float32, None), (torch.float32, 9.0), (torch.bfloat16, None), (torch.float16, None), (torch.float64, None)],
 )
 def test_a_row_alone_has_the_bits_of_the_row_in_a_batch(monkeypatch, threads, dtype, softcap):
-    """And in a batch of any other size, over several chunks or one, with a gradient to come or not."""
+    """In a batch of any size, over several chunks or one, with or without a gradient to come."""
     monkeypatch.setattr(_linear_chunks, "_MIN_CHUNK_ROWS", 20)
     torch.set_num_threads(threads)
     hidden, weight, targets = problem(48, 100, 33_000, dtype=dtype)
@@ -189,7 +189,7 @@ def test_a_vocabulary_of_one_token():
 
 
 def test_a_token_of_probability_zero():
-    """A logit of minus infinity: its log-probability is that, and the other tokens' are those without it."""
+    """A logit of minus infinity gives that log-probability, and the other tokens have theirs as without it."""
     hidden, weight, targets = problem(6, 1, 5, dtype=torch.float32)
     hidden, targets = hidden.abs() + 0.5, targets.clamp(max=3)
     weight[4] = -float("inf")
@@ -253,7 +253,7 @@ def test_one_side_may_be_frozen(frozen):
 
 
 def test_a_head_may_be_the_embedding():
-    """Tied weights: what both are asked to add to one gradient, over two micro-batches."""
+    """Tied weights: head and embedding add to one gradient, over two micro-batches."""
     _, weight, targets = problem(20, 5, 13)
     ids = torch.arange(20) % 13
     gradients = []
@@ -285,7 +285,7 @@ def test_inputs_need_not_be_contiguous():
 
 
 def test_logits_of_all_rows_are_never_alive_at_once(monkeypatch, live_bytes):
-    """What a call adds at its highest: kept chunks, one more, and the gradients."""
+    """At its peak a call adds the kept chunks, one more chunk, and the gradients."""
     monkeypatch.setitem(_linear_chunks._CHUNK_BYTES, "cpu", 64 << 10)
     monkeypatch.setitem(_linear_chunks._KEEP_BYTES, "cpu", 128 << 10)
     hidden, weight, targets = problem(1000, 4, 512, dtype=torch.float32)
@@ -311,7 +311,7 @@ def test_a_gpu_without_triton_is_told_what_to_install(monkeypatch):
     [(80 << 30, 0, 1 << 30), (5 << 30, 0, 1 << 30), (3 << 30, 0, 1 << 29), (1 << 29, 3 << 30, 1 << 29), (0, 0, 0)],
 )
 def test_a_workspace_takes_a_quarter_of_the_free_memory(monkeypatch, free, reserved, budget):
-    """At the most, in powers of two; what torch keeps for nobody is free."""
+    """At most, in powers of two; memory that torch has reserved but not allocated counts as free."""
     statistics = {"reserved_bytes.all.current": reserved + 7, "allocated_bytes.all.current": 7}
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 141 << 30))
     monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: statistics)
@@ -324,7 +324,7 @@ def test_a_workspace_takes_a_quarter_of_the_free_memory(monkeypatch, free, reser
 @settings(deadline=None)
 @given(total=st.integers(0, 500), most=st.integers(1, 100), kept=st.integers(0, 600))
 def test_chunks_cover_everything_once(total, most, kept):
-    """And what is kept is whole chunks, as many as the budget of bytes holds; of all, what a product fills up too."""
+    """What is kept is whole chunks, as many as the byte budget holds; if all are, also the rows that pad a product."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_linear_chunks, "_chunk_rows", lambda device, row_bytes: most)
         patch.setitem(_linear_chunks._KEEP_BYTES, "cpu", kept * 8)
@@ -339,7 +339,7 @@ def test_chunks_cover_everything_once(total, most, kept):
 
 @pytest.mark.parametrize("for_gradient", [False, True])
 def test_a_chunk_of_bf16_rows_fits_its_gibibyte(for_gradient):
-    """As on a GPU: logits in fp32, and for a gradient as many numbers of 16 bits; and one row more would not."""
+    """Logits are fp32, as on a GPU, and a gradient adds as many 16-bit numbers; one chunk fewer would not do."""
     hidden = torch.empty(100_000, 8, dtype=torch.bfloat16, device="meta")
     weight = torch.empty(151_936, 8, dtype=torch.bfloat16, device="meta")
     row_bytes = 151_936 * (6 if for_gradient else 4)
@@ -353,7 +353,7 @@ def test_a_chunk_on_a_gpu_is_whole_tiles():
 
 
 def test_a_workspace_takes_no_more_than_a_quarter_of_free_memory(monkeypatch):
-    """What torch keeps for later is free. Where memory is plenty its amount plays no part, and nobody looks closer."""
+    """Memory that torch keeps for later counts as free; its amount is not even read where memory is plenty."""
     device, looks = torch.device("cuda"), []
     gib = 1 << 30
 

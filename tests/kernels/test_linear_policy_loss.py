@@ -42,7 +42,7 @@ objectives = st.builds(
 def test_matches_the_oracle_in_fp64(rows, loss, dual_clip, anchor, weighted, chosen, dead, head, recompute, seed):
     generator = torch.Generator().manual_seed(seed)
     inputs, extras = problem(rows, seed)
-    options = {"loss": loss, "denominator": 2.7, "temperature": head[0], "softcap": head[1]}  # no number of fp32
+    options = {"loss": loss, "denominator": 2.7, "temperature": head[0], "softcap": head[1]}  # not an fp32 number
     if chosen == "shared":
         inputs, extras, options["token_rows"] = shared(inputs, extras, generator)
         rows = len(options["token_rows"])
@@ -77,8 +77,10 @@ def test_matches_the_oracle_in_fp64(rows, loss, dual_clip, anchor, weighted, cho
     ],
 )
 def test_gradcheck(kind, kl_kind, recompute):
-    """Of objectives whose gradient is that of their value, by finite differences: cispo's is not, and gspo's where a
-    sequence has one advantage. Some rows predict two tokens, but for gspo."""
+    """Finite differences, for objectives whose gradient is that of their value.
+
+    Cispo is not one, and gspo is where a sequence has one advantage. Some rows predict two tokens, except for gspo.
+    """
     inputs, extras = problem(12, seed=3)
     clip = {} if kind == "reinforce" else {"dual_clip": 1.6}
     loss = PolicyLoss(kind=kind, kl_kind=kl_kind, kl_coefficient=0.5, entropy_coefficient=0.2, **clip)
@@ -111,7 +113,7 @@ def test_lower_precision_is_near_fp64(kind, dtype):
     assert ours[0].dtype == torch.float32
     assert ours[1].dtype == ours[2].dtype == dtype
     assert float((ours[0].double() - oracle[0]).abs()) <= 2e-5
-    assert ours[3] == pytest.approx(oracle[3], rel=1e-4)  # metrics: of fp32, whatever the inputs are
+    assert ours[3] == pytest.approx(oracle[3], rel=1e-4)  # metrics are of fp32, whatever the inputs are
     plain = run(reference.linear_policy_loss, inputs, **(options | {"ref_logprobs": extras["ref_logprobs"]}))
     assert float((ours[0] - oracle[0]).abs()) <= 3 * float((plain[0] - oracle[0]).abs()) + 1e-6
     for have, other, want in zip(ours[1:3], plain[1:3], oracle[1:3], strict=True):
@@ -121,7 +123,7 @@ def test_lower_precision_is_near_fp64(kind, dtype):
 
 
 def test_gspo_is_the_papers_formula():
-    """arXiv 2507.18071, eq. 5 and 7: per sequence, one advantage, mean over sequences; differentiated by autograd."""
+    """arXiv 2507.18071, eq. 5 and 7: one advantage per sequence, mean over sequences; differentiated by autograd."""
     inputs, _ = problem(30, spread=0.1)
     cu_seqlens = torch.tensor([0, 4, 15, 30])
     lengths = cu_seqlens.diff()
@@ -185,7 +187,7 @@ def test_parts_add_up_to_the_whole():
 @pytest.mark.parametrize("magnitude", [1e4, -1e4])
 @pytest.mark.parametrize("kind", KINDS)
 def test_extreme_logits(kind, magnitude, dtype):
-    """One logit far above or below the others, as target and not; and all of them equally far."""
+    """One logit far above or below the others, as the target and not; and all of them equally far."""
     hidden, targets = torch.ones(6, 1, dtype=dtype), torch.tensor([0, 1, 2, 0, 1, 2])
     loss = PolicyLoss(kind=kind, clip_high=0.3, kl_coefficient=0.1, entropy_coefficient=0.1)
     for weight in (torch.tensor([[magnitude], [0.0], [1.0]], dtype=dtype), torch.full((3, 1), magnitude, dtype=dtype)):
@@ -199,7 +201,7 @@ def test_extreme_logits(kind, magnitude, dtype):
         exact = (hidden.double(), weight.double(), targets, *(x.double() for x in inputs[3:]))
         oracle = run(reference.linear_policy_loss, exact, **(options | {"ref_logprobs": (true - 0.5).double()}))
         assert all(tensor.isfinite().all() for tensor in ours[:3])
-        assert_close(ours, oracle, 2e-3 if dtype == torch.float32 else 1e-11)  # fp32 has 1e-3 of 1e4
+        assert_close(ours, oracle, 2e-3 if dtype == torch.float32 else 1e-11)  # fp32 resolves 1e4 to 1e-3
 
 
 @pytest.mark.parametrize("distance", [1e4, -1e4, float("inf"), -float("inf")])

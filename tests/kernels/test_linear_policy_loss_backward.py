@@ -1,5 +1,7 @@
-"""The backward pass of linear_policy_loss, whose gradients the forward pass has formed: what it scales, gives away and
-leaves out."""
+"""The backward pass of linear_policy_loss: what it scales, hands over and leaves out.
+
+The forward pass has already formed the gradients.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("small_chunks")
 
 
 def test_fp16_gradients_below_its_range_survive_until_they_are_scaled():
-    """As a loss scaler does: the loss is multiplied, and so must be the gradients that were formed before."""
+    """As with a loss scaler: when the loss is multiplied, the gradients formed earlier must be multiplied too."""
     inputs, _ = problem(20, dtype=torch.float16)
     small = (*inputs[:4], inputs[4] * 2.0**-30)
     hidden, weight = (tensor.clone().requires_grad_() for tensor in inputs[:2])
@@ -29,7 +31,7 @@ def test_fp16_gradients_below_its_range_survive_until_they_are_scaled():
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_without_gradient_are_not_multiplied(monkeypatch, kind, recompute):
-    """Zero advantages and no KL: their rows take no part in the products of the backward pass."""
+    """Rows with zero advantage and no KL take no part in the products of the backward pass."""
     multiplied = []
     add = _linear_sums.Gradients.add
 
@@ -51,7 +53,7 @@ def test_rows_without_gradient_are_not_multiplied(monkeypatch, kind, recompute):
 
 @pytest.mark.parametrize("kind", ["ppo", "gspo"])
 def test_rows_that_are_clipped_are_not_multiplied(monkeypatch, kind):
-    """Likelier than the bound by a factor of e, with an advantage; those without one go on."""
+    """At a ratio of e, rows with a positive advantage are clipped; rows with a negative one are not."""
     multiplied = []
     add = _linear_sums.Gradients.add
     monkeypatch.setattr(
@@ -68,7 +70,7 @@ def test_rows_that_are_clipped_are_not_multiplied(monkeypatch, kind):
 
 
 def test_the_weight_s_gradient_is_rounded_with_each_of_eight_chunks_and_of_more_once(monkeypatch):
-    """As bf16 rows have it on a GPU, on a CPU, by products that round once."""
+    """Emulates bf16 rows on a GPU by products on a CPU that round once."""
 
     def multiply(left, right, *, out, scale=1.0):
         out.copy_(scale * (left.float() @ right.float()))
@@ -99,7 +101,7 @@ def test_the_weight_s_gradient_is_rounded_with_each_of_eight_chunks_and_of_more_
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_rows_that_come_with_a_scale_have_it_in_both_sums(dtype):
-    """As those of kept probabilities do on a GPU; in two chunks, and the caller's rows stay as they are."""
+    """Rows of kept probabilities come with one on a GPU. In two chunks; the caller's rows stay as they are."""
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(count, 6, generator=generator).to(dtype) for count in (9, 13))
     gradient, scales = torch.randn(9, 13, generator=generator), torch.randn(9, generator=generator)
@@ -109,14 +111,14 @@ def test_rows_that_come_with_a_scale_have_it_in_both_sums(dtype):
         sums.add(gradient[where], scales[where], rows[where], where)
     assert torch.equal(rows, hidden.float())
     for have, want in zip(sums.results(), (exact @ weight.double(), exact.T @ hidden.double()), strict=True):
-        rounded = torch.finfo(have.dtype).eps / 2  # once
+        rounded = torch.finfo(have.dtype).eps / 2  # rounded once
         torch.testing.assert_close(have.double(), want, rtol=rounded, atol=3e-6)
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.3])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_products_are_rounded_once(dtype, scale):
-    """Of fp32 operands, as the gradient of hidden states in 16 bits is on a CPU; and of others into their own type."""
+    """Products of fp32 operands, as for the gradient of 16-bit hidden states on a CPU; others keep their own type."""
     left, right = torch.randn(2, 40, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     if dtype != torch.float64:
         left, right = left.float(), right.float()
@@ -139,7 +141,7 @@ def test_a_second_backward_pass_gives_the_same_gradient(recompute):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_backward_passes_of_any_factor(dtype):
-    """The gradients are scaled where they lie, and given away, by the last backward pass alone; factors in fp32."""
+    """Only the last backward pass scales the gradients in place and gives them away; factors are fp32."""
     inputs, _ = problem(20, dtype=dtype)
     _, *want, _ = run(linear_policy_loss, inputs, denominator=7)
     sides = [tensor.clone().requires_grad_() for tensor in inputs[:2]]
@@ -149,13 +151,13 @@ def test_backward_passes_of_any_factor(dtype):
         for have, plain in zip(grads, want, strict=True):
             error = float((have.double() - factor * plain.double()).norm() / plain.double().norm() / factor)
             assert error <= (0 if factor == 1.0 else 1e-6 if dtype == torch.float32 else 3e-3)
-            have.zero_()  # is nobody else's
+            have.zero_()  # memory of its own
     with pytest.raises(RuntimeError, match="second time"):
         torch.autograd.grad(loss, sides)
 
 
 def test_the_backward_pass_copies_no_gradient(monkeypatch):
-    """The parameter has the memory that the forward pass filled; a second micro-batch adds to it."""
+    """The parameter's gradient is the memory that the forward pass filled; a second micro-batch adds to it."""
     formed, results = [], _linear_sums.Gradients.results
 
     def record(self):
@@ -180,7 +182,7 @@ def test_the_backward_pass_copies_no_gradient(monkeypatch):
 
 @pytest.mark.parametrize("reentrant", [True, False, None])
 def test_what_saves_tensors_elsewhere_gets_the_same_gradients(reentrant):
-    """Checkpoints form them a second time; hooks give back what they were given, as tensors moved to a CPU are."""
+    """Checkpointing forms them a second time; hooks return copies, as those that move tensors to a CPU do."""
     inputs, _ = problem(20, dtype=torch.float32)
     want = run(linear_policy_loss, inputs, denominator=7)
     sides = [tensor.clone().requires_grad_() for tensor in inputs[:2]]
@@ -200,7 +202,7 @@ def test_what_saves_tensors_elsewhere_gets_the_same_gradients(reentrant):
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_a_head_may_be_the_embedding(recompute):
-    """Tied weights: the gradient that is given away is added to, by the embedding and by a second micro-batch."""
+    """Tied weights: the embedding and a second micro-batch add to the gradient that is given away."""
     inputs, _ = problem(20)
     ids, gradients = torch.arange(20) % 11, []
     for function, more in ((linear_policy_loss, {"recompute": recompute}), (reference.linear_policy_loss, {})):

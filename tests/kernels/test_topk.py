@@ -15,7 +15,7 @@ KINDS = ("normal", "ties", "copies", "zero", "close", "one direction", "one larg
 
 @pytest.fixture(autouse=True, scope="module")
 def small_tiles():
-    """Several tiles and chunks of queries at test sizes."""
+    """Use several tiles and chunks of queries at test sizes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_topk_cpu, "_TILE_ELEMENTS", 1 << 11)
         patch.setattr(_topk_cpu, "_QUERIES_AT_ONCE", 16)
@@ -23,7 +23,7 @@ def small_tiles():
 
 
 def problem(kind, rows=2000, size=24, queries=20, dtype=torch.float32, seed=0):
-    """queries [Q,D], corpus [M,D] of a kind that some shortcut could get wrong."""
+    """-> queries [Q,D], corpus [M,D] of a kind that some shortcut could get wrong."""
     generator = torch.Generator().manual_seed(seed)
     corpus = torch.randn(rows, size, generator=generator)
     asked = torch.randn(queries, size, generator=generator)
@@ -51,7 +51,7 @@ def problem(kind, rows=2000, size=24, queries=20, dtype=torch.float32, seed=0):
 
 
 def assert_equal(have, want):
-    """The same bits: sums in fp64 in any order round to the same fp32."""
+    """Require the same bits: fp64 sums in any order round to the same fp32."""
     for left, right in zip(have, want, strict=True):
         assert left.dtype == right.dtype
         assert torch.equal(left, right)
@@ -94,7 +94,7 @@ def test_by_hand():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
 def test_one_component(dtype):
-    """The one size at which torch's integer product goes by the strides of a dimension of length 1."""
+    """The one size at which torch's integer product depends on the strides of a dimension of length 1."""
     asked, corpus = problem("normal", rows=113, size=1, dtype=dtype)
     assert_equal(topk_inner_product(asked, corpus, 3), reference.topk_inner_product(asked, corpus, 3))
 
@@ -112,7 +112,7 @@ def test_rows_of_8_bits_with_scales(scales):
 @pytest.mark.parametrize("size", [2, 7])
 @pytest.mark.parametrize(("largest", "mean"), [(2e-44, 0), (1e37, 1000), (3e38, 1)])
 def test_scores_that_rounding_makes_equal(largest, mean, size, sign):
-    """Without an exponent left, or infinite: the first rows of equal ones, however unequal they were before."""
+    """Scores that underflow or are infinite: of equal ones the first rows win, however unequal before rounding."""
     asked, corpus = problem("normal", rows=700, size=size)
     asked, corpus = largest * (asked / asked.abs().max()), sign * (corpus.abs() + mean)
     want = reference.topk_inner_product(asked, corpus, 3)
@@ -123,7 +123,7 @@ def test_scores_that_rounding_makes_equal(largest, mean, size, sign):
 @pytest.mark.parametrize("prepared", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 def test_all_scores_below_zero(dtype, prepared):
-    """A bound above a score is then the smaller number of the two."""
+    """An upper bound of a negative score is the one of smaller magnitude."""
     asked, corpus = problem("normal", dtype=dtype)
     corpus = -corpus.abs()
     have = topk_inner_product(asked.abs(), TopKIndex(corpus) if prepared else corpus, 10)
@@ -132,7 +132,7 @@ def test_all_scores_below_zero(dtype, prepared):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_at_the_ends_of_fp32(dtype):
-    """All of one sign, and one of the other: none is finite around their mean."""
+    """All of one sign, but one of the other: around their mean none is finite."""
     corpus = torch.full((300, 3), torch.finfo(dtype).max, dtype=dtype)
     corpus[7] *= -1
     asked = torch.eye(3) * 0.5
@@ -143,7 +143,7 @@ def test_rows_at_the_ends_of_fp32(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 def test_torch_may_have_other_defaults(dtype):
-    """As while a model is made in the type of its weights, or with `torch.set_default_device`."""
+    """A model is built under the default type of its weights, or under `torch.set_default_device`."""
     asked, corpus = problem("normal", dtype=dtype)
     want = topk_inner_product(asked, corpus, 10)
     _topk_cpu.integer_products_are_exact.cache_clear()
@@ -190,7 +190,7 @@ def test_merged_parts_equal_the_whole(kind, cuts):
 
 
 def counting(patch, name):
-    """Counts the calls of a function of `_topk_cpu`."""
+    """Count the calls of a function of `_topk_cpu`."""
     calls, function = [], getattr(_topk_cpu, name)
     patch.setattr(_topk_cpu, name, lambda *arguments: calls.append(0) or function(*arguments))
     return calls
@@ -219,7 +219,7 @@ def test_codes_are_not_used_where_their_products_saturate(monkeypatch):
 
 @pytest.fixture
 def no_denormals():
-    """As a trainer may have set it, whose attention leaves many."""
+    """Flush denormals, as a trainer may whose attention produces many."""
     torch.set_flush_denormal(True)
     yield
     torch.set_flush_denormal(False)
@@ -247,7 +247,7 @@ def test_bounds_of_codes_hold(kind):
 
 
 def test_threads_share_the_queries(monkeypatch):
-    """However many; only the first part of the work is torch's own."""
+    """The hits are the same; torch's own threads take only the first part of the work."""
     asked, corpus = problem("normal")
     want = topk_inner_product(asked, corpus, 10)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
@@ -269,7 +269,7 @@ def test_queries_may_be_any_view():
 
 
 def test_a_search_in_memory_that_stays():
-    """The twin of a GPU's: as `topk_inner_product`, with nothing to settle and nothing to tune."""
+    """The twin of a search on a GPU: as `topk_inner_product`, with nothing to settle and nothing to tune."""
     asked, corpus = problem("ties", rows=500)
     search = open_search(TopKIndex(corpus), max_queries=20, max_k=9)
     for num_queries, k in ((20, 9), (3, 1), (20, 4), (0, 2)):
@@ -405,7 +405,7 @@ def test_an_index_on_a_gpu_copies_rows_that_begin_anywhere_once(coarse):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("coarse", ["float", "int8"])
 def test_every_way_on_a_gpu_has_the_same_bits(coarse, monkeypatch):
-    """Of reading the corpus, for each tile; and a search that was recorded."""
+    """Every way of reading the corpus, for each tile; and a recorded search."""
     from searchr1_kernels import _topk_passes
 
     monkeypatch.setattr(_topk_passes, "_FASTEST", {})
