@@ -18,7 +18,7 @@ TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 @pytest.fixture(autouse=True, scope="module")
 def small_parts():
-    """Several parts, several launches of lone tokens and several blocks of heads to combine, in a short cache."""
+    """Use several parts, launches of lone tokens and blocks of heads to combine, in a short cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_cached_attention_triton, "PART", 64)
         patch.setattr(_cached_attention_triton, "_COMBINED", 256)
@@ -27,8 +27,10 @@ def small_parts():
 
 
 def problem(pieces, heads, kv_heads, d, dtype=torch.float32, places=150, seed=0):
-    """pieces: (slot, first position, count) -> query, keys, values, slots, positions, and lengths on the host. What no
-    token sees is NaN."""
+    """pieces (slot, first position, count) -> query, keys, values, slots, positions, and lengths on the host.
+
+    What no token sees is NaN.
+    """
     generator, slots = torch.Generator().manual_seed(seed), max(piece[0] for piece in pieces) + 1
     query = torch.randn(sum(piece[2] for piece in pieces), heads, d, generator=generator)
     keys, values = (torch.randn(slots, kv_heads, places, d, generator=generator) for _ in range(2))
@@ -42,7 +44,7 @@ def problem(pieces, heads, kv_heads, d, dtype=torch.float32, places=150, seed=0)
 
 
 def paged(cache, size):
-    """[C, G, M, d] in shuffled blocks of `size` places, NaN what is behind M -> [P, G, size, d], table."""
+    """[C, G, M, d] -> shuffled blocks of `size` places [P, G, size, d], NaN past M, and their table."""
     slots, kv_heads, places, d = cache.shape
     blocks = -(-places // size)
     whole = torch.nn.functional.pad(cache, (0, 0, 0, blocks * size - places), value=torch.nan)
@@ -86,14 +88,16 @@ def test_blocks_in_any_order_are_as_good_as_one_piece(pieces, tiled, size):
     (memory, table), (others, _) = paged(keys, size), paged(values, size)
     have = attend(query, memory, others, slots, positions, lengths if tiled else None, table)
     close(have, query, keys, values, slots, positions)
-    if size % 64 == 0:  # as many keys are multiplied at once
+    if size % 64 == 0:  # the same number of keys is multiplied at once
         assert torch.equal(have, attend(query, keys, values, slots, positions, lengths if tiled else None))
 
 
 @pytest.mark.parametrize("size", [16, 48, 64])
 def test_lone_tokens_find_the_blocks_of_every_part(monkeypatch, size):
-    """Four blocks of keys in a part, of a type whose blocks of keys are as long as a GPU's; the first and last place
-    of a part, and of a block. Entries behind a position lead nowhere."""
+    """The first and last place of parts and of blocks; entries past a position lead nowhere.
+
+    A part has four blocks of keys, in a type whose blocks of keys are as long as a GPU's.
+    """
     monkeypatch.setattr(_cached_attention_triton, "PART", 256)
     ends = (0, 15, 16, 47, 48, 255, 256, 257, 511, 599)
     pieces = [(slot, position, 1) for slot, position in enumerate(ends)]
@@ -117,7 +121,7 @@ def test_slots_may_have_blocks_in_common():
     close(attend(query, memory, others, slots, positions, lengths, table), query, keys, values, slots, positions)
 
 
-# bf16 where a GPU is: the interpreter multiplies its bit patterns as integers, as `linear_interpreted` found too.
+# bf16 on a GPU only: the interpreter multiplies its bit patterns as integers, as `linear_interpreted` found too.
 @pytest.mark.parametrize("dtype", [torch.float16] + [torch.bfloat16] * (DEVICE == "cuda"))
 @pytest.mark.parametrize("d", [128, 256])
 def test_other_types_and_sizes(dtype, d):
@@ -161,7 +165,7 @@ def test_any_strides():
 @pytest.mark.parametrize("size", [None, 64])
 @each_way
 def test_offsets_beyond_32_bits(tmp_path, pieces, tiled, size):
-    """A cache whose last slot, or block, begins 2^31 numbers behind the first."""
+    """A cache whose last slot, or block, begins 2^31 numbers after the first."""
     query, keys, values, slots, positions, lengths = problem(pieces, 2, 1, 16, torch.float16)
     table = None
     if size is not None:
@@ -177,8 +181,10 @@ def test_offsets_beyond_32_bits(tmp_path, pieces, tiled, size):
 
 @pytest.mark.parametrize("lone", [True, False])
 def test_texts_end_to_end_are_slots_that_overlap(lone):
-    """As an encoder lays them: slot r begins at row r, and tokens see all of their text. Rows behind are NaN. With one
-    query for a text that finds all alike, the result is a mean."""
+    """Texts stored end to end, as by an encoder: slot r begins at row r, and tokens see all of their text.
+
+    Rows past the texts are NaN. If a text has one query, which finds all alike, the result is a mean.
+    """
     lengths, heads, d, longest = [5, 1, 70, 3], 2, 16, 80
     num_rows, width = sum(lengths), heads * d
     rows = torch.randn(num_rows + longest - 1, 3 * width, generator=torch.Generator().manual_seed(0))

@@ -5,10 +5,10 @@
 
 The kernels of a module `searchr1_kernels._<name>_triton` are those in its `compile_cases()`: tuples of name, kernel,
 signature, constants, warps, stages, and the names of the arguments that are multiples of 16 (which the launcher finds
-by itself). A module that runs on some architectures only names them in `ARCHITECTURES`. A stack means that registers
-were spilled, or an array is not in registers.
+by itself). A module that runs on only some architectures names them in `ARCHITECTURES`. A stack means that registers
+were spilled, or that an array is not in registers.
 
-Another Triton is compiled with by putting its folder first on PYTHONPATH.
+To compile with another Triton, put its folder first on PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PACKAGE = "searchr1_kernels"
 
 
 def cases(architecture: int) -> dict[str, tuple]:
-    """Every case that runs on it, by name."""
+    """-> every case that runs on the architecture, by name."""
     folder = Path(importlib.import_module(PACKAGE).__file__).parent
     modules = [importlib.import_module(f"{PACKAGE}.{path.stem}") for path in sorted(folder.glob("_*_triton.py"))]
     modules = [module for module in modules if architecture in getattr(module, "ARCHITECTURES", ARCHITECTURES)]
@@ -40,11 +40,11 @@ def cases(architecture: int) -> dict[str, tuple]:
 
 
 def compile_case(case: tuple, architecture: int) -> dict[str, int]:
-    """What the case needs on this architecture."""
+    """-> what the case needs on this architecture."""
     from triton.runtime.jit import JITFunction
 
     _, kernel, signature, constants, num_warps, num_stages, divisible = case
-    # Autotuning runs every candidate, those that change their operands too, and chooses another in every process.
+    # Autotuning runs every candidate, even those that change their operands, and chooses another in every process.
     assert isinstance(kernel, JITFunction), f"{case[0]}: is chosen at run time"
     arguments = kernel.arg_names
     differing = (set(signature) | set(constants)) ^ set(arguments)
@@ -55,9 +55,9 @@ def compile_case(case: tuple, architecture: int) -> dict[str, int]:
 
 
 def compile_source(*source: Any) -> dict[str, int]:
-    """What a kernel needs, of the arguments of `compiled`."""
+    """-> what a kernel needs, given the arguments of `compiled`."""
     made = compiled(*source)
-    # As descriptors made on the device would: Triton's allocator is one thread's, and autograd's threads have none.
+    # Descriptors made on the device would: Triton's allocator belongs to one thread, and autograd's threads have none.
     assert made.metadata.global_scratch_size == 0, f"{source[0].__name__} wants memory that its launcher allocates"
     registers, stack = usage(made.asm["cubin"])
     return {"registers": registers, "shared": made.metadata.shared, "stack": stack}
@@ -72,7 +72,7 @@ def compiled(
     num_stages: int,
     architecture: int,
 ) -> Any:
-    """What Triton makes of a kernel for these."""
+    """-> what Triton makes of a kernel for these."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -85,7 +85,7 @@ def compiled(
 
 
 def usage(cubin: bytes) -> tuple[int, int]:
-    """Registers per thread and bytes of stack."""
+    """-> registers per thread and bytes of stack."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -99,7 +99,7 @@ def usage(cubin: bytes) -> tuple[int, int]:
 
 
 def version() -> tuple[int, int]:
-    """Of Triton, as far as budgets differ."""
+    """-> Triton's version, as far as budgets differ by it."""
     import triton
 
     major, minor = triton.__version__.split(".")[:2]

@@ -8,7 +8,7 @@ import torch
 
 
 def far_memory(folder: Path, count: int, device: str) -> torch.Tensor:
-    """[count] fp16."""
+    """-> [count] fp16."""
     if device == "cuda":
         return torch.empty(count, dtype=torch.float16, device=device)
     path = folder / f"memory{len(list(folder.iterdir()))}"

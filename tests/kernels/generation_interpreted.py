@@ -38,10 +38,10 @@ def test_norm_matches_the_oracle(rows, size, dtype):
     assert nothing is None
     close(normed, reference.rms_norm(x.double(), weight.double(), 1e-3)[0])
     normed, total = _generation_triton.norm(x, residual, weight, 1e-3)
-    if dtype != torch.bfloat16 or DEVICE == "cuda":  # the interpreter cuts bf16 off, and does not round
+    if dtype != torch.bfloat16 or DEVICE == "cuda":  # the interpreter truncates to bf16 and does not round
         assert torch.equal(total, x + residual)
     close(total, x.double() + residual.double())
-    # of the sum as it is rounded, which is what goes on through the layers
+    # The norm is of the rounded sum, which is what goes on through the layers.
     close(normed, reference.rms_norm(total.double(), weight.double(), 1e-3)[0])
 
 
@@ -77,7 +77,7 @@ def test_rotation_and_write_match_the_oracle(heads, kv_heads, d, has_norm, dtype
     ("heads", "kv_heads", "d"), [(14, 2, 64), (20, 17, 128), (12, 6, 256), (9, 9, 80), (6, 2, 512)]
 )
 def test_rotation_of_several_blocks_of_heads(heads, kv_heads, d, count):
-    """The last of which may not be full: of queries, or of keys."""
+    """The last block, of queries or of keys, may not be full."""
     check_rotation(tokens(heads, kv_heads, d, has_norm=True, count=count))
 
 
@@ -89,7 +89,7 @@ def test_blocks_of_heads_change_no_bit(has_norm, monkeypatch):
         arguments = tokens(7, 3, 64, has_norm=has_norm)
         results.append((_generation_triton.rotary_write(*arguments), *arguments[5:7]))
     for other in results[1:]:
-        # with norms, threads that lie otherwise may add up in another order
+        # With norms, threads in another layout may add up in another order.
         tolerance = 0 if DEVICE == "cpu" or not has_norm else 1e-6
         torch.testing.assert_close(other, results[0], rtol=tolerance, atol=tolerance)
 
@@ -109,7 +109,7 @@ def test_rotation_takes_views_of_one_product():
 
 
 def test_offsets_beyond_32_bits(tmp_path):
-    """Rows, tokens and blocks of a cache 2^30 numbers from each other."""
+    """Rows, tokens and blocks of a cache 2^30 numbers apart."""
     width = 1 << 30
     memory = far_memory(tmp_path, (2 << 30) + 64, DEVICE)
     x, weight = numbers(3, 32, dtype=torch.float16), numbers(32, dtype=torch.float16, seed=1)
@@ -141,7 +141,7 @@ def test_product_matches_the_oracle(rows, size, dtype):
 
 @pytest.mark.parametrize("turned", [False, True])
 def test_operators_on_these_kernels_pass_torchs_checks(monkeypatch, turned):
-    """Outputs that share no memory, with the strides that tracing is told, whatever those of the inputs are."""
+    """Outputs share no memory and have the strides that tracing is told, whatever those of the inputs are."""
     monkeypatch.setattr(generation, "_on_gpu", lambda name, x: True)
     operators = torch.ops.searchr1_kernels
     rows, others = (numbers(8, 3, dtype=torch.float32, seed=seed) for seed in range(2))
@@ -163,7 +163,7 @@ def test_operators_on_these_kernels_pass_torchs_checks(monkeypatch, turned):
 
 @pytest.mark.parametrize("name", ["keys", "values"])
 def test_a_cache_whose_components_lie_apart_is_named(monkeypatch, name):
-    """It is written where it lies."""
+    """The cache is written in place."""
     monkeypatch.setattr(generation, "_on_gpu", lambda name, x: True)
     arguments = list(tokens(2, 1, 8))
     place = 5 if name == "keys" else 6

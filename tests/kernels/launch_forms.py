@@ -1,8 +1,8 @@
-"""What Triton makes of a launch, without making it: which kernel it would compile, and what a GPU needs for that.
+"""What Triton would compile for a launch, found without making it, and what a GPU needs for that.
 
-The cases of `compile_report` are what a file of kernels says it is launched with; here it is what the host's code does
-launch them with. Beside types and constants that is what Triton finds out by itself: which addresses and numbers 16
-divides, which numbers are 1 or do not fit 32 bits.
+The cases of `compile_report` are what a file of kernels says it is launched with; these are what the host's code does
+launch them with. Besides types and constants they hold what Triton finds out by itself: which addresses and numbers are
+multiples of 16, and which numbers are 1 or do not fit 32 bits.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
 ARCHITECTURE = 90
-SHARED_BYTES = 227 << 10  # that a program can have there
+SHARED_BYTES = 227 << 10  # of one program there
 
 _binders: dict[int, Any] = {}  # by kernel
 
@@ -32,7 +32,7 @@ class Form(NamedTuple):
 
     @property
     def key(self) -> tuple:
-        """Equal where Triton would take the kernel that it has."""
+        """Equal if Triton would take the kernel that it already has."""
         parts = (self.signature, self.constants, self.attributes)
         numbers = self.num_warps, self.num_stages
         return self.kernel.__name__, *(tuple(sorted((k, repr(v)) for k, v in part.items())) for part in parts), *numbers
@@ -45,7 +45,7 @@ class Form(NamedTuple):
         return f"{self.kernel.__name__}: {types}, {constants}, 16 divides {sorted(divided)}, {self.num_warps} warps"
 
     def faults(self) -> list[str]:
-        """What keeps a Hopper GPU from running it well, or at all."""
+        """-> what keeps a Hopper GPU from running it well, or at all."""
         source = (self.kernel, self.signature, self.constants, self.attributes)
         needs = compile_source(*source, self.num_warps, self.num_stages, ARCHITECTURE)
         found = [f"{self}: {needs['stack']} bytes of stack: it spills"] if needs["stack"] else []
@@ -55,12 +55,12 @@ class Form(NamedTuple):
 
 
 def form_of(kernel: Any, given: tuple, named: dict[str, Any]) -> Form:
-    """Of `kernel[grid](*given, **named)`, as the launcher of this Triton finds it."""
+    """-> the form of `kernel[grid](*given, **named)`, as the launcher of this Triton finds it."""
     if id(kernel) not in _binders:
         backend = make_backend(GPUTarget("cuda", ARCHITECTURE, 32))
         _binders[id(kernel)] = backend, create_function_from_signature(kernel.signature, kernel.params, backend)
     backend, bind = _binders[id(kernel)]
-    named = named | {"debug": False, "enable_fp_fusion": True}  # the defaults; of the second Triton 3.9 warns
+    named = named | {"debug": False, "enable_fp_fusion": True}  # the defaults; Triton 3.9 warns about the second
     bound, found, options = bind(*given, **named)
     options, signature, constants, attributes = kernel._pack_args(backend, named, bound, found, options)
     return Form(kernel, signature, constants, attributes, options.num_warps, options.num_stages)

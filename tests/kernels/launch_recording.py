@@ -1,4 +1,4 @@
-"""Launches of the host's code for a GPU, without one, on tensors that have shapes and say that they are on a GPU."""
+"""Record what host code launches on a GPU, without one, on tensors that have shapes and claim to be on a GPU."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MOST_PROGRAMS = (2**31 - 1, 65_535, 65_535)
 
 
 class SayGpu(TorchFunctionMode):
-    """Tensors without values, which would be on the meta device, say that they are on a GPU."""
+    """Tensors without values, which are on the meta device, claim to be on a GPU."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -34,14 +34,14 @@ class SayGpu(TorchFunctionMode):
             return args[0].is_meta
         if function is torch.Tensor.get_device:
             return 0 if args[0].is_meta else -1
-        if function is torch.Tensor.data_ptr and args[0].is_meta:  # as an allocator gives it, in whole 512 bytes
+        if function is torch.Tensor.data_ptr and args[0].is_meta:  # as from an allocator, at multiples of 512 bytes
             return (1 + args[0].untyped_storage()._cdata % 2**20) * 2**40 + args[0].storage_offset() * args[0].itemsize
         if torch.device(kwargs.get("device") or "cpu").type == "cuda":
             assert function not in (torch.tensor, torch.as_tensor), "a copy from memory that is not pinned waits"
             kwargs["device"] = META
         if function in (torch.repeat_interleave, torch.Tensor.repeat_interleave):
             assert isinstance(args[1], int) or "output_size" in kwargs, "the device would be asked for a length"
-        if function is torch.addmm and "out_dtype" in kwargs:  # for which torch 2.11 takes a type for a factor here
+        if function is torch.addmm and "out_dtype" in kwargs:  # where torch 2.11 takes the type for a factor
             assert kwargs["out"].shape == (args[1].shape[0], args[2].shape[1]) and args[0] is kwargs["out"]
             return kwargs["out"]
         if function is torch.Tensor.pin_memory:
@@ -53,7 +53,7 @@ class SayGpu(TorchFunctionMode):
 
 
 class Launches(list):
-    """Names of the kernels that were launched, in order, and by key all that Triton would have compiled."""
+    """Names of the kernels that were launched, in order, and all that Triton would have compiled, by key."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,16 +66,16 @@ class Launches(list):
         self._new.add(form.key)
 
     def take_keys(self) -> set[tuple]:
-        """Of what was launched since the last call."""
+        """-> keys of what was launched since the last call."""
         keys, self._new = self._new, set()
         return keys
 
 
-_compiled: set[tuple] = set()  # without a fault
+_compiled: set[tuple] = set()  # found without a fault
 
 
 def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
-    """What was launched meanwhile; all of it is compiled at the end."""
+    """Yield the launches made meanwhile; all of them are compiled at the end."""
     found = Launches()
 
     def record(kernel, *given, grid, warmup=False, **named):
@@ -120,7 +120,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
 
 
 def forget() -> None:
-    """What is remembered of a device, which is not this one's."""
+    """Drop what is cached about a device that is not this one."""
     for remembered in (rope._frequencies, choose_attention, _topk_passes._device, _gae_triton._can_overlap):
         remembered.cache_clear()
 
@@ -134,7 +134,7 @@ def places(count: int) -> torch.Tensor:
 
 
 def one_set_of_kernels(launches: Launches, run, counts: tuple[int, ...]) -> None:
-    """`run` of each of the counts."""
+    """Require that `run` launches the same kernels for each of the counts."""
     sets = []
     for count in counts:
         launches.take_keys()

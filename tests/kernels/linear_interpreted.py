@@ -220,7 +220,7 @@ def test_slabs_of_any_shape(products, monkeypatch, most_rows, columns, wanted):
 
 @pytest.mark.parametrize("rows", [14, 40])
 def test_memory_of_the_backward_pass(products, monkeypatch, live_bytes, rows):
-    """The account of `_linear_slabs`: results, the sum of hidden's gradient, a workspace, a slab for many rows."""
+    """The account of `_linear_slabs`: results, the sum of hidden's gradient, a workspace, and a slab for many rows."""
     monkeypatch.setattr(_linear_slabs, "_MAX_ROWS", 20)
     monkeypatch.setattr(_linear_slabs, "_SLAB_BYTES", 16 * 20 * 4)
     hidden, weight, targets = problem(rows, 64, 100)

@@ -22,7 +22,7 @@ each_setting = pytest.mark.parametrize(("temperature", "top_k", "top_p"), SETTIN
 
 @pytest.fixture
 def small(monkeypatch):
-    """A few dozen tokens make several parts; 200 tokens have fewer blocks than some k."""
+    """Make several parts of a few dozen tokens; 200 tokens have fewer blocks than some k."""
     monkeypatch.setattr(_sampling_draw_triton, "PART", 64)
     monkeypatch.setattr(_sampling_draw_triton, "BLOCK", 8)
     monkeypatch.setattr(_sampling_triton, "AT_ONCE", 128)
@@ -39,7 +39,7 @@ def problem(rows, vocabulary, spread=2.0, seed=0):
 def test_tokens_and_log_probabilities_are_those_of_the_distribution(
     small, check_sample, vocabulary, temperature, top_k, top_p
 ):
-    """Flat and peaked rows, rows of equals, and one of which most can never be drawn."""
+    """Flat and peaked rows, rows of equals, and one where most tokens can never be drawn."""
     logits, randoms = problem(6, vocabulary, 2.0, vocabulary)
     logits[1] *= 5
     logits[2] = logits[2].round()
@@ -52,7 +52,7 @@ def test_tokens_and_log_probabilities_are_those_of_the_distribution(
 
 @each_setting
 def test_tokens_are_the_twins(temperature, top_k, top_p):
-    """In parts as they are shipped, and no token hangs on rounding."""
+    """With parts of the shipped size; here no token depends on rounding."""
     logits, randoms = problem(4, 5000, seed=1)
     have = _sampling_triton.sample(logits, randoms, temperature, top_k, top_p)
     want = sampling.sample_torch(logits, randoms, temperature, top_k, top_p)
@@ -72,7 +72,7 @@ def test_a_share_that_is_held_exactly_needs_no_more(top_p, num_kept):
 
 @pytest.mark.parametrize(("temperature", "top_k", "top_p"), SETTINGS[3:8])
 def test_the_bound_decides_nothing(small, monkeypatch, temperature, top_k, top_p):
-    """The same token where everything is collected."""
+    """The tokens are the same if everything is collected."""
     logits, randoms = problem(2, 190, seed=2)
     have = _sampling_triton.sample(logits, randoms, temperature, top_k, top_p)
 
@@ -120,7 +120,7 @@ def test_greedy_takes_the_first_of_equals(small):
 @pytest.mark.parametrize(("temperature", "top_k", "top_p"), SETTINGS[::2])
 @pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
 def test_what_is_not_finite_shows_in_its_log_probability(small, wrong, temperature, top_k, top_p):
-    """And every search ends."""
+    """Every search ends, too."""
     logits, randoms = problem(5, 130)
     logits[1, 110] = wrong
     logits[2, :] = wrong

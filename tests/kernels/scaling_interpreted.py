@@ -11,7 +11,7 @@ import torch
 from searchr1_kernels import _scaling, _scaling_triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# The interpreter cuts fp32 to bf16, and does not round.
+# The interpreter truncates fp32 to bf16 instead of rounding.
 DTYPES = [torch.float32, torch.float64, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
 
 
@@ -21,7 +21,7 @@ def numbers(*shape, dtype=torch.float32) -> torch.Tensor:
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """Several blocks, and programs that take more than one."""
+    """Use several blocks, and programs that take more than one."""
     monkeypatch.setattr(_scaling_triton, "_BLOCK", 16)
     if DEVICE == "cpu":
         monkeypatch.setattr(_scaling_triton, "_PROGRAMS", 1)
@@ -39,7 +39,7 @@ def test_scale_is_its_plain_twin_to_the_bit(shape, dtype):
 
 
 def test_a_factor_of_one_touches_nothing():
-    """Not what is no number either: the quiet bit of a NaN would be set by a product."""
+    """Not even a NaN, whose quiet bit a product would set."""
     bits = torch.tensor([0x7F800001, 0x3F800000] * 20, dtype=torch.int32, device=DEVICE)
     tensor = bits.clone().view(torch.float32)
     _scaling_triton.scale(tensor, torch.ones((), device=DEVICE))
@@ -62,7 +62,7 @@ def test_scaled_rows_are_their_plain_twin_to_the_bit(shape, dtype, out_dtype):
     rows = numbers(*shape, dtype=dtype)
     scales = numbers(shape[0], dtype=torch.promote_types(dtype, torch.float32))
     have, want = rows.new_empty(2, *shape, dtype=out_dtype)
-    wide = torch.cat([rows, rows], dim=1)[:, : shape[1]]  # rows further apart than they are long
+    wide = torch.cat([rows, rows], dim=1)[:, : shape[1]]  # the row stride exceeds the row length
     _scaling_triton.scale_rows(wide, scales, have)
     torch.mul(rows, scales[:, None], out=want)
     assert torch.equal(have, want)

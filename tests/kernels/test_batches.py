@@ -1,6 +1,8 @@
-"""A row's result is the row's alone: the same bits by itself and in any batch, in any place of it, and however its
-numbers lie in memory. Of the operations whose rows are few numbers each; the head, the scan, groups, sampling and
-search have tests of their own."""
+"""A row's result has the same bits alone and in any batch, at any place in it, and in any memory layout.
+
+This is for the operations whose rows are a few numbers each. The head, the scan, groups, sampling and search have tests
+of their own.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,7 @@ def norm(x, residual):
 
 def rotation(has_norm):
     def run(query, key, value, angles):
-        """A slot for every token."""
+        """Each token has a slot of its own."""
         caches = [query.new_zeros(len(query), key.shape[1], 2, query.shape[2]) for _ in range(2)]
         angles = angles.to(torch.promote_types(query.dtype, torch.float32))
         slots, places = torch.arange(len(query)), torch.ones(len(query), dtype=torch.int64)
@@ -47,7 +49,7 @@ def rotation(has_norm):
 
 def attention(paged):
     def run(query, keys, values, place):
-        """A slot for every token, of 32 places, which are two blocks."""
+        """Each token has a slot of its own, of 32 places, which are two blocks."""
         slots, positions = torch.arange(len(query)), (place.double() * 1e4).long().abs() % 32
         if not paged:
             return (cached_attention(query, keys, values, slots, positions),)
@@ -58,7 +60,7 @@ def attention(paged):
     return run, ((4, 64), (2, 32, 64), (2, 32, 64), ())
 
 
-# The function, and the shapes of what it has of every row.
+# The function, and the shapes of its inputs per row.
 OPERATIONS = {
     "masked_kl, k1": kl("k1"),
     "masked_kl, k2": kl("k2"),
@@ -107,7 +109,7 @@ def test_a_row_has_the_bits_that_it_has_alone(operation, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_how_numbers_lie_changes_no_bit(operation, dtype):
-    """Every other number of a memory, rows that begin anywhere, and columns for rows."""
+    """Every other number in memory, rows that begin at any address, and transposed rows."""
     run, shapes = operation
     rows = [3 * numbers(20, *shape, seed=i).to(dtype) for i, shape in enumerate(shapes)]
     want = run(*rows)

@@ -1,4 +1,4 @@
-"""The kernels' benchmark: it runs without a GPU, its providers compute the same, and it says so where they do not."""
+"""The kernels' benchmark runs without a GPU, its providers compute the same, and it reports where they do not."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def cases(monkeypatch):
 
 @pytest.fixture
 def bench(cases):
-    """The script, under another name: as `kernels` transformers would find it."""
+    """Load the script under another name: as `kernels`, transformers would find it."""
     spec = importlib.util.spec_from_file_location("bench_kernels", BENCH / "kernels.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -85,7 +85,7 @@ def test_heads_of_all_providers_agree(bench, cases, monkeypatch):
 
 
 def test_switches_are_turned_back(cases):
-    """What a way computes is what the others compute; here all of them are one."""
+    """Every way computes the same; on a CPU all of them are one."""
     ways = importlib.import_module("way_cases")
     shape = {"N": 40, "H": 16, "V": 130, "kept": 0.5}
     hidden, weight, targets, rows = cases.head_problem(CPU, torch.float32, **shape)
@@ -132,7 +132,7 @@ def test_samplers_agree(bench, cases):
 
 
 def test_names_and_what_is_left_out_can_be_read(bench, cases):
-    """On a terminal of 120 columns, as where the output is no terminal."""
+    """On a console of 120 columns, the width where the output is no terminal."""
     case = cases.group_case(CPU, 64, 8)
     case.left_out["faiss"] = "faiss is not installed: pip install --no-deps faiss-cpu"
     row = bench.measure(case, bench.Clock(CPU), 1, {"matmul_flops": 1e9, "copy_bytes": 1e9})

@@ -38,8 +38,7 @@ TOLERANCES = {torch.float64: 1e-12, torch.float32: 4e-6, torch.float16: 4e-3, to
     seed=st.integers(0, 100),
 )
 def test_matches_the_oracle(tokens, heads, blocks, dtype, seed):
-    """Any tokens of any slots, several of one place among them, blocks that slots have in common; NaN where nobody
-    looks."""
+    """Any tokens of any slots, also several at one place, and blocks that slots share; unread places are NaN."""
     generator, width, size = torch.Generator().manual_seed(seed), *(blocks or (1, 70))
     slots, positions = torch.tensor(tokens, dtype=torch.int64).view(-1, 2).T
     query = torch.randn(len(tokens), heads[0], heads[2], generator=generator).to(dtype)
@@ -60,7 +59,7 @@ def test_matches_the_oracle(tokens, heads, blocks, dtype, seed):
 
 
 def test_scores_of_any_size_and_equal_ones():
-    """A key that takes all, in any place, and keys of which none does."""
+    """One key that takes all attention, at any place, and keys that share it equally."""
     query, keys, values, slots, positions = problem([1, 5, 1])
     for scale in (1e4, -1e4, 0.0):
         exact = (query.double(), scale * keys.double(), values.double(), slots, positions)
@@ -89,7 +88,7 @@ def test_paged_tokens_are_read_by_the_compiled_loop_with_the_same_bits_alone(dty
     query, keys, values, slots, positions = problem([1] * 12, places=96, starts=range(20, 80, 5), dtype=dtype)
     table = torch.arange(12 * 6).view(12, 6).int()
     blocks = [x.unflatten(2, (6, 16)).transpose(1, 2).flatten(0, 1).contiguous() for x in (keys, values)]
-    table[1::2, 0] = table[::2, 0]  # pairs have their first block in common
+    table[1::2, 0] = table[::2, 0]  # pairs share their first block
     want = reference.cached_attention(query.double(), *(x.double() for x in blocks), slots, positions, table)
     monkeypatch.setattr(importlib.import_module("searchr1_kernels.cached_attention"), "_attend_torch", None)
     have = cached_attention(query, *blocks, slots, positions, table=table)
@@ -104,7 +103,7 @@ def test_paged_tokens_are_read_by_the_compiled_loop_with_the_same_bits_alone(dty
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 2**-7)])
 @pytest.mark.parametrize(("heads", "kv_heads", "d"), [(4, 2, 64), (3, 1, 32)])
 def test_written_out_blocks_give_what_the_plain_loop_gives(heads, kv_heads, d, dtype, tolerance, monkeypatch):
-    """Ragged lengths, a group at once and head by head; what lies behind a token's position is never read."""
+    """Ragged lengths, a group at once and head by head; nothing past a token's position is read."""
     query, keys, values, slots, positions = problem([1] * 11, heads, kv_heads, d, 96, dtype, starts=range(0, 88, 8))
     table = torch.arange(11 * 3).view(11, 3).int()
     for memory in (keys, values):
@@ -199,7 +198,7 @@ def test_wrong_arguments_are_named(change, message):
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_places_that_are_not_there_are_named(change, message, dtype):
-    """On a CPU, where loops would read any memory."""
+    """On a CPU, where the loops would read any memory."""
     places = {"slots": [0, 0, 1], "positions": [8, 17, 3], "table": [[3, 0], [1, 9]]}
     query, memory = torch.ones(3, 4, 16, dtype=dtype), torch.ones(4, 2, 9, 16, dtype=dtype)
 

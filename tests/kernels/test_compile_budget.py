@@ -1,5 +1,6 @@
-"""Every shipped kernel compiles for Ampere, Hopper and Blackwell with no more registers, shared memory and stack than
-its budget, on the installed Triton and on the oldest supported one. No GPU takes part.
+"""Shipped kernels compile for Ampere, Hopper and Blackwell within their budgets of registers, shared memory and stack.
+
+They do so on the installed Triton and on the oldest supported one. No GPU takes part.
 
 After a change that is meant, rewrite the budget and look at the difference:
 
@@ -28,7 +29,7 @@ Usage = dict[str, dict[str, int]]  # by case: registers, shared, stack
 
 
 def compile_all(toolchain: str, architecture: int, cache: Path) -> tuple[str, Usage]:
-    """(Triton's version, what each case needs), from a fresh interpreter: a process has one Triton, in one mode."""
+    """-> Triton's version and what each case needs, from a fresh process: one process has one Triton, in one mode."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(cache / toolchain)
     if toolchain == "oldest":
@@ -41,7 +42,7 @@ def compile_all(toolchain: str, architecture: int, cache: Path) -> tuple[str, Us
 
 
 def violations(have: Usage, budget: Usage | None) -> list[str]:
-    """What is over the budget, or unknown to it. Without a budget (a Triton nobody has measured) only spills count."""
+    """-> what is over the budget or unknown to it. Without a budget (an unmeasured Triton) only spills count."""
     found = [f"{name}: {usage['stack']} bytes of stack: it spills" for name, usage in have.items() if usage["stack"]]
     if budget is None:
         return found
@@ -59,7 +60,7 @@ def test_kernels_stay_within_their_budget(toolchain, architecture, request, tmp_
         pytest.skip("triton is not installed: pip install --no-deps triton")
     if toolchain == "oldest" and not (OLDEST / "triton").is_dir():
         pytest.skip(f"no Triton 3.6: pip install --no-deps --target {OLDEST} triton==3.6.0")
-    kept = getattr(request.config, "cache", None)  # `-p no:cacheprovider` leaves it out
+    kept = getattr(request.config, "cache", None)  # absent with `-p no:cacheprovider`
     version, have = compile_all(toolchain, architecture, kept.mkdir("triton") if kept else tmp_path)
     assert toolchain == "installed" or version == "3.6"
     budget = json.loads(BUDGET.read_text(encoding="utf-8")).get(version, {}).get(f"sm_{architecture}")
@@ -68,33 +69,33 @@ def test_kernels_stay_within_their_budget(toolchain, architecture, request, tmp_
 
 
 def test_walking_programs_fit_beside_each_other():
-    """As many as are started for every multiprocessor: one that has to wait would begin when the others are done."""
+    """As many fit as are started per multiprocessor: one that had to wait would begin when the others are done."""
     walk = pytest.importorskip("searchr1_kernels._topk_walk_triton", reason="needs Triton")
     for version, budgets in json.loads(BUDGET.read_text(encoding="utf-8")).items():
         for name, *_, num_warps, _, _ in walk.compile_cases():
             needs, programs = budgets["sm_90"][name], int(name.rpartition("_")[2].partition("x")[0])
             registers = -(-needs["registers"] // 8) * 8 * 32 * num_warps
             assert programs * registers <= 1 << 16, f"{name}, Triton {version}"
-            shared = needs["shared"] + 1024  # which the driver keeps
+            shared = needs["shared"] + 1024  # the driver keeps the 1 KB
             assert programs * shared <= 228 * 1024, f"{name}, Triton {version}"
 
 
 def test_smaller_gpus_of_ampere_have_room():
-    """sm_86 and sm_89 run what sm_80 does, with 99 KB for a program in place of 163."""
+    """sm_86 and sm_89 run what is compiled for sm_80, with 99 KB per program instead of 163."""
     for version, budgets in json.loads(BUDGET.read_text(encoding="utf-8")).items():
         too_large = {name: needs["shared"] for name, needs in budgets["sm_80"].items() if needs["shared"] > 99 << 10}
         assert not too_large, version
 
 
 def test_few_tokens_of_wide_heads_take_no_more_stages():
-    """A third would be 146 KB in fp32."""
+    """A third stage would take 146 KB in fp32."""
     attention = pytest.importorskip("searchr1_kernels._cached_attention_triton", reason="needs Triton")
     assert attention.stages_for_few(256, 4) == attention.configuration(8, 256, 4, True)["num_stages"] == 2
     assert attention.stages_for_few(128, 4) == attention.stages_for_few(256, 2) == 3
 
 
 def test_a_launch_that_begins_early_waits_for_what_it_reads():
-    """In the code of both kernels: the maps are read behind the wait, and a program without a tile waits too."""
+    """In both kernels' code: the maps are read after the wait, and a program without a tile waits too."""
     scan = pytest.importorskip("searchr1_kernels._gae_triton", reason="needs Triton")
     for name, kernel, types, constants, *numbers, _ in scan.compile_cases()[1:]:
         constants = constants | {"OVERLAPS": True}

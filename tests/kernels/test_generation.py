@@ -50,7 +50,7 @@ def test_norms_and_products_match_the_oracle(rows, size, spread, dtype, turned, 
     for residual in (None, other):
         have = rms_norm(x, weight, 1e-5, residual)
         total = x if residual is None else x + residual
-        assert torch.equal(have[1], total)  # rounded once, and the norm is of that
+        assert torch.equal(have[1], total)  # rounded once, and the norm is of the rounded sum
         close(have[0], reference.rms_norm(total.double(), weight.double(), 1e-5)[0])
     close(silu_mul(x, other), reference.silu_mul(x.double(), other.double()))
 
@@ -65,7 +65,7 @@ def test_norms_and_products_match_the_oracle(rows, size, spread, dtype, turned, 
     seed=st.integers(0, 100),
 )
 def test_rotation_and_write_match_the_oracle(places, heads, half, dtype, has_norm, seed):
-    """Tokens at any places, of which no two are one; all others keep what they have."""
+    """Tokens are written to any distinct places, and all other places keep what they hold."""
     count, d = len(places), 2 * half
     query, key, value = (numbers(count, n, d, dtype=dtype, seed=seed + i) for i, n in enumerate((*heads, heads[1])))
     keys, values = (numbers(4, heads[1], 5, d, dtype=dtype, seed=seed + 3 + i) for i in range(2))
@@ -97,7 +97,7 @@ def test_types_are_rounded_where_torch_rounds():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("tokens", "size"), [(5, 34), (1, 64), (0, 16), (3, 7)])
 def test_loops_give_what_torch_gives(dtype, tokens, size, monkeypatch):
-    """On a CPU: rows that lie apart, as parts of one product do; bf16 to the last bit but where sums decide."""
+    """On a CPU, with rows that lie apart, as parts of one product do; bf16 differs at most in the last bit of sums."""
     product, weight = numbers(tokens, 3 * size, dtype=dtype), numbers(size, dtype=dtype, seed=1)
     first, second, third = product.split(size, dim=1)
     calls = (
@@ -130,7 +130,7 @@ def check_alike(ours, theirs, dtype):
     for one, other in zip(ours, theirs, strict=True):
         for have, want in zip(one, other, strict=True):
             assert have.dtype == want.dtype == dtype
-            assert have.is_contiguous() or have.data_ptr() == want.data_ptr()  # the sum that was given as it is
+            assert have.is_contiguous() or have.data_ptr() == want.data_ptr()  # x itself, returned as the sum
             if dtype == torch.float32:
                 torch.testing.assert_close(have, want, rtol=2e-6, atol=2e-6)
             else:
@@ -210,7 +210,7 @@ def test_errors_of_rotation(place, change, message):
     ],
 )
 def test_places_that_are_not_there_are_named(place, number, message, dtype):
-    """On a CPU, where loops would write to any memory."""
+    """On a CPU, where the loops would write to any memory."""
     arguments, norms = step(dtype=dtype)
     arguments[place][1] = number
     before = [memory.clone() for memory in arguments[5:7]]
@@ -221,7 +221,7 @@ def test_places_that_are_not_there_are_named(place, number, message, dtype):
 
 @pytest.mark.parametrize("apart", [5, 6])
 def test_a_cache_may_be_any_view(apart):
-    """One that is written number after number would be another's memory."""
+    """Writing it as if it were contiguous would hit another's memory."""
     arguments, norms = step(d=32, dtype=torch.float32)
     want = reference.rotary_write(*arguments, **norms)
     around = torch.nn.functional.pad(arguments[apart], (0, 0, 0, 0, 0, 1), value=7.0)  # one head more
@@ -262,7 +262,7 @@ assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 
 
 def test_a_forked_child_is_not_ended():
-    """As GNU OpenMP does with one that uses its threads after its parent has."""
+    """GNU OpenMP ends a child that uses its threads after the parent has."""
     subprocess.run([sys.executable, "-W", "ignore", "-c", FORK], check=True, timeout=300)
 
 

@@ -1,4 +1,4 @@
-"""Group advantages and whitening against plain fp64 loops, and what joins across micro-batches."""
+"""Group advantages and whitening against plain fp64 loops, and moments that are joined across micro-batches."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_by_hand():
 
 
 def test_equal_rewards_do_not_become_a_direction():
-    """The mean of equal numbers need not be that number; what is left, over a tiny deviation, is not signal."""
+    """The mean of equal numbers may differ from them; the rest, over a tiny deviation, is not signal."""
     rewards = torch.full((5,), 0.1)
     advantages, keep = group_advantages(rewards, torch.zeros(5, dtype=torch.int64))
     assert not keep.any()
@@ -58,7 +58,7 @@ def test_equal_rewards_do_not_become_a_direction():
 
 
 def test_a_nan_stays_in_its_group():
-    """And is loud: the group is kept, its advantages are no numbers."""
+    """And the NaN is loud: the group is kept, and its advantages are NaN."""
     rewards, groups = torch.randn(30), torch.arange(30) % 4
     want, _ = group_advantages(rewards, groups)
     rewards[5] = torch.nan
@@ -69,7 +69,7 @@ def test_a_nan_stays_in_its_group():
 
 
 def test_a_group_alone_equals_the_group_in_a_batch():
-    """Bit for bit, wherever its samples stand, and the same every time."""
+    """Bit for bit, wherever its samples are, and every time."""
     rewards, groups = torch.randn(300), torch.randint(9, (300,))
     together, keep = group_advantages(rewards, groups)
     assert torch.equal(group_advantages(rewards, groups)[0], together)
@@ -127,7 +127,7 @@ def test_whitening_with_moments_does_not_add_the_values_up(monkeypatch):
 @pytest.mark.parametrize("value", [0.1, 1e3 / 3, 123456.7, 1e9 / 7, -1e9 / 3])
 @pytest.mark.parametrize("count", [2, 3, 999])
 def test_equal_values_become_zero(value, count):
-    """What rounding makes of their variance may be below zero."""
+    """Rounding may make their variance negative."""
     whitened = masked_whiten(torch.full((count,), value, dtype=torch.float64))
     assert whitened.abs().max() <= 2e-3
 

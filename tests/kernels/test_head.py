@@ -74,7 +74,7 @@ def test_numbers_that_are_not_finite_are_seen(dtype, broken):
 def test_what_it_does_not_take():
     hidden, weight = make(40, 128, 32, torch.float32)
     assert not _head_numba.takes(hidden[:8], weight)  # too few
-    assert not _head_numba.takes(hidden, weight[:100])  # no whole tiles
+    assert not _head_numba.takes(hidden, weight[:100])  # not whole tiles
     assert not _head_numba.takes(hidden[:, :24], weight[:, :24].contiguous())
     assert not _head_numba.takes(hidden, weight.bfloat16())
     assert not _head_numba.takes(hidden.double(), weight.double())

@@ -16,7 +16,7 @@ WITHOUT_TRITON = "import sys; sys.modules['triton'] = None\n"
 
 
 def run(code: str) -> None:
-    """In a fresh interpreter; its traceback is the message."""
+    """Run the code in a fresh interpreter; if it fails, its traceback is the message."""
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -53,7 +53,7 @@ def test_star_and_dir_offer_every_name():
 
 
 def test_type_checkers_see_every_name_and_no_other():
-    """They run nothing, so the names are written out for them a second time."""
+    """Type checkers run nothing, so the names are written out a second time for them."""
     tree = ast.parse(Path(searchr1_kernels.__file__).read_text(encoding="utf-8"))
     (block,) = (node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
     seen = {}

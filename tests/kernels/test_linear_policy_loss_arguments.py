@@ -1,4 +1,4 @@
-"""What linear_policy_loss takes and returns: settings and arguments that are wrong are named."""
+"""What linear_policy_loss takes and returns; errors name the wrong setting or argument."""
 
 from __future__ import annotations
 

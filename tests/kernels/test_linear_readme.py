@@ -28,13 +28,13 @@ def test_examples_run(number):
 
 
 def test_every_function_has_an_example():
-    """But for what a search gives back."""
+    """Except `reference` and what a search gives back."""
     used = set(re.findall(r"\b(\w+)\(", "".join(EXAMPLES)))
     assert set(searchr1_kernels.__all__) - used == {"reference", "TopKSearch", "Hits", "Settled"}
 
 
 def test_the_plain_loop_takes_the_step_of_the_logits():
-    """Its rows, targets and gradient against `model(…).logits` and the textbook's loss, on the loop's last update."""
+    """Rows, targets and gradient match `model(…).logits` and the textbook's loss, on the loop's last update."""
     (code,) = (code for code in EXAMPLES if "LlamaForCausalLM" in code)
     assert code.count("    optimizer.zero_grad()\n") == code.count("    optimizer.step()\n") == 1
     loop = SimpleNamespace(**run(code.replace("    optimizer.zero_grad()\n", "").replace("    optimizer.step()\n", "")))
@@ -46,7 +46,7 @@ def test_the_plain_loop_takes_the_step_of_the_logits():
     trained = loop.loss_mask & loop.keep[:, None]
     assert int(trained.sum()) == len(loop.rows)
     loss = -(loop.advantages[:, None] * logprobs)[trained].sum() / trained.sum()
-    (2 * loss).backward()  # nothing has moved, so the two updates are one twice, and their ratios are 1
+    (2 * loss).backward()  # nothing has moved, so both updates are the same and their ratios are 1
     for name, parameter in loop.model.named_parameters():
         torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-7, msg=name)
 

@@ -16,14 +16,14 @@ GSPO = {"loss": PolicyLoss(kind="gspo"), "cu_seqlens": torch.tensor([0, 8, 8, 21
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    """Several chunks at test sizes, some kept for the backward pass and some recomputed."""
+    """Make the head use several chunks at test sizes, some kept for the backward pass and some recomputed."""
     monkeypatch.setattr(_linear_chunks, "_MIN_CHUNK_ROWS", 7)
     monkeypatch.setitem(_linear_chunks._CHUNK_BYTES, "cpu", 1)
     monkeypatch.setitem(_linear_chunks._KEEP_BYTES, "cpu", 14 * 13 * 4)
 
 
 def problem(rows=21):
-    """hidden, weight, targets, rollout_logprobs, advantages."""
+    """-> hidden, weight, targets, rollout_logprobs, advantages."""
     generator = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(rows, 4, generator=generator), torch.randn(13, 4, generator=generator)
     targets = torch.randint(13, (rows,), generator=generator)
@@ -52,7 +52,7 @@ SHARED = {"loss": PolicyLoss(entropy_coefficient=0.1), "token_rows": torch.tenso
 
 
 def aims(options, rollout, advantages):
-    """What both operators of the policy's loss are told of the objective."""
+    """-> what both operators of the policy's loss are told about the objective."""
     tokens = policy_objective.PolicyRows(rollout, advantages, None, None, torch.rand(21))
     return arguments(tokens, options.get("token_rows"), options.get("cu_seqlens"), options["loss"], False)
 
@@ -87,7 +87,7 @@ def test_opcheck_policy_objective(options):
 
 
 def with_gradients(function, *inputs):
-    """Outputs, and the gradients of the first two inputs."""
+    """-> outputs, and the gradients of the first two inputs."""
     hidden, weight = (tensor.clone().requires_grad_() for tensor in inputs[:2])
     outputs = function(hidden, weight, *inputs[2:])
     sum(output.sum() for output in outputs if output.requires_grad).backward()
@@ -174,7 +174,7 @@ def test_whole_graph_compilation_gives_the_same_bits(function):
     "function", [logprob_and_entropy, logprob_alone, masked_logprob, ppo, ppo_recomputed, reinforce_on_policy]
 )
 def test_the_same_bits_twice_and_compiled_on_a_gpu(function, dtype):
-    """Of rows that the kernels of `_linear_forward_triton` and `_linear_gradient_triton` take, where a GPU has them."""
+    """For rows that `_linear_forward_triton` and `_linear_gradient_triton` take, on a GPU that has these kernels."""
     generator = torch.Generator("cuda").manual_seed(0)
     hidden = torch.randn(700, 64, device="cuda", generator=generator).to(dtype)
     weight = torch.randn(1003, 64, device="cuda", generator=generator).to(dtype)
@@ -191,7 +191,7 @@ def test_the_same_bits_twice_and_compiled_on_a_gpu(function, dtype):
 
 
 def test_compilation_does_not_depend_on_the_number_of_rows():
-    """One graph for every batch: tokens never come twice in the same number."""
+    """One graph serves every batch, as no two have the same number of tokens."""
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(logprob_and_entropy, fullgraph=True, backend=counter, dynamic=True)
@@ -203,7 +203,7 @@ def test_compilation_does_not_depend_on_the_number_of_rows():
 
 
 def test_compilation_does_not_depend_on_the_denominator():
-    """Policy tokens of a step are never as many twice."""
+    """No two steps have the same number of policy tokens."""
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
 
@@ -221,7 +221,7 @@ def test_compilation_does_not_depend_on_the_denominator():
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("kind", ["ppo", "cispo", "reinforce", "gspo"])
 def test_nothing_reads_values_off_the_device(kind, shared):
-    """On tensors without values, where reading one or counting the entries of a mask raises. On a GPU it would wait."""
+    """Tensors have no values here: reading one or counting a mask's entries raises, and on a GPU it would wait."""
     loss = PolicyLoss(kind=kind, importance_cap=2.0, kl_coefficient=0.1, entropy_coefficient=0.1)
     hidden, weight, targets, *rows = (tensor.to("meta") for tensor in problem(300))
     cu_seqlens = torch.tensor([0, 200, 300], device="meta") if kind == "gspo" else None
@@ -243,7 +243,7 @@ def test_nothing_reads_values_off_the_device(kind, shared):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_autocast_changes_no_bit(dtype):
-    """It would round the operands of products to bf16."""
+    """Autocast would round the operands of products to bf16."""
     hidden, weight, targets, rollout, advantages = problem()
     advantages[::2] = 0.0  # rows to be left out
     inputs = (hidden.to(dtype), weight.to(dtype), targets)
@@ -299,7 +299,7 @@ def test_forward_mode_is_refused(name):
     ],
 )
 def test_compiled_code_names_wrong_offsets_too(cu_seqlens, message):
-    """Shape and type while it is traced, the numbers when it runs."""
+    """Shape and type are checked during tracing, the numbers at run time."""
 
     def both(hidden, weight, targets, rollout, advantages, cu_seqlens):
         options = {"loss": PolicyLoss(kind="gspo"), "denominator": 9, "cu_seqlens": cu_seqlens}
@@ -310,13 +310,13 @@ def test_compiled_code_names_wrong_offsets_too(cu_seqlens, message):
 
     for function in (both, scan):
         torch._dynamo.reset()
-        with pytest.raises(Exception, match=message):  # while it traces, dynamo puts its own error around ours
+        with pytest.raises(Exception, match=message):  # during tracing, dynamo wraps our error in its own
             torch.compile(function, fullgraph=True, backend="aot_eager")(*problem(), cu_seqlens)
 
 
 @pytest.fixture
 def one_rank():
-    """A process group of one, which FSDP wants."""
+    """A process group of one rank, which FSDP needs."""
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()

@@ -1,4 +1,4 @@
-"""The head on a GPU at real width: a vocabulary of 151,936, bf16 for the most, and the memory that takes."""
+"""The head on a GPU at real width: a vocabulary of 151,936, mostly in bf16, and the memory that takes."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from searchr1_kernels import PolicyLoss, _linear_chunks, linear_logprob, linear_
 
 
 def plain_scores(hidden, weight, targets) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability and entropy, [N] fp32 each: logits from the library's product with fp32 sums, as its matrix units
-    make them, then torch's softmax. As near to the truth as operands of this type get in plain torch: with logits
-    rounded to bf16 it would be a thousand times as far off."""
+    """-> log-probability and entropy, [N] fp32 each, by the library's product with fp32 sums and torch's softmax.
+
+    Its matrix units make the sums. For operands of this type plain torch gets no nearer to the truth: with logits rounded to
+    bf16 it would be a thousand times as far off.
+    """
     options = {"out_dtype": torch.float32} if hidden.dtype == torch.bfloat16 else {}
     distribution = F.log_softmax(torch.mm(hidden, weight.T, **options), dim=-1)
     return distribution.gather(1, targets[:, None])[:, 0], -(distribution.exp() * distribution).sum(-1)
@@ -22,13 +24,18 @@ def plain_scores(hidden, weight, targets) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("scale", [0.03, 0.3])  # flat and peaky heads
 def test_scores_and_gradients_at_real_width(scale, dtype):
-    """Log-probabilities and entropies off by 2e-5, or where sums of fp32 do not allow that by three times as much as
-    plain torch's on the same device; gradients not twice as far off as plain torch's in the type of the operands.
+    """Scores are off by 2e-5 or three times as much as plain torch's, gradients by less than twice as much.
 
-    A peaky head has logits of 50, of which a sum in fp32 is not good to 2e-5. A tensor core of Hopper aligns 16
-    products and the sum so far to the largest of them, with two bits more than fp32 has, and cuts off the rest
-    (north-numerical-computing/MATLAB-tensor-core): simulated, log-probabilities of this test's peaky head are off by
-    5e-5, ours by as much as a library's, nearly all of them upwards. In fp32, one after the other, by 3e-5."""
+    Log-probabilities and entropies may be off by 2e-5 or, where fp32 sums do not allow that, by three times as much as
+    plain torch's on the same device. Gradients may be off by twice as much as plain torch's in the type of the
+    operands.
+
+    A peaky head has logits of 50, whose fp32 sums are not good to 2e-5. A tensor core of Hopper aligns 16 products and
+    the sum so far to the largest of them, with two bits more than fp32 has, and cuts off the rest
+    (north-numerical-computing/MATLAB-tensor-core). Simulated that way, log-probabilities of this test's peaky head are
+    off by 5e-5, ours by as much as a library's, nearly all of them upwards. Summed in fp32, one after the other, they
+    are off by 3e-5.
+    """
     generator = torch.Generator("cuda").manual_seed(0)
     hidden = torch.randn(300, 1024, device="cuda", generator=generator).to(dtype)
     weight = (torch.randn(151_936, 1024, device="cuda", generator=generator) * scale).to(dtype)
@@ -58,8 +65,10 @@ def test_scores_and_gradients_at_real_width(scale, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("softcap", [None, 60.0])
 def test_targets_that_are_all_but_certain(dtype, softcap):
-    """What the sums of a matrix unit lack is in the target's logit and in the others': the difference is as good as
-    plain torch's, and so are gradients, of which the target's is 1 - p."""
+    """Differences of logits are as good as plain torch's, and so are gradients; the target's gradient is 1 - p.
+
+    What the sums of a matrix unit lack is in the target's logit and in the others' alike.
+    """
     generator = torch.Generator("cuda").manual_seed(0)
     hidden = torch.randn(300, 1024, device="cuda", generator=generator).to(dtype)
     weight = (torch.randn(151_936, 1024, device="cuda", generator=generator) * 0.03).to(dtype)
@@ -79,7 +88,7 @@ def test_targets_that_are_all_but_certain(dtype, softcap):
     for name, logprob in ours.items():
         error = (logprob.detach().double() - exact).abs()
         assert bool((error <= allowed).all()), f"{name}: {float((error - allowed).max()):.1e} more than allowed"
-    # Minus the log-probability is what this loss of one row is: there is no other way to see those of the folded one.
+    # This loss of one row is minus its log-probability; the fused operator shows it in no other way.
     for row in range(0, 300, 60):
         place, zeros = slice(row, row + 1), torch.zeros(1, device="cuda")
         loss, _ = linear_policy_loss(
@@ -92,11 +101,13 @@ def test_targets_that_are_all_but_certain(dtype, softcap):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("kind", ["ppo", "cispo", "reinforce", "gspo"])
-@pytest.mark.parametrize("scale", [0.03, 0.3])  # of a peaky head, where targets are unlikelier than 2^-32
+@pytest.mark.parametrize("scale", [0.03, 0.3])  # the peaky head's targets are unlikelier than 2^-32
 @pytest.mark.parametrize("entropy_coefficient", [0.0, 0.01])
 def test_bf16_policy_loss_at_real_width(monkeypatch, kind, scale, entropy_coefficient):
-    """Off by 2e-5, or by three times as much as what the same objective makes of plain torch's log-probabilities: of a
-    peaky head's those of cispo are in the ratio, which multiplies them."""
+    """The loss is off by 2e-5, or by three times what its objective makes of plain torch's log-probabilities.
+
+    For a peaky head their errors enter cispo's ratio, which multiplies them.
+    """
     generator = torch.Generator("cuda").manual_seed(0)
     hidden = torch.randn(300, 1024, device="cuda", generator=generator).bfloat16()
     weight = (torch.randn(151_936, 1024, device="cuda", generator=generator) * scale).bfloat16()
@@ -183,7 +194,7 @@ def test_own_products_agree_with_a_library_s(monkeypatch, function, rows, vocabu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("rows", [256, 2048, 2304])  # one chunk; eight, summed in bf16; nine, in fp32
 def test_a_weight_s_gradient_in_chunks(monkeypatch, rows):
-    """Not twice as far off as plain torch's in bf16."""
+    """It is less than twice as far off as plain torch's in bf16."""
     monkeypatch.setattr(_linear_chunks, "_KEPT_BYTES", 256 * 151_936)  # 128 rows, and twice as many
     generator = torch.Generator("cuda").manual_seed(0)
     hidden = torch.randn(rows, 1024, device="cuda", generator=generator).bfloat16()
@@ -209,7 +220,7 @@ def test_a_weight_s_gradient_in_chunks(monkeypatch, rows):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_memory_of_a_backward_pass_that_has_nothing_to_do():
-    """No second gradient of the weight, of 622 MB; and what `retain_graph` makes of it is right, and new."""
+    """It makes no second weight gradient, of 622 MB; under `retain_graph` the gradient is right, and a new tensor."""
     hidden = torch.randn(1024, 2048, device="cuda").bfloat16().requires_grad_()
     weight = (torch.randn(151_936, 2048, device="cuda") * 0.03).bfloat16().requires_grad_()
     targets, zeros = torch.randint(151_936, (1024,), device="cuda"), torch.zeros(1024, device="cuda")

@@ -27,7 +27,7 @@ finite_fp32 = st.floats(width=32, allow_nan=False, allow_infinity=False)
     seed=st.integers(0, 1000),
 )
 def test_matches_the_oracle_with_gradient(kind, tokens, share, spread, seed):
-    """None, one and many tokens; none and all of them masked; equals, and up to where the exponential ends."""
+    """None, one and many tokens; none and all of them masked; equal values, and up to the exponential's limit."""
     generator = torch.Generator().manual_seed(seed)
     logprobs, ref = -spread * torch.rand(2, tokens, generator=generator, dtype=torch.float64)
     mask = None if share is None else torch.rand(tokens, generator=generator) < share
@@ -47,7 +47,7 @@ def test_matches_the_oracle_with_gradient(kind, tokens, share, spread, seed):
 @pytest.mark.parametrize("spread", [1e-3, 5.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_errors_are_within_those_of_plain_torch(kind, spread, dtype):
-    """Of values three times as much at the most, of gradients twice."""
+    """At most three times plain torch's for values, and twice for gradients."""
     logprobs, ref = (-1 - spread * torch.rand(2, 500)).to(dtype)
     coefficient, results = torch.randn(500), []
     for function, leaf, other in (
@@ -107,7 +107,7 @@ def test_nothing_leaks_from_masked_tokens(kind):
 
 
 def test_small_differences_keep_their_digits():
-    """exp(d) - 1 - d in fp32 is all rounding at 1e-4."""
+    """In fp32, exp(d) - 1 - d is only rounding at 1e-4."""
     estimate = masked_kl(torch.tensor([-1e-4]), torch.tensor([0.0]))
     assert float(estimate) == pytest.approx(5e-9, rel=0.1)
 

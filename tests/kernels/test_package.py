@@ -1,4 +1,4 @@
-"""The kernels' own package: what is in its wheel, what it asks for, and that it works with nothing else installed."""
+"""The kernels' own package: what its wheel contains and requires, and that it works with nothing else installed."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ assert hidden.grad.isfinite().all() and weight.grad.isfinite().all()
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """Built from a copy, so that the checkout stays clean."""
+    """-> a wheel, built from a copy so that the checkout stays clean."""
     pytest.importorskip("setuptools", reason="building a wheel needs setuptools")
     folder = tmp_path_factory.mktemp("wheel")
     shutil.copytree(KERNELS, folder / "source", ignore=shutil.ignore_patterns("__pycache__", "build", "*.egg-info"))

@@ -21,7 +21,7 @@ from searchr1_kernels.policy_objective import (
 
 
 def sample(count: int, seed: int = 0, spread: float = 0.5):
-    """logprobs, rollout, advantages, reference; all [N] fp64 for sharp comparisons."""
+    """-> logprobs, rollout, advantages, reference; all [N] fp64 for sharp comparisons."""
     generator = torch.Generator().manual_seed(seed)
     rollout = -3 * torch.rand(count, generator=generator, dtype=torch.float64)
     logprobs = rollout + spread * torch.randn(count, generator=generator, dtype=torch.float64)
@@ -90,7 +90,7 @@ def test_ppo_to_the_sampler(seed, clip_low, clip_high, kind_and_coefficient, ent
 @pytest.mark.parametrize("cap", [0.0, 1.2, 2.0])
 @pytest.mark.parametrize("kind", ["ppo", "cispo", "reinforce"])
 def test_on_policy_is_a_weighted_policy_gradient(cap, kind):
-    """Whatever the sampler's log-probabilities: nothing is clipped, the slope is -A w, w a constant."""
+    """For any log-probabilities of the sampler: nothing is clipped, and the slope is -A w with a constant w."""
     p, rollout, advantages, _ = sample(50, spread=1.0)
     loss = PolicyLoss(kind=kind, importance_cap=cap)
     _, slope, metrics = evaluate(loss, p, rollout, advantages, on_policy=True)
@@ -121,7 +121,7 @@ def test_each_side_of_each_clip(ratio, advantage, value, slope, clipped):
     old = torch.tensor([-1.0], dtype=torch.float64)
     loss = PolicyLoss(clip_low=0.2, clip_high=0.25, dual_clip=3.0)
     advantages = torch.tensor([advantage], dtype=torch.float64)
-    for anchor in ({"rollout": old}, {"rollout": old - 1, "old": old}):  # without a cap the sampler plays no part
+    for anchor in ({"rollout": old}, {"rollout": old - 1, "old": old}):  # without a cap the sampler has no effect
         p = old + torch.tensor(ratio, dtype=torch.float64).log()
         total, have, metrics = evaluate(loss, p, advantages=advantages, **anchor)
         assert (float(total), float(have)) == pytest.approx((value, slope))
@@ -129,7 +129,7 @@ def test_each_side_of_each_clip(ratio, advantage, value, slope, clipped):
 
 
 def test_without_settings_it_is_plain_ppo():
-    """Clipped at 0.8 and 1.2 and nowhere else, without weights or bonuses; and settings stay what was checked."""
+    """It clips at 0.8 and 1.2 and nowhere else, without weights or bonuses; checked settings cannot change."""
     ratio = torch.tensor([0.5, 0.79, 0.81, 1.19, 1.21, 9.0], dtype=torch.float64)
     for sign in (1.0, -1.0):
         advantages, zeros = torch.full_like(ratio, sign), torch.zeros_like(ratio)
@@ -177,7 +177,7 @@ def test_finite_at_the_extremes(on_policy, cap, kind):
 
 @pytest.mark.parametrize("distance", [25.0, -25.0])
 def test_beyond_the_exponents_limit_the_ratio_is_constant(distance):
-    """A slope there would be of the limited ratio times an advantage: 5e8 for a token that is lost anyway."""
+    """A slope there would be the limited ratio times an advantage: 5e8 for a token that is lost anyway."""
     p, advantages = torch.full((2,), distance, dtype=torch.float64), torch.tensor([1.0, -1.0], dtype=torch.float64)
     zeros = torch.zeros_like(p)
     total, slope, _ = evaluate(PolicyLoss(clip_low=1.0, clip_high=1e9), p, zeros, advantages)
@@ -196,7 +196,7 @@ def test_the_slope_of_the_kl_is_that_of_masked_kl(kind):
 
 
 def test_sums_over_a_sequence_are_exact_to_fp64():
-    """Of fp32 slopes and log-ratios; one without tokens has the sum 0."""
+    """Sums of fp32 slopes and log-ratios; a sequence without tokens has the sum 0."""
     values = torch.tensor([2.0**24, 1.0, 1.0, 5.0])
     sums = segment_sums(values, torch.tensor([0, 3, 3, 4]))
     assert sums.dtype == torch.float64 and sums.tolist() == [2.0**24 + 2, 0.0, 5.0]

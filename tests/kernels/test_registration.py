@@ -1,5 +1,7 @@
-"""Operators in torch's registry: they pass torch's own checks, survive `torch.compile` in one graph with the same
-results, and give the same bits twice."""
+"""Operators in torch's registry pass torch's own checks, compile into one graph, and give the same bits twice.
+
+Compiled, they give the same results.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,7 @@ UNIFORMS = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
 ROWS = numbers(3, 8), numbers(3, 8, seed=1), numbers(8, seed=2)
 
 
-# Of the cache's two slots in three blocks of two places, and of both tokens in one tile each.
+# The cache's two slots, each in three blocks of two places, and each of the two tokens in a tile of its own.
 PAGES = tuple(cache.unflatten(2, (3, 2)).transpose(1, 2).flatten(0, 1).contiguous() for cache in CACHE)
 TABLE = torch.arange(6, dtype=torch.int32).view(2, 3)
 TILES = torch.tensor([[0, 1], [1, 1]], dtype=torch.int32)
@@ -99,7 +101,7 @@ CALLED = {
 }
 
 
-# With what is left out above, without what is there, and of nothing.
+# With what is left out above, without what is given there, and with no rows.
 ALSO_CHECKED = [
     ("cached_attention", (numbers(2, 1, 5), *PAGES, *PLACES, TABLE, TILES, 2)),
     ("cached_attention", (numbers(0, 1, 5), *CACHE, PLACES[0][:0], PLACES[1][:0], None, None, 0)),
@@ -135,7 +137,7 @@ def test_passes_the_checks_of_torch_in_other_forms(place):
 
 
 def test_every_operator_is_checked():
-    """Here, or those of the head in `test_linear_registration`."""
+    """Here or, for the head's, in `test_linear_registration`."""
     for path in Path(searchr1_kernels.__file__).parent.glob("[!_]*.py"):
         importlib.import_module(f"searchr1_kernels.{path.stem}")
     schemas = {schema.name for schema in torch._C._jit_get_all_schemas()}
@@ -149,7 +151,7 @@ def test_every_operator_is_checked():
 @pytest.mark.parametrize("rows", [10, 0])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_gae_passes_the_checks_of_torch_for_other_types(dtype, rows):
-    values = numbers(rows).to(dtype).requires_grad_()  # of which `gae` takes the value alone
+    values = numbers(rows).to(dtype).requires_grad_()  # constants to `gae`
     arguments = (numbers(rows), values.detach(), torch.tensor([0, rows // 2, rows]), 1.0, 1.0, None)
     torch.library.opcheck(OPERATORS.gae.default, arguments)
     assert not any(output.requires_grad for output in gae(numbers(rows), values, arguments[2]))
@@ -205,7 +207,7 @@ def as_tuple(outputs):
 
 
 def on_gpu(value):
-    """Tensors moved, and made anew: an operator may write to them."""
+    """Copy tensors to the GPU, each time anew: an operator may write to them."""
     if isinstance(value, torch.Tensor):
         return value.detach().cuda().requires_grad_(value.requires_grad)
     return tuple(on_gpu(one) for one in value) if isinstance(value, tuple) else value
@@ -215,7 +217,7 @@ def on_gpu(value):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", CHECKED)
 def test_the_same_on_a_gpu(name):
-    """Torch's checks, and the same bits twice."""
+    """Torch's checks pass, and the bits are the same twice."""
     operator, arguments = getattr(OPERATORS, name).default, CHECKED[name]
     if name == "topk_inner_product":
         arguments = (*arguments[:-1], TopKIndex(CORPUS.cuda()).parts)

@@ -1,5 +1,7 @@
-"""`sample_tokens` on a CPU and in torch's operators, against the distribution; the kernels are in
-`sampling_interpreted`."""
+"""`sample_tokens` on a CPU, and its twin in torch's operators, against the distribution.
+
+The kernels are in `sampling_interpreted`.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,7 @@ each_way = pytest.mark.parametrize("sample", [sample_tokens, twin])
 
 
 def problem(rows, vocabulary, spread=2.0, seed=0):
-    """logits, randoms."""
+    """-> logits, randoms."""
     generator = torch.Generator().manual_seed(seed)
     logits = spread * torch.randn(rows, vocabulary, generator=generator)
     return logits, torch.rand(rows, dtype=torch.float64, generator=generator)
@@ -37,7 +39,7 @@ def problems(draw):
     spread = draw(st.sampled_from([0.0, 0.01, 1.0, 4.0, 20.0]))
     logits, randoms = problem(4, vocabulary, spread, draw(st.integers(0, 2**20)))
     if draw(st.booleans()):
-        logits = logits.round()  # equals
+        logits = logits.round()  # makes equals
     if draw(st.booleans()):
         logits[:, draw(st.integers(0, vocabulary - 1)) + 1 :] = -torch.inf
     randoms[0] = draw(st.sampled_from([0.0, 0.5, 1 - 2**-53]))
@@ -58,7 +60,7 @@ def test_tokens_and_log_probabilities_are_those_of_the_distribution(sample, chec
 @each_way
 @pytest.mark.parametrize(("temperature", "top_k", "top_p"), SETTINGS)
 def test_it_is_the_oracle(sample, temperature, top_k, top_p):
-    """Where no rounding decides: a wide vocabulary, randoms drawn once."""
+    """Where rounding decides nothing: a wide vocabulary, with randoms drawn once."""
     logits, randoms = problem(30, 3001)
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     ids, logprobs = sample(logits, randoms, **options)
@@ -94,7 +96,7 @@ def test_equals_are_kept_or_left_out_together():
     logits = torch.tensor([[0.0, 2.0, 1.0, 1.0, 1.0, 0.0]]).expand(400, 6)
     randoms = torch.linspace(0, 0.9999, 400, dtype=torch.float64)
     p = torch.softmax(logits[0], 0)
-    two = float(p[1] + 0.5 * p[2])  # of the likeliest and one of three equals no more than half
+    two = float(p[1] + 0.5 * p[2])  # the likeliest, and no more than half of one of three equals
     for options, kept in (
         ({"top_k": 1}, {1}),
         ({"top_k": 2}, {1, 2, 3, 4}),
@@ -185,7 +187,7 @@ def test_errors(change, options, message):
 
 
 def test_a_share_past_the_total_takes_the_last_that_is_kept():
-    """Sums that round: many equal weights whose sum in fp32 depends on its order."""
+    """The sums round: there are many equal weights, whose fp32 sum depends on the order."""
     logits = torch.full((3, 70_001), -0.1)
     logits[:, 60_000:] = -torch.inf
     randoms = torch.full((3,), np.nextafter(1.0, 0.0), dtype=torch.float64)
@@ -195,7 +197,7 @@ def test_a_share_past_the_total_takes_the_last_that_is_kept():
 
 @pytest.mark.parametrize("vocabulary", [40, 64, 100, 200])
 def test_where_memory_lies_changes_no_bit(vocabulary):
-    """A row's scratch memory may begin right behind its logits: a run would then not be repeated to the bit."""
+    """A row's scratch memory may begin right after its logits; if that mattered, a run would not repeat to the bit."""
     from searchr1_kernels import _sampling_numba
 
     logits = np.random.default_rng(0).normal(size=vocabulary).astype(np.float32)

@@ -1,4 +1,4 @@
-"""What a search asks a GPU to do, as `test_launches` has it for models and the head."""
+"""What a search launches on a GPU, as `test_launches` has it for models and the head."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ tensor = recording.tensor
 @pytest.mark.parametrize("coarse", ["float", "int8"])
 @pytest.mark.parametrize("rows", [8_000_000, 21_015_324])
 def test_a_search(launches, rows, coarse):
-    """Nine launches for every number of queries and hits, by every way to read the rows."""
+    """Nine launches for any number of queries and hits, with every way to read the rows."""
     size, num_blocks = 768, -(-rows // 128)
     parts = [tensor(num_blocks)]
     if coarse == "int8":
@@ -45,8 +45,7 @@ def test_a_search(launches, rows, coarse):
     + [(size, dtype) for size in (200, 75) for dtype in (torch.float16, torch.float32, torch.int8)],
 )
 def test_a_search_of_other_rows(launches, size, dtype, coarse):
-    """400 numbers fill no whole number of steps, 200 are read by descriptors alone in vectors, 75 by nothing; 8-bit
-    rows have their scales."""
+    """400 numbers are not whole steps; only descriptors read 200 in vectors, and nothing 75. 8-bit rows have scales."""
     rows, num_blocks = 200_000, 1563
     memory, queries = tensor(Hits.nbytes(512, 100), dtype=torch.uint8), tensor(512, size)
     scales = tensor(rows) if dtype == torch.int8 else None
@@ -62,7 +61,7 @@ def test_a_search_of_other_rows(launches, size, dtype, coarse):
 
 
 def test_a_search_of_rows_anywhere_in_memory_and_of_many_queries(launches):
-    """Where rows of whole 16 numbers begin would choose the order in which exact scores are summed."""
+    """Otherwise the address of rows of whole 16 numbers would choose the order in which exact scores are summed."""
     memory = tensor(20_000 * 64 + 8, dtype=torch.float16)
 
     def run(first: int) -> None:

@@ -1,4 +1,4 @@
-"""Work shared out over threads: all of it, once, whoever comes in time."""
+"""Work that is shared among threads is all done, and once, whichever threads come in time."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def three_threads(monkeypatch):
 
 
 def run_parts(function, cuts):
-    """`function(number)` for all numbers of all parts."""
+    """Call `function(number)` for all numbers of all parts."""
 
     def run(turns: np.ndarray) -> None:
         for number in _threads.share(turns, np.array(cuts, np.int64)):
@@ -48,7 +48,7 @@ def test_within_a_part_they_come_from_the_last_to_the_first(monkeypatch):
 
 
 def test_parts_run_at_the_same_time():
-    """Three wait for one another, which no two threads could get past."""
+    """Three parts wait for one another, which no two threads could get past."""
     barrier = threading.Barrier(3, timeout=60)
     threads = set()
 
@@ -62,7 +62,7 @@ def test_parts_run_at_the_same_time():
 
 @pytest.mark.parametrize("looks", [0, 10**12])
 def test_what_others_do_is_waited_for(monkeypatch, looks):
-    """By looking, and asleep."""
+    """Both by looking and asleep."""
     monkeypatch.setattr(_threads, "_LOOKS", looks)
     barrier, caller, done = threading.Barrier(2, timeout=60), threading.get_ident(), []
 
@@ -78,7 +78,7 @@ def test_what_others_do_is_waited_for(monkeypatch, looks):
 
 @pytest.fixture
 def busy_helpers():
-    """All of them, until the test is over."""
+    """Keep all helpers busy until the test is over."""
     asked, release = threading.Semaphore(0), threading.Event()
 
     def hold() -> None:
@@ -95,14 +95,14 @@ def busy_helpers():
 
 
 def test_nobody_waits_for_helpers_that_do_not_come(busy_helpers):
-    """The caller does the work alone. What they find later is over."""
+    """The caller does the work alone, and helpers that come later find it over."""
     done = []
     run_parts(lambda number: done.append(threading.get_ident()), list(range(9)))
     assert done == [threading.get_ident()] * 8
 
 
 def test_what_is_over_holds_nothing(busy_helpers):
-    """What they are still to look at has let go of its arrays."""
+    """Work that helpers have yet to look at has let go of its arrays."""
     array = torch.zeros(9)
     alive = weakref.ref(array)
     run_parts(lambda number, array=array: array[number].add_(1), [0, 4, 9])
@@ -124,7 +124,7 @@ def test_the_caller_does_all_where_no_thread_can_be_started(monkeypatch):
 
 
 def test_an_error_is_raised_when_nobody_is_at_work():
-    """The caller's own while a helper has not come back, and a helper's."""
+    """The caller's own while a helper is still at work, and a helper's."""
     barrier, caller = threading.Barrier(2, timeout=60), threading.get_ident()
     for fails in (True, False):
         done = []

@@ -1,4 +1,4 @@
-"""What is of no type, shape or device that an argument can have is a ValueError that begins with an argument's name."""
+"""An argument of a wrong type, shape or device raises a ValueError that begins with an argument's name."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ CALLS = {
 }  # fmt: skip
 WHOLE = {"top_k", "k", "max_queries", "max_k", "num_alone"}
 NUMBERS = WHOLE | {"temperature", "softcap", "denominator", "gamma", "lam", "eps", "top_p"}
-# Each may be None, and a denominator a tensor.
+# Each of these may be None, and a denominator may be a tensor.
 OPTIONAL = {"softcap", "mask", "ref_logprobs", "old_logprobs", "token_weights", "moments", "residual", "table", "tiles"}
 CASES = [(name, argument) for name, arguments in CALLS.items() for argument in arguments]
 
@@ -77,7 +77,7 @@ def test_wrong_types_are_named(name, argument):
 
 
 def changed(tensor):
-    """The same of other devices, shapes and types, none of which fits."""
+    """The same tensor on another device, in other shapes and in other types, none of which fits."""
     yield tensor.to("meta")
     yield tensor[None]
     yield tensor.flatten()[0]
@@ -91,7 +91,7 @@ TENSORS = [(name, argument) for name, argument in CASES if isinstance(CALLS[name
 
 @pytest.mark.parametrize(("name", "argument"), TENSORS)
 def test_wrong_tensors_are_named(name, argument):
-    """Its own name, or that of another which does not fit it: the device of all is the first one's."""
+    """Its own name, or that of an argument that does not fit it: the first argument sets the device for all."""
     given = CALLS[name]
     for value in changed(given[argument]):
         names = f"{argument}|{'|'.join(given)}" if value.device.type == "meta" else argument
@@ -99,7 +99,7 @@ def test_wrong_tensors_are_named(name, argument):
             getattr(kernels, name)(**(given | {argument: value}))
 
 
-# One row more: where a size is free, the first argument to have another is named.
+# For one row more: where a size is free, the first argument with another size is named.
 FREE = {("linear_logprob", "weight"), ("linear_policy_loss", "weight"), ("topk_inner_product", "queries"),
         ("topk_inner_product", "corpus"), ("TopKIndex", "corpus"), ("cached_attention", "table"),
         ("cached_attention", "tiles")}  # fmt: skip

@@ -2,7 +2,7 @@
 
 Without a GPU they run in Triton's interpreter, which has to be chosen before Triton is imported: hence a process of
 their own. With one (`pytest tests/kernels/topk_interpreted.py`) they are compiled. bf16 products are left to a GPU: the
-interpreter multiplies bf16 bit patterns as integers, and gets nonsense without a word.
+interpreter multiplies bf16 bit patterns as integers and silently returns nonsense.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ DTYPES = [torch.float32, torch.float16, torch.int8] + ([torch.bfloat16] if DEVIC
 
 @pytest.fixture(autouse=True, scope="module")
 def few_blocks():
-    """Fewer blocks scored at once than a small corpus has, so that something is left to prove."""
+    """Score fewer blocks at once than a small corpus has, so that something is left to prove."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_topk_passes, "SLACK", {"float": 1, "int8": 3})
         patch.setattr(_topk_passes, "MAX_CODED_QUERIES", 4)
@@ -42,7 +42,7 @@ def few_blocks():
 
 
 def problem(kind, rows, size, queries, dtype, seed=0):
-    """queries [Q,D], corpus [M,D], scales [M] or None."""
+    """-> queries [Q,D], corpus [M,D], scales [M] or None."""
     generator = torch.Generator().manual_seed(seed)
     corpus, asked = torch.randn(rows, size, generator=generator), torch.randn(queries, size, generator=generator)
     if kind == "ties":
@@ -89,7 +89,7 @@ def test_matches_the_oracle(kind, rows, size, queries, k, dtype, coarse, seed):
 @pytest.mark.parametrize("size", [2, 7])
 @pytest.mark.parametrize(("largest", "mean"), [(2e-44, 0), (1e37, 1000), (3e38, 1)])
 def test_scores_that_rounding_makes_equal(largest, mean, size, sign, coarse):
-    """Without an exponent left, or infinite: the first rows of equal ones, however unequal they were before."""
+    """Scores that underflow or are infinite: of equal ones the first rows win, however unequal before rounding."""
     asked, corpus, _ = problem("normal", 900, size, 3, torch.float32)
     asked, corpus = largest * (asked / asked.abs().max()), sign * (corpus.abs() + mean)
     have = _topk_cuda.search(asked, corpus, 3, None, _topk_cuda.prepare(corpus, None, coarse))
@@ -112,7 +112,7 @@ def test_offsets_beyond_32_bits(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.int8])
 @pytest.mark.parametrize("coarse", ["float", "int8"])
 def test_all_scores_below_zero(dtype, coarse):
-    """But for a query of zeros. A bound above a score is then the smaller number of the two."""
+    """Except for a query of zeros. An upper bound of a negative score is the one of smaller magnitude."""
     asked, corpus, _ = problem("normal", 700, 40, 3, dtype)
     asked, corpus = asked.abs(), -corpus.abs()
     asked[1] = 0
@@ -125,7 +125,7 @@ def test_all_scores_below_zero(dtype, coarse):
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of infinities
 @pytest.mark.parametrize("coarse", ["float", "int8"])
 def test_a_search_with_places_for_all_that_may_be_better_is_proven(monkeypatch, coarse):
-    """Nothing is left for the host, which would make right any choice of blocks, and nobody would see the time."""
+    """Nothing is left to the host, which would correct any choice of blocks, at a cost in time that nobody sees."""
     monkeypatch.setattr(_topk_passes, "SLACK", {"float": 8, "int8": 8})
     asked, corpus, _ = problem("copies", 900, 24, 4, torch.float16)
     passes = Passes(Corpus(corpus, None, _topk_cuda.prepare(corpus, None, coarse)), 4, 2)
@@ -144,12 +144,12 @@ def test_whole_tiles(dtype, coarse):
 
 
 def bounds_of(asked, corpus, scales, parts, way=None):
-    """Bounds [Q,G] fp32 and offsets [Q]."""
+    """-> bounds [Q,G] fp32 and offsets [Q]."""
     return Passes(Corpus(corpus, scales, parts), len(asked), 1).bounds(asked, way)
 
 
 def best_scores(asked, corpus, scales):
-    """The best score of each block [Q,G], fp64."""
+    """-> the best score of each block [Q,G], fp64."""
     scores = asked.double() @ corpus.double().T * (1 if scales is None else scales.double())
     padded = torch.nn.functional.pad(scores, (0, -corpus.shape[0] % 128), value=-torch.inf)
     return padded.view(len(asked), -1, 128).amax(2)
@@ -159,7 +159,7 @@ WALKING = _topk_passes._device(torch.device(DEVICE)).walks
 
 
 def every_way(queries, size, digits):
-    """All that ships for tiles of so many queries of D `size`, here."""
+    """-> all ways shipped for tiles of this many queries with D = `size`, on this device."""
     return candidates(queries, size, digits, 1 << 20, WALKING and size % 16 == 0)
 
 
@@ -178,8 +178,10 @@ def test_bounds_for_any_number_of_queries(queries):
 @pytest.mark.parametrize("rows", [1, 200, 257, 650])
 @pytest.mark.parametrize("coarse", ["float", "int8"])
 def test_every_way_to_make_bounds(coarse, rows, monkeypatch):
-    """They are bounds, as close as the plain kernel's, also where a walking program's step ends past the rows, and of
-    a width that is read number by number."""
+    """All are bounds, as close as the plain kernel's.
+
+    That includes a walking program whose step ends past the rows, and a width that is read number by number.
+    """
     size = 75 if rows == 650 else 80
     monkeypatch.setattr(_topk_passes, "MAX_CODED_QUERIES", 1 << 20)
     tables = (DIGITS_CONFIGURATIONS, DIGITS_WALKS) if coarse == "int8" else (CONFIGURATIONS, WALKS)
@@ -187,7 +189,7 @@ def test_every_way_to_make_bounds(coarse, rows, monkeypatch):
         count = queries + 3 if rows == 200 and queries <= 32 else 5  # two tiles of them
         asked, corpus, scales = problem("normal", rows, size, count, torch.float16)
         if rows == 257:
-            corpus -= 20 * asked[0].half()  # all scores of a query below zero, as what a descriptor fills in is not
+            corpus -= 20 * asked[0].half()  # all scores of a query below zero, unlike what a descriptor fills in
         parts = _topk_cuda.prepare(corpus, scales, coarse)
         best = None
         for way in every_way(queries, size, coarse == "int8"):
@@ -200,7 +202,7 @@ def test_every_way_to_make_bounds(coarse, rows, monkeypatch):
 
 @pytest.mark.parametrize("coarse", ["float", "int8"])
 def test_no_result_depends_on_the_way(coarse, monkeypatch):
-    """Whatever was found the fastest, for whatever reason; what was tried is reported, the fastest first."""
+    """Whichever way was found the fastest, for whatever reason; what was tried is reported, the fastest first."""
     monkeypatch.setattr(_topk_passes, "_FASTEST", {})
     asked, corpus, scales = problem("ties", 900, 32, 3, torch.float16)
     parts = _topk_cuda.prepare(corpus, scales, coarse)
@@ -220,7 +222,7 @@ def test_no_result_depends_on_the_way(coarse, monkeypatch):
 
 
 def test_a_way_with_other_bounds_is_not_used(monkeypatch):
-    """One that leaves out a block, say, although it is the fastest."""
+    """One that leaves out a block, for example, even if it is the fastest."""
     monkeypatch.setattr(_topk_passes, "_FASTEST", {})
     _, corpus, _ = problem("normal", 900, 32, 3, torch.float16)
     passes = Passes(Corpus(corpus, None, _topk_cuda.prepare(corpus, None, "float")), 3, 4)
@@ -256,7 +258,7 @@ def test_only_rows_that_descriptors_can_name_are_walked():
 
 @pytest.mark.parametrize("coarse", ["float", "int8"])
 def test_scratch_holds_nothing_between_searches(coarse):
-    """It may be others' meanwhile: every byte of it is written before it is read."""
+    """Others may use it meanwhile: every byte of it is written before it is read."""
     asked, corpus, _ = problem("ties", 900, 32, 3, torch.float16)
     passes = Passes(Corpus(corpus, None, _topk_cuda.prepare(corpus, None, coarse)), 4, 4)
     want = reference.topk_inner_product(asked, corpus, 4)
@@ -272,7 +274,7 @@ def test_scratch_holds_nothing_between_searches(coarse):
 
 
 def test_what_is_left_is_settled(monkeypatch):
-    """Copies in more blocks than there are places: the first answer cannot be the last."""
+    """Copies lie in more blocks than there are places, so the first answer cannot be the last."""
     scored, function = [], _topk_cuda._best_of_blocks
 
     def count(queries, corpus, k, blocks):
@@ -298,7 +300,7 @@ def test_what_is_left_is_settled(monkeypatch):
 
 
 def test_codes_of_close_rows_give_way_to_the_rows():
-    """What differs by less than codes can tell, the rows as floats tell apart, in as many blocks as there are hits."""
+    """Rows too close for codes to tell apart are told apart as floats, in as many blocks as there are hits."""
     asked, corpus, _ = problem("large component", 700, 16, 4, torch.float16)
     parts = _topk_cuda.prepare(corpus, None, "int8")
     *have, settled = _topk_cuda._search(asked, Corpus(corpus, None, parts), 1)
@@ -335,7 +337,7 @@ def test_prepared_queries_are_the_queries_up_to_what_is_said(coarse, kind):
 
 @pytest.mark.parametrize(("k", "dtype"), [(1, torch.float16), (7, torch.int8)])
 def test_more_hits_than_a_warp_takes(k, dtype, monkeypatch):
-    """The plain way, which is also the twin: the same bits."""
+    """The plain way, which is also the twin, gives the same bits."""
     asked, corpus, scales = problem("ties", 1500, 16, 5, dtype)
     parts = _topk_cuda.prepare(corpus, scales, "int8")
     fast = _topk_cuda.search(asked, corpus, k, scales, parts)
@@ -346,7 +348,7 @@ def test_more_hits_than_a_warp_takes(k, dtype, monkeypatch):
 
 @pytest.mark.parametrize("num_blocks", [1, 31, 32, 40, 600])
 def test_blocks_are_taken_in_order(num_blocks):
-    """By bound, then by number, as sorting would have them; also below zero, infinite, and equal ones."""
+    """By bound, then by number, as sorting would have them; also if bounds are below zero, infinite or equal."""
     generator = torch.Generator().manual_seed(num_blocks)
     bounds = torch.randn(3, num_blocks, generator=generator)
     bounds[1] = bounds[1].round() + 0.0  # without -0, which comes after 0 here
@@ -385,8 +387,10 @@ def test_blocks_below_the_threshold_have_no_place():
 
 
 def test_bounds_hold_and_are_close():
-    """No score of a block is above its bound, and the best is not far below: with codes of random rows some 0.01 of the
-    norms, which are the rows' own residuals, as the queries have two digits."""
+    """No score of a block is above its bound, and the best is not far below.
+
+    With codes of random rows it is some 0.01 of the norms: the rows' own residuals, as the queries have two digits.
+    """
     for dtype in DTYPES:
         for coarse, distance in (("float", 5e-3), ("int8", 0.03)):
             asked, corpus, scales = problem("normal", 700, 70, 4, dtype)
@@ -408,7 +412,7 @@ def test_sums_of_two_digits_fit():
 
 @pytest.mark.parametrize("coarse", ["float", "int8"])
 def test_a_search_in_memory_that_stays(coarse):
-    """Launched for one number of queries and then another; what is unproven is settled, as far as it was asked for."""
+    """Launch for one number of queries and then another; what is unproven is settled for the queries asked about."""
     asked, corpus, _ = problem("copies", 900, 16, 4, torch.float16)
     asked[2] = 0  # as in a bucket with a row to spare
     index = object.__new__(TopKIndex)  # whose own checks keep rows as floats for a GPU
