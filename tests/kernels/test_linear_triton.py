@@ -11,8 +11,8 @@ from searchr1_kernels import PolicyLoss, _linear_chunks, linear_logprob, linear_
 def plain_scores(hidden, weight, targets) -> tuple[torch.Tensor, torch.Tensor]:
     """-> log-probability and entropy, [N] fp32 each, by the library's product with fp32 sums and torch's softmax.
 
-    Its matrix units make the sums. For operands of this type plain torch gets no nearer to the truth: with logits rounded to
-    bf16 it would be a thousand times as far off.
+    The sums are those of its matrix units. For operands of this type plain torch gets no nearer to the truth: with
+    logits rounded to bf16 it would be a thousand times as far off.
     """
     options = {"out_dtype": torch.float32} if hidden.dtype == torch.bfloat16 else {}
     distribution = F.log_softmax(torch.mm(hidden, weight.T, **options), dim=-1)
