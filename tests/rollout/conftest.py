@@ -1,4 +1,4 @@
-"""A tiny random model that likes to write tags, a byte-level BPE that cuts them in many ways, and a rollout by hand."""
+"""Fixtures: a tiny random model that favours tags, a byte-level BPE that splits them variously, a rollout by hand."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from searchr1_fast.rollout.sampling import stream_keys, uniforms
 from searchr1_fast.types import Action, FinishReason, Passage, Question
 
 EOS = "<|end|>"
-# Pieces on both sides of the tags' borders. Each is merged from the left, so its beginnings are tokens too.
+# Pieces on both sides of the tags' borders. Each is merged from the left, so its prefixes are tokens too.
 PIECES = [
     "></",
     ">\n\n",
@@ -38,7 +38,7 @@ PIECES = [
     "information",
 ]
 PIECES += re.findall(r" ?\w+", INVALID_ACTION_MESSAGE)  # or it would be longer than all the rest
-# (token, token that the model likes to write after it): whole tags, and tags in pieces that straddle their ends
+# (token, token that the model favours after it): whole tags, and tags in pieces that straddle their ends
 HABITS = [
     ("?", "<search>"),
     ("?", "<answer>"),
@@ -68,7 +68,7 @@ def _one_thread():
 
 @pytest.fixture(scope="session")
 def tokenizer() -> TextTokenizer:
-    """All bytes, and merges across every border of a tag (no pre-tokeniser splits them)."""
+    """-> a tokenizer with all bytes, and merges across every border of a tag (no pre-tokenizer splits them)."""
     to_visible = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     visible = lambda text: to_visible.pre_tokenize_str(text)[0][0]  # noqa: E731
     vocab = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
@@ -87,7 +87,7 @@ def tokenizer() -> TextTokenizer:
 
 @pytest.fixture(scope="session")
 def make_model(tokenizer):
-    """seed -> random decoder with the HABITS; `padding` ids beyond the tokenizer's. `head_dim` 0: 8, as it comes."""
+    """seed -> random decoder with the HABITS and `padding` ids beyond the tokenizer's; `head_dim` 0: the default 8."""
 
     def make(seed: int, padding: int = 3, head_dim: int = 0) -> Decoder:
         torch.manual_seed(seed)
@@ -125,19 +125,19 @@ def _search(queries):
 
 @pytest.fixture(scope="session")
 def fake_search():
-    """A search function: zero to three passages that depend on the query alone."""
+    """-> a search function: zero to three passages that depend on the query alone."""
     return _search
 
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Blocks of 4 tokens: prompts and observations here are short, and of 32 would never have a block in common."""
+    """Use blocks of 4 tokens: prompts and observations here are too short to ever share a block of 32."""
     monkeypatch.setitem(BLOCK_SIZE, "cpu", 4)
 
 
 @pytest.fixture
 def config() -> RolloutConfig:
-    """Small budgets that all bite now and then."""
+    """-> small budgets, each of which is reached now and then."""
     return RolloutConfig(
         max_searches=3, max_turn_tokens=24, max_observation_tokens=60, max_sequence_tokens=260, max_num_seqs=5
     )
@@ -172,9 +172,9 @@ def make_requests():
 
 @pytest.fixture(scope="session")
 def rollout_by_hand(tokenizer):
-    """One rollout as it is defined: no cache, no batch, tags found with `in`, probabilities in fp64.
+    """-> one rollout by definition: no cache, no batch, tags found with `in`, probabilities in fp64.
 
-    `sampled`: the ids to be checked, which decide where a choice hangs on the model's last digits.
+    `sampled` are the ids to be checked; they decide where a choice depends on the model's last digits.
     """
 
     def rollout(model, request, config, sampled, search=_search, temperature=1.0) -> SimpleNamespace:
@@ -232,7 +232,7 @@ def rollout_by_hand(tokenizer):
 
 
 def _choose(probabilities: np.ndarray, u: float, is_greedy: bool, sampled: np.ndarray) -> int:
-    """The token at u, or the likeliest; `sampled` [0 or 1] if that is as good up to rounding."""
+    """-> the token at u, or the likeliest; `sampled` [0 or 1] if it is as good up to rounding."""
     ends = np.cumsum(probabilities)
     for token in sampled.tolist():
         if is_greedy and probabilities[token] > probabilities.max() * (1 - 1e-5):
@@ -243,7 +243,7 @@ def _choose(probabilities: np.ndarray, u: float, is_greedy: bool, sampled: np.nd
 
 
 def _observations_longest_first(passages: list[Passage]) -> list[str]:
-    """Every observation that may be shown: fewer passages, then fewer words of the first, then none."""
+    """-> every observation that may be shown: fewer passages, then fewer words of the first, then none."""
     texts = [format_observation(passages[:count]) for count in range(len(passages), 0, -1)]
     if passages:
         first, words = passages[0], passages[0].text.split(" ")

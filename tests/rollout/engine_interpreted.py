@@ -1,6 +1,8 @@
-"""Rollouts as on a GPU, from the buffers that are sent to the tokens that come back: the engine runs ahead, its steps
-are recorded, and all between matrix products is Triton's. Run by `test_gpu_path`, in Triton's interpreter, which has to
-be chosen before Triton is imported; not collected by itself."""
+"""Rollouts as on a GPU, from the buffers that are sent to the tokens that come back.
+
+The engine runs ahead, its steps are recorded, and everything between matrix products is Triton's. Run by
+`test_gpu_path` in Triton's interpreter, which must be chosen before Triton is imported; not collected by itself.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ COOL = SamplingParams(temperature=0.5)
 
 
 class SayGpu(TorchFunctionMode):
-    """Tensors say that they are on a GPU, and stay on the CPU."""
+    """Tensors claim to be on a GPU, and stay on the CPU."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -40,7 +42,7 @@ class SayGpu(TorchFunctionMode):
 
 
 class Event:
-    """On a CPU all is done at once."""
+    """A stand-in for torch.cuda.Event; on a CPU everything is done at once."""
 
     def record(self, stream) -> None:
         """Nothing."""
@@ -50,7 +52,7 @@ class Event:
 
 
 def test_they_are_those_of_the_cpu(make_model, tokenizer, config, make_requests, fake_search, monkeypatch):
-    """Sequences that share prompts, search, and hand their slots on."""
+    """Sequences share prompts, search, and hand on their slots."""
     changes = {"max_num_seqs": 3, "max_turn_tokens": 6, "max_searches": 1, "max_sequence_tokens": 128}
     config, model = config.model_copy(update=changes), make_model(11, head_dim=16)
     requests = make_requests(5, group_size=3, seed=11)

@@ -1,4 +1,4 @@
-"""For tensors that only say that they are on a GPU: operators of a rollout, by module, and what they run there."""
+"""Operators of a rollout, by module, and what runs instead for tensors that only claim to be on a GPU."""
 
 from __future__ import annotations
 

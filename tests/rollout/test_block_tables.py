@@ -1,4 +1,4 @@
-"""Who has which block: against a model of lists and sets, and what is handed back."""
+"""Which slot holds which block, against a model of lists and sets; and which blocks are handed back."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from searchr1_fast.rollout.block_tables import BlockTables
 
 
 def check(tables: BlockTables, expected: list[list[int]], device: np.ndarray, num_blocks: int) -> None:
-    """Everything that is known of the tables; `device` is a copy that follows their changes."""
+    """Check all that the tables tell; `device` is a copy that follows their changes."""
     changes = tables.take_changes()
     if changes:
         slots, numbers, blocks = changes

@@ -24,7 +24,7 @@ HAS_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), re
 
 
 class WatchedGraphs(DecodeGraphs):
-    """Counts the rows of every replay: (sequences, rows)."""
+    """Count the replays by size: (sequences, rows)."""
 
     sizes: Counter
 
@@ -136,7 +136,7 @@ def test_new_weights_are_seen(make_model, tokenizer, config, make_requests, fake
     expected = SearchLoop(Engine(other, tokenizer, config), fake_search).run(requests)
     check_same(expected, loop.run(requests))
     assert loop.statistics.num_recordings == 0
-    model.lm_head.weight = torch.nn.Parameter(make_model(4).head_weight.detach().clone())  # and somewhere else
+    model.lm_head.weight = torch.nn.Parameter(make_model(4).head_weight.detach().clone())  # and in other memory
     expected = SearchLoop(Engine(model, tokenizer, config), fake_search).run(requests)
     check_same(expected, loop.run(requests))
     assert loop.statistics.num_recordings > 0
@@ -146,16 +146,16 @@ def test_new_weights_are_seen(make_model, tokenizer, config, make_requests, fake
 def test_a_step_that_finds_no_memory_to_be_recorded_is_launched(
     make_model, tokenizer, config, make_requests, fake_search, monkeypatch, run_ahead
 ):
-    """Kernel by kernel, and in the buffers of the attempt: the others may be those of a step that is not read yet."""
+    """Its kernels run one by one, in the attempt's buffers: the others may belong to a step that is not read yet."""
 
     class Refusing(DecodeGraphs):
-        """Has memory for every third recording."""
+        """Has memory for every third recording only."""
 
         num_attempts = 0
 
         def _record(self, step):
             self.num_attempts += 1
-            step()  # and so the last tokens are the next ones
+            step()  # so the last tokens already are the next ones
             if self.num_attempts % 3:
                 raise torch.OutOfMemoryError("no memory for a recording")
             return step
@@ -183,7 +183,7 @@ def test_a_step_that_finds_no_memory_to_be_recorded_is_launched(
 
 
 class StandIns:
-    """What `CudaDecodeGraphs` calls of torch.cuda, on a CPU: a graph runs again what was called while it recorded."""
+    """Stand-ins on a CPU for what `CudaDecodeGraphs` calls in torch.cuda: a graph reruns what it recorded."""
 
     def __init__(self, monkeypatch):
         self.pools, self.log, self.num_streams, self.num_refusals = [], [], 0, 0
@@ -230,8 +230,10 @@ class StandIns:
 
 @pytest.mark.parametrize("run_ahead", [False, True])  # then a step is under way while another is recorded
 def test_what_is_asked_of_cuda(make_model, tokenizer, config, make_requests, fake_search, monkeypatch, run_ahead):
-    """The calls, through stand-ins: one pool for all graphs, a warm-up before each, a new pool for moved weights; and
-    one stream for all caches, as torch keeps memory for each stream for good."""
+    """One pool for all graphs, a warm-up before each, a new pool for moved weights, and one stream for all caches.
+
+    Stand-ins record the calls. A single stream, because torch keeps memory for each stream for good.
+    """
     stand_ins = StandIns(monkeypatch)
 
     def watched(*arguments):
@@ -269,7 +271,7 @@ def test_what_is_asked_of_cuda(make_model, tokenizer, config, make_requests, fak
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
 def test_the_host_is_told_nothing(make_model, monkeypatch, sampling):
-    """On the meta device, where there are no values to be told; the attention's kernel has its own tests."""
+    """On the meta device, which has no values to read; the attention's kernel has its own tests."""
     monkeypatch.setattr("searchr1_fast.models.decoder.cached_attention", lambda query, *_: query)
     model = make_model(4).to("meta")
     cache = KVCache(model.config, num_slots=9, max_length=20, device="meta")
@@ -295,7 +297,7 @@ def whole_attention(query, keys, values, table, slots, positions, *_):
 
 @pytest.fixture(params=["whole", "own"])
 def attention(request, monkeypatch):
-    """Which attention a model on the GPU uses: one that is simple enough to be beyond doubt, or its own."""
+    """The attention of a model on the GPU: one that is simple enough to be beyond doubt, or its own."""
     if request.param == "whole":
         monkeypatch.setattr("searchr1_fast.models.decoder.cached_attention", whole_attention)
 
@@ -352,7 +354,7 @@ def test_a_step_waits_once(gpu_loops, make_requests, monkeypatch, sampling):
             loop.run(make_requests(12, group_size=4))
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        # In none of the others; the last step of a run may be one that nobody wants, and reads.
+        # Nothing else waits; the last step of a run may be unwanted, and then nobody reads it.
         assert set(waits) == {2}
         assert len(waits) <= loop.statistics.num_steps
 
@@ -368,7 +370,7 @@ def test_graphs_give_their_memory_back(gpu_loops, make_requests):
         loop.engine.free_cache()
         torch.cuda.empty_cache()
         left.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
-    assert left[1] == left[2]  # the first run leaves what libraries keep
+    assert left[1] == left[2]  # libraries keep some memory from the first run on
 
 
 @pytest.mark.gpu
@@ -393,7 +395,7 @@ def test_sampling_from_a_large_vocabulary_can_be_recorded(num_rows, params):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("num_rows", [1, 5, 8, 13])
 def test_a_graph_in_bf16_is_the_step(make_model, attention, num_rows):
-    """The same inputs twice: likeliest tokens up to rounding, log-probs within it, nothing written elsewhere."""
+    """For the same inputs twice: likeliest tokens and log-probs up to rounding, and nothing written elsewhere."""
     model = make_model(4, head_dim=64).to("cuda", torch.bfloat16)
     generator = np.random.default_rng(num_rows)
     slots, lengths = generator.permutation(16)[:num_rows], generator.integers(1, 30, num_rows)

@@ -1,4 +1,4 @@
-"""A step for which there is no memory is computed in parts: the same tokens, and counted."""
+"""A step that runs out of memory is computed in parts, with the same tokens, and is counted."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ COOL = SamplingParams(temperature=0.5)
 
 
 def narrow(model, monkeypatch, most: int, sizes: list[int]) -> None:
-    """Let the model run out of memory for more than so many tokens, in the middle of the pass: its keys are written."""
+    """Let the model run out of memory above `most` tokens, in the middle of the pass: its keys are written by then."""
     whole = model.forward_cached
 
     def forward(token_ids, *arguments, **options):
@@ -31,7 +31,7 @@ def narrow(model, monkeypatch, most: int, sizes: list[int]) -> None:
 
 @pytest.fixture
 def tokens():
-    """lengths, cached -> random tokens of sequences that have so many tokens cached."""
+    """lengths, cached -> random tokens of sequences that have `cached` tokens in the cache."""
 
     def make(lengths, cached) -> Tokens:
         generator = torch.Generator().manual_seed(len(lengths))
@@ -109,7 +109,7 @@ def test_logits_for_which_there_is_no_memory_are_made_in_parts(
 def test_no_memory_for_the_cache_leaves_none_behind(
     make_model, tokenizer, config, make_requests, fake_search, monkeypatch, graphs
 ):
-    """Whoever makes room, and runs again, has an engine as it was."""
+    """A caller that frees memory and runs again finds the engine as it was."""
     model, requests = make_model(4), make_requests(6)
     expected = SearchLoop(Engine(model, tokenizer, config, COOL), fake_search).run(requests)
     loop = SearchLoop(Engine(model, tokenizer, config, COOL, decode_graphs=graphs), fake_search)

@@ -1,4 +1,4 @@
-"""Observations within a budget: whole passages, always closed, and never more than was asked for."""
+"""Observations within a budget: whole passages, always closed, and never more than requested."""
 
 from __future__ import annotations
 

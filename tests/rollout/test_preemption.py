@@ -1,4 +1,4 @@
-"""A cache too small for all that are under way: they write the same, and what it cost is counted."""
+"""A cache too small for all running sequences: they write the same, and the cost is counted."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("small_blocks")
 
 
 class WatchedEngine(Engine):
-    """Checks at every step that nobody writes where another may read, and that no blocks are lost."""
+    """Check at every step that no slot writes where another may read, and that no blocks are lost."""
 
     num_shared_blocks = 0
     interrupted = 0
@@ -64,7 +64,7 @@ def test_a_small_cache_changes_nothing_but_the_work(
 
 
 def check_work(engine, statistics, expected) -> None:
-    """All is computed or shared, what was lost once more; a token that is sampled is computed once."""
+    """All tokens are computed or shared, and lost ones once more; a sampled token is computed once."""
     cache_tokens = engine.config.cache_tokens
     assert engine._cache.num_blocks == -(-cache_tokens // 4)
     assert statistics.num_preemptions > 0
@@ -104,7 +104,7 @@ def test_who_came_last_loses_its_cache_first(make_model, tokenizer, config, make
         (victim,) = [
             s.request.seed for s in engine._slots.occupants if s and s.request.seed in had and not counts[s.slot]
         ]
-        assert victim == max(had)  # seeds are in the order in which they came
+        assert victim == max(had)  # seeds are in order of arrival
         num_victims += 1
 
     engine._scheduler._preempt_youngest = watched
@@ -113,7 +113,7 @@ def test_who_came_last_loses_its_cache_first(make_model, tokenizer, config, make
 
 
 def test_the_last_one_that_runs_keeps_its_cache(make_model, tokenizer, config, make_requests, fake_search):
-    """Who searches does not need its blocks now, though it came before."""
+    """A sequence that is searching does not need its blocks now, even if it came earlier."""
 
     class Spared(Engine):
         num_single = 0
@@ -124,7 +124,7 @@ def test_the_last_one_that_runs_keeps_its_cache(make_model, tokenizer, config, m
             ended = super().step()
             if len(running) == 1 and self.statistics.num_preemptions > interrupted:
                 assert not any(sequence.slot == running[0] for sequence in self._scheduler._resumed)
-                assert self.lengths[running[0]] == 1  # it went on by its one token, and was not computed again
+                assert self.lengths[running[0]] == 1  # it went on by its one token, and was not recomputed
                 Spared.num_single += 1
             return ended
 
@@ -142,7 +142,7 @@ def test_the_last_one_that_runs_keeps_its_cache(make_model, tokenizer, config, m
 
 
 def test_an_ample_cache_refuses_nobody(make_model, tokenizer, config, make_requests, fake_search):
-    """Every slot has room for the longest sequence: nobody waits for blocks, whoever else is there."""
+    """Every slot has room for the longest sequence, so nobody waits for blocks, whoever else is there."""
     config = config.model_copy(update={"max_num_seqs": 7})
     engine = Engine(make_model(4), tokenizer, config, COOL)
     answers, has_room = [], engine._scheduler._has_room

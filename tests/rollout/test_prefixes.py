@@ -42,7 +42,7 @@ def test_the_tree_finds_what_a_scan_finds(operations, num_cached):
             tree.remove(slot)
             known.pop(slot, None)
         else:
-            for asking in (slot, None):  # as that slot's continuation, and as a sequence of its own
+            for asking in (slot, None):  # as a continuation of that slot, and as a sequence of its own
                 whole = known.get(asking, []) + values
                 matches = tree.match(asking, as_tokens(values))
                 lengths = [length for length, _ in matches]
@@ -81,7 +81,7 @@ def test_cache_places_are_copied_and_no_others(dtype):
     for memory in (*cache.keys, *cache.values):
         memory.normal_()
     expected = [memory.clone() for memory in (*cache.keys, *cache.values)]
-    ranges = [(3, 0, 2, 7), (3, 1, 0, 9), (2, 4, 8, 9), (0, 2, 0, 2)]  # slot 0 is read before 2, written behind it
+    ranges = [(3, 0, 2, 7), (3, 1, 0, 9), (2, 4, 8, 9), (0, 2, 0, 2)]  # slot 0 is read before 2, and written after it
     for source, target, start, end in ranges:
         for memory in expected:
             memory[target, :, start:end] = memory[source, :, start:end].clone()

@@ -1,4 +1,4 @@
-"""An engine that launches a step before it reads the one before writes what one that waits writes."""
+"""An engine that launches a step before it reads the previous one writes the same as one that waits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ GREEDY, COOL = SamplingParams(temperature=0.0), SamplingParams(temperature=0.5)
 
 
 class Watched(Engine):
-    """Notes what was launched before the step before it was read, and hides from the host what is not read yet."""
+    """Note what is launched before the previous step is read, and hide from the host what is not read yet."""
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, run_ahead=True, **options)
@@ -29,7 +29,7 @@ class Watched(Engine):
         is_ahead = self._unread is not None
         step = super()._launch()
         if is_ahead:
-            assert self.statistics.num_preemptions == preempted  # its tokens are not read
+            assert self.statistics.num_preemptions == preempted  # the last step's tokens are not read yet
             assert step.batch.num_running > 0
             assert (step.batch.token_ids[: step.batch.num_running] == -1).all()
             self.num_ahead += 1
@@ -46,7 +46,7 @@ class Watched(Engine):
             occupant = self._slots.occupants[slot]
             self.num_handed_on += occupant is not None and occupant is not self._void.get(slot)
         self._unread = None
-        broken = np.where(step.is_wanted, logprobs, np.nan)  # nobody may look at the others
+        broken = np.where(step.is_wanted, logprobs, np.nan)  # nobody may read the others
         ended = super()._postprocess(step, np.where(step.is_wanted, token_ids, -1), broken)
         self._void = {sequence.slot: sequence for sequence in ended}
         return ended
@@ -68,7 +68,7 @@ def test_it_writes_the_same(make_model, tokenizer, config, make_requests, fake_s
         ours, theirs = loop.statistics, waiting.statistics
         assert theirs.num_discarded_tokens == 0 < ours.num_discarded_tokens
         assert ours.num_recomputed_tokens == 0
-        if not overlap and max_num_seqs == 24:  # nobody waits for a slot, so that who shares with whom is the same
+        if not overlap and max_num_seqs == 24:  # nobody waits for a slot, so who shares with whom is the same
             assert ours.num_decode_tokens - ours.num_discarded_tokens == theirs.num_decode_tokens
         assert engine._under_way is None
         assert len(engine._slots.free) == len(engine._slots)
@@ -99,7 +99,7 @@ def test_nobody_loses_tokens_that_are_not_read(
 
 
 def test_turns_that_reach_their_limit_are_not_run_on(make_model, tokenizer, config, make_requests, fake_search):
-    """Known beforehand: with one token a turn nobody ever runs on, and nothing is thrown away."""
+    """A limit is known beforehand: with one token per turn no turn runs on, and nothing is thrown away."""
     for limit in (1, 2, 7):
         changed = config.model_copy(update={"max_turn_tokens": limit})
         model, requests = make_model(4), make_requests(9)
@@ -136,7 +136,7 @@ def test_a_run_that_broke_off_leaves_nothing_behind(make_model, tokenizer, confi
 
 
 def test_memory_goes_when_the_device_is_done_with_it(make_model, tokenizer, config, make_requests, fake_search):
-    """The last step of a run may be under way with nobody to read it: it is waited for while its cache is there."""
+    """A run's last step may still be under way with nobody to read it; it is waited for before its cache goes."""
     engine = Engine(make_model(4), tokenizer, config, decode_graphs=DecodeGraphs, run_ahead=True)
     loop, waited, finish = SearchLoop(engine, fake_search), [], engine._transfers.finish
 
@@ -160,7 +160,7 @@ def test_memory_goes_when_the_device_is_done_with_it(make_model, tokenizer, conf
 
 
 def test_a_cache_goes_back_to_the_driver(make_model, tokenizer, config, make_requests, fake_search, monkeypatch):
-    """Where torch would keep it for whoever takes a piece of it; and not before it is gone."""
+    """Torch would keep the memory for whoever takes a piece of it; it is returned only once the cache is gone."""
     engine = Engine(make_model(4), tokenizer, config, decode_graphs=DecodeGraphs)
     SearchLoop(engine, fake_search).run(make_requests(2))
     held = []
@@ -189,9 +189,9 @@ def test_broken_weights_are_named_all_the_same(make_model, tokenizer, config, ma
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("overlap", [False, True])
-@pytest.mark.parametrize("cache_tokens", [None, 400])  # as many as they may need, and so few that some lose theirs
+@pytest.mark.parametrize("cache_tokens", [None, 400])  # enough for all, and so little that some lose theirs
 def test_on_a_gpu(make_model, tokenizer, config, make_requests, fake_search, overlap, cache_tokens):
-    """Twice: the second time over the buffers, cache and graphs that the last step of the first was under way with."""
+    """Twice: the second run uses the buffers, cache and graphs with which the last step of the first was under way."""
     changes = {"max_num_seqs": 24, "overlap": overlap, "cache_tokens": cache_tokens, "keep_cache": True}
     config, model = config.model_copy(update=changes), make_model(4, head_dim=64).to("cuda")
     requests = make_requests(24, group_size=8, seed=4)

@@ -1,4 +1,4 @@
-"""The sampler against softmax, and its streams against what a stream must be."""
+"""The sampler against softmax, and its random streams against what a stream must be."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from searchr1_fast.rollout.sampling import SamplingParams, sample, stream_keys, 
 
 
 def draw(logits: torch.Tensor, count: int, params: SamplingParams, seed: int = 0):
-    """`count` samples of one distribution [V], by as many sequences."""
+    """-> `count` samples from one distribution [V], each for a sequence of its own."""
     keys = stream_keys(list(range(seed, seed + count)))
     randoms = torch.from_numpy(uniforms(keys, np.zeros(count, dtype=np.uint64)))
     return sample(logits.expand(count, -1).contiguous(), randoms, params)

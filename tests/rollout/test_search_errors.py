@@ -1,4 +1,4 @@
-"""A search that fails ends the run, or as configured those who asked; the others never notice."""
+"""A failed search ends the run or, if configured so, the sequences that asked; the others are not affected."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ COOL = SamplingParams(temperature=0.5)
 
 
 class Failing:
-    """A search function of which every `period`-th call fails."""
+    """A search function whose every `period`-th call fails."""
 
     def __init__(self, search, period: int, error: type[Exception] = SearchError):
         self.search, self.period, self.error = search, period, error
@@ -73,13 +73,13 @@ def test_a_fault_of_the_search_function_stops_in_any_case(loop, make_requests, f
 
 
 def test_a_search_that_never_works_leaves_those_who_do_not_search(loop, make_requests, fake_search):
-    """Whether that is a step to learn from only who knows all ranks can tell (train.py)."""
+    """Whether such a step can be learned from is for train.py to decide, which knows all ranks."""
     search = Failing(fake_search, 1)
     failing = loop(search, on_search_error="drop")
     reasons = [t.finish_reason for t in failing.run(make_requests(24))]
     assert 0 < reasons.count(FinishReason.SEARCH_FAILED) == failing.statistics.num_failed_searches < 24
     assert failing.statistics.num_searches == 0
-    assert not hasattr(failing.last_error, "__notes__")  # it ended no rollout
+    assert not hasattr(failing.last_error, "__notes__")  # it did not end the rollout
     failing.search = fake_search
     failing.run(make_requests(24))
     assert failing.last_error is None

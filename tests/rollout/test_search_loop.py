@@ -20,7 +20,7 @@ COOL = SamplingParams(temperature=0.5)  # many samples of a group write the same
 
 
 class SharingPlainEngine(PlainEngine):
-    """Loses every slot after every turn, and shares with the sequences that run."""
+    """Loses every slot after every turn, and shares with the sequences that are running."""
 
     share_prefixes = True
 
@@ -42,7 +42,7 @@ def test_rollouts_are_those_made_by_hand(
             assert trajectory.finish_reason is expected.reason
             outcomes[trajectory.finish_reason] += 1
             actions.update(turn.action for turn in trajectory.turns)
-    # the comparison is worth something only if everything happened
+    # The comparison is worth something only if everything happened.
     assert actions[Action.SEARCH] > 0
     assert actions[Action.INVALID] > 0
     if temperature:
@@ -89,7 +89,7 @@ def test_overlap_decodes_while_a_search_is_in_flight(make_model, tokenizer, conf
         start = loop.statistics.num_steps
         steps_at_search.append(start)
         deadline = time.monotonic() + 5
-        # hold the first search until others have decoded on; were the loop to wait, nothing would move
+        # Hold the first search until others have decoded on; if the loop waited, nothing would move.
         while len(steps_at_search) == 1 and loop.statistics.num_steps < start + 3 and time.monotonic() < deadline:
             time.sleep(0.001)
         waited_for.append(loop.statistics.num_steps - start)
@@ -140,7 +140,7 @@ def test_a_prompt_is_computed_once_for_its_group(make_model, tokenizer, config, 
     prompts = [len(tokenizer.encode(request.prompt)) for request in requests[::8]]
     loop = SearchLoop(Engine(make_model(4), tokenizer, config), None)
     shared = loop.run(requests)
-    # both groups' first samples join at the first step, where the other's beginning is not there yet
+    # Both groups' first samples join at the first step, where the other group's beginning is not there yet.
     assert loop.statistics.num_prefill_tokens == sum(prompts) + 7 * 2
     assert loop.statistics.num_shared_tokens == 7 * sum(length - 1 for length in prompts)
     loop.engine.share_prefixes = False
@@ -149,7 +149,7 @@ def test_a_prompt_is_computed_once_for_its_group(make_model, tokenizer, config, 
 
 
 def test_a_group_that_writes_the_same_is_prefilled_once(make_model, tokenizer, config, make_requests, fake_search):
-    """Greedy: whenever they join, seven of eight compute one token, the first one everything."""
+    """Greedy: whenever they join, seven of eight compute one token each, and the first one everything."""
     config = config.model_copy(update={"max_num_seqs": 64})
     num_turns = 0
     for seed in (3, 4, 5):
@@ -180,7 +180,7 @@ def test_sharing_changes_nothing(
     loop = SearchLoop(engine_class(model, tokenizer, config, COOL, stop_at_tags=stop_at_tags), fake_search)
     shares = watch_shares(loop.engine)
     trajectories, sharing = loop.run(requests), loop.statistics
-    # the comparison is worth something only if samples shared observations and then parted
+    # The comparison is worth something only if samples shared observations and then parted.
     assert any(end > 80 for end in shares)  # a prompt has fewer than 30 tokens, a turn 24
     assert num_parted_after_a_turn(trajectories) > 0
     loop.engine.share_prefixes = False
@@ -190,7 +190,7 @@ def test_sharing_changes_nothing(
 
 
 def watch_shares(engine):
-    """How many tokens of each sequence that joins from now on are had in common with another."""
+    """-> a list that gets, for each sequence that joins from now on, how many of its tokens are shared."""
     shares, share = [], engine._scheduler._share
 
     def watched(source, target, start, end, length):
@@ -202,7 +202,7 @@ def watch_shares(engine):
 
 
 def num_parted_after_a_turn(trajectories):
-    """Pairs that have the first turn and its observation in common, and not the rest."""
+    """-> number of pairs that have the first turn and its observation in common, but not the rest."""
     count = 0
     for one, other in itertools.combinations(trajectories, 2):
         if len(one.turns) > 1 and len(other.turns) > 1:

@@ -1,4 +1,4 @@
-"""Having in common what another slot holds: exact counts, where it matters who joins when, by hand on the engine.
+"""Sharing of what another slot holds: exact counts, on an engine run by hand where it matters who joins when.
 
 Every script is played with and without sharing and must write the same. Whole rollouts are in test_search_loop.py.
 """
@@ -28,7 +28,7 @@ class Play:
         self.ended = set()
 
     def start(self, *pieces, limit=24):
-        """A sequence of prompt, turn, observation, turn, … that waits for a slot."""
+        """-> a sequence of prompt, turn, observation, turn, … that waits for a slot."""
         request = RolloutRequest(Question("q", "?", ("x",), "test"), 0, "", seed=self.num_sequences)
         self.num_sequences += 1
         sequence = Sequence(request, stream_keys([request.seed])[0])
@@ -49,7 +49,7 @@ class Play:
         self.engine.resume(sequence)
 
     def run(self, *sequences):
-        """Until they have ended their turns; (tokens computed, tokens shared) of what joined meanwhile."""
+        """Run until they have ended their turns -> (tokens computed, tokens shared) of those that joined meanwhile."""
         before = self.counts()
         while not self.ended.issuperset(sequences):
             self.step()
@@ -64,9 +64,9 @@ class Play:
 
 @pytest.fixture(params=[4, 32])
 def plays(make_model, tokenizer, config, request, monkeypatch):
-    """(script, changes to the configuration) -> what the script returned with sharing; without it the same is written.
+    """(script, changes to the configuration) -> what the script returns with sharing; without it it writes the same.
 
-    A script is given a `Play` and returns its sequences and the counts to be checked. Whatever the size of blocks.
+    A script takes a `Play` and returns its sequences and the counts to be checked, which hold for any block size.
     """
     monkeypatch.setitem(BLOCK_SIZE, "cpu", request.param)
 
@@ -90,7 +90,7 @@ def plays(make_model, tokenizer, config, request, monkeypatch):
 
 
 def tokens(first, count):
-    """`count` ids that begin alike where `first` is alike."""
+    """-> `count` ids; lists with the same `first` begin alike."""
     return [(first + 7 * i) % 200 for i in range(count)]
 
 
@@ -116,12 +116,12 @@ def test_observations_are_copied_from_who_resumed_before(plays):
         counts = [play.run(first, twin, third)]
         play.resume(first, tokens(3, 40))
         counts.append(play.run(first))
-        play.resume(twin, tokens(3, 40))  # while the first one has gone on: its cache holds the observation still
+        play.resume(twin, tokens(3, 40))  # the first has gone on, but its cache still holds the observation
         play.resume(third, tokens(3, 31) + tokens(5, 4))
         counts.append(play.run(twin, third))
         return [first, twin, third], counts
 
-    # the token that ended a turn is computed with the observation
+    # The token that ended a turn is computed with the observation.
     assert plays(script) == [(12 + 1 + 1, 22), (1 + 40, 0), (1 + 4, 40 + 1 + 31)]
 
 
@@ -147,7 +147,7 @@ def test_slots_that_were_released_are_no_source(plays):
         gone = play.start(tokens(9, 40))
         counts = [play.run(gone)]
         play.engine.release(gone)
-        # the next gets its slot and joins together with one that begins alike: nothing is there to be copied yet
+        # The next gets its slot and joins together with one that begins alike, when there is nothing to copy yet.
         first, other = play.start(tokens(1, 30)), play.start(tokens(1, 20) + tokens(2, 15))
         assert play.engine._slots.free[-1] == 0
         counts.append(play.run(first, other))
@@ -159,7 +159,7 @@ def test_slots_that_were_released_are_no_source(plays):
 
 
 def test_discarded_tokens_are_never_copied(plays, tokenizer):
-    """With `stop_at_tags` off more is cached than kept, until the observation overwrites it."""
+    """With `stop_at_tags` off, more is cached than kept until the observation overwrites it."""
     prompt, discarded = tokens(1, 12) + tokenizer.encode(" "), []
 
     def script(play):
@@ -212,7 +212,7 @@ def test_equal_lengths_with_one_other_token_are_not_shared_behind_it(plays):
 def test_a_follower_stays_behind_once_whatever_becomes_of_the_leader(make_model, tokenizer, config, make_requests):
     changed = config.model_copy(update={"max_turn_tokens": 1, "max_searches": 0, "max_num_seqs": 8})
     loop = SearchLoop(Engine(make_model(4), tokenizer, changed), None)
-    loop.run(make_requests(6, group_size=6))  # each is gone with its slot after the step at which it joined
+    loop.run(make_requests(6, group_size=6))  # each leaves with its slot after the step at which it joined
     assert loop.statistics.num_steps == 2
     assert loop.statistics.num_shared_tokens == 0
 

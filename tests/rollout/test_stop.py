@@ -1,4 +1,4 @@
-"""The stop automaton against looking for the tag in the whole text."""
+"""The stop automaton against a search for the tag in the whole text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from searchr1_fast.rollout.stop import START, StopMatcher, vocabulary_bytes
 
 
 def first_end(pieces: list[bytes], tags: tuple[str, ...]) -> int | None:
-    """Tokens up to the one that completes the first tag."""
+    """-> number of tokens up to the one that completes the first tag."""
     text = b""
     for count, piece in enumerate(pieces, start=1):
         text += piece
@@ -36,7 +36,7 @@ def check(token_bytes: list[bytes], token_ids: list[int], tags: tuple[str, ...])
 
 @st.composite
 def cut_texts(draw):
-    """Text full of tags and of beginnings of tags, cut at random into tokens of a vocabulary made of the pieces."""
+    """-> text full of tags and of prefixes of tags, cut at random into tokens of a vocabulary made of the pieces."""
     parts = ["<", "</", "</sea", "</search", "</search>", "</answer>", "</answe", "r>", ">", "é", "x", "<search>", "\n"]
     text = "".join(draw(st.lists(st.sampled_from(parts), max_size=14))).encode()
     cuts = sorted(draw(st.sets(st.integers(1, max(1, len(text) - 1)), max_size=len(text))))

@@ -1,4 +1,4 @@
-"""Who wrote what in a finished transcript: on small ones, and on every real one."""
+"""Who wrote what in a finished transcript: in small ones, and in every real one."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def test_every_real_trace(name):
         seen[0] += 1
         seen[1] += len(transcript.searches)
         seen[2] += "<information>" in transcript.policy_text
-        # The published count includes rows in which the policy made the message up: those have none of ours.
+        # The published count includes rows in which the policy made up the message; those contain none of ours.
         seen[3] += transcript.num_invalid > 0 or "previous action is invalid" in transcript.policy_text
     assert seen == [num_rows, num_observations, num_invented, num_invalid]
 
@@ -72,12 +72,12 @@ def test_two_turns_with_an_invalid_one():
     "response",
     [
         "<information>Doc 1</information>\n\n<answer>x</answer>",  # made up at the start
-        "<search>q</search> \n\n<information>y</information>\n\n<answer>x</answer>",  # a space too many
-        "<search>q</search>\n<information>y</information>\n\n<answer>x</answer>",  # a newline too few
-        "<answer>x</answer><search>q</search>\n\n<information>y</information>\n\n",  # the answer had ended it
+        "<search>q</search> \n\n<information>y</information>\n\n<answer>x</answer>",  # one space too many
+        "<search>q</search>\n<information>y</information>\n\n<answer>x</answer>",  # one newline too few
+        "<answer>x</answer><search>q</search>\n\n<information>y</information>\n\n",  # the answer had already ended it
         "q</search>\n\n<information>y</information>\n\n<answer>x</answer>",  # no query to read
         "<search> </search>\n\n<information>y</information>\n\n<answer>x</answer>",
-        "<search>q</search>" + INVALID_ACTION_MESSAGE + "<answer>x</answer>",  # it was valid
+        "<search>q</search>" + INVALID_ACTION_MESSAGE + "<answer>x</answer>",  # the action was valid
     ],
 )
 def test_invented_environment_text_stays_policy_text(response):
@@ -87,7 +87,7 @@ def test_invented_environment_text_stays_policy_text(response):
 
 
 def test_a_message_that_the_policy_begins_can_end_in_a_search():
-    """Repeating the message up to `</search>` asks for "and": real transcripts hold this."""
+    """A policy that repeats the message up to `</search>` searches for "and": real transcripts contain this."""
     begun = "My previous action is invalid. If I want to search, I should put the query between <search> and </search>"
     transcript = parse_transcript(begun + OBSERVATION + "<answer>x</answer>")
     assert transcript.segments[:2] == (("policy", begun), ("observation", OBSERVATION))

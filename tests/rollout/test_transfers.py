@@ -1,4 +1,4 @@
-"""What goes to the device and comes back: values arrive as they were, and no buffer is another's too early."""
+"""Transfers to the device and back: values arrive unchanged, and no buffer is reused too early."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_transfers_change_nothing(device):
 
 
 def test_buffers_are_used_again_when_the_device_is_done_with_them(monkeypatch):
-    """The order of waits, with stand-ins for events: every step's own, once, before its buffers are another's."""
+    """Stand-ins for events record the waits: each step's own, once, before another step gets its buffers."""
     waited = []
 
     class Event:
@@ -67,7 +67,7 @@ def test_buffers_are_used_again_when_the_device_is_done_with_them(monkeypatch):
     assert (read(other), waited) == ([11, -11], [0, 1])
     fourth, late = launch(13)
     assert (fourth.data_ptr(), waited) == (second.data_ptr(), [0, 1])
-    launch(14)  # into what the step that nobody read has: first it is waited for
+    launch(14)  # into the buffers of the step that nobody read: it is waited for first
     assert waited == [0, 1, 2]
     launch(15)
     with pytest.raises(AssertionError, match="another step's"):
@@ -77,7 +77,7 @@ def test_buffers_are_used_again_when_the_device_is_done_with_them(monkeypatch):
 
 
 def test_what_a_failed_step_has_sent_arrives_before_its_buffers_are_filled_again(monkeypatch):
-    """One that finds no memory sends its inputs and asks nothing back, so that no event tells when they are there."""
+    """A step that finds no memory sends inputs and fetches nothing, so no event tells when they have arrived."""
     waited = []
 
     class Stream:

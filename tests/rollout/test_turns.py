@@ -1,4 +1,4 @@
-"""What follows from what the policy wrote: a scripted policy in place of the model, the rest is real."""
+"""What follows from what the policy wrote: the policy is scripted, and everything else is real."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SEARCH, ANSWER = "<search> oak </search>", "<answer>yes</answer>"
 
 
 class ScriptedModel:
-    """Writes given turns, token by token; a chunk of several tokens is taken for the beginning of the next turn."""
+    """Writes given turns, token by token; a chunk of several tokens is taken as the beginning of the next turn."""
 
     def __init__(self, turns: list[list[int]], vocab_size: int) -> None:
         self.config = DecoderConfig(vocab_size, 8, 8, 1, 1, 1)
@@ -45,7 +45,7 @@ def play(tokenizer):
     def play(turns, search=None, **changes):
         config = RolloutConfig(**{"max_searches": 2, "max_turn_tokens": 200, "max_observation_tokens": 200} | changes)
         prompt = "Question: oak?\n"
-        # after its text a scripted turn would go on for ever: if it is not stopped, the filler shows
+        # After its text a scripted turn would go on for ever; if it is not stopped, the filler shows.
         filler = tokenizer.encode("z") * 1000
         script = [(tokenizer.encode(turn) if isinstance(turn, str) else turn) + filler for turn in turns]
         model = ScriptedModel(script, tokenizer.vocab_size)

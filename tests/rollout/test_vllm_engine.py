@@ -20,7 +20,7 @@ from searchr1_fast.types import Action, FinishReason
 def test_greedy_rollouts_are_the_native_engines(
     make_model, make_vllm_engine, tokenizer, config, make_requests, fake_search, overlap
 ):
-    """Tags that end inside tokens, turns that run full, sequences that run full, forced final turns."""
+    """Tags that end inside tokens, turns and sequences that reach their limits, forced final turns."""
     actions = Counter()
     config = config.model_copy(update={"overlap": overlap, "final_turn_message": "\n<answer>"})
     for seed in (3, 4, 5):
@@ -91,7 +91,7 @@ def test_a_turns_seed_depends_on_the_sequences_seed_and_on_what_it_sampled(make_
         sequence.append_prompt([1, 2], "x")
         seeds.add(turn_seed(sequence))
         sequence.append_observation([3], "y")
-        seeds.add(turn_seed(sequence))  # what the environment says changes nothing
+        seeds.add(turn_seed(sequence))  # what the environment writes changes nothing
         sequence.append_turn(np.array([4, 5]), np.zeros(2, dtype=np.float32))
         seeds.add(turn_seed(sequence))
     assert len(seeds) == 6

@@ -1,4 +1,4 @@
-"""vLLM itself, where it is installed, beside the native engine: `make test-vllm`."""
+"""vLLM itself, where it is installed, against the native engine: `make test-vllm`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from searchr1_fast.train import train
 
 @pytest.fixture
 def base():
-    """The built-in model, its tokenizer, and a configuration with vLLM."""
+    """-> the built-in model, its tokenizer, and a configuration with vLLM."""
     config = Config.model_validate({"prompt": {"template": "plain"}, "rollout": ROLLOUT})
     return load_model("builtin:base"), load_tokenizer("builtin:base"), config
 
@@ -48,14 +48,14 @@ def open_engine():
 
 
 def check_kept(statistics, trajectories) -> None:
-    """Of an earlier turn's tokens only a block that is not full is computed again, and not the whole context."""
+    """Of earlier turns only a block that is not full is computed again, not the whole context."""
     later = [turn for trajectory in trajectories for turn in trajectory.turns[1:]]
     assert statistics.num_recomputed_tokens <= len(later) * CPU_BLOCK < sum(turn.start for turn in later)
 
 
 @only_with_vllm
 def test_vllm_writes_what_the_native_engine_writes(base, open_engine):
-    """Greedily the same tokens; sampled, the trainer's log-probabilities, and the same tokens in any batch."""
+    """The same tokens when greedy; when sampled, the trainer's log-probabilities, and the same tokens in any batch."""
     model, tokenizer, config = base
     num_threads, set_num_threads = torch.get_num_threads(), torch.set_num_threads
     engine = open_engine(model, tokenizer, config)
@@ -87,7 +87,7 @@ def test_vllm_reports_the_whole_vocabulary_where_sampling_is_cut(base, open_engi
     engine = open_engine(model, tokenizer, config)
     trajectories = SearchLoop(engine, search_letters).run(requests_for(config, tokenizer))
     check_logprobs(model, trajectories, 1.0)
-    for trajectory in trajectories:  # and it is cut: nothing but the three likeliest
+    for trajectory in trajectories:  # sampling is cut: only the three likeliest
         ids = torch.from_numpy(trajectory.token_ids)
         with torch.no_grad():
             logits = model.logits(ids, torch.tensor([0, len(ids)]))[:-1]
@@ -136,7 +136,7 @@ def test_vllm_writes_what_an_adapter_writes(base, open_engine):
 @only_with_vllm
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_one_weight_of_vllms_that_stays_behind_is_named(base, open_engine, dtype):
-    """After an update far within what rounding explains; a norm, a bias, parts of joined layers, the last layer."""
+    """The update is far within what rounding explains; a norm, a bias, parts of joined layers, and the last layer."""
     _, tokenizer, config = base
     model = load_model("builtin:base", dtype)
     engine = open_engine(model, tokenizer, config)
@@ -145,7 +145,7 @@ def test_one_weight_of_vllms_that_stays_behind_is_named(base, open_engine, dtype
     for name in ("model.norm.weight", "model.embed_tokens.weight", *(f"{layer}.{part}" for part in parts)):
         with torch.no_grad():
             for parameter in model.parameters():
-                parameter.mul_(1 + 2 * torch.finfo(dtype).eps)  # one step or two up, wherever there is one
+                parameter.mul_(1 + 2 * torch.finfo(dtype).eps)  # up by one step or two, wherever there is one
         old = dict(engine._generator.held({key: weight.shape for key, weight in named_weights(model)}))[name].clone()
         engine._generator.load = lambda weights, name=name, old=old: load(
             (key, old if key == name else weight) for key, weight in weights
@@ -161,7 +161,7 @@ def test_one_weight_of_vllms_that_stays_behind_is_named(base, open_engine, dtype
 @only_with_vllm
 @pytest.mark.parametrize(("model_type", "tied"), [("qwen2", True), ("qwen3", False), ("llama", True)])
 def test_every_weight_of_every_family_is_seen(base, open_engine, model_type, tied):
-    """And arrives: norms and biases are no ones and zeros, and vLLM pads a vocabulary of 2050."""
+    """Every weight also arrives: norms are not ones, biases not zeros, and vLLM pads a vocabulary of 2050."""
     _, tokenizer, config = base
     shape = DecoderConfig(2050, 128, 256, 2, 4, 2, head_dim=32, tie_word_embeddings=tied, model_type=model_type)
     model = Decoder(shape).requires_grad_(False)
@@ -187,7 +187,7 @@ def test_vllm_starts_in_silence_and_seeds_nobody_elses_generators(base, open_eng
 
 @only_with_vllm
 def test_vllms_scheduler_sleeps_and_wakes(base, open_engine):
-    """A CPU's worker keeps its memory, but the engine around it goes through the same states as on a GPU."""
+    """A worker on a CPU keeps its memory, but the engine around it goes through the same states as on a GPU."""
     model, tokenizer, config = base
     engine = open_engine(model, tokenizer, config)
     engine.sampling, engine.keep_cache, engine._generator._can_sleep = GREEDY, False, True
@@ -205,7 +205,7 @@ def test_vllms_scheduler_sleeps_and_wakes(base, open_engine):
 
 @only_with_vllm
 def test_engines_of_one_process_follow_each_other(base, open_engine):
-    """Each inside a process group that the trainer makes and ends, as one rank has it in bfloat16; then in its own."""
+    """Each in a process group that the trainer makes and ends, as one rank does in bfloat16; then in one of its own."""
     model, tokenizer, config = base
     for _ in range(2):
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -222,7 +222,7 @@ def small_demo(tmp_path):
 
 
 def check_trained(config: Config, result: dict) -> None:
-    """Both steps, on the policy as it was: the sampler's log-probabilities and the trainer's are the same."""
+    """Both steps ran on the policy as it was: the log-probabilities of sampler and trainer are the same."""
     rows = [json.loads(line) for line in (config.run_directory / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 2]
     updated = [row for row in rows[1:] if row["policy_tokens"]]

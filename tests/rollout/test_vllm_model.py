@@ -1,4 +1,4 @@
-"""What vLLM can be asked for, and how it is started; without vLLM."""
+"""What can be requested from vLLM, and how it is started; without vLLM."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_without_vllm_the_message_says_what_to_do(monkeypatch, make_model, token
 
 
 def test_a_shape_has_its_folder(make_model, tmp_path):
-    """vLLM's cache of compiled code goes by the path."""
+    """vLLM's cache of compiled code is keyed by the path."""
     model = make_model(0)
     directory = shape_directory(model, tmp_path)
     assert [path.name for path in directory.iterdir()] == ["config.json"]

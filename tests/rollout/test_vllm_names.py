@@ -1,4 +1,4 @@
-"""What is said of a vLLM that is another than the tested one, or none."""
+"""What is reported if vLLM is missing or is not the tested version."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class LLM:
 
 @pytest.fixture
 def install(monkeypatch):
-    """version -> a package of that name and version with a few names, in the place of vLLM."""
+    """version -> a package with vLLM's name, that version and a few names, in place of vLLM."""
 
     def put(version: str) -> None:
         for name, values in {

@@ -14,7 +14,7 @@ from searchr1_fast.rollout.weight_handover import check_weights, named_weights
 
 
 class Joined(nn.Module):
-    """A decoder's weights where vLLM would have them."""
+    """A decoder's weights laid out as in vLLM."""
 
     packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 
@@ -39,7 +39,7 @@ class Joined(nn.Module):
 
 
 def pack(layer: nn.Module, keeps: bool) -> torch.Tensor:
-    """Let a layer compute with a copy of its own, as on a CPU; the copy."""
+    """Let a layer compute with a copy of its weight, as on a CPU -> the copy."""
     packed = layer.weight.detach().clone()
     layer.cpu_linear, layer.input_size = object(), packed.shape[1]
     layer.quant_method = SimpleNamespace(apply=lambda _, inputs, bias: inputs @ packed.T)
@@ -82,7 +82,7 @@ def test_rows_of_a_joined_layer_belong_to_its_parts(weights):
 
 @pytest.mark.parametrize("keeps", [False, True])
 def test_what_a_packed_layer_computes_with_is_seen(weights, monkeypatch, keeps):
-    monkeypatch.setattr(vllm_weights, "UNIT_VECTORS", 5)  # several at a time, the last ones fewer
+    monkeypatch.setattr(vllm_weights, "UNIT_VECTORS", 5)  # several at a time, fewer in the last group
     model = Joined(weights)
     packed = pack(model.get_submodule("model.layers.0.mlp.gate_up_proj"), keeps)
     pack(model.lm_head, keeps=True)

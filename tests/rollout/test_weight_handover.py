@@ -1,4 +1,4 @@
-"""The hand-over of weights, with a stand-in for vLLM: what arrives generates, and what does not is missed."""
+"""The hand-over of weights to a stand-in for vLLM: weights that arrive generate, and missing ones are detected."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_an_adapter_is_handed_over_merged(make_model, make_vllm_engine, make_req
 
 @pytest.fixture
 def model(make_model):
-    """Biases that are not zero, as a new model's would be."""
+    """-> a model whose biases are not zero, unlike a new model's."""
     model = make_model(4)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -81,7 +81,7 @@ def test_every_weight_that_never_arrives_is_missed(model, make_vllm_engine, tied
 
 @pytest.mark.filterwarnings("ignore:.*shows no copy")
 def test_the_scores_alone_miss_it_too(model, make_vllm_engine):
-    """Where the receiver shows no copies; all but what mostly cancels in the softmax."""
+    """This is for a receiver that shows no copies; it covers all but what mostly cancels in the softmax."""
     make_vllm_engine(model, shows=False)
     for name, _ in named_weights(model):
         if not name.endswith("k_proj.bias"):
@@ -90,7 +90,7 @@ def test_the_scores_alone_miss_it_too(model, make_vllm_engine):
 
 
 def test_one_weight_that_stays_behind_is_named_at_the_first_step(model, make_vllm_engine):
-    """An update so small that all scores stay within the tolerance, in which one tensor of many takes no part."""
+    """The update is so small that all scores stay within the tolerance; one tensor of many does not get it."""
     for name, _ in named_weights(model):
         engine = make_vllm_engine(model)
         load = engine._generator.load
@@ -105,7 +105,7 @@ def test_one_weight_that_stays_behind_is_named_at_the_first_step(model, make_vll
 
 @torch.no_grad()
 def move(model: Decoder, size: float) -> None:
-    """Every number of every weight, by about so much."""
+    """Move every number of every weight by about `size`."""
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=size)
@@ -147,7 +147,7 @@ def test_numbers_are_compared_as_the_receiver_keeps_them(monkeypatch):
 
 
 def tie(model: Decoder, tied: bool) -> Decoder:
-    """The same weights, or with the head for an embedding."""
+    """-> the same weights, or those with the head as the embedding."""
     if not tied:
         return model
     other = Decoder(replace(model.config, tie_word_embeddings=True))
@@ -171,7 +171,7 @@ def test_the_check_scores_each_sequence_by_itself_and_knows_nan(make_model, toke
 
 @pytest.mark.filterwarnings("ignore:.*shows no copy")
 def test_scores_that_stand_still_are_noticed_before_they_have_gone_far(make_model, make_vllm_engine):
-    """Small updates, of which the receiver takes none: far within the tolerance, and no agreement."""
+    """The receiver takes none of several small updates: scores stay far within the tolerance, but do not agree."""
     model = make_model(4)
     engine = make_vllm_engine(model, shows=False)
     engine.update_weights()  # the same weights once more: nothing has moved, and nothing should
@@ -186,7 +186,7 @@ def test_scores_that_stand_still_are_noticed_before_they_have_gone_far(make_mode
 
 
 def test_a_standstill_is_measured_from_the_last_change(make_model, tokenizer):
-    """Steps too small to tell, one by one; not all together."""
+    """Steps too small to be noticed one by one are noticed all together."""
     model = make_model(4)
     known = known_sequences(tokenizer, model.config.vocab_size, 20)
     stale = [score(model, [token_ids]) for token_ids in known]

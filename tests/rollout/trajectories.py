@@ -1,4 +1,4 @@
-"""What tests of rollouts compare."""
+"""Comparisons of trajectories, shared by the tests of rollouts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from searchr1_fast.types import Trajectory
 
 
 def check_same(trajectories: Sequence[Trajectory], others: Sequence[Trajectory], tolerance: float = 1e-4) -> None:
-    """The same tokens and all that was read in them; log-probabilities up to rounding."""
+    """Require the same tokens and all that was parsed from them, and log-probabilities up to rounding."""
     assert len(trajectories) == len(others) > 0
     for one, other in zip(trajectories, others, strict=True):
         np.testing.assert_array_equal(one.token_ids, other.token_ids)

@@ -1,12 +1,12 @@
-"""Splits a finished Search-R1 transcript into what the policy wrote and what the environment wrote.
+"""Split a finished Search-R1 transcript into what the policy wrote and what the environment wrote.
 
-For transcripts that exist as text only: outputs that others published, logs. Our own rollouts never need it, their
-mask is made where the tokens are born. What tells the two writers apart is the place: generation stops at `</search>`,
-so the environment speaks right after it and nowhere else. An `<information>` block anywhere else was made up by the
-policy and stays policy text.
+This is for transcripts that exist only as text: published outputs of others, and logs. Our own rollouts never need it,
+as their mask is made where the tokens are made. The two writers are told apart by position: generation stops at
+`</search>`, so the environment writes right after it and nowhere else. An `<information>` block anywhere else was made
+up by the policy and stays policy text.
 
-Left out: transcripts of engines that do not stop at `</search>`, and observations that were cut before they closed (the
-original cuts at 500 tokens, `</information>` included): there the text cannot tell who wrote what.
+Not handled are transcripts of engines that do not stop at `</search>`, and observations that were cut before they
+closed (the original cuts at 500 tokens, `</information>` included): there the text cannot tell who wrote what.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ class Transcript:
 
     @property
     def policy_text(self) -> str:
-        """Everything the policy wrote, turns joined by a newline, as `Trajectory.policy_text`."""
+        """Everything the policy wrote, with turns joined by a newline, as in `Trajectory.policy_text`."""
         return _policy_text(self.segments)
 
 
 def parse_transcript(response: str) -> Transcript:
-    """Split everything after the prompt into its writers; never fails, text that fits nothing is the policy's."""
+    """Split everything after the prompt by writer; never fails, and text that fits no pattern is the policy's."""
     segments: list[tuple[str, str]] = []
     searches: list[str] = []
     num_invalid = 0
@@ -70,7 +70,7 @@ def _policy_text(segments: Iterable[tuple[str, str]]) -> str:
 
 
 def _observation_end(response: str, start: int, action: Action) -> int:
-    """Where the environment's text that begins at `start` ends; `start` if the environment said nothing there."""
+    """-> where the environment's text that begins at `start` ends; `start` if the environment wrote nothing there."""
     if action is Action.SEARCH and response.startswith(OBSERVATION_OPEN, start):
         close = response.find(OBSERVATION_CLOSE, start)
         return close + len(OBSERVATION_CLOSE) if close >= 0 else start

@@ -1,4 +1,4 @@
-"""What tests of vLLM itself share, on a CPU and on a GPU: when to skip, questions with a search, a short training."""
+"""Shared by the tests of vLLM itself, on CPU and GPU: when to skip, questions with a search, a short training."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def requests_for(config: Config, tokenizer, group_size: int = 1) -> list[Rollout
 
 
 def short_demo(directory: Path, *overrides: str) -> Config:
-    """The demo with vLLM: two steps of four questions."""
+    """-> the configuration of the demo with vLLM: two steps of four questions."""
     return load_config("configs/demo.yaml", [
         *("rollout.engine=vllm", f"run.directory={directory}", "run.num_threads=1", "run.tensorboard=false"),
         *("data.world.num_entities=60", "data.world.num_questions=64", "train.num_steps=2"),

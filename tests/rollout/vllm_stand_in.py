@@ -1,7 +1,7 @@
-"""What the tests of vLLM's engine share: a stand-in for vLLM, and what makes two runs the same.
+"""Shared by the tests of vLLM's engine: a stand-in for vLLM, and a check of log-probabilities.
 
-The stand-in keeps what vLLM promises and no more: a request of token ids gets one token per step under its own seed,
-with the sampler's log-probability; weights are a copy, on which loading has to be told every name.
+The stand-in keeps what vLLM promises and no more. A request of token ids gets one token per step under its own seed,
+with the sampler's log-probability. Weights are a copy, and loading must be given every name.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ GREEDY = SamplingParams(0.0)
 
 
 class StandIn:
-    """vLLM as far as the engine may rely on it. `lost`: names that are handed over and ignored. `shows`: whether it has
-    copies that can be looked at."""
+    """vLLM as far as the engine may rely on it.
+
+    `lost` are names that are handed over and ignored; `shows` is whether it has copies that can be inspected.
+    """
 
     version = "0, a stand-in,"
 
@@ -86,7 +88,7 @@ class StandIn:
 
 
 def check_logprobs(model, trajectories, temperature, tolerance=1e-4):
-    """Every policy token's are the whole vocabulary's at the temperature, as the trainer computes them."""
+    """Require, for every policy token, the trainer's log-probability over the whole vocabulary at `temperature`."""
     for trajectory in trajectories:
         ids = torch.from_numpy(trajectory.token_ids)
         with torch.no_grad():
