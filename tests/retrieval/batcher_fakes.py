@@ -1,4 +1,4 @@
-"""What tests of the batcher share: a backend that a test holds and lets go, so that it sees what happens in between."""
+"""Shared by the tests of the batcher: a backend that a test holds and releases, to see what happens in between."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import numpy as np
 
 from searchr1_fast.types import Passage
 
-PATIENCE = 60.0  # seconds until a test that hangs fails
+PATIENCE = 60.0  # seconds until a hanging test fails
 
 
 class Rows:
-    """Row r is passage r."""
+    """A passage store in which row r is passage r."""
 
     def passages(self, rows, scores):
         pairs = zip(rows, scores, strict=True)
@@ -26,7 +26,7 @@ class Rows:
 
 
 class Backend:
-    """Query "n" finds rows 10n, 10n+1, …, at most `num_hits` of them. Held, it waits in the middle of a batch."""
+    """Query "n" finds rows 10n, 10n+1, …, at most `num_hits` of them. When held, it waits in the middle of a batch."""
 
     def __init__(self, num_hits: int = 100) -> None:
         self.num_hits = num_hits
@@ -76,7 +76,7 @@ def ids_of(results: list[list[Passage]]) -> list[list[int]]:
 
 
 def hold_with_one(retriever, backend, pool, query="999"):
-    """A batch of one query is in the backend and stays there."""
+    """-> the future of a batch of one query, which is in the backend and stays there."""
     backend.hold()
     future = pool.submit(retriever.search, [query], 2)
     assert backend.entered.acquire(timeout=PATIENCE)
@@ -84,7 +84,7 @@ def hold_with_one(retriever, backend, pool, query="999"):
 
 
 class TwoStages(Backend):
-    """`prepare` doubles; batches are recorded where they are prepared."""
+    """A backend whose `prepare` doubles the numbers and records batches as they are prepared."""
 
     def __init__(self):
         super().__init__()
@@ -99,7 +99,7 @@ class TwoStages(Backend):
 
 
 def run(code: str, **names: object) -> str:
-    """What a program prints that must end well."""
+    """-> the output of a program that must exit cleanly."""
     tests = os.path.dirname(__file__)
     program = textwrap.dedent(code).format(tests=tests, **names)
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Fixtures of the tests of batcher and index; what they are made of is in batcher_fakes.py and index_fakes.py."""
+"""Fixtures for the tests of batcher and index, built from batcher_fakes.py and index_fakes.py."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def backend():
 
 @pytest.fixture
 def make(backend):
-    """Options -> a batched retriever over `backend` (or another one), closed at the end."""
+    """Options -> a batched retriever over `backend` (or another backend), closed at the end."""
     made = []
 
     def build(other=None, **options) -> BatchedRetriever:
@@ -43,7 +43,7 @@ def pool():
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    """Sixteen rows to a chunk, three chunks to a file."""
+    """Use sixteen rows per chunk and three chunks per file."""
     monkeypatch.setattr(index_format, "CHUNK_BYTES", 16 * 2 * DIMENSION)
     monkeypatch.setattr(index_format, "FILE_BYTES", 3 * 16 * 2 * DIMENSION)
     monkeypatch.setattr(index_build, "_SECONDS_BETWEEN_SYNCS", 0.0)

@@ -1,4 +1,4 @@
-"""What tests of indexes share: a small corpus, vectors that are given, and chunks of sixteen rows."""
+"""Shared by the tests of indexes: a small corpus, given vectors, and chunks of sixteen rows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Silent:
 
 
 class Given:
-    """A `VectorSource` of vectors that are there, which may fail at a row."""
+    """A `VectorSource` of existing vectors, which can be made to fail at a row."""
 
     identity = {"encoder": {"kind": "given"}}
 

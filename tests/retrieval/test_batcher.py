@@ -1,4 +1,4 @@
-"""The batcher's promises about results and batches: a held backend shows what happens in between."""
+"""The batcher's promises about results and batches; a held backend shows what happens in between."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_queries_must_be_texts(make):
 
 
 def test_what_is_found_does_not_depend_on_the_k_of_others(make, backend):
-    """Depths are powers of two times the smallest: one entry serves many k, and none is cut from another's depth."""
+    """Depths are powers of two times the smallest. One entry serves many k, and none is cut from a deeper one."""
     retriever = make(min_depth=4)
     for k, depths in ((3, [4]), (4, [4]), (9, [4, 16]), (16, [4, 16]), (1, [4, 16])):
         assert ids_of(retriever.search(["7"], k)) == [[70 + rank for rank in range(k)]]
@@ -92,7 +92,7 @@ def test_what_queued_meanwhile_is_the_next_batch(make, backend, pool):
     ],
 )
 def test_batches_are_bounded(make, backend, pool, options, queries, batches):
-    """In rows and in bytes of text, first come, first served; a query above the bound goes alone."""
+    """By rows and by bytes of text, first come, first served; a query above the bound goes alone."""
     retriever = make(**options)
     first = hold_with_one(retriever, backend, pool)
     second = pool.submit(retriever.search, queries, 1)
@@ -131,7 +131,7 @@ def test_the_deepest_goes_first_where_it_has_waited_longest(make, backend, pool)
 
 
 def test_equal_queries_under_way_are_searched_once(make, backend, pool):
-    """Queued or in the backend, in one search or in many."""
+    """Whether queued or in the backend, in one search or in many."""
     retriever = make(cache_bytes=0)
     first = hold_with_one(retriever, backend, pool, "5")
     others = [pool.submit(retriever.search, ["5", "6", "6"], 2) for _ in range(6)]
@@ -154,7 +154,7 @@ def test_two_stages_prepare_one_batch_ahead(make, pool):
     second = pool.submit(retriever.search, ["2"], 1)
     eventually(lambda: backend.prepared == [["1"], ["2"]])  # while the first is searched
     third = pool.submit(retriever.search, ["3"], 1)
-    eventually(lambda: retriever.statistics()["queued"] == 1)  # but not two ahead
+    eventually(lambda: retriever.statistics()["queued"] == 1)  # but not two batches ahead
     assert backend.prepared == [["1"], ["2"]] and backend.batches == [["2"]]
     backend.let_go()
     assert [ids_of(future.result(PATIENCE))[0][0] for future in (first, second, third)] == [20, 40, 60]

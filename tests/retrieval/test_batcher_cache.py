@@ -1,4 +1,4 @@
-"""What the batcher remembers: bounded, saved, loaded, refused where it is of other searches."""
+"""The batcher's cache: bounded, saved and loaded, and refused if it belongs to other searches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The first error is final, nobody is left waiting, and what is closed, forgotten or forked says so."""
+"""The first error is final, nobody is left waiting, and a closed, abandoned or forked batcher says so."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_close_fails_what_is_pending_and_can_be_called_again(make, backend, pool
     first = hold_with_one(retriever, backend, pool)
     queued = pool.submit(retriever.search, ["1"], 1)
     eventually(lambda: retriever.statistics()["queued"] == 1)
-    closers = [pool.submit(retriever.close) for _ in range(4)]  # they wait for the batch that is searched
+    closers = [pool.submit(retriever.close) for _ in range(4)]  # they wait for the batch that is being searched
     for future in (first, queued):
         with pytest.raises(RetrievalError, match="closed"):
             future.result(PATIENCE)
@@ -144,7 +144,7 @@ def test_a_retriever_that_is_forgotten_ends_its_threads(backend):
 
 
 def test_closing_in_a_worker_waits_for_no_other(make):
-    """The garbage collector may run there, with the last reference in a cycle."""
+    """The garbage collector may close it in that thread, with the last reference in a cycle."""
     has_closed = threading.Event()
 
     class Closing(TwoStages):
@@ -162,7 +162,7 @@ def test_closing_in_a_worker_waits_for_no_other(make):
 
 
 def test_a_program_that_forgets_to_close_ends():
-    """Its thread is one that nobody joins."""
+    """Nobody joins its thread."""
     code = """
     import sys
     sys.path.insert(0, {tests!r})
@@ -176,7 +176,7 @@ def test_a_program_that_forgets_to_close_ends():
 
 
 def test_a_fork_is_noticed_and_the_parent_goes_on():
-    """While a batch, a waiter and a deadline are under way, so that locks and condition variables are in use."""
+    """A batch, a waiter and a deadline are under way, so that locks and condition variables are in use."""
     code = """
     import gc, os, sys, threading, warnings
     sys.path.insert(0, {tests!r})
@@ -219,7 +219,7 @@ def test_a_fork_is_noticed_and_the_parent_goes_on():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="address space is bounded on Linux alone")
 def test_results_that_no_memory_holds_fail_their_search_alone():
-    """Admitted at once, or later by the clock's thread; a ticket that is gone leaves no deadline behind."""
+    """They are admitted at once, or later by the clock's thread; a dropped ticket leaves no deadline behind."""
     code = """
     import resource, time
     from searchr1_fast import _C
@@ -261,7 +261,7 @@ class Speechless(Exception):
 @pytest.mark.parametrize("two_stages", [False, True])
 @pytest.mark.parametrize("moment", ["complete", "text", "take"])
 def test_a_worker_does_not_die_unheard(make, monkeypatch, two_stages, moment, pool):
-    """Whatever is raised in its thread, also after a batch was answered, and whoever searches is told."""
+    """Whatever is raised in its thread, even after a batch was answered, whoever searches is told."""
     backend = TwoStages() if two_stages else Backend()
     take, complete = _C.Batcher.take, _C.Batch.complete
     if moment == "complete":
@@ -293,7 +293,7 @@ def test_a_worker_does_not_die_unheard(make, monkeypatch, two_stages, moment, po
 
 
 def test_closing_does_not_wait_for_a_backend_that_hangs(make, backend, pool, monkeypatch, capfd):
-    """What it was given up on must not hold up the end of a run."""
+    """A backend that was given up on must not hold up the end of a run."""
     monkeypatch.setattr(batcher_workers, "CLOSING_SECONDS", 0.05)
     retriever = make()
     first = hold_with_one(retriever, backend, pool)

@@ -1,4 +1,4 @@
-"""Coroutines: many on one descriptor, each with its own end."""
+"""Searches in coroutines: many share one descriptor, and each ends by itself."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_a_cancelled_coroutine_cancels_its_search(make, backend, pool):
 
 
 def test_searches_that_ended_are_gone_however_they_did(make, backend, pool):
-    """What a coroutine awaited: found, cancelled, late."""
+    """The searches that coroutines awaited were found, cancelled or late."""
 
     def num_searches() -> int:
         gc.collect()
@@ -98,7 +98,7 @@ def test_loops_have_a_descriptor_each_and_give_it_back(make, backend, pool):
         return (await asyncio.gather(*(retriever.search_async([str(number)], 1) for _ in range(20))))[0]
 
     def num_open() -> int:
-        gc.collect()  # which does nothing while another thread collects: ask again
+        gc.collect()  # does nothing while another thread collects, so ask again
         return len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
 
     asyncio.run(search(0))
@@ -126,7 +126,7 @@ def test_a_listener_is_readable_while_there_is_news():
     batch.complete(*expected([0, 2], 4))
     assert is_readable()
     (one, two), others = listener.drain()
-    assert others == []  # who cancelled knows it
+    assert others == []  # the canceller knows it already
     assert (one[:2], one[3].tolist()) == (([searches[0], searches[2]], [1, 2]), [[0], [20]])
     assert (two[:2], two[3].tolist()) == (([searches[3]], [2]), [[0, 1], [20, 21]])
     assert (one[2].tolist(), two[2].tolist()) == ([[0.0], [0.0]], [[0.0, -1.0]] * 2)
@@ -137,7 +137,7 @@ def test_a_listener_is_readable_while_there_is_news():
 
 
 def test_passages_are_read_outside_of_the_loop(backend):
-    """Reading may wait for the disk: the loop turns on meanwhile, and what settled together is read together."""
+    """Reading may wait for the disk. The loop runs on meanwhile, and what settles together is read together."""
     reads, go = [], threading.Event()
 
     class Slow(Rows):
@@ -154,7 +154,7 @@ def test_passages_are_read_outside_of_the_loop(backend):
             await asyncio.sleep(0)
         go.set()
         found = await asyncio.gather(*searches)
-        return found, await retriever.search_async(["3"], 2)  # from the cache, read all the same
+        return found, await retriever.search_async(["3"], 2)  # from the cache, but the passages are read again
 
     backend.hold()
     with BatchedRetriever(backend, Slow()) as retriever:
@@ -206,7 +206,7 @@ def test_a_task_that_nobody_holds_is_not_collected_while_it_waits(make, backend)
 
 
 def test_a_loop_that_was_closed_on_a_search_is_collected_with_all_that_it_held(backend):
-    """Coroutine, task, search, listener, retriever and loop hold each other."""
+    """Coroutine, task, search, listener, retriever and loop hold one another."""
     retriever, loop = BatchedRetriever(backend, Rows()), asyncio.new_event_loop()
     backend.hold()
     task = loop.create_task(retriever.search_async(["1"], 1))
@@ -222,7 +222,7 @@ def test_a_loop_that_was_closed_on_a_search_is_collected_with_all_that_it_held(b
 
 
 def test_an_interrupt_in_one_task_ends_the_run_and_no_other_search(make, backend):
-    """`deliver` steps tasks by itself, so it meets what they do not keep."""
+    """`deliver` steps tasks by itself, so it gets exceptions that the tasks do not keep."""
     retriever = make()
     ended = []
 
@@ -243,7 +243,7 @@ def test_an_interrupt_in_one_task_ends_the_run_and_no_other_search(make, backend
     with pytest.raises(KeyboardInterrupt):
         loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
     others = tasks[:3] + tasks[4:]
-    loop.run_until_complete(asyncio.gather(*others))  # the loop turns again, as an interactive shell would let it
+    loop.run_until_complete(asyncio.gather(*others))  # the loop runs again, as in an interactive shell
     loop.close()
     assert sorted(ended) == [[[10 * number]] for number in range(6) if number != 3]
     assert isinstance(tasks[3].exception(), KeyboardInterrupt)

@@ -1,4 +1,4 @@
-"""The batcher's counters, against what was done."""
+"""The batcher's counters against what was done."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_statistics_add_up_and_can_be_reset(make, backend):
 
 
 def test_percentiles_of_batch_sizes(make, backend):
-    """Against numpy's, from above and by at most a sixteenth."""
+    """Against numpy's: no lower, and at most a sixteenth higher."""
     retriever = make(max_batch_rows=1000, max_batch_bytes=2**20, cache_bytes=0)
     sizes = np.random.default_rng(0).integers(1, 1000, 300)
     for size in sizes:

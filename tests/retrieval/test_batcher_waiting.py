@@ -1,4 +1,4 @@
-"""How a search may end early, and how it waits in line: deadlines, cancellation, back-pressure."""
+"""How a search may end early, and how it queues: deadlines, cancellation, back-pressure."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from searchr1_fast.retrieval.protocol import RetrievalTimeout
 
 
 def test_a_search_past_its_deadline_raises_and_the_others_go_on(make, backend, pool):
-    """Held, the backend cannot be what ends it."""
+    """The backend is held, so it cannot be what ends the search."""
     retriever = make()
     first = hold_with_one(retriever, backend, pool)
     patient = pool.submit(retriever.search, ["1", "2"], 1)
@@ -72,7 +72,7 @@ def test_a_cancelled_ticket_detaches_alone(make, backend, pool):
     assert retriever.statistics()["queued"] == 1
     backend.let_go()
     assert shared.wait() is _C.Outcome.DONE
-    shared.cancel()  # nothing, it is settled
+    shared.cancel()  # no effect: it is settled
     assert shared.result()[1].tolist() == [[10]]
     first.result(PATIENCE)
     assert backend.searched == ["999", "1"]
@@ -130,18 +130,18 @@ def test_what_does_not_fit_waits_in_line_and_nothing_is_rejected(make, backend, 
     for number, producer in enumerate(producers):
         assert ids_of(producer.result(PATIENCE)) == [[10 * number]]
     first.result(PATIENCE)
-    assert backend.searched == ["999", *(str(number) for number in range(12))]  # in line, too
+    assert backend.searched == ["999", *(str(number) for number in range(12))]  # and in order
     statistics = retriever.statistics()
     assert (statistics["blocked"], statistics["pending_bytes"]) == (0, 0)
 
 
 def test_a_small_search_does_not_overtake_a_large_one_that_waits_for_room(make, backend, pool):
-    """There is room for it: but with enough small ones the large one would never have its turn."""
+    """There is room for the small one; but enough small ones would keep the large one waiting for ever."""
     retriever = make(max_pending_bytes=1500)
     first = hold_with_one(retriever, backend, pool)
     large = pool.submit(retriever.search, ["1", "2", "3", "4", "5"], 1)
     eventually(lambda: retriever.statistics()["blocked"] == 1)
-    assert retriever.statistics()["pending_bytes"] < 1000  # of 340 for each query
+    assert retriever.statistics()["pending_bytes"] < 1000  # a query takes 340
     small = pool.submit(retriever.search, ["6"], 1)
     eventually(lambda: retriever.statistics()["num_searches"] == 3)
     assert retriever.statistics()["blocked"] == 2
@@ -152,7 +152,7 @@ def test_a_small_search_does_not_overtake_a_large_one_that_waits_for_room(make, 
 
 
 def test_what_is_cancelled_makes_room_at_once(make, backend, pool):
-    """Not when a batch comes back: there may be none under way."""
+    """Not only when a batch comes back, as there may be none under way."""
     retriever = make(max_pending_bytes=800)
     first = hold_with_one(retriever, backend, pool)
     second = retriever._batcher.submit(["1"], 1)
@@ -173,7 +173,7 @@ def test_what_is_larger_than_the_bound_goes_alone(make, backend):
 
 
 def test_the_producer_itself_is_blocked(make, backend, pool):
-    """`submit` does not return before there is room; a coroutine is suspended, its loop runs on."""
+    """`submit` does not return until there is room; a coroutine is suspended, and its loop runs on."""
     retriever = make(max_pending_bytes=10)
     first = hold_with_one(retriever, backend, pool)
     submission = pool.submit(retriever._batcher.submit, ["1"], 1)

@@ -145,7 +145,7 @@ def test_stop_words_count_only_alone():
 @settings(max_examples=60, deadline=None)
 @given(documents_strategy.filter(any), st.lists(st.sampled_from(["red", "blue", "gold", "none"]), max_size=4))
 def test_phrases_are_words_that_stand_behind_the_others(documents, query):
-    """Joined to words of their own and appended, pairs of neighbours give the same scores."""
+    """Neighbouring pairs, joined into words and appended, give the same scores."""
 
     def with_pairs(words: list[str]) -> str:
         return " ".join([*words, *(f"{first}{second}" for first, second in zip(words, words[1:], strict=False))])
@@ -172,7 +172,7 @@ def test_no_phrase_goes_over_what_stands_between(between):
         {hit.id: hit.score for hit in hits} for hits in retriever.search(["red", "fox", f"red{between}fox"], 3)
     )
     for row in both:
-        assert both[row] == pytest.approx(red[row] + fox[row], rel=1e-6)  # the words' scores and no more
+        assert both[row] == pytest.approx(red[row] + fox[row], rel=1e-6)  # no more than the words' scores
     if between != " unheard ":
         joined = {hit.id: hit.score for hit in retriever.search(["red fox"], 3)[0]}
         assert joined["p0"] == pytest.approx(red["p0"] + fox["p0"], rel=1e-6)
@@ -188,7 +188,7 @@ def test_a_result_depends_on_its_query_alone():
     assert retriever.search(queries, 5) == alone
     doubled = retriever.search([*queries, *reversed(queries)], 5)
     assert doubled == [*alone, *reversed(alone)]
-    assert doubled[0] is not doubled[-1]  # callers may change their list
+    assert doubled[0] is not doubled[-1]  # callers may modify their list
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(lambda query: retriever.search([query], 5)[0], queries)) == alone
 
@@ -224,11 +224,11 @@ def test_open_retriever(tmp_path):
 
 
 def test_jax_is_left_alone(tmp_path):
-    """Trying JAX out, as bm25s does, takes most of a GPU's memory."""
+    """Trying out JAX, as bm25s does, takes most of a GPU's memory."""
     (tmp_path / "jax").mkdir()
     (tmp_path / "jax" / "__init__.py").write_text("print('imported')")
     (tmp_path / "jax" / "lax.py").write_text("raise RuntimeError('no supported devices found')")
     code = "import searchr1_fast.retrieval.bm25, bm25s; print(bm25s.selection.JAX_IS_AVAILABLE); import jax"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
     output = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert output.stdout.split() == ["False", "imported"]  # and whoever wants JAX gets it
+    assert output.stdout.split() == ["False", "imported"]  # code that wants JAX still gets it

@@ -1,4 +1,4 @@
-"""Things break while many search: each search ends in what it would have found, or in an error that names the cause."""
+"""Things break during many searches; each search finds what it should, or ends in an error that names the cause."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ NUM_CALLERS = 16
 
 
 def outcomes(search, is_enough, callers=NUM_CALLERS):
-    """search(number) -> what it found or the error it ended in, by callers that go on until `is_enough(all so far)`."""
+    """search(number) -> its results or errors, from callers that go on until `is_enough(all so far)`."""
     found: list[tuple[int, object]] = []
 
     def call(caller):
@@ -59,7 +59,7 @@ def errors_of(found):
 
 
 def answer(connection):
-    """The process of a backend: (numbers, k) -> what `expected` says."""
+    """Run a backend's process: (numbers, k) -> what `expected` says."""
     while True:
         numbers, k = connection.recv()
         connection.send(expected(numbers, k))
@@ -118,7 +118,7 @@ def cut(path):
 
 
 def write_over(path):
-    """As many bytes, in the same place, of something else."""
+    """Write other bytes over the first half, in place."""
     with path.open("r+b") as file:
         file.write(bytes(path.stat().st_size // 2))
 
@@ -132,7 +132,7 @@ def test_a_file_that_is_damaged_while_it_is_open(dense, name, damage):
 
     def break_it(found):
         if len(found) > 100 and not broken.is_set():
-            with search._rows._lock:  # between two scans: one that is under way would be killed by the kernel (SIGBUS)
+            with search._rows._lock:  # between two scans: the kernel would kill one that is under way (SIGBUS)
                 if not broken.is_set():
                     broken.set()
                     damage(folder / name)
@@ -218,7 +218,7 @@ def test_a_server_that_is_killed_and_started_again():
 
 
 def test_searches_that_pass_their_deadline(pool):
-    """Those of a batch are late together; what they asked for is found by whoever asks again."""
+    """The searches of a batch are late together; another search finds what they asked for."""
 
     class Late(Backend):
         def search_ids(self, queries, k):

@@ -1,4 +1,4 @@
-"""Dense search: exact against a plain product, the same in every batch and cut, and what hashed vectors find."""
+"""Dense search: exact against a plain product, the same in every batch and partition, and what hashed vectors find."""
 
 import json
 import os
@@ -67,7 +67,7 @@ def test_results_are_those_of_a_plain_product(index, search, queries):
     exact = products.astype(np.float32)
     order = np.array([np.lexsort((np.arange(len(row)), -row))[:7] for row in exact])
     np.testing.assert_allclose(scores, np.take_along_axis(exact, order, axis=1), rtol=1e-6)
-    assert (rows == order).mean() > 0.99  # a last bit of the plain product may order two rows otherwise
+    assert (rows == order).mean() > 0.99  # the plain product's last bit may order two rows differently
 
 
 def test_a_result_depends_on_its_query_alone(search, queries):
@@ -116,7 +116,7 @@ def test_several_files_are_one_index(corpus, tmp_path, monkeypatch, search, quer
 def test_edges(search, index):
     assert search.search_ids([], 3)[0].shape == (0, 3)
     assert search.search_ids(["x"], 10**9)[1].shape == (1, len(index))
-    assert search.search_ids([""], 2)[1].tolist() == [[0, 1]]  # no words: all scores are 0, and equal
+    assert search.search_ids([""], 2)[1].tolist() == [[0, 1]]  # without words all scores are 0, and equal
     with pytest.raises(ValueError, match="at least 1"):
         search.search_ids(["x"], 0)
     with pytest.raises(ValueError, match="300 vectors for 1 passages"):
@@ -161,7 +161,7 @@ def test_configurations_that_make_no_sense(index):
 
 
 def test_hashed_vectors_find_what_a_world_asks_for(world):
-    """One hop: the passage of the entity that the question names."""
+    """One hop: they find the passage of the entity that the question names."""
     chains = world.chains()[:200]
     retriever = DenseRetriever(*hash_corpus(world.passages, 2048))
     results = retriever.search([chain.question.text for chain in chains], 2)

@@ -1,6 +1,6 @@
-"""Rows on a device: the copying there, the memory it takes, and that a search finds what the host's finds.
+"""Rows on a device: how they are copied there, the memory they take, and that a search finds what the host's finds.
 
-All of it runs on a CPU, where `DeviceRows` is its own twin; `test_on_a_gpu` does the same on a GPU, where there is one.
+All of it runs on a CPU, where `DeviceRows` is its own twin. The `cuda` cases do the same on a GPU, where there is one.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ GPU = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.
 
 
 class LateCopies(CpuCopies):
-    """A device that copies when it is waited for and not before, from what the buffer holds by then."""
+    """A device that copies only when it is waited for, and then what the buffer holds by that time."""
 
     def __init__(self) -> None:
         self.queue: list[tuple] = []
@@ -125,7 +125,7 @@ def test_what_does_not_fit_is_refused():
 @pytest.mark.parametrize("scan", ["float16", "int8"])
 @pytest.mark.parametrize("shape", [(1, 64), (128, 16), (1000, 48)])
 def test_a_plan_is_what_the_kernels_hold(scan, shape):
-    """To the byte: what a GPU's search prepares, prepared here."""
+    """To the byte: a GPU's search prepares the same arrays, which are prepared here on a CPU."""
     pytest.importorskip("triton", reason="a GPU's search needs Triton")
     from searchr1_kernels import _topk_cuda
 
@@ -140,7 +140,7 @@ def test_a_plan_is_what_the_kernels_hold(scan, shape):
 
 
 def vectors_of(num_rows: int, dimension: int = 24, seed: int = 0) -> np.ndarray:
-    """Few levels, so that many scores are equal."""
+    """-> vectors of few levels, so that many scores are equal."""
     return np.random.default_rng(seed).integers(-2, 3, (num_rows, dimension)).astype(np.float16)
 
 
@@ -166,7 +166,7 @@ def test_a_device_finds_what_the_host_finds(device, scan, monkeypatch):
 
 @pytest.mark.parametrize("device", ["cpu", GPU])
 def test_recorded_searches_find_the_same_bits(device):
-    """Replayed or launched, whatever the bucket held before, for numbers of hits that were recorded and others."""
+    """Replayed or launched, whatever the bucket held before, and for recorded and other numbers of hits."""
     vectors = vectors_of(700)
     rows, host = DeviceRows([(0, vectors)], device), HostRows([(0, vectors)])
     assert len(rows.recorded) == len(SIZES)
@@ -182,7 +182,7 @@ def test_recorded_searches_find_the_same_bits(device):
 
 @pytest.mark.parametrize("device", ["cpu", GPU])
 def test_hits_that_are_not_proven_are_settled(device, monkeypatch):
-    """Those of queries that were asked; the zeros beside them are never proven, and nobody wants to know."""
+    """Only those of queries that were asked; the zeros beside them are never proven, and need not be."""
     vectors = vectors_of(700)
     rows, host = DeviceRows([(0, vectors)], device), HostRows([(0, vectors)])
     queries = np.random.default_rng(3).standard_normal((5, 24)).astype(np.float32)
@@ -215,8 +215,11 @@ KINDS = ((3, 2), (1, 192), (MAX_QUERIES, 192), (3, 2), (5, 193), (1, 192), (MAX_
 
 @pytest.mark.parametrize("device", ["cpu", GPU])
 def test_searches_of_many_kinds_in_turn(device):
-    """What a search writes and reads is named once, and memory grows meanwhile: hits are those of its own queries, and
-    stay when others follow. 193 are more than can be recorded. Queries may be read-only, and of another type."""
+    """A search's hits are those of its own queries, and remain when other searches follow.
+
+    The views that a search writes and reads are made once, and memory grows meanwhile. 193 hits are more than can be
+    recorded. Queries may be read-only, and of another type.
+    """
     vectors = vectors_of(700)
     rows, host = DeviceRows([(0, vectors)], device), HostRows([(0, vectors)])
     found, wanted = [], []
@@ -250,14 +253,14 @@ def test_threads_take_turns(device):
 @pytest.mark.parametrize("device", ["cpu", GPU])
 @pytest.mark.parametrize("scan", ["float16", "int8"])
 def test_hits_in_more_blocks_than_are_scored_at_first(device, scan):
-    """Each of 100 rows 600 times: every block of 128 has a copy of the best, and the lowest numbers win."""
+    """100 rows, 600 times each: every block of 128 has a copy of the best row, and the lowest numbers win."""
     vectors = np.tile(vectors_of(100), (600, 1))
     rows, host = DeviceRows([(0, vectors)], device, scan), HostRows([(0, vectors)])
     queries = np.random.default_rng(4).standard_normal((5, 24)).astype(np.float32)
     for one, other in zip(host.search(queries, 16), rows.search(queries, 16), strict=True):
         np.testing.assert_array_equal(one, other)
     if device == "cuda":
-        assert rows.settled.num_queries >= 5  # those of the warm-up come before
+        assert rows.settled.num_queries >= 5  # preceded by those of the warm-up
 
 
 def test_a_bucket_has_room_and_is_not_much_larger():
@@ -290,7 +293,7 @@ def test_shares_are_even_and_whole(num_rows, num_shares):
 
 
 def test_a_device_has_a_number(monkeypatch):
-    """`cuda` means another GPU in each thread, unless the thread chose one: the one meant is where it was opened."""
+    """`cuda` means the thread's current GPU; the one that counts is that of the thread which opened the rows."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)

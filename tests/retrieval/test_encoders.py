@@ -1,4 +1,4 @@
-"""Encoders: BERT against transformers, a vector that depends on its text alone, settings from the folder; hashing."""
+"""Encoders: BERT against transformers, vectors that depend on their text alone, settings from the folder; hashing."""
 
 import importlib.util
 import json
@@ -44,7 +44,7 @@ def write_tokenizer(folder):
 
 
 def make_model(folder, family="bert", seed=0, **changes):
-    """A tiny random model with weights that matter: transformers' own initialisation is too small to show mistakes."""
+    """A tiny random model whose weights matter: transformers' own initialization is too small to reveal mistakes."""
     torch.manual_seed(seed)
     tokenizer, size = write_tokenizer(folder)
     sizes = dict(vocab_size=size, hidden_size=48, num_hidden_layers=2, num_attention_heads=3, intermediate_size=80,
@@ -59,7 +59,7 @@ def make_model(folder, family="bert", seed=0, **changes):
 
 
 def expected(model, tokenizer, contents, pooling, max_length, normalize=True):
-    """transformers' way: padded, masked."""
+    """-> vectors as transformers computes them: padded and masked."""
     tokenizer.enable_truncation(max_length)
     tokenizer.enable_padding(pad_id=0)
     batch = tokenizer.encode_batch(contents)
@@ -91,7 +91,7 @@ def test_vectors_are_those_of_transformers(tmp_path, family, pooling, normalize,
 
 
 def test_a_vector_depends_on_its_text_alone(tmp_path):
-    """Bit for bit: alone, among 256, in another order, and whatever else is in the batch."""
+    """Bit for bit: alone, among 256, in another order, and with anything else in the batch."""
     make_model(tmp_path, hidden_size=96, intermediate_size=192, num_attention_heads=6)
     encoder = BertEncoder(tmp_path, GIVEN)
     contents = texts(256, longest=40)
@@ -169,7 +169,7 @@ def write_sentence_transformers(folder, pooling="pooling_mode_mean_tokens", norm
 
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
 def test_a_text_of_no_tokens_has_the_zero_vector(tmp_path, pooling):
-    """A tokenizer that adds no special tokens makes none of an empty text; the texts beside it are as they were."""
+    """A tokenizer that adds no special tokens makes none of an empty text; the texts beside it are not affected."""
     _, tokenizer = make_model(tmp_path)
     tokenizer.post_processor = processors.TemplateProcessing("$A", special_tokens=[])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
@@ -182,7 +182,7 @@ def test_a_text_of_no_tokens_has_the_zero_vector(tmp_path, pooling):
 
 
 def test_settings_come_from_the_folder_and_are_never_guessed(tmp_path):
-    folder = tmp_path / "e5-base-v2"  # a name that says all, to those who read names
+    folder = tmp_path / "e5-base-v2"  # to those who go by names, this one says everything
     folder.mkdir()
     make_model(folder)
     with pytest.raises(
@@ -250,7 +250,7 @@ def test_an_index_opens_the_encoder_it_was_built_with_and_no_other(tmp_path):
 
 
 def test_an_import_is_checked_against_its_encoder(tmp_path, capsys, monkeypatch):
-    """The vectors of a faiss file must be those that the named model gives the corpus, prefix and all."""
+    """The vectors of a faiss file must be those that the named model makes of the corpus, including the prefix."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").mkdir()
     make_model(tmp_path / "model")
@@ -320,7 +320,7 @@ DOCUMENTS = ["red fox", "red red dog", "blue dog and the cat", "cat cat cat", "t
 
 
 def test_inner_products_are_the_weights_of_shared_words():
-    """Against the formula written out; at 2^20 components words hardly ever meet, so there is no noise."""
+    """Against the formula written out; with 2^20 components words hardly ever collide, so there is no noise."""
     encoder = fitted(DOCUMENTS, 1 << 20)
     words = [
         ["red", "fox"],

@@ -1,4 +1,4 @@
-"""Files that faiss wrote, of every kind, searched by faiss behind the batcher and the server."""
+"""faiss files of every kind, searched by faiss behind the batcher and the server."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ QUERIES = texts(20, seed=4)
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """(folder, encoder, vectors of CONTENTS [300,48] as fp16 holds them)."""
+    """-> folder, encoder, and vectors of CONTENTS [300,48] as fp16 holds them."""
     folder = tmp_path_factory.mktemp("model")
     make_model(folder)
     encoder = BertEncoder(folder, GIVEN)
@@ -51,7 +51,7 @@ def write(folder, kind, vectors, metric=None):
 
 @pytest.mark.parametrize(("kind", "mode"), [("Flat", "exact"), ("IVF4,Flat", "approximate"), ("HNSW8", "approximate")])
 def test_a_file_of_any_kind_is_searched_and_says_how(made, kind, mode, tmp_path):
-    """With enough probes all of them find what the vectors hold."""
+    """With enough probes all kinds find the best vectors."""
     _, encoder, vectors = made
     parameters = {"IVF4,Flat": "nprobe=4", "HNSW8": "efSearch=300"}.get(kind, "")
     search = FaissSearch(write(tmp_path, kind, vectors), encoder, parameters)
@@ -63,7 +63,7 @@ def test_a_file_of_any_kind_is_searched_and_says_how(made, kind, mode, tmp_path)
     np.testing.assert_allclose(scores, wanted, atol=1e-5)
     assert ((rows == best) | np.isclose(scores, wanted, atol=1e-6)).all()
     assert scores.dtype == np.float32 and rows.dtype == np.int64
-    assert search.search_ids(QUERIES, 1000)[1].shape == (20, 300)  # all there are
+    assert search.search_ids(QUERIES, 1000)[1].shape == (20, 300)  # all that there are
 
 
 def test_a_squared_distance_is_a_score_that_falls(made, tmp_path):
@@ -77,13 +77,13 @@ def test_a_squared_distance_is_a_score_that_falls(made, tmp_path):
 
 
 def test_where_fewer_are_found_the_rest_is_empty_and_the_batcher_gives_fewer_passages(made, tmp_path):
-    """One list of four has a part of the rows only."""
+    """One of the four lists has only some of the rows."""
     _, encoder, vectors = made
     search = FaissSearch(write(tmp_path, "IVF4,Flat", vectors), encoder, "nprobe=1")
     scores, rows = search.search_ids(QUERIES, 300)
     missing = rows == -1
     assert missing.any() and (scores[missing] == -np.inf).all() and np.isfinite(scores[~missing]).all()
-    assert not (np.diff(missing.astype(int), axis=1) < 0).any()  # behind what was found
+    assert not (np.diff(missing.astype(int), axis=1) < 0).any()  # after what was found
     store = MemoryStore(Passage(str(row), "", text) for row, text in enumerate(CONTENTS))
     with BatchedRetriever(search, store) as retriever:
         assert retriever.mode == "approximate"
@@ -92,9 +92,9 @@ def test_where_fewer_are_found_the_rest_is_empty_and_the_batcher_gives_fewer_pas
 
 
 def cagra(folder, vectors):
-    """What faiss writes of a graph that cuVS made on a GPU, here from a graph that it makes itself."""
+    """Write what faiss writes of a graph made by cuVS on a GPU, here of a graph that faiss makes itself."""
     index = faiss.IndexHNSWCagra(vectors.shape[1], 16, faiss.METRIC_INNER_PRODUCT)
-    index.base_level_only = False  # as a graph of cuVS' has no upper levels
+    index.base_level_only = False  # like a graph of cuVS, which has no upper levels
     index.add(vectors)
     path = folder / "cagra.faiss"
     faiss.write_index(index, str(path))
@@ -104,7 +104,7 @@ def cagra(folder, vectors):
 def test_a_cagra_file_is_searched(made, tmp_path):
     _, encoder, vectors = made
     path = cagra(tmp_path, vectors)
-    assert path.read_bytes()[:4] in (b"IHc2", b"IHNc")  # of faiss since 1.12, and before
+    assert path.read_bytes()[:4] in (b"IHc2", b"IHNc")  # written by faiss since 1.12, and before
     search = FaissSearch(path, encoder, "efSearch=300")
     assert (search.kind, search.mode) == ("IndexHNSWCagra", "approximate")
     wanted, best = DenseSearch(encoder, HostRows([(0, vectors.astype(np.float16))])).search_ids(QUERIES, 5)
@@ -114,7 +114,7 @@ def test_a_cagra_file_is_searched(made, tmp_path):
 
 @pytest.mark.parametrize("kind", ["IDMap,Flat", "IDMap2,HNSW8"])
 def test_ids_that_are_no_rows_are_refused_when_the_file_is_opened(made, kind, tmp_path):
-    """And those that are rows in another order are taken at their word."""
+    """Ids that are rows in another order are taken at their word."""
     _, encoder, vectors = made
 
     def named(ids):
@@ -132,7 +132,7 @@ def test_ids_that_are_no_rows_are_refused_when_the_file_is_opened(made, kind, tm
 
 
 def test_ids_that_show_in_a_search_only_end_it_with_their_name(made, tmp_path):
-    """Lists of an IVF have ids beside their vectors."""
+    """Lists of an IVF keep their ids beside their vectors."""
     _, encoder, vectors = made
     index = faiss.index_factory(vectors.shape[1], "IVF4,Flat", faiss.METRIC_INNER_PRODUCT)
     index.train(vectors)
@@ -153,7 +153,7 @@ def test_what_cannot_be_searched_is_one_sentence(made, tmp_path):
     (tmp_path / "broken").write_bytes(b"IxFI" + bytes(10))
     with pytest.raises(ValueError, match="broken cannot be read as a faiss index"):
         FaissSearch(tmp_path / "broken", encoder)
-    (tmp_path / "unknown").write_bytes(b"IHc9" + bytes(100))  # as a kind of a later faiss is to this one
+    (tmp_path / "unknown").write_bytes(b"IHc9" + bytes(100))  # what a kind from a later faiss is to this one
     with pytest.raises(ValueError, match=r"unknown cannot be read as a faiss index: Index type .* not recognized$"):
         FaissSearch(tmp_path / "unknown", encoder)
     whole = cagra(tmp_path, vectors).read_bytes()

@@ -1,4 +1,4 @@
-"""An index on disk: what goes in comes out, damage is found and named."""
+"""An index on disk: what is written is read back, and damage is found and named."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_what_goes_in_comes_out(tmp_path, small_chunks, count, named, name):
 
 
 def test_contents_are_kept_to_the_letter(tmp_path):
-    """Vectors are made of them: quotes that are missing, or spaces at an end, must not be put right."""
+    """Vectors are made from them, so missing quotes or spaces at an end must not be corrected."""
     contents = ["No title", "Bare\nText", '"Quoted"\n Text \n', '""\n"', "\n\nx"]
     rows = [{"id": str(row), "contents": text} for row, text in enumerate(contents)]
     index = build_index(tmp_path / "i", write_corpus(tmp_path / "c", rows), Given(random_vectors(5)), Silent())

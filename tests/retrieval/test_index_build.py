@@ -1,4 +1,4 @@
-"""Making an index: a kill costs little, and going on with something else is refused."""
+"""Building an index: a kill costs little, and a resume with other inputs is refused."""
 
 from __future__ import annotations
 
@@ -120,11 +120,11 @@ def test_a_killed_process_goes_on_and_makes_the_same_index(tmp_path):
     while process.poll() is None and not (log.is_file() and log.read_bytes().count(b"\n") == 3):
         time.sleep(0.01)
     other = start(99, "a")
-    assert other.wait() == 2  # one process at a time
+    assert other.wait() == 2  # only one process at a time
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert not (tmp_path / "a").exists()
-    assert start(10, "a").wait() == 0  # 13 chunks, of which 3 were there
+    assert start(10, "a").wait() == 0  # 13 chunks, of which 3 existed
     assert start(13, "b").wait() == 0
     for path in (tmp_path / "b").iterdir():
         assert path.read_bytes() == (tmp_path / "a" / path.name).read_bytes(), path.name
@@ -132,7 +132,7 @@ def test_a_killed_process_goes_on_and_makes_the_same_index(tmp_path):
 
 
 def test_everything_is_on_the_disk_before_the_manifest(tmp_path, small_chunks, monkeypatch):
-    """What the encoder wrote, too: after a power cut a manifest must not speak of files that are not there."""
+    """Also what the encoder wrote: after a power cut a manifest must not name files that do not exist."""
     synced = []
     sync = index_build.sync
     monkeypatch.setattr(index_build, "sync", lambda path: synced.append(Path(path).name) or sync(path))

@@ -1,4 +1,4 @@
-"""faiss' flat files, by hand and against faiss itself."""
+"""faiss' flat files, made by hand and against faiss itself."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from searchr1_fast.retrieval.index_faiss import FlatFile, export_flat
 
 
 def flat_bytes(vectors, fourcc=b"IxFI", metric=0):
-    """By the format, from nothing."""
+    """-> the bytes of a file, made from the format's description."""
     count, dimension = vectors.shape
     header = fourcc + struct.pack("<iqqqBiQ", dimension, count, 1 << 20, 1 << 20, 1, metric, count * dimension)
     assert len(header) == 45

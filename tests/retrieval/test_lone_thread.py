@@ -1,4 +1,4 @@
-"""Searches that are over in a moment begin no pool of threads beside the trainer's."""
+"""Searches that end in a moment start no thread pool beside the trainer's."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def two_threads():
 
 
 def counted(before=lambda: None) -> int:
-    """Threads that torch has in a new thread, after what is called there."""
+    """-> torch's number of threads in a new thread, after it has called `before`."""
     counts: list[int] = []
 
     def run() -> None:
@@ -47,7 +47,7 @@ def passages(count: int) -> list[Passage]:
 
 
 class Counting:
-    """A backend that notes how many threads its caller has."""
+    """A backend that records how many threads torch has in its caller."""
 
     def __init__(self, is_small: bool) -> None:
         self.is_small = is_small

@@ -1,4 +1,4 @@
-"""Which queries miss, and what they get."""
+"""Which queries miss, and what they get instead."""
 
 import subprocess
 import sys
@@ -10,7 +10,7 @@ from searchr1_fast.types import Passage
 
 
 class Recorder:
-    """Ten passages for every query, and a record of what was asked."""
+    """Ten passages for every query, and a record of the queries."""
 
     def __init__(self):
         self.asked = []

@@ -1,6 +1,6 @@
-"""Rows that leave a device and come back: their memory is gone meanwhile, and searches find the same bits after.
+"""Rows that leave a device and return: their memory is free meanwhile, and searches find the same bits afterwards.
 
-All of it runs on a CPU, from host memory to host memory; with `cuda` it does on a GPU, where there is one.
+All of it runs on a CPU, from host memory to host memory, and with `cuda` on a GPU, where there is one.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def device_part(begin: int, end: int) -> DeviceRows:
 
 
 class ParkableBackend(Backend):
-    """Counts what it is told."""
+    """Records its calls of `park` and `unpark`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -119,7 +119,7 @@ def test_where_there_is_no_room_to_come_back_it_stays_parked(monkeypatch):
     memory = ParkedMemory([first, second], [], torch.device("cpu"))
     memory.park()
     real = memory._away
-    full = [(torch.UntypedStorage(0), 2**60)]  # more than there is
+    full = [(torch.UntypedStorage(0), 2**60)]  # more than exists
     memory._away = real[:1] + full + real[1:]
     with pytest.raises(RuntimeError):
         memory.unpark()
@@ -135,7 +135,7 @@ def test_where_there_is_no_room_to_come_back_it_stays_parked(monkeypatch):
 @pytest.mark.parametrize("device", ["cpu", GPU])
 @pytest.mark.parametrize("scan", ["float16", "int8"])
 def test_rows_that_were_parked_find_the_same_bits(device, scan):
-    """Recorded searches and others, in every bucket."""
+    """With and without a recording, in every bucket."""
     rows, host = DeviceRows([(0, ROWS)], device, scan), HostRows([(0, ROWS)])
     assert isinstance(rows, Parks) and not isinstance(host, Parks)
     for _ in range(2):
@@ -156,8 +156,10 @@ def test_rows_that_were_parked_find_the_same_bits(device, scan):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_has_the_memory_back():
-    """What this process holds shrinks by the rows (of the driver's free memory other processes have a say); recorded
-    searches find them where they lie now."""
+    """This process holds less memory by the size of the rows, and recorded searches find the rows where they are now.
+
+    The driver's free memory is not compared, as other processes change it.
+    """
     vectors = np.random.default_rng(0).standard_normal((400_000, 256), np.float32).astype(np.float16)  # 195 MiB
     rows, host = DeviceRows([(0, vectors)], "cuda"), HostRows([(0, vectors[:1000])])
     wanted = rows.search(vectors[:40].astype(np.float32), 16)
@@ -166,7 +168,7 @@ def test_a_gpu_has_the_memory_back():
     address = rows._index.corpus.data_ptr()
     rows.park()
     assert before - torch.cuda.memory_reserved() >= 0.9 * vectors.nbytes
-    others = torch.zeros(300 << 20, dtype=torch.uint8, device="cuda")  # lie where the rows lay, perhaps
+    others = torch.zeros(300 << 20, dtype=torch.uint8, device="cuda")  # perhaps where the rows were
     rows.unpark()
     check_same(rows.search(vectors[:40].astype(np.float32), 16), wanted)
     assert rows._index.corpus.data_ptr() != address or others.data_ptr() != address
@@ -246,7 +248,7 @@ def test_a_search_by_text_of_parked_rows_is_refused():
 
 
 class ParkableEncoder(HashingEncoder):
-    """As one with weights on a GPU."""
+    """Stands for an encoder with weights on a GPU."""
 
     def __init__(self, dimension: int) -> None:
         super().__init__(dimension)
@@ -270,7 +272,7 @@ def test_an_encoder_is_parked_with_the_rows_or_neither(monkeypatch):
     with pytest.raises(RetrievalParked):
         search.search_ids(["one"], 3)
     with ThreadPoolExecutor(1) as pool:
-        early = pool.submit(search.prepare, ["one two"])  # of a batcher, by a thread that saw nothing of the parking
+        early = pool.submit(search.prepare, ["one two"])  # a batcher's thread, which has not noticed the parking
         with pytest.raises(TimeoutError):
             early.result(0.05)
         search.unpark()
@@ -300,7 +302,7 @@ def test_a_batcher_refuses_searches_while_it_is_parked_and_goes_on_after():
         retriever.park()
         for search in (retriever.search, retriever.search_ids):
             with pytest.raises(RetrievalParked):
-                search(["1"], 2)  # remembered or not
+                search(["1"], 2)  # whether or not it is in the cache
         for search in (retriever.search_async, retriever.search_ids_async):
             with pytest.raises(RetrievalParked):
                 asyncio.run(search(["2"], 2))

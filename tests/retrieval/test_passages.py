@@ -1,4 +1,4 @@
-"""The passage store: what it gives is what the corpus holds, and damage is an error that names the file."""
+"""The passage store returns what the corpus holds, and damage is an error that names the file."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def write_column(folder: Path, name: str, texts: list[str]) -> None:
 
 @pytest.mark.parametrize("with_ids", [False, True])
 def test_passages_are_the_corpus(tmp_path, with_ids):
-    """Any rows, in any order, more than once; titles as `data.parse_passage` reads them."""
+    """Any rows, in any order, and repeated; titles are parsed as by `data.parse_passage`."""
     write_column(tmp_path, "passages", CONTENTS)
     ids = [f"doc ü{row}" for row in range(len(CONTENTS))] if with_ids else [str(row) for row in range(len(CONTENTS))]
     if with_ids:
@@ -88,7 +88,7 @@ def test_offsets_that_go_back_are_named(tmp_path):
 
 @pytest.mark.parametrize("name", ["passages.bin", "passages.u64"])
 def test_a_file_cut_while_it_is_open_is_an_error_not_a_crash(tmp_path, name):
-    """To touch a page past the new end would end the process by SIGBUS."""
+    """Touching a page past the new end would end the process by SIGBUS."""
     write_column(tmp_path, "passages", ['"t"\n' + "x" * 10000] * 3000)
     store = PassageStore(tmp_path)
     os.truncate(tmp_path / name, 5000)

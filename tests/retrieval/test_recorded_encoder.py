@@ -1,6 +1,7 @@
-"""An encoder's recorded passes: vectors are those of the pass that nobody records, and depend on their text alone.
+"""An encoder's recorded passes: vectors equal those of the unrecorded pass, and depend on their text alone.
 
-All of it runs on a CPU, where a pass is replayed by running it; with `cuda` it is a graph, where there is a GPU.
+All of it runs on a CPU, where a pass is replayed by running it; with `cuda` a recording is a graph, where there is a
+GPU.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ BERT = {"hidden_size": 96, "intermediate_size": 192, "num_attention_heads": 6}
 
 
 def recorded_encoder(folder, device="cpu", given=GIVEN) -> BertEncoder:
-    """On a CPU with the class that a GPU's recordings are a kind of."""
+    """-> an encoder; on a CPU its recordings have the class from which a GPU's derive."""
     encoder = BertEncoder(folder, given, device)
     if device == "cpu":
         forward = partial(encoder._model.pooled_packed, pooling=given.pooling)
@@ -69,7 +70,7 @@ def test_every_row_knows_its_text_and_the_rest_is_one_text_that_nobody_asked_for
     [("bert", "mean", BERT), ("bert", "cls", {}), ("roberta", "mean", {"type_vocab_size": 1})],
 )
 def test_recorded_vectors_are_those_of_the_other_pass(tmp_path, family, pooling, changes, device):
-    """Whatever the size: one text, and more than the largest size takes."""
+    """For any size: one text, and more than the largest size takes."""
     make_model(tmp_path, family, **changes)
     given = BertSettings(pooling, True, 32, "query: ", "passage: ")
     encoder, plain = recorded_encoder(tmp_path, device, given), BertEncoder(tmp_path, given)
@@ -101,7 +102,7 @@ def test_a_recorded_vector_depends_on_its_text_alone(tmp_path, pooling, device):
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
 @pytest.mark.parametrize("changes", [BERT, {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 4}])
 def test_a_pass_takes_what_the_plan_says(tmp_path, monkeypatch, pooling, changes):
-    """Weights to the byte, and what is there at a time to a few per cent."""
+    """Weights to the byte, and the peak of live memory to a few per cent."""
     sizes = RecordedForward(lambda texts: None, torch.device("cpu"), _SMALL_TILE["cuda"], _TOKENS_AT_ONCE).sizes
     assert sizes[-1] == memory_plan.RECORDED_ROWS
     monkeypatch.setattr(memory_plan, "RECORDED_ROWS", 1024)
@@ -129,7 +130,7 @@ def test_an_encoder_that_was_parked_makes_the_same_bits(tmp_path, device):
     assert isinstance(encoder, Parks) and not encoder.is_parked
     if device == "cpu":
         encoder.park()
-        assert not encoder.is_parked  # there is nothing to give, but by the twin of a GPU's memory
+        assert not encoder.is_parked  # a CPU has no memory to give back, except through the twin of a GPU's
         encoder._memory = ParkedMemory(encoder._model.tensors, [], torch.device("cpu"))
     for _ in range(2):
         encoder.park()
@@ -164,7 +165,7 @@ def test_an_encoder_that_could_not_be_parked_is_as_it_was(tmp_path, monkeypatch)
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_has_an_encoder_s_memory_back(tmp_path):
-    """Weights, and what recorded passes work in; on the stream of a search, beside the default one."""
+    """It has that of the weights and of the recorded passes; on a search's stream, beside the default one."""
     make_model(tmp_path, hidden_size=384, intermediate_size=1536, num_attention_heads=6, num_hidden_layers=6)
     encoder = BertEncoder(tmp_path, GIVEN, "cuda")
     stream, contents = torch.cuda.Stream(), texts(256)
@@ -175,17 +176,17 @@ def test_a_gpu_has_an_encoder_s_memory_back(tmp_path):
         for _ in range(2):
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
-            before = torch.cuda.memory_reserved()  # of this process: others have a say in what the driver has free
+            before = torch.cuda.memory_reserved()  # of this process: the driver's free memory depends on others too
             encoder.park()
             assert before - torch.cuda.memory_reserved() >= weights
-            others = torch.full((weights,), 7, dtype=torch.uint8, device="cuda")  # where the weights lay, perhaps
+            others = torch.full((weights,), 7, dtype=torch.uint8, device="cuda")  # perhaps where the weights were
             encoder.unpark()
             assert (encoder.encode_passages(contents) == wanted).all()
             assert bool((others == 7).all())
 
 
 def test_a_batch_takes_the_next_size_that_has_room():
-    """For its tokens and one row more, and for its texts."""
+    """Room for its tokens and one more row, and for its texts."""
     sizes = []
 
     def forward(packed):
@@ -197,7 +198,7 @@ def test_a_batch_takes_the_next_size_that_has_room():
     for lengths, size in (([31], 32), ([32], 64), ([1] * 8, 32), ([1] * 9, 64), ([65], 96), ([1024], 1056)):
         found = recorded.pooled([[number] * length for number, length in enumerate(lengths)])
         assert (found[:, 0].tolist(), sizes.pop()) == (list(range(len(lengths))), size)
-    found = recorded.pooled([[number] * 100 for number in range(25)])  # more than the largest takes
+    found = recorded.pooled([[number] * 100 for number in range(25)])  # more than the largest size takes
     assert (found[:, 0].tolist(), sizes) == (list(range(25)), [1024, 1024, 512])
     sizes.clear()
     found = recorded.pooled([[number] for number in range(600)])
@@ -205,7 +206,7 @@ def test_a_batch_takes_the_next_size_that_has_room():
 
 
 def test_what_a_pass_launches_does_not_depend_on_its_texts(tmp_path):
-    """A recording is a fixed list of launches; by groups of one length there are more, and others in every batch."""
+    """A recording is a fixed list of launches. Groups of equal length take more, and others for every batch."""
     make_model(tmp_path, **BERT)
     encoder = recorded_encoder(tmp_path)
     sizes = encoder._recorded.sizes
@@ -224,12 +225,12 @@ def test_what_a_pass_launches_does_not_depend_on_its_texts(tmp_path):
     assert len({next(size for size in sizes if sum(lengths) < size) for lengths in (one, other)}) == 1
     assert packed_operations(one) == packed_operations(other)
     assert len(grouped_operations(other)) > len(grouped_operations(one)) > 0
-    assert sum(name == "cached_attention" for name in packed_operations(other)) == 2 + 1  # layers, and the mean
+    assert sum(name == "cached_attention" for name in packed_operations(other)) == 2 + 1  # the layers, and the mean
     assert sum("scaled_dot_product" in name for name in grouped_operations(other)) == 2 * len(set(other))
 
 
 class Operations(torch.utils._python_dispatch.TorchDispatchMode):
-    """Names of what torch is asked to compute, views left out."""
+    """Records the names of operations that torch is asked for, except views."""
 
     def __init__(self):
         super().__init__()

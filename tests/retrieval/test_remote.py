@@ -1,4 +1,4 @@
-"""The client against a stand-in server on 127.0.0.1 that fails as it is told."""
+"""The client against a stand-in server on 127.0.0.1 that fails as instructed."""
 
 import json
 import socket
@@ -25,10 +25,11 @@ def good(request, results=None):
 
 
 class StandIn(ThreadingHTTPServer):
-    """Answers by the steps of `script` in turn, and well once they are used up.
+    """Answers by the steps of `script` in turn, and correctly once they are used up.
 
-    A step is (status, body), (status, body, headers), "close" (hang up without an answer), "cut" (within an answer),
-    "drop" (a good answer, then hang up although the connection was to be kept) or "hang" (say nothing until the end).
+    A step is (status, body), (status, body, headers), "close" (hang up without an answer), "cut" (hang up within an
+    answer), "drop" (a good answer, then hang up although the connection was to be kept) or "hang" (say nothing until
+    the end).
     """
 
     daemon_threads = True
@@ -90,7 +91,7 @@ def stand_in(*script):
 
 
 def client(url, max_retries=2, timeout=10.0):
-    """A client that notes its pauses instead of taking them."""
+    """-> a client that records its pauses instead of waiting."""
     retriever = RemoteRetriever(url, timeout=timeout, max_retries=max_retries)
     pauses = []
     retriever._sleep = pauses.append
@@ -120,7 +121,7 @@ def test_a_kept_connection_that_the_server_closed_costs_no_retry():
         retriever, pauses = client(server.url, max_retries=0)
         for _ in range(3):
             assert retriever.search(["a"], 1)[0][0].id == "a0"
-            time.sleep(0.02)  # the server's end of the connection must be known to be closed
+            time.sleep(0.02)  # the client must know that the server has closed its end
         assert (retriever.statistics.retries, retriever.statistics.failures, pauses) == (0, 0, [])
 
 

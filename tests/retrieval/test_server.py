@@ -87,7 +87,7 @@ def test_with_scores(server):
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_without_scores(server, count):
-    """The original breaks here: it fails, or with exactly two queries answers something else."""
+    """The original fails here or, with exactly two queries, answers something else."""
     status, reply = request(server, {"queries": ["italy"] * count})
     assert (status, reply) == (200, {"result": [[{"id": "b", "contents": '"Rome"\nA city in Italy.'}]] * count})
 
@@ -191,7 +191,7 @@ def test_what_the_batcher_does_not_take_is_the_clients_mistake():
 
 
 def test_a_request_for_more_passages_than_it_may_ask_for(server):
-    """Queries times passages each, whatever the corpus holds: memory is taken for all of them."""
+    """Queries times passages each, whatever the corpus holds, because memory is allocated for all of them."""
     status, reply = request(server, {"queries": ["city"] * 1025, "topk": 1024})
     sentence = "1025 queries of 1024 passages are more than the 1048576 a request may ask for"
     assert (status, reply) == (422, {"error": sentence})
@@ -199,7 +199,7 @@ def test_a_request_for_more_passages_than_it_may_ask_for(server):
 
 
 class Slow:
-    """Answers with the query, once `release` is set; keeps what it was asked."""
+    """Answers with the query once `release` is set, and records the queries."""
 
     def __init__(self):
         self.release = threading.Event()
@@ -243,7 +243,7 @@ def test_requests_of_all_clients_are_searched_together():
 
 
 class Moody:
-    """Fails for one query, and with what is no RetrievalError for another."""
+    """Fails for one query, and for another with an error that is no RetrievalError."""
 
     def search(self, queries, k):
         if "bad" in queries:

@@ -1,7 +1,7 @@
-"""An index cut over ranks: what one rank would find, at any time, in any number of turns; and a named error otherwise.
+"""An index sharded over ranks finds what one rank would, at any time and in any number of searches, or names an error.
 
-The ranks of most tests are threads of one process, which the sockets and the shared memory cannot tell from processes;
-`test_two_processes` starts two with gloo.
+The ranks of most tests are threads of one process, which the sockets and the shared memory cannot tell from processes.
+`test_two_processes` starts two processes with gloo.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ QUERIES = np.random.default_rng(1).integers(-3, 4, (MAX_QUERIES + 40, DIMENSION)
 
 
 class ThreadPeers:
-    """Ranks that are threads."""
+    """Ranks that are threads of this process."""
 
     def __init__(self, rank: int, world_size: int, barrier: threading.Barrier, values: dict) -> None:
         self.rank, self.world_size = rank, world_size
@@ -54,7 +54,7 @@ def open_part(begin: int, end: int) -> HostRows:
 
 
 def on_ranks(world_size: int, open_one) -> list:
-    """[open_one(peers)] of every rank, called at once; an exception is the result of who raised it."""
+    """-> [open_one(peers)] of every rank, called at once; a rank that raises has its exception as the result."""
     barrier, values = threading.Barrier(world_size), {}
 
     def attempt(rank):
@@ -100,7 +100,7 @@ def test_every_rank_finds_what_one_would(alone, three):
 
 
 def test_ranks_take_no_turns(alone, three):
-    """One searches and never again, one many times, one later; others' threads answer meanwhile."""
+    """One searches once, one many times, one later; the others' threads answer meanwhile."""
     check_same(three[0].search(QUERIES[:3], 4), alone.search(QUERIES[:3], 4))
     for turn in range(20):
         check_same(three[1].search(QUERIES[turn : turn + 2], 4), alone.search(QUERIES[turn : turn + 2], 4))
@@ -108,7 +108,7 @@ def test_ranks_take_no_turns(alone, three):
 
 
 def test_all_at_once(alone, three):
-    """Several threads of several ranks; answers longer than a socket holds, so that whoever writes must be read."""
+    """Several threads of several ranks; answers exceed a socket's buffer, so a writer must be read from meanwhile."""
     tasks = [(rank, begin, k) for begin in range(0, 400, 50) for rank in range(3) for k in (1, 5, len(ROWS))]
 
     def search(task):
@@ -121,7 +121,7 @@ def test_all_at_once(alone, three):
 
 
 class Recording:
-    """Rows that say what they were asked for since they were opened, and wait until they may answer."""
+    """Rows that record the searches since they were opened, and wait for permission to answer."""
 
     def __init__(self, rows, go: threading.Event) -> None:
         self.rows, self.go, self.calls = rows, go, []
@@ -147,13 +147,13 @@ def test_requests_that_come_together_are_one_search(alone):
     ranks = open_ranks(3, part)
     first = parts[0]
     go.clear()
-    assert first.calls == [(1, 1)]  # before anyone can ask, so that nobody waits for what a first search compiles
+    assert first.calls == [(1, 1)]  # before anyone can ask, so that nobody waits for a first search to compile
     first.calls.clear()
     with ThreadPoolExecutor(3) as pool:
         waiting = [pool.submit(ranks[0].search, QUERIES[:2], 3)]
         wait_for(lambda: len(first.calls) == 1)
         waiting += [pool.submit(ranks[1].search, QUERIES[2:7], 9), pool.submit(ranks[2].search, QUERIES[7:8], 4)]
-        # They have asked when the shared memory says so, and the sockets hold it.
+        # They have asked once the shared memory holds their queries, and the sockets the requests.
         wait_for(lambda: all((ranks[1]._link.queries[p][:n] == q).all() for p, n, q in
                              ((1, 5, QUERIES[2:7]), (2, 1, QUERIES[7:8]))))  # fmt: skip
         time.sleep(0.2)
@@ -210,7 +210,7 @@ def test_a_rank_that_hangs_is_named(alone):
 
 
 def test_a_rank_may_close_while_it_searches(alone):
-    """Its own thread has nobody to answer to then, and ends; the others' go on."""
+    """Its own thread then has nobody to answer, and ends; those of the others go on."""
     go = threading.Event()
     parts = []
 
@@ -233,7 +233,7 @@ def test_a_rank_may_close_while_it_searches(alone):
 
 
 def test_a_rank_closes_though_its_part_does_not_come_back(monkeypatch, capsys):
-    """Its rows are parked, say, and an update that failed will not unpark them."""
+    """Its rows may be parked, for example, and a failed update does not unpark them."""
     monkeypatch.setattr(sharded_rows, "_CLOSING_SECONDS", 0.05)
     go = threading.Event()
     ranks = open_ranks(2, lambda begin, end: open_part(begin, end) if begin else Recording(open_part(begin, end), go))
@@ -280,7 +280,7 @@ def test_a_part_that_cannot_be_opened_fails_every_rank():
 
 
 class SilentPeers(ThreadPeers):
-    """Two ranks, of which the second gave this address and no more."""
+    """Two ranks, the second of which gave this address and did nothing else."""
 
     def __init__(self, path: str) -> None:
         super().__init__(0, 2, threading.Barrier(1), {})
@@ -294,7 +294,7 @@ class SilentPeers(ThreadPeers):
 def test_a_rank_that_does_not_link_up_is_named(tmp_path):
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "shard"))
-        listener.listen()  # takes the connection, and never makes its own
+        listener.listen()  # accepts a connection, and never makes its own
         with pytest.raises(RetrievalError, match=r"rank 1 did not link up within 0\.2 s"):
             open_sharded(SilentPeers(str(tmp_path / "shard")), NUM_ROWS, DIMENSION, "index", open_part, 0.2)
     with pytest.raises(RetrievalError, match="rank 1 ended before it linked up"):
@@ -302,7 +302,7 @@ def test_a_rank_that_does_not_link_up_is_named(tmp_path):
 
 
 class BrokenPeers(SilentPeers):
-    """The second ends between its connection and its greeting."""
+    """The second rank ends between its connection and its greeting."""
 
     def gather(self, value):
         with socket.socket(socket.AF_UNIX) as connection:
@@ -364,8 +364,10 @@ def wait_for(condition, seconds: float = 30.0) -> None:
 
 
 def test_two_processes(tmp_path):
-    """Two ranks with gloo, through the configuration and the batcher; see two_searchers.py. One of them is killed at
-    the end, and the other hears of it."""
+    """Two ranks with gloo, through the configuration and the batcher; see two_searchers.py.
+
+    One of them is killed at the end, and the other learns of it.
+    """
     from searchr1_fast.config import WorldConfig
     from searchr1_fast.data import write_corpus
     from searchr1_fast.retrieval.encoder_hashing import HashingEncoder

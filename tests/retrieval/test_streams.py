@@ -1,5 +1,8 @@
-"""Which device a thread has selected, and where it opens contexts, by torch's own context managers over a driver that
-keeps the books. A rank's searches run in threads, and all threads begin with device 0."""
+"""Which device a thread has selected, and on which devices it opens contexts.
+
+Torch's own context managers run over a driver that keeps account. A rank's searches run in threads, and all threads
+start with device 0.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ from searchr1_fast.retrieval.streams import on_stream
 
 
 class Driver:
-    """CUDA's books: what a thread has selected, and the devices on which the process has a context."""
+    """A stand-in for CUDA: each thread's selected device, and the devices on which the process has a context."""
 
     def __init__(self, monkeypatch) -> None:
         self.contexts: set[int] = set()
@@ -35,21 +38,21 @@ class Driver:
         monkeypatch.setattr(torch.cuda, "_get_device_index", self._get_device_index)
 
     def stream(self, device: int | torch.device) -> SimpleNamespace:
-        """On a device."""
+        """-> a stream on a device."""
         return SimpleNamespace(device=torch.device("cuda", self._get_device_index(device)), wait_stream=lambda _: None)
 
     @property
     def device(self) -> int:
-        """Of this thread."""
+        """The selected device of this thread."""
         return getattr(self._thread, "device", 0)
 
     def select(self, device: int) -> None:
-        """cudaSetDevice."""
+        """Do what cudaSetDevice does."""
         self.contexts.add(device)
         self._thread.device = device
 
     def queue(self) -> None:
-        """A kernel, or a copy, on the current stream."""
+        """Queue a kernel or a copy on the current stream."""
         self.log.append((self.device, self.current_stream()))
 
     # ---- as torch's C++ does them (c10/cuda/CUDAFunctions.cpp, torch/csrc/cuda/Module.cpp)
@@ -95,7 +98,7 @@ def in_a_thread(run) -> None:
 
 
 def test_a_thread_that_leaves_a_stream_opens_no_other_device(driver):
-    """torch's manager alone does, which is why there is ours."""
+    """With torch's manager it does, which is why we have our own."""
     stream = driver.stream(2)
 
     def run(manager) -> None:
@@ -117,7 +120,7 @@ def test_the_main_thread_keeps_its_device(driver):
 
 
 def test_a_search_in_a_thread_opens_no_other_device(driver):
-    """An encoder's pass, then rows: each on its stream, of this rank's device."""
+    """An encoder's pass, then rows: each on its stream on this rank's device."""
     vectors = np.eye(64, dtype=np.float16)
     encoder = HashingEncoder(64)
     encoder.count([["one two three"]])
@@ -149,7 +152,7 @@ def test_a_search_in_a_thread_opens_no_other_device(driver):
 
 
 def test_an_encoder_is_recorded_with_its_device_selected(driver, monkeypatch):
-    """Which `torch.cuda.graph` waits for, before the next texts are written to where these were staged."""
+    """`torch.cuda.graph` waits for that device, before the next texts are written to where these were staged."""
 
     @contextmanager
     def graph(recording, *, stream, **options):
@@ -173,7 +176,7 @@ def test_an_encoder_is_recorded_with_its_device_selected(driver, monkeypatch):
 @pytest.mark.parametrize("fails", [False, True])
 @pytest.mark.parametrize("kind", ["encoder", "search"])
 def test_what_is_recorded_again_is_recorded_on_its_stream_and_ended_whatever_happens(driver, monkeypatch, kind, fails):
-    """Neither run, nor waited for: of `torch.cuda` nothing else is asked."""
+    """Recording runs nothing and waits for nothing: it asks nothing else of `torch.cuda`."""
 
     class Graph:
         def capture_begin(self, **options):

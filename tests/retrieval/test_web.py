@@ -1,4 +1,4 @@
-"""Live web search against stand-ins on 127.0.0.1: the service, and the pages that it finds."""
+"""Live web search against stand-ins on 127.0.0.1: the service, and the pages it finds."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ KEY = "secret"
 
 
 class Web(ThreadingHTTPServer):
-    """Serper at /serper, SerpAPI at /serpapi, pages at /page/…; `script` has steps that come before good answers."""
+    """Serper at /serper, SerpAPI at /serpapi, pages at /page/…; the steps of `script` come before correct answers."""
 
     daemon_threads = True
 
@@ -138,7 +138,7 @@ def test_results_are_passages_in_the_order_of_the_service(web, open_web, engine)
     ]
     assert found == wanted
     assert sorted(web.asked) == ["?", "paris", "rome"]  # equal queries once
-    assert [len(hits) for hits in retriever.search(["rome"], 10)] == [6]  # as many as there are; ten were asked for
+    assert [len(hits) for hits in retriever.search(["rome"], 10)] == [6]  # all there are, though ten were requested
     assert retriever.search(["paris"], 1) == [wanted[1][:1]]
     assert len(web.asked) == 3
     taken = retriever.take_statistics()
@@ -170,7 +170,7 @@ def test_what_can_pass_is_tried_again_and_counted(web, open_web):
         retriever.search(["oslo"], 1)
     taken = retriever.take_statistics()
     assert (taken.retries, taken.failures) == (3, 1)
-    assert len(retriever.search(["oslo"], 1)[0]) == 1  # nothing was remembered of it
+    assert len(retriever.search(["oslo"], 1)[0]) == 1  # no result of it was cached
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_a_wrong_key_and_a_closed_search_are_errors_that_do_not_tell_the_key(ope
 
 
 def test_a_search_that_is_closed_meanwhile_is_a_named_error(web, open_web, monkeypatch):
-    """More queries than threads, so that some have not begun."""
+    """There are more queries than threads, so some have not begun."""
     retriever = open_web(per_host=64)
     begun, go = threading.Semaphore(0), threading.Event()
     results = retriever._results
@@ -246,7 +246,7 @@ def test_a_mistake_of_ours_is_not_called_a_closed_search(open_web, monkeypatch):
 
 
 def test_a_host_is_not_asked_more_at_once_than_allowed(web, open_web):
-    """Whoever's queries they are, the service's requests and pages alike."""
+    """Whoever the queries belong to, and for requests to the service and pages alike."""
     retriever = open_web(per_host=3, pages=True)
     with ThreadPoolExecutor(4) as pool:
         searches = [pool.submit(retriever.search, [f"{name}{n}" for n in range(5)], 2) for name in "abcd"]
@@ -309,7 +309,7 @@ def test_a_run_is_configured_with_it_and_the_key_comes_from_the_environment(web,
     config = load_config(None, settings)
     with pytest.raises(ValueError, match="wants the service's key in SERPAPI_API_KEY"):
         open_retriever(config.retrieval, None)
-    monkeypatch.setenv("SERPAPI_API_KEY", f"{KEY}\n")  # as `cat` of a file would
+    monkeypatch.setenv("SERPAPI_API_KEY", f"{KEY}\n")  # as from `cat` of a file
     (tmp_path / "questions.jsonl").write_text('{"id": "1", "question": "rome?", "golden_answers": ["x"]}\n')
     data = load_config(None, [*settings, f"data={{questions: {tmp_path / 'questions.jsonl'}}}", "eval.sets={}"]).data
     environment = build_environment(data, config.retrieval)

@@ -1,4 +1,4 @@
-"""What test_sharded_rows.py starts on two ranks: they search an index together, each when it likes, then one dies."""
+"""Run by test_sharded_rows.py on two ranks: they search an index together, each when it likes, then one dies."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TURNS = (12, 3)
 
 
 def main() -> None:
-    """Rank 0 writes rank0.json; rank 1 ends with status 77, as if it had been killed."""
+    """Rank 0 writes rank0.json; rank 1 ends with status 77, as if killed."""
     folder = Path(sys.argv[1])
     queries = json.loads((folder / "queries.json").read_text())
     settings = [
@@ -36,21 +36,21 @@ def main() -> None:
         for turn in range(TURNS[ranks.rank]):
             mine = queries[turn : turn + 1 + 5 * ranks.rank]
             equal &= together.search(mine, 3 + turn) == alone.search(mine, 3 + turn)
-        # Whoever has had its turns waits here, in a collective, and answers the other all the same.
+        # A rank that has finished its turns waits here, in a collective, and still answers the other.
         reports = ranks.gather((TURNS[ranks.rank], equal))
         if ranks.rank == 1:
             os._exit(77)
         report = {"turns": [turns for turns, _ in reports], "equal": [equal for _, equal in reports]}
         report["error"] = fails(together, queries)
         (folder / "rank0.json").write_text(json.dumps(report))
-        os._exit(0)  # the group has lost its other rank; to leave it in order would wait for that
+        os._exit(0)  # the group has lost its other rank, for which an orderly exit would wait
 
 
 def fails(retriever, queries: list[str]) -> bool:
-    """Whether searches end in an error that names the rank, soon after that is gone."""
+    """Whether searches soon end in an error that names the rank, after it is gone."""
     for attempt in range(600):
         try:
-            retriever.search([f"{queries[0]} {attempt}"], 3)  # nothing that the cache knows
+            retriever.search([f"{queries[0]} {attempt}"], 3)  # nothing that is cached
         except RetrievalError as error:
             return "rank 1 is gone" in str(error)
         time.sleep(0.05)
