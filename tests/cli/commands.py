@@ -1,4 +1,4 @@
-"""What tests of the commands share: where the program is, a small corpus with questions, how an error is read."""
+"""Shared by the tests of the commands: where the program is, a small corpus with questions, how an error is read."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SMALL = ("rollout.max_turn_tokens=8", "rollout.max_searches=1", "rollout.max_seq
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """Of a process that finds this package; packages that are found beside the interpreter's own stay found."""
+    """-> variables for a process that finds this package; packages beside the interpreter's own are still found."""
     folders = (str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH"))
     return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, folders))} | changes
 
@@ -34,7 +34,7 @@ def write_jsonl(path: Path, rows: list[dict]) -> Path:
 
 
 def one_sentence(error: str) -> str:
-    """The single line on stderr, without its prefix."""
+    """-> the single line on stderr, without its prefix."""
     assert error.count("\n") == 1, error
     assert error.startswith("searchr1: error: "), error
     return error.removeprefix("searchr1: error: ").rstrip("\n")

@@ -1,4 +1,4 @@
-"""Fixtures of the commands' tests."""
+"""Fixtures for the tests of the commands."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _plain_environment(monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    """A Hugging Face folder with a tiny random model over bytes."""
+    """-> a Hugging Face folder with a tiny random model over bytes."""
     import torch
     from tokenizers import Tokenizer, decoders, pre_tokenizers
     from tokenizers.models import BPE

@@ -18,7 +18,7 @@ def test_ask_shows_the_transcript_and_ends_with_the_answer(run, tmp_path, model)
     assert code == 0, error
     assert "Who is [red]Ann[/red]?" in out
     assert "searches: 0" in out
-    assert out.splitlines()[-1] == "no answer"  # of a random model
+    assert out.splitlines()[-1] == "no answer"  # from a random model
     assert "right" not in out
     assert "wrong" not in out
 

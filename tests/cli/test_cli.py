@@ -53,7 +53,7 @@ def test_help_of_each_command_has_an_example(run, name):
 
 @pytest.mark.parametrize("name", OURS)
 def test_help_does_not_wait_for_torch(name):
-    """`import torch` takes seconds; somebody who asks for help should not wait for it."""
+    """`import torch` takes seconds; nobody who asks for help should wait for it."""
     program = (
         "import sys; from searchr1_fast.cli import main\n"
         f"try: main(['{name}', '--help'])\n"

@@ -51,7 +51,7 @@ def test_eval_of_several_sets_ends_with_a_table_of_all(run, tmp_path, model):
 
 def test_eval_and_ask_end_a_chat_s_turns_as_its_template_has_it(run, tmp_path, model, monkeypatch):
     backend = load_tokenizer(model).backend
-    backend.add_special_tokens(["!"])  # a byte, so that the embedding has its row
+    backend.add_special_tokens(["!"])  # a single byte, so that the embedding has its row
     folder = Path(shutil.copytree(model, tmp_path / "chat"))
     TextTokenizer(backend, None, "{% for m in messages %}{{ m.content }}!{% endfor %}").save(folder)
     engines = []

@@ -1,4 +1,4 @@
-"""What tests of the decoder share: small random models of each family, as transformers makes them, and packs of ids."""
+"""Shared by the tests of the decoder: small random models of each family, made by transformers, and packs of ids."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Co
 
 CONFIGS = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig}
 
-# Slow, middling and fast frequencies are all there, and sequences go beyond the original context of 24 places.
+# Includes slow, medium and fast frequencies; sequences go beyond the original context of 24 places.
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 1e4,
@@ -18,7 +18,7 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 24,
 }
 
-# Every family with grouped queries, with and without a tied head, and with heads of a size of their own.
+# Every family with grouped queries, with and without a tied head, and with its own head size.
 SHAPES = {
     "qwen2-grouped-tied": dict(model_type="qwen2", tie_word_embeddings=True),
     "qwen2-multi-head-untied": dict(model_type="qwen2", num_key_value_heads=4),
@@ -47,8 +47,10 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture
 def make_reference():
-    """shape, changes -> a transformers model whose every parameter is random: zero biases and unit norms would hide
-    mistakes."""
+    """shape, changes -> a transformers model with every parameter random.
+
+    Zero biases and unit norms would hide mistakes.
+    """
 
     def make(shape: str = "qwen2-grouped-tied", seed: int = 0, **changes):
         torch.manual_seed(seed)
@@ -67,7 +69,7 @@ def make_reference():
 
 @pytest.fixture
 def make_pack():
-    """lengths, vocab_size -> random ids of sequences end to end: token_ids [T], cu_seqlens [S+1]."""
+    """lengths, vocab_size -> random ids of sequences stored end to end: token_ids [T], cu_seqlens [S+1]."""
 
     def make(lengths: list[int], vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
         cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)

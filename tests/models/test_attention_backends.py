@@ -1,7 +1,7 @@
-"""Which back-end is chosen and why; and, where no GPU runs them, that the kernels are called as they want to be.
+"""Which back-end is chosen and why; and that kernels are called as they require, on machines without a GPU too.
 
 The kernels' stand-ins have the signatures of the real functions (torch 2.11, torch 2.12 and later, flash-attn 2.8) and
-compute what those document, in plain torch; on the meta device torch's own function runs.
+compute in plain torch what those document. On the meta device torch's own function runs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 
 def documented(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k):
-    """Causal attention of packed sequences, the mask aligned at the end; refuses what the kernels refuse."""
+    """Causal attention of packed sequences, with the mask aligned at the end; refuses what the kernels refuse."""
     assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
     assert type(max_q) is type(max_k) is int
     assert max_q == cu_seq_q.diff().max()
@@ -77,7 +77,7 @@ def varlen_attn_2_12(
 
 @pytest.fixture(params=["flash-attn", "varlen 2.11", "varlen 2.12"])
 def kernel(request, monkeypatch):
-    """The back-end over a stand-in."""
+    """-> the back-end, running on a stand-in."""
     if request.param == "flash-attn":
         package = types.ModuleType("flash_attn")
         package.flash_attn_varlen_func = flash_attn_varlen_func
@@ -90,7 +90,7 @@ def kernel(request, monkeypatch):
 
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (6, 2), (4, 1)])
 def test_kernels_are_called_so_that_they_compute_what_the_twin_does(kernel, num_heads, num_kv_heads):
-    """Sequences that begin in others, one that is all another's, one that is alone; gradients too."""
+    """Sequences whose beginnings lie in others, one that lies in another entirely, and one alone; gradients too."""
     torch.manual_seed(0)
     lengths, key_lengths = [5, 0, 1, 30, 7], [5, 4, 9, 30, 20]
     ends, key_ends = (torch.tensor([0, *ls]).cumsum(0).int() for ls in (lengths, key_lengths))
@@ -108,7 +108,7 @@ def test_kernels_are_called_so_that_they_compute_what_the_twin_does(kernel, num_
 
 
 def test_the_decoder_gives_kernels_what_they_need(kernel, monkeypatch, make_trajectory):
-    """A training batch whose sequences share beginnings: hidden states through a kernel are those through the twin."""
+    """In a training batch whose sequences share beginnings, a kernel gives the same hidden states as the twin."""
     torch.manual_seed(1)
     model = Decoder(DecoderConfig(300, 32, 48, 2, 4, 2, model_type="qwen3"))
     trajectories = [make_trajectory(seed, [(False, 6), (True, 3 + seed), (False, 5)]) for seed in range(4)]
@@ -120,7 +120,7 @@ def test_the_decoder_gives_kernels_what_they_need(kernel, monkeypatch, make_traj
     batch.token_ids %= 300
     arguments = (batch.token_ids, batch.cu_seqlens, batch.scored_rows, batch.prefixes)
     expected = model.hidden(*arguments)
-    assert torch.equal(model.scored_hidden(batch), expected)  # with positions that are given, as these are counted
+    assert torch.equal(model.scored_hidden(batch), expected)  # with given positions, which are counted here
     chosen = attention_backends.AttentionBackend("kernel", "for the test", kernel)
     monkeypatch.setattr("searchr1_fast.models.decoder.choose_attention", lambda *_: chosen)
     for max_seqlen in (batch.max_seqlen, None):
@@ -130,7 +130,7 @@ def test_the_decoder_gives_kernels_what_they_need(kernel, monkeypatch, make_traj
 
 
 def test_torchs_own_function_takes_the_call_on_the_meta_device(monkeypatch):
-    """Shapes, types and the backward's registration, in the installed release; the layers run on bf16 as on a GPU."""
+    """In the installed release: shapes, types and the registered backward; the layers run in bf16, as on a GPU."""
     with torch.device("meta"):
         model = Decoder(DecoderConfig(100, 64, 96, 2, 4, 2, model_type="qwen3", head_dim=32)).bfloat16()
         token_ids = torch.zeros(20, dtype=torch.int64)
@@ -153,7 +153,7 @@ def no_host_reads(self, *_):
 
 @pytest.fixture
 def machine(monkeypatch):
-    """flash-attn's version, compute capability -> a machine with such a GPU, as far as the choice goes."""
+    """flash-attn's version, compute capability -> a machine with such a GPU, as far as the choice depends on it."""
 
     def make(flash_attn: str | None, capability: tuple[int, int] = (9, 0)) -> None:
         choose_attention.cache_clear()

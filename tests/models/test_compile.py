@@ -1,4 +1,4 @@
-"""Blocks that torch compiles: the same numbers, one graph for all layers, none anew when lengths change."""
+"""Blocks compiled by torch give the same numbers, share one graph for all layers, and serve any lengths."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def build() -> Decoder:
     return Decoder(DecoderConfig(50, 32, 48, 4, 4, 2, model_type="qwen3", head_dim=8))
 
 
-BATCHES = [[9, 4, 12], [7], [3, 3, 3, 3, 3, 20], [31, 1], [2, 2], [64, 5, 5]]  # other totals, other numbers
+BATCHES = [[9, 4, 12], [7], [3, 3, 3, 3, 3, 20], [31, 1], [2, 2], [64, 5, 5]]  # other totals, other numbers of sequences
 
 
 def train_on(model: Decoder, lengths: list[int]) -> list[torch.Tensor]:
-    """Hidden states of some rows, as in training, and the gradients."""
+    """-> hidden states of some rows, as in training, and the gradients."""
     cu_seqlens, num_tokens = torch.tensor([0, *lengths]).cumsum(0), sum(lengths)
     token_ids, rows = torch.arange(num_tokens) % 50, torch.arange(0, num_tokens, 2)
     hidden = model.hidden(token_ids, cu_seqlens, rows)
@@ -52,9 +52,9 @@ def test_lengths_do_not_compile_anew_and_numbers_stay():
     for lengths in BATCHES:
         for got, expected in zip(train_on(compiled, lengths), train_on(model, lengths), strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
-        assert num_graphs() == 2  # before and after attention: for all four layers, whatever the lengths
+        assert num_graphs() == 2  # before and after attention, for all four layers and any lengths
     train_on(compiled, [1])
-    assert num_graphs() == 4  # a token alone
+    assert num_graphs() == 4  # a lone token
     with torch.no_grad():
         for lengths in BATCHES:
             compiled.hidden(torch.zeros(sum(lengths), dtype=torch.int64), torch.tensor([0, *lengths]).cumsum(0))
@@ -66,7 +66,7 @@ def test_lengths_do_not_compile_anew_and_numbers_stay():
 def test_cached_steps_of_any_size_share_their_graphs():
     model, compiled = build(), build()
     compiled.compile_blocks(backend="eager")
-    model.fused_generation = compiled.fused_generation = False  # which the compiled modules take no part in
+    model.fused_generation = compiled.fused_generation = False  # the compiled modules take no part in it
     caches = [KVCache(model.config, num_slots=4, max_length=40) for _ in range(2)]
     start = torch.zeros(4, dtype=torch.int64)
     for step, counts in enumerate(([5, 9, 3, 1], [1, 1, 1, 1], [4, 1, 8], [1, 1], [6, 5])):
@@ -94,7 +94,7 @@ def test_cached_steps_of_any_size_share_their_graphs():
     ids=["grpo", "ppo-bf16-selective"],
 )
 def test_a_run_with_compiled_blocks_is_the_run_without(changes, make_config, make_console, monkeypatch):
-    """Policy, replica, reference and critic; by the backend that only traces, which needs no C++ compiler."""
+    """Policy, replica, reference and critic, with the backend that only traces and needs no C++ compiler."""
     compiled = []
 
     def compile_traced(block: Block, backend: str) -> None:

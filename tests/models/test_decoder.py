@@ -1,4 +1,4 @@
-"""The decoder against transformers, family by family: logits and gradients; packed against cached and one at a time."""
+"""The decoder against transformers, by family: logits and gradients; packed against cached and one at a time."""
 
 import numpy as np
 import pytest
@@ -13,13 +13,13 @@ from searchr1_fast.models.rope import rotary_embedding, rotary_rows
 
 
 def assert_within(actual: torch.Tensor, expected: torch.Tensor, relative: float, what: str) -> None:
-    """The largest difference, of the largest value."""
+    """Require the largest difference to be within `relative` of the largest value."""
     scale, error = expected.abs().max(), (actual - expected).abs().max()
     assert error <= relative * scale, f"{what}: off by {error} of {scale}"
 
 
 def test_logits_and_gradients_equal_transformers(shape, make_reference, make_pack, tmp_path):
-    """Sequences of a pack, each alone in transformers; one of them goes beyond the scaled ropes' original context."""
+    """Sequences of a pack, each alone in transformers; one of them exceeds the scaled ropes' original context."""
     reference = make_reference(shape)
     reference.save_pretrained(tmp_path)
     model = load_model(tmp_path)
@@ -34,14 +34,15 @@ def test_logits_and_gradients_equal_transformers(shape, make_reference, make_pac
     gradients = dict(reference.named_parameters())
     assert gradients.keys() == dict(model.named_parameters()).keys()
     for name, parameter in model.named_parameters():
-        # A bias of the keys shifts all scores of a query alike: its gradient is zero, and rounding is all there is.
+        # A bias of the keys shifts all scores of a query equally, so its gradient is zero, and what remains is
+        # rounding.
         scale = gradients[name.replace("k_proj.bias", "k_proj.weight")].grad.abs().max()
         error = (parameter.grad - gradients[name].grad).abs().max()
         assert error <= 1e-5 * scale, f"{name}: gradient off by {error} of {scale}"
 
 
 def test_packed_equals_one_at_a_time(shape, make_reference, make_pack, tmp_path):
-    """Hidden states and gradients, to rounding: matrix products of other sizes sum in another order."""
+    """Hidden states and gradients agree up to rounding: matrix products of other sizes sum in another order."""
     make_reference(shape).save_pretrained(tmp_path)
     model = load_model(tmp_path)
     token_ids, cu_seqlens = make_pack([3, 31, 1, 12], model.config.vocab_size)
@@ -57,7 +58,7 @@ def test_packed_equals_one_at_a_time(shape, make_reference, make_pack, tmp_path)
 
 
 def test_the_same_ids_without_llamas_scaling_are_another_model(make_reference, make_pack, tmp_path):
-    """That the tests above would see a scaling that is not applied."""
+    """Shows that the tests above would notice a scaling that is not applied."""
     reference = make_reference("llama-scaled-tied")
     reference.save_pretrained(tmp_path)
     token_ids, cu_seqlens = make_pack([40], 211)
@@ -69,7 +70,7 @@ def test_the_same_ids_without_llamas_scaling_are_another_model(make_reference, m
 
 
 def test_llama3_frequencies_at_the_published_scaling():
-    """By hand, for Llama 3.2's head of 64: turns in 8192 places of pair i are 8192 * theta**(-i/32) / 2 pi."""
+    """By hand, for Llama 3.2's head of 64: in 8192 places pair i makes 8192 * theta**(-i/32) / 2 pi turns."""
     scaling = Llama3Scaling(32.0, 1.0, 4.0, 8192)
     angles = {}
     for given in (None, scaling):
@@ -85,7 +86,7 @@ def test_llama3_frequencies_at_the_published_scaling():
 
 
 def test_cached_forward_equals_packed_forward(shape, make_reference, make_pack, tmp_path):
-    """Ragged appends, several tokens or one, in slots out of order, equal one packed pass."""
+    """Ragged appends of one or several tokens, to slots out of order, equal one packed pass."""
     make_reference(shape, seed=1).save_pretrained(tmp_path)
     model = load_model(tmp_path)
     cache = KVCache(model.config, num_slots=4, max_length=64)
@@ -104,8 +105,10 @@ def test_cached_forward_equals_packed_forward(shape, make_reference, make_pack, 
 
 
 def make_blocks(num_slots, num_kv_heads, length, size=16, dtype=torch.float32):
-    """-> keys, values [P, G, size, 16] in blocks in any order, some nobody's, and the table; what is behind `length`,
-    and nobody's, is NaN."""
+    """-> keys, values [P, G, size, 16] in blocks in any order, some without an owner, and the table.
+
+    What lies past `length`, and in blocks without an owner, is NaN.
+    """
     width = -(-length // size)
     order = torch.randperm(num_slots * width + 2)
     table = order[2:].view(num_slots, width).int()
@@ -135,7 +138,7 @@ def test_cached_attention_equals_its_plain_twin(dtype, tolerance):
 
 @pytest.mark.parametrize("scale", [1e-4, 30.0])
 def test_cached_attention_of_flat_and_of_peaky_scores(scale):
-    """Scores from all alike to apart by more than fp32 can show as weights; and the largest of all in any block."""
+    """From equal scores to scores further apart than fp32 weights can show, with the largest of all in any block."""
     torch.manual_seed(3)
     memory = make_blocks(3, 2, 200)
     query, slots, positions = torch.randn(30, 4, 16) * scale, torch.arange(30) % 3, torch.randint(200, (30,))
@@ -163,7 +166,7 @@ def test_tokens_that_share_blocks_are_put_side_by_side():
     order = module.order_by_blocks(table, slots, tokens)
     assert sorted(order.tolist()) == [0, 1, 2, 3, 4]
     rows = table[slots[order]]
-    for width in (1, 2):  # equal beginnings are neighbours
+    for width in (1, 2):  # equal beginnings are adjacent
         beginnings = [tuple(row[:width].tolist()) for row in rows]
         assert len(set(beginnings)) == 1 + sum(a != b for a, b in zip(beginnings, beginnings[1:], strict=False))
 
@@ -171,7 +174,7 @@ def test_tokens_that_share_blocks_are_put_side_by_side():
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (6, 2)])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
 def test_tokens_that_join_together_attend_as_they_would_alone(num_heads, num_kv_heads, dtype, tolerance):
-    """A step as the engine has them: sequences that decode among prompts from place 0 on and observations."""
+    """A step like the engine's: decoding sequences among prompts, which begin at place 0, and observations."""
     torch.manual_seed(5)
     runs = [(2, 40, 1), (0, 0, 100), (4, 17, 1), (1, 50, 90), (3, 130, 3), (5, 8, 30), (6, 132, 8)]
     slots = torch.cat([torch.full((count,), slot) for slot, _, count in runs])  # runs: slot, first place, count
@@ -248,7 +251,7 @@ def test_parameters_are_begun_anew_whatever_the_memory_held(model_type):
 
 @pytest.mark.parametrize("scaling", [None, Llama3Scaling(8.0, 1.0, 4.0, 8192)])
 def test_angles_from_a_table_are_those_computed_for_each_position(monkeypatch, scaling):
-    """In any order, beyond the table, in inference mode or not; a table is made again only where it is too short."""
+    """In any order, past the table's end, and in and out of inference mode; only a table too short is made again."""
     monkeypatch.setattr(rope, "_tables", {})
     made, real = [], rope.rotary_embedding
     monkeypatch.setattr(
@@ -264,12 +267,12 @@ def test_angles_from_a_table_are_those_computed_for_each_position(monkeypatch, s
                 assert have.shape == want.shape == (len(positions), 1, 22)
                 torch.testing.assert_close(
                     have, want, rtol=0, atol=1.2e-7
-                )  # a library may round a row's ends otherwise
+                )  # a library may round the ends of a row differently
     assert [len(positions) for positions in made] == [1024, 65_536, 0]
 
 
 def test_angles_that_were_traced_are_not_kept_for_others():
-    """torch traces with tensors that only stand for numbers; neither kind may be given to who has the other."""
+    """torch traces with tensors that only stand for numbers; neither kind may be given to a caller with the other."""
     with FakeTensorMode():
         traced, _ = rotary_embedding(torch.arange(5), 22, 1234.5)
     real, _ = rotary_embedding(torch.arange(5), 22, 1234.5)
@@ -282,7 +285,7 @@ def test_angles_that_were_traced_are_not_kept_for_others():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("known", [True, False])
 def test_cached_forward_on_a_gpu_equals_packed_forward(known):
-    """Prompts, then tokens alone and tokens that join beside them."""
+    """Prompts, then lone tokens and tokens that join beside them."""
     torch.manual_seed(0)
     config = DecoderConfig(50, 64, 96, 2, 4, 2)
     model = Decoder(config).cuda()

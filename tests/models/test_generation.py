@@ -1,4 +1,4 @@
-"""Fused generation against the modules: the same numbers, the same tokens, whether or not weights lie side by side."""
+"""Fused generation against the modules: the same numbers and tokens, whether or not weights lie side by side."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from searchr1_fast.rollout.sampling import head_logits
 
 
 def build(model_type: str = "qwen3") -> Decoder:
-    """Every parameter random: zero biases and unit norms would hide mistakes."""
+    """-> a model with every parameter random: zero biases and unit norms would hide mistakes."""
     torch.manual_seed(0)
     model = Decoder(DecoderConfig(50, 32, 48, 3, 4, 2, model_type=model_type, head_dim=12)).requires_grad_(False)
     for name, parameter in model.named_parameters():
@@ -61,7 +61,7 @@ def test_equals_the_modules(shape, joined, make_reference, tmp_path):
 
 @pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "llama"])
 def test_equals_the_modules_in_bf16(model_type):
-    """Twins round where the modules round, so not a bit differs."""
+    """The twins round where the modules round, so no bit differs."""
     model = build(model_type).bfloat16()
     have, want = appended(model, fused=True), appended(model, fused=False)
     assert torch.equal(have[0], want[0])
@@ -84,9 +84,9 @@ PANELS = pytest.mark.skipif(not panel_products.takes(is_bf16=True), reason="need
 
 
 def decoded(model: Decoder, num_tokens: int, num_steps: int = 10):
-    """Prompts that begin alike in pairs, then greedy tokens of slots out of order -> hidden states, tokens, keys."""
+    """Prompts that begin alike in pairs, then greedy tokens, slots out of order -> hidden states, tokens, keys."""
     cache = KVCache(model.config, num_tokens, 64, model.head_weight.dtype)
-    cache.table[1::2, 0] = cache.table[: num_tokens - num_tokens % 2 : 2, 0]  # a block in common
+    cache.table[1::2, 0] = cache.table[: num_tokens - num_tokens % 2 : 2, 0]  # pairs share a block
     generator = torch.Generator().manual_seed(1)
     order, lengths = torch.randperm(num_tokens, generator=generator), torch.full((num_tokens,), 33)
     lengths += torch.arange(num_tokens) % 5
@@ -96,7 +96,7 @@ def decoded(model: Decoder, num_tokens: int, num_steps: int = 10):
     hidden = model.forward_cached(token_ids, ends, order, torch.zeros_like(order), cache)
     found, tokens, kept = [], [], num_tokens - num_tokens // 7
     for step in range(num_steps):
-        if step == num_steps // 2:  # some end
+        if step == num_steps // 2:  # some sequences end
             hidden, order, lengths = hidden[:kept], order[:kept], lengths[:kept]
         token_ids = head_logits(hidden, model.head_weight).argmax(-1)
         hidden = model.forward_cached(token_ids, torch.arange(len(order) + 1), order, lengths, cache)
@@ -112,7 +112,7 @@ def decoded(model: Decoder, num_tokens: int, num_steps: int = 10):
 @pytest.mark.parametrize("num_tokens", [21, 69])
 @pytest.mark.parametrize("num_threads", [1, 2])
 def test_panels_equal_the_loops(dtype, model_type, num_tokens, num_threads, monkeypatch):
-    """In bf16 a sum of another order is rounded to the other side here and there."""
+    """In bf16 a sum in another order is rounded to the other side here and there."""
     torch.manual_seed(0)
     model = Decoder(DecoderConfig(50, 64, 96, 3, 4, 2, model_type=model_type, head_dim=32)).requires_grad_(False)
     for name, parameter in model.named_parameters():
@@ -141,7 +141,7 @@ def test_panels_equal_the_loops(dtype, model_type, num_tokens, num_threads, monk
 
 @PANELS
 def test_panels_leave_the_tiles_of_others_alone():
-    """torch's own products in bf16 have tiles of another shape, before and behind a step."""
+    """torch's own bf16 products, before and after a step, use tiles of another shape."""
     torch.manual_seed(0)
     model = Decoder(DecoderConfig(50, 64, 96, 1, 2, 1, head_dim=32)).requires_grad_(False).bfloat16()
     model.join_projections()
@@ -152,7 +152,7 @@ def test_panels_leave_the_tiles_of_others_alone():
 
 
 def test_what_steps_keep_is_never_stale():
-    """One cache, while the model learns, is given other memory, other biases and another model's place."""
+    """One cache is used while the model learns, and gets new memory, new biases and another model's layer."""
     model = build("qwen2")
     model.join_projections()
     cache, slot, ids = KVCache(model.config, 1, 64), torch.zeros(1, dtype=torch.int64), torch.arange(5)
@@ -192,7 +192,7 @@ def test_what_steps_keep_is_never_stale():
 
 
 def test_biases_apart_are_not_lost():
-    """Weights side by side, biases with memory of their own."""
+    """The weights lie side by side, but the biases have their own memory."""
     model = build("qwen2")
     want = appended(model, fused=False)
     model.join_projections()
@@ -214,7 +214,7 @@ def test_it_is_taken_where_it_should_be(monkeypatch):
         for fused, expected in ((None, by_itself), (False, False), (True, True)):
             calls.clear()
             model.fused_generation = fused
-            model.hidden(token_ids, cu_seqlens)  # a packed pass never
+            model.hidden(token_ids, cu_seqlens)  # a packed pass never does
             model.forward_cached(token_ids, cu_seqlens, zero, zero, cache)
             assert len(calls) == expected
 

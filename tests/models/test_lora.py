@@ -42,7 +42,7 @@ LENGTHS = [5, 1, 9]
 
 
 def randomize(model: Decoder, seed: int = 7) -> Decoder:
-    """An adapter in the midst of its training: B of zeros would hide mistakes."""
+    """-> a model whose adapter looks half trained: a B of zeros would hide mistakes."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for layer in adapted_layers(model).values():
@@ -53,7 +53,7 @@ def randomize(model: Decoder, seed: int = 7) -> Decoder:
 
 @pytest.fixture
 def adapted(make_reference, tmp_path):
-    """shape, targets -> a random model with a random adapter, and its directory without."""
+    """shape, targets -> a random model with a random adapter; its directory holds it without the adapter."""
 
     def make(shape: str = "qwen2-grouped-tied", targets=ALL) -> Decoder:
         make_reference(shape, seed=1).save_pretrained(tmp_path / "base")
@@ -65,7 +65,7 @@ def adapted(make_reference, tmp_path):
 
 
 def plain_merged(model: Decoder) -> dict[str, torch.Tensor]:
-    """W + alpha / rank * B A in autograd."""
+    """-> weights W + alpha / rank * B A, by autograd."""
     weights = dict(base_parameters(model))
     for name, layer in adapted_layers(model).items():
         weights[f"{name}.weight"] = layer.weight + ALPHA / RANK * layer.lora_B @ layer.lora_A
@@ -141,7 +141,7 @@ def test_a_target_that_is_not_there_is_named():
 
 
 def generated(model: Decoder, fused: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """A prompt of three sequences and ten greedy tokens: hidden states and tokens."""
+    """-> hidden states and tokens of a prompt of three sequences and ten greedy tokens."""
     model.fused_generation = fused
     cache = KVCache(model.config, 4, 32, model.head_weight.dtype)
     slots, done, counts = torch.tensor([3, 0, 2]), torch.zeros(3, dtype=torch.int64), [4, 2, 7]
@@ -181,7 +181,7 @@ def test_fused_generation_has_the_adapter(adapted, targets, joined, monkeypatch)
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_the_cached_pass_is_the_packed_pass_in_bf16(adapted, fused):
-    """What samples and what trains round alike: the same products, W and B A apart."""
+    """Sampling and training round alike: the same products, with W and B A apart."""
     model = adapted("qwen3-grouped-tied").requires_grad_(False).bfloat16()
     model.join_projections()
     model.fused_generation = fused
@@ -268,7 +268,7 @@ def test_another_decoder_stands_on_the_same_base(shape, adapted, make_pack):
 
 
 def test_the_file_of_an_adapter_alone(adapted, tmp_path):
-    """Names and shapes as peft writes them, whether or not adapters lie side by side."""
+    """Names and shapes are as peft writes them, whether or not adapters lie side by side."""
     model = adapted(targets=("q_proj", "k_proj", "down_proj"))
     model.join_projections()
     save_adapter(model, tmp_path / "adapter", str(tmp_path / "base"))
@@ -326,7 +326,7 @@ def test_an_adapter_that_does_not_fit_is_one_sentence(adapted, tmp_path, change,
 
 
 def test_layers_may_have_their_whole_names(adapted, make_pack, tmp_path):
-    """As peft writes them where it was asked for all linear layers; what nobody names is missed all the same."""
+    """peft writes them so when asked for all linear layers; a layer that is not listed is still found missing."""
     model = adapted()
     save_adapter(model, tmp_path / "adapter", str(tmp_path / "base"))
     path = tmp_path / "adapter" / "adapter_config.json"
@@ -350,7 +350,7 @@ def test_peft_reads_it_and_computes_the_same(shape, adapted, make_pack, tmp_path
     token_ids, cu_seqlens = make_pack([13], model.config.vocab_size)
     logits = model.logits(token_ids, cu_seqlens)
     torch.testing.assert_close(theirs(token_ids[None]).logits[0], logits, rtol=1e-4, atol=1e-4)
-    theirs.save_pretrained(tmp_path / "theirs")  # and what peft writes, we read
+    theirs.save_pretrained(tmp_path / "theirs")  # and we read what peft writes
     assert torch.equal(load_model(tmp_path / "theirs").logits(token_ids, cu_seqlens), logits)
     names = dict(theirs.merge_and_unload().named_parameters())
     handed = HandedWeights(model)

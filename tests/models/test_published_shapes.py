@@ -1,4 +1,4 @@
-"""The models people train, in their published shapes: parameters counted without memory, configurations kept.
+"""Published shapes of the models that people train: parameters counted without memory, configurations kept.
 
 The counts are those of the published weights: half of `total_size` in model.safetensors.index.json where there is one.
 """
@@ -26,7 +26,7 @@ COUNTS = {
     "llama-3.2-1b": 1_235_814_400,
     "llama-3.2-3b": 3_212_749_824,
 }
-# What differs between releases of transformers in how the same computation is written down, and what it is no part of.
+# Keys by which releases of transformers write the same computation differently, and keys that are no part of it.
 _NOTATION = {"_name_or_path", "transformers_version", "dtype", "max_window_layers", "use_mrope"}
 
 
@@ -47,7 +47,7 @@ def test_parameters_are_as_many_as_published_and_named_as_in_transformers(publis
 
 
 def test_configuration_survives_the_round_trip(published, tmp_path):
-    """transformers reads what is written as it reads the publisher's; written twice, it is the same."""
+    """transformers reads our file as it reads the publisher's; written twice, it is the same."""
     values, _ = published
     ours = DecoderConfig.from_hf(values)
     assert DecoderConfig.from_hf(json.loads(json.dumps(ours.to_hf()))) == ours
@@ -61,7 +61,7 @@ def test_configuration_survives_the_round_trip(published, tmp_path):
 
 
 def test_transformers_way_of_writing_is_read_as_the_publishers(published, tmp_path):
-    """transformers 5 saves `rope_parameters` and `dtype` where the published files have other keys."""
+    """transformers 5 saves `rope_parameters` and `dtype`, for which the published files have other keys."""
     values, _ = published
     (tmp_path / "config.json").write_text(json.dumps(values))
     AutoConfig.from_pretrained(tmp_path).save_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""Activation checkpointing: the same gradients to the bit, from fewer bytes that wait for the backward pass."""
+"""Activation checkpointing: the same gradients to the bit, with fewer bytes kept for the backward pass."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PIECES = [(False, 40), (True, 20), (False, 60), (True, 12)]
 
 @pytest.fixture
 def batch(make_trajectory):
-    """Six sequences of two questions, three on each prompt: a tree, of which the last layer works on some rows."""
+    """Six sequences of two questions, three per prompt: a tree; the last layer works on some of its rows."""
     trajectories = [make_trajectory(seed, PIECES) for seed in range(6)]
     for index, trajectory in enumerate(trajectories):
         trajectory.token_ids[:40] = trajectories[index // 3 * 3].token_ids[:40]
@@ -34,14 +34,14 @@ def loss_of(learner, batch) -> torch.Tensor:
 
 
 def saved_bytes(run, parameters) -> int:
-    """Bytes that autograd keeps for the backward pass: each piece of memory once, parameters left out."""
+    """-> bytes that autograd keeps for the backward pass: each piece of memory once, without parameters."""
     owned = {parameter.untyped_storage().data_ptr() for parameter in parameters}
     kept: dict[int, torch.Tensor] = {}
 
     def pack_hook(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in owned:
-            kept[storage.data_ptr()] = tensor  # held, so that its place in memory is not given away
+            kept[storage.data_ptr()] = tensor  # held, so that its memory is not reused
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack_hook, lambda tensor: tensor):
@@ -88,7 +88,7 @@ def test_gradients_are_the_same_to_the_bit(make_config, make_decoder, batch, lea
 
 
 def test_less_is_kept(batch):
-    """A layer more costs its input, with `full`; with `selective` query, key, value and what attention returned."""
+    """An extra layer costs its input with `full`; with `selective` query, key, value and attention's results."""
     costs = {}
     for mode in ("none", "selective", "full"):
         kept = []
@@ -107,7 +107,7 @@ def test_less_is_kept(batch):
 
 
 def wide_decoder(num_layers: int) -> Decoder:
-    """An MLP about as much wider than the rest as in the published models."""
+    """-> a decoder whose MLP is about as much wider than the rest as in the published models."""
     torch.manual_seed(0)
     return Decoder(
         DecoderConfig(
@@ -127,7 +127,7 @@ def hidden_of(decoder: Decoder, batch) -> torch.Tensor:
 
 @pytest.mark.parametrize("mode", ["selective", "full"])
 def test_generation_is_left_alone(batch, mode):
-    """Without gradients there is nothing to compute again."""
+    """Without gradients there is nothing to recompute."""
     decoder = wide_decoder(2)
     with torch.no_grad():
         expected = hidden_of(decoder, batch)

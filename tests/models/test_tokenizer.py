@@ -1,4 +1,4 @@
-"""Token bytes are exact, special tokens are read only where they are meant, and a directory round-trips."""
+"""Token bytes are exact, special tokens are read only where they are meant, and a directory survives a round trip."""
 
 import json
 import pickle
@@ -51,7 +51,7 @@ def test_special_tokens_are_text_unless_they_are_meant(tokenizer):
     text = "a passage with <|end|> in it"
     assert tokenizer.eos_id not in tokenizer.encode(text)
     assert tokenizer.eos_id in tokenizer.encode(text, special_tokens=True)
-    assert tokenizer.eos_id not in tokenizer.encode(text)  # the switch does not stick
+    assert tokenizer.eos_id not in tokenizer.encode(text)  # the switch is not permanent
 
 
 @pytest.mark.parametrize("chat_template", [False, True])
@@ -78,7 +78,7 @@ def test_round_trip_through_a_directory(tokenizer, tmp_path):
 
 
 def test_everything_that_ends_a_turn_is_read_and_kept(tokenizer, tmp_path):
-    """As Qwen's directories have it: the tokenizer names one token, the generation settings list another before it."""
+    """As in Qwen's directories: the tokenizer names one token, and the generation settings list another before it."""
     tokenizer.save(tmp_path)
     (added,) = tokenizer.encode("<é>")
     settings = tmp_path / "generation_config.json"
@@ -99,7 +99,7 @@ QWEN = (
     "{%- for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>' + '\\n' }}{% endfor %}"
     "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-LLAMA = (  # as published: what a user and an assistant said ends alike
+LLAMA = (  # as published: the turns of user and assistant end alike
     "{{- bos_token }}{%- for m in messages %}"
     "{{- '<|start|>' + m['role'] + '\\n\\n' + m['content'] | trim + '<|eot|>' }}{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|start|>assistant\\n\\n' }}{%- endif %}"
@@ -113,7 +113,7 @@ LLAMA = (  # as published: what a user and an assistant said ends alike
      ("<|im_end|>{{ messages[0].content }}", None)],
 )  # fmt: skip
 def test_a_chat_ends_as_its_template_has_it(tokenizer, tmp_path, template, end):
-    """Qwen2.5's base models have a template, and say of no file that its "<|im_end|>" ends anything."""
+    """Qwen2.5's base models have a template, but none of their files says that "<|im_end|>" ends anything."""
     backend = Tokenizer.from_str(tokenizer.backend.to_str())
     backend.add_special_tokens(["<|im_start|>", "<|im_end|>", "<|start|>", "<|eot|>"])
     TextTokenizer(backend, "<|end|>", template).save(tmp_path)
@@ -122,7 +122,7 @@ def test_a_chat_ends_as_its_template_has_it(tokenizer, tmp_path, template, end):
     ends = () if end is None else (backend.token_to_id(end),)
     assert chat.template_end_ids() == ends
     assert chat.eos_ids == tuple(dict.fromkeys((tokenizer.eos_id, *ends)))
-    chat.save(tmp_path)  # so an export ends where its model learned to
+    chat.save(tmp_path)  # so an export ends turns as its model learned to
     assert load_tokenizer(tmp_path).eos_ids == chat.eos_ids
 
 
@@ -161,7 +161,7 @@ def test_one_of_several_templates_is_the_default(tokenizer, tmp_path):
 
 
 def test_what_a_directory_says_beside_is_handed_on(tokenizer, tmp_path):
-    """What pads, say: without it transformers does not put two prompts into one batch."""
+    """For example the padding token, without which transformers cannot batch two prompts."""
     for name in ("from", "to"):
         (tmp_path / name).mkdir()
     tokenizer.save(tmp_path / "from")
@@ -179,7 +179,7 @@ def test_what_a_directory_says_beside_is_handed_on(tokenizer, tmp_path):
 
 
 def test_the_token_before_every_text_is_found_kept_and_put_before_prompts(tokenizer, tmp_path):
-    """Llama's directories: the post-processor adds it, and the chat template asks for it by name."""
+    """As in Llama's directories: the post-processor adds it, and the chat template asks for it by name."""
     assert tokenizer.start_text == ""
     backend = Tokenizer.from_str(tokenizer.backend.to_str())
     backend.add_special_tokens(["<|begin|>"])
@@ -189,7 +189,7 @@ def test_the_token_before_every_text_is_found_kept_and_put_before_prompts(tokeni
     TextTokenizer(backend, "<|end|>", template).save(tmp_path)
     llama = load_tokenizer(tmp_path)
     assert llama.start_text == "<|begin|>"
-    assert llama.encode("the cat") == tokenizer.encode("the cat")  # turns and observations do not begin anew
+    assert llama.encode("the cat") == tokenizer.encode("the cat")  # turns and observations do not start a new text
     question = Question("1", "the cat", ("a",), "test")
     for chat in (False, True):
         prompt = PromptBuilder(PromptConfig(template="Q: {question}", chat_template=chat), llama)(question)

@@ -1,4 +1,4 @@
-"""The trainer takes each family from a directory: rollout, update, export, as it takes the built-in models."""
+"""The trainer takes each family from a directory, for rollout, update and export, like the built-in models."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FAMILIES = {
 
 @pytest.fixture(params=FAMILIES)
 def directory(request, tiny_tokenizer, tmp_path):
-    """A random model of transformers' making, with the tests' tokenizer."""
+    """A random model made by transformers, with the tests' tokenizer."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(
         request.param,
@@ -51,7 +51,7 @@ def directory(request, tiny_tokenizer, tmp_path):
 
 
 def test_a_step_from_a_directory_to_an_export(directory, make_config, make_console):
-    """Random answers are all wrong, so the step rewards entropy. What the sampler saw is what the trainer computes."""
+    """Random answers are all wrong, so the step rewards entropy. The trainer computes what the sampler saw."""
     config = make_config(
         model={"path": str(directory)},
         algorithm={"drop_zero_variance_groups": False, "entropy_coefficient": 0.1},
@@ -63,7 +63,7 @@ def test_a_step_from_a_directory_to_an_export(directory, make_config, make_conso
     assert row["step"] == 1
     assert row["grad_norm"] > 0
     assert abs(row["rollout_policy_kl"]) < 1e-6
-    # Almost uniform over the vocabulary, the model being random.
+    # The model is random, so almost uniform over the vocabulary.
     assert row["entropy"] == pytest.approx(math.log(load_model(directory).config.vocab_size), rel=0.2)
     export = config.run_directory / "checkpoints" / "latest" / "hf"
     theirs, start = AutoModelForCausalLM.from_pretrained(export), load_model(directory)
@@ -73,9 +73,9 @@ def test_a_step_from_a_directory_to_an_export(directory, make_config, make_conso
 
 
 def test_a_chat_s_turns_end_as_its_template_has_it(directory, tiny_tokenizer, make_config, make_console):
-    """In rollouts and in what is exported, though no file of the directory says so: Qwen2.5's base models."""
+    """In rollouts and in the export, though no file of the directory says so: as in Qwen2.5's base models."""
     backend = Tokenizer.from_str(tiny_tokenizer.backend.to_str())
-    backend.add_special_tokens(["<information>"])  # one that is there, so that the embedding has its row
+    backend.add_special_tokens(["<information>"])  # an existing one, so that the embedding has its row
     template = "{% for m in messages %}{{ m.content }}{{ '<information>' if m.role == 'assistant' }}{% endfor %}"
     TextTokenizer(backend, tiny_tokenizer.eos_token, template).save(directory)
     expected = [tiny_tokenizer.eos_id, backend.token_to_id("<information>")]

@@ -1,4 +1,4 @@
-"""Directories: what transformers writes is read, in one file or many; what is wrong is named; the export reads back."""
+"""Directories: files of transformers are read, single or sharded; mistakes are named; exports are read back."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_weights_are_read_in_the_type_that_is_asked_for(stored, wanted, make_ref
 
 
 def test_a_head_that_is_tied_is_one_tensor_and_a_copy_of_it_in_the_file_is_left_there(make_reference, tmp_path):
-    """Some published directories of tied models hold the head as well (Qwen3-0.6B's does)."""
+    """Some published directories of tied models also hold the head (Qwen3-0.6B's does)."""
     make_reference("qwen3-grouped-tied").save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
@@ -56,7 +56,7 @@ def test_a_head_that_is_tied_is_one_tensor_and_a_copy_of_it_in_the_file_is_left_
 
 @pytest.mark.parametrize("place", ["the last number", "the shape"])
 def test_a_head_that_is_tied_and_another_matrix_in_the_file_is_refused(place, make_reference, tmp_path, monkeypatch):
-    """transformers 5 ties nothing then, and computes another model."""
+    """transformers 5 then ties nothing, and computes another model."""
     monkeypatch.setattr("searchr1_fast.models.weights._ROWS_COMPARED", 100)
     reference = make_reference("llama-scaled-tied")
     reference.save_pretrained(tmp_path)
@@ -72,12 +72,12 @@ def test_a_head_that_is_tied_and_another_matrix_in_the_file_is_refused(place, ma
         assert not torch.equal(theirs.lm_head.weight, theirs.model.embed_tokens.weight)
     critic = meta_model(tmp_path)
     critic.lm_head = None
-    load_weights(critic.to_empty(device="cpu"), tmp_path)  # has no use for either
+    load_weights(critic.to_empty(device="cpu"), tmp_path)  # it uses neither
     assert same_weights(critic.model, reference.model)
 
 
 def test_a_tied_head_is_written_once_however_weights_are_given(make_reference, tmp_path):
-    """A state dict has it under both names."""
+    """A state dict holds it under both names."""
     make_reference("llama-scaled-tied").save_pretrained(tmp_path / "original")
     model = load_model(tmp_path / "original")
     assert "lm_head.weight" in model.state_dict()
@@ -87,7 +87,7 @@ def test_a_tied_head_is_written_once_however_weights_are_given(make_reference, t
 
 
 def test_a_model_without_a_head_reads_the_others(make_reference, tmp_path):
-    """The critic's."""
+    """Such as the critic's."""
     reference = make_reference("llama-plain")
     reference.save_pretrained(tmp_path)
     model = meta_model(tmp_path)
@@ -104,7 +104,7 @@ def test_a_model_without_a_head_reads_the_others(make_reference, tmp_path):
 def test_export_generates_in_transformers_as_the_original_and_reads_back(
     shape, max_shard_bytes, make_reference, tmp_path
 ):
-    """original -> ours -> export -> transformers -> its save -> ours: the same bits everywhere, the same tokens."""
+    """original -> ours -> export -> transformers -> its save -> ours: the same bits throughout, and the same tokens."""
     reference = make_reference(shape)
     reference.save_pretrained(tmp_path / "original")
     model = load_model(tmp_path / "original")
@@ -139,7 +139,7 @@ def test_shards_are_no_larger_than_asked_and_the_index_says_what_is_where(make_r
 
 
 def test_an_export_replaces_the_one_before_it(make_reference, tmp_path):
-    """From shards to one file, to other shards: a reader that prefers the index must not find an old one."""
+    """From shards to one file, then to other shards: a reader that prefers the index must not find an old one."""
     for seed, size in ((1, 20_000), (2, 10**9), (3, 60_000)):
         make_reference(seed=seed).save_pretrained(tmp_path / str(seed))
         model = load_model(tmp_path / str(seed))
@@ -253,7 +253,7 @@ def test_weights_that_are_no_floating_point_numbers_are_named(make_reference, tm
 
 
 def test_nothing_is_copied_before_everything_fits(make_reference, tmp_path):
-    """A model in use is not left half old and half new."""
+    """A model in use is never left half old and half new."""
     make_reference(seed=1).save_pretrained(tmp_path / "first")
     make_reference(seed=2).save_pretrained(tmp_path / "second")
     model = load_model(tmp_path / "first")
@@ -266,11 +266,11 @@ def test_nothing_is_copied_before_everything_fits(make_reference, tmp_path):
 
 
 def test_what_is_written_is_as_readable_as_other_files(make_reference, tmp_path):
-    """By the umask; safetensors' own files are their owner's alone."""
+    """By the umask; files that safetensors writes itself are readable by their owner only."""
     make_reference("qwen2-grouped-tied").save_pretrained(tmp_path / "theirs")
     model, before = load_model(tmp_path / "theirs"), os.umask(0o027)
     try:
-        for _ in range(2):  # over what was there, too
+        for _ in range(2):  # also over existing files
             save_model(model, tmp_path / "ours", max_shard_bytes=20_000)
     finally:
         os.umask(before)
@@ -282,10 +282,10 @@ def test_what_is_written_is_as_readable_as_other_files(make_reference, tmp_path)
 
 
 def test_two_ranks_read_their_own_rows_alone(make_reference, tmp_path, on_two_ranks):
-    """One launch of two ranks (FSDP2 on the CPU), which compare what they hold with what one rank reads."""
+    """One launch of two ranks (FSDP2 on the CPU), each of which compares what it holds with what one rank reads."""
     for name, shape_name, vocab_size in (
         ("tied", "qwen2-grouped-tied", 2000),
-        ("uneven", "llama-scaled-own-head-size", 2001),  # rows that two ranks cannot share evenly
+        ("uneven", "llama-scaled-own-head-size", 2001),  # two ranks cannot share these rows evenly
     ):
         sizes = dict(vocab_size=vocab_size, hidden_size=96, intermediate_size=150)
         make_reference(shape_name, **sizes).bfloat16().save_pretrained(tmp_path / name, max_shard_size="300KB")
@@ -296,7 +296,7 @@ def test_two_ranks_read_their_own_rows_alone(make_reference, tmp_path, on_two_ra
             assert report["differing"] == []
             assert report["hidden_difference"] == 0.0
             # Half of the model, and no more while it is read; reading first costs all of it. FSDP2 pads a shard that
-            # lacks a row, and has the largest of them twice for a moment.
+            # lacks a row, and holds the largest shard twice for a moment.
             assert 0.49 < report["own_bytes"] / report["model_bytes"] < 0.51
             padding = report["largest_shard_bytes"] if name == "uneven" else 0
             assert report["own_bytes"] <= report["peak_bytes"] <= 1.02 * report["own_bytes"] + padding
@@ -305,7 +305,7 @@ def test_two_ranks_read_their_own_rows_alone(make_reference, tmp_path, on_two_ra
 
 
 def test_a_slice_of_a_file_is_no_copy(make_reference, tmp_path):
-    """Loading rests on it: rows come out of the mapped file where they lie, and the others are not touched."""
+    """Loading relies on it: rows are taken from the mapped file in place, and the others are not touched."""
     make_reference().save_pretrained(tmp_path)
     with safe_open(tmp_path / "model.safetensors", framework="pt") as reader:
         rows = reader.get_slice("model.embed_tokens.weight")[3:5]

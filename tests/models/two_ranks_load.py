@@ -1,6 +1,6 @@
-"""What test_weights.py starts on two ranks: `two_ranks_load.py FOLDER NAME…` reads FOLDER/NAME sharded, and reports.
+"""Run by test_weights.py on two ranks: `two_ranks_load.py FOLDER NAME…` reads FOLDER/NAME sharded, and reports.
 
-Peaks are those of torch's memory on the CPU, counted at every operation; pages of a mapped file are not among them.
+Peaks are of torch's memory on the CPU, counted at every operation; pages of a mapped file are not included.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from searchr1_fast.policy import Policy
 
 
 class Wrapper(nn.Module):
-    """As the trainer has it: the decoder inside the module that is sharded as a whole."""
+    """As in the trainer: the decoder is inside the module that is sharded as a whole."""
 
     def __init__(self, decoder: Decoder) -> None:
         super().__init__()
@@ -37,9 +37,9 @@ class Wrapper(nn.Module):
 
 
 class PeakMemory(TorchDispatchMode):
-    """Bytes of the storages that operations made and that are still alive, and the most there ever were.
+    """Bytes of the live storages that operations have made, and their peak.
 
-    What an operation returns as a view is not its own: so the pages of a mapped file are never counted.
+    Views that an operation returns are not counted, so the pages of a mapped file never are.
     """
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ class PeakMemory(TorchDispatchMode):
         result = func(*args, **kwargs or {})
         is_view = any(returned.alias_info is not None for returned in func._schema.returns)
         for tensor in [] if is_view else tree_leaves(result):
-            if isinstance(tensor, DTensor):  # what it does to its shard happens out of this mode's sight
+            if isinstance(tensor, DTensor):  # what it does to its shard is not seen by this mode
                 tensor = tensor.to_local()
             if type(tensor) is torch.Tensor and tensor.device.type == "cpu":
                 self._count(tensor.untyped_storage())
@@ -72,7 +72,7 @@ class PeakMemory(TorchDispatchMode):
 
 
 def peak(build: Callable[[], Any]) -> tuple[Any, int]:
-    """What is built, and the most memory that it took."""
+    """-> what is built, and the most memory that it took."""
     with PeakMemory() as memory:
         module = build()
     return module, memory.peak
@@ -95,13 +95,13 @@ def read_whole(folder: Path, ranks: Ranks) -> Wrapper:
 
 
 def differing(parameters: Iterable[tuple[str, torch.Tensor]], expected: Decoder) -> list[str]:
-    """Names of the parameters that are not, gathered, what one rank reads."""
+    """-> names of the parameters that, when gathered, differ from what one rank reads."""
     wanted = dict(expected.named_parameters())
     return [name for name, parameter in parameters if not torch.equal(full(parameter.detach()), wanted[name])]
 
 
 def trainers(folder: Path, ranks: Ranks) -> list[str]:
-    """Policy, replica, reference and critic of shapes alone, filled: what differs from what one rank reads."""
+    """Fill policy, replica, reference and critic from shapes alone -> what differs from what one rank reads."""
     config = Config(model={"dtype": "bfloat16"}, algorithm={"name": "ppo", "kl_coefficient": 0.1})
     reference = meta_model(folder, torch.bfloat16)
     policy = Policy(meta_model(folder), config, ranks, reference, weights=folder)
@@ -142,7 +142,7 @@ def report(folder: Path, ranks: Ranks) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Writes FOLDER/NAME-RANK.json."""
+    """Write FOLDER/NAME-RANK.json."""
     folder = Path(sys.argv[1])
     with process("cpu", num_threads=1) as ranks:
         for name in sys.argv[2:]:
