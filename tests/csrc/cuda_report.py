@@ -1,9 +1,9 @@
-"""Compile csrc/*.cu for a GPU that is not there, and report what each function needs of it, as JSON.
+"""Compile csrc/*.cu for a GPU that is not present, and report what each function needs of it, as JSON.
 
     python tests/csrc/cuda_report.py --arch sm_90
 
-NVRTC by ctypes, from the wheel `nvidia-cuda-nvrtc` (58 MB, which the tests' extra brings, and torch's builds for GPUs
-do). CuPy is 70 MB more and needs the same wheel. Where there is none, the report is `null`.
+It calls NVRTC by ctypes, from the wheel `nvidia-cuda-nvrtc` (58 MB, which the tests' extra brings, and torch's builds
+for GPUs do). CuPy is 70 MB more and needs the same wheel. Without that wheel the report is `null`.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ CSRC = Path(__file__).parents[2] / "csrc"
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """libnvrtc, where it is installed."""
+    """-> libnvrtc, or None if it is not installed."""
     package = importlib.util.find_spec("nvidia")
     folders = [] if package is None else [Path(folder) for folder in package.submodule_search_locations or ()]
     found = [path for folder in folders for path in sorted(folder.glob("*/lib/libnvrtc.so.*[0-9]"))]
     if not found:
         return None
     for path in found[-1].parent.glob("libnvrtc-builtins.so.*"):
-        ctypes.CDLL(str(path))  # NVRTC 13.0 opens it by its bare name, and looks in no folder of a wheel
+        ctypes.CDLL(str(path))  # NVRTC 13.0 opens it by its bare name, and does not search a wheel's folders
     return ctypes.CDLL(str(found[-1]))
 
 
 def compile_cuda(source: str, architecture: str, options: Sequence[str]) -> tuple[bytes, str]:
-    """(cubin, what ptxas says of it). ValueError with the compiler's words where it does not compile."""
+    """-> (cubin, the log of ptxas). Raises ValueError with the compiler's message if it does not compile."""
     nvrtc = library()
     assert nvrtc is not None
     program = ctypes.c_void_p()
@@ -53,7 +53,7 @@ def compile_cuda(source: str, architecture: str, options: Sequence[str]) -> tupl
 
 
 def needs(log: str) -> dict[str, dict[str, int]]:
-    """Registers of a thread, bytes of stack and of spilled registers, of each function that ptxas reports on."""
+    """-> registers per thread, and bytes of stack and of spills, for each function that ptxas reports."""
     patterns = {"registers": r"Used (\d+) registers", "stack": r"(\d+) bytes stack", "spill": r"(\d+) bytes spill"}
     report = {}
     for part in log.split("Compiling entry function '")[1:]:
@@ -64,7 +64,7 @@ def needs(log: str) -> dict[str, dict[str, int]]:
 
 
 def fetch(size_of, copy, program: ctypes.c_void_p) -> bytes:
-    """What NVRTC gives by size and copy."""
+    """-> what NVRTC returns by a pair of calls for its size and its copy."""
     size = ctypes.c_size_t()
     check(size_of(program, ctypes.byref(size)))
     buffer = ctypes.create_string_buffer(size.value)
@@ -73,13 +73,13 @@ def fetch(size_of, copy, program: ctypes.c_void_p) -> bytes:
 
 
 def check(result: int) -> None:
-    """Every call of NVRTC returns 0 where it went well."""
+    """Raise unless a call of NVRTC returned 0, which means success."""
     if result != 0:
         raise RuntimeError(f"NVRTC failed with {result}")
 
 
 def main() -> None:
-    """The report of every source, by file."""
+    """Print the report of every source, by file."""
     parser = argparse.ArgumentParser(description="What csrc/*.cu needs of a GPU.")
     parser.add_argument("--arch", default="sm_90", help="sm_80, sm_90, sm_100, … (default: sm_90)")
     architecture = parser.parse_args().arch

@@ -25,7 +25,7 @@ from searchr1_fast.retrieval.staging import CpuCopies
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 CSRC = ROOT / "csrc"
-BUDGET = {"merge": ("merge_hits", 48)}  # function, registers of a thread; nothing may spill
+BUDGET = {"merge": ("merge_hits", 48)}  # function, registers per thread; nothing may spill
 
 
 def test_every_source_has_a_budget():
@@ -34,7 +34,7 @@ def test_every_source_has_a_budget():
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
 def test_they_compile_for_every_gpu(architecture):
-    """In a process of its own: the compiler is 150 MB."""
+    """In a process of its own, as the compiler is 150 MB."""
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, HERE / "cuda_report.py", "--arch", architecture]
     done = run(command, env=os.environ | {"PYTHONPATH": path})
@@ -68,7 +68,7 @@ def build(output: Path, *flags: str) -> None:
 
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory) -> DeviceMerge:
-    """The class that drives the kernel, with the kernel's own source behind it."""
+    """-> the class that drives the kernel, running the kernel's own source on a CPU."""
     path = tmp_path_factory.mktemp("library") / "merge.so"
     build(path, "-shared", "-fPIC")
     kernel = ctypes.CDLL(str(path)).launch_merge
@@ -96,7 +96,7 @@ def merged(merge, bodies: list[bytes], num_queries: int, widths: list[int], k: i
     num_levels=st.sampled_from([1, 3, 1000]),
 )
 def test_the_kernel_finds_what_its_twin_finds(emulated, seed, num_queries, widths, k, num_levels):
-    """Few levels make many ties, which rows decide; k beyond what there is; parts without a hit."""
+    """Few levels make many ties, which rows decide; also k above the number of hits, and parts without a hit."""
     generator = np.random.default_rng(seed)
     bodies = []
     for part, width in enumerate(widths):
@@ -144,9 +144,9 @@ def test_merges_that_differ_are_found_before_they_are_used(emulated):
 
 
 def test_no_thread_reads_what_another_may_be_writing(tmp_path):
-    """ThreadSanitizer over the kernel's source: without one of its barriers it reports a race."""
+    """ThreadSanitizer runs the kernel's source: without one of its barriers it reports a race."""
     build(tmp_path / "merge", "-DWITH_MAIN", "-fsanitize=thread")
-    # Older ThreadSanitizers refuse the address randomisation of newer kernels.
+    # Older ThreadSanitizers refuse the address randomization of newer kernels.
     setarch = ["setarch", "-R"] if shutil.which("setarch") and run(["setarch", "-R", "true"]).returncode == 0 else []
     done = run([*setarch, tmp_path / "merge"])
     assert done.returncode == 0 and "ThreadSanitizer" not in done.stderr, done.stdout + done.stderr
@@ -157,7 +157,7 @@ def test_no_thread_reads_what_another_may_be_writing(tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize(("num_parts", "num_queries", "k"), [(1, 1, 1), (2, 300, 16), (8, 256, 16), (8, 5, 300)])
 def test_on_a_gpu(num_parts, num_queries, k):
-    """Raises where the kernel and its twin differ."""
+    """Raises if the kernel and its twin differ."""
     pytest.importorskip("cupy", reason="kernels are compiled by CuPy")
     merge, reason = hit_merge.choose_merge("cuda", num_parts, num_queries, k)
     assert isinstance(merge, HostMerge | DeviceMerge) and "us for" in reason

@@ -1,4 +1,4 @@
-"""The merge of shards, against a sort of everything."""
+"""The merge of shards, against sorting everything."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from searchr1_fast import _C
 
 
 def plain_merge(scores, ids, k):
-    """scores, ids: lists of [Q,k_s]. One stable sort of everything, in fp64 and Python."""
+    """scores, ids: lists of [Q,k_s]. Sort everything once, stably, in fp64 and Python."""
     merged = np.full((len(scores[0]), k), -np.inf, dtype=np.float32), np.full((len(scores[0]), k), -1)
     for query in range(len(scores[0])):
         hits = [
@@ -48,7 +48,7 @@ def test_it_is_a_sort_of_everything(seed, num_queries, widths, k, num_levels):
 
 
 def test_shards_do_not_matter():
-    """One shard or seven, and in any order: the same rows, bit for bit."""
+    """One shard or seven, in any order: the same rows, bit for bit."""
     generator = np.random.default_rng(0)
     scores = generator.integers(0, 40, (8, 200)).astype(np.float32) / 7
     ids = np.tile(np.arange(200), (8, 1))

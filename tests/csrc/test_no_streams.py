@@ -1,4 +1,4 @@
-"""The extension uses no C++ stream: beside another library's C++ library, writing to one ended in a crash (check.h)."""
+"""The extension uses no C++ stream: beside another library's C++ library, writing to one crashed (check.h)."""
 
 from __future__ import annotations
 

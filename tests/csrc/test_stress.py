@@ -1,4 +1,4 @@
-"""The batcher under ThreadSanitizer and AddressSanitizer, a minute of it. For the long run: `make stress`."""
+"""The batcher under ThreadSanitizer and AddressSanitizer, for a minute. For a long run: `make stress`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ REPORTS = ("ThreadSanitizer", "AddressSanitizer", "LeakSanitizer", "runtime erro
 
 @pytest.mark.parametrize("sanitizer", ["thread", "address"])
 def test_the_batcher_is_clean(sanitizer, tmp_path):
-    """The second build signals through a pipe, as machines without eventfd do."""
+    """The second build signals through a pipe, as on machines without eventfd."""
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         pytest.skip("there is no C++ compiler here")
@@ -44,7 +44,7 @@ def compile_with(compiler: str, flags: list[str], sources: list[Path], output: P
 
 
 def same_addresses() -> list[str]:
-    """Older ThreadSanitizers refuse the address randomisation of newer kernels."""
+    """Older ThreadSanitizers refuse the address randomization of newer kernels."""
     setarch = shutil.which("setarch") if sys.platform == "linux" else None
     if setarch is None or subprocess.run([setarch, "-R", "true"], capture_output=True, check=False).returncode != 0:
         return []

@@ -9,13 +9,13 @@ from searchr1_fast.models.attention_backends import PackedLayout, attend_sdpa, a
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
-# Alone; all another's; one token behind others' keys; long; more keys than queries over several tiles of a kernel.
+# Alone; another's entirely; one token after another's keys; long; more keys than queries, over several kernel tiles.
 LENGTHS = [5, 0, 1, 300, 40, 129]
 KEY_LENGTHS = [5, 4, 9, 300, 700, 130]
 
 
 def problem(num_heads: int, num_kv_heads: int, head_dim: int) -> tuple[list[torch.Tensor], PackedLayout, torch.Tensor]:
-    """query, key, value in bf16; the layout; the gradient of the output."""
+    """-> query, key, value in bf16; the layout; the gradient of the output."""
     generator = torch.Generator().manual_seed(0)
     ends, key_ends = (torch.tensor([0, *ls]).cumsum(0).int().cuda() for ls in (LENGTHS, KEY_LENGTHS))
     shapes = [(sum(LENGTHS), num_heads), (sum(KEY_LENGTHS), num_kv_heads), (sum(KEY_LENGTHS), num_kv_heads)]
@@ -25,7 +25,7 @@ def problem(num_heads: int, num_kv_heads: int, head_dim: int) -> tuple[list[torc
 
 
 def results(attend, inputs, layout, weights, dtype=torch.bfloat16) -> list[torch.Tensor]:
-    """Output and the gradients of query, key and value."""
+    """-> the output, and the gradients of query, key and value."""
     inputs = [tensor.to(dtype).requires_grad_() for tensor in inputs]
     output = attend(*inputs, layout)
     return [output.detach(), *torch.autograd.grad(output, inputs, weights.to(dtype))]
@@ -53,7 +53,7 @@ def test_varlen_is_what_bf16_gets_without_flash_attn():
 
 
 def test_a_sequence_alone_is_the_sequence_in_a_pack():
-    """Bit for bit: what a token's hidden state is does not depend on what it is packed with."""
+    """Bit for bit: a token's result does not depend on what it is packed with."""
     (query, key, value), layout, _ = problem(4, 2, 64)
     together = attend_varlen()(query, key, value, layout)
     places, key_places = layout.cu_seqlens_q.tolist(), layout.cu_seqlens_k.tolist()

@@ -1,4 +1,4 @@
-"""The decoder on a GPU: hidden states and gradients are those of the CPU, of sequences that share beginnings too."""
+"""The decoder on a GPU has the CPU's hidden states and gradients, also for sequences that share beginnings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 @pytest.fixture
 def batch(make_trajectory):
-    """Five sequences of which four begin alike, and one that is all another's."""
+    """Five sequences: four begin alike, and the fifth is all another's."""
     trajectories = [make_trajectory(seed, [(False, 30), (True, 9 + seed), (False, 70)]) for seed in range(4)]
     for trajectory in trajectories[1:]:
         trajectory.token_ids[:35] = trajectories[0].token_ids[:35]
@@ -26,7 +26,7 @@ def batch(make_trajectory):
 
 
 def results(model: Decoder, batch) -> dict[str, torch.Tensor]:
-    """Hidden states of the scored rows, and every parameter's gradient, on the CPU in fp32."""
+    """-> hidden states of the scored rows and every parameter's gradient, on the CPU in fp32."""
     batch = to_device(batch, model.head_weight.device)
     model.zero_grad()
     hidden = model.scored_hidden(batch)
@@ -40,7 +40,7 @@ def results(model: Decoder, batch) -> dict[str, torch.Tensor]:
 def test_forward_and_backward_are_those_of_the_cpu(make_decoder, batch, dtype, allowed):
     model = make_decoder(0).to(dtype)
     ours = results(copy.deepcopy(model).cuda(), batch)
-    expected = results(model.float(), batch)  # the weights are those that the GPU has
+    expected = results(model.float(), batch)  # the weights that the GPU has
     assert ours.keys() == expected.keys()
     for name, want in expected.items():
         error = float((ours[name] - want).norm() / want.norm().clamp(min=1e-6))

@@ -1,5 +1,8 @@
-"""Operators of searchr1_kernels on a GPU as tests/kernels has them on a CPU: torch's own checks, compilation into one
-graph, the same bits twice, nothing to do, a vocabulary of real size. What Triton kernels compute: tests/kernels."""
+"""Operators of searchr1_kernels on a GPU, tested as tests/kernels tests them on a CPU.
+
+That is torch's own checks, compilation into one graph, the same bits twice, nothing to do, and a vocabulary of real
+size. What Triton kernels compute is tested in tests/kernels.
+"""
 
 from __future__ import annotations
 
@@ -33,14 +36,14 @@ def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def head(rows: int = ROWS, dtype=torch.float32, vocabulary: int = VOCABULARY):
-    """hidden, weight, targets, rollout_logprobs, advantages."""
+    """-> hidden, weight, targets, rollout_logprobs, advantages."""
     hidden, weight = numbers(rows, SIZE).to(dtype), (0.1 * numbers(vocabulary, SIZE, seed=1)).to(dtype)
     targets = torch.arange(rows).cuda() * 7 % vocabulary
     return hidden, weight, targets, 0.3 * numbers(rows, seed=2) - 6.0, numbers(rows, seed=3)
 
 
 def draws(rows: int = ROWS, vocabulary: int = 9000):
-    """logits, randoms."""
+    """-> logits, randoms."""
     return 3 * numbers(rows, vocabulary), torch.rand(rows, dtype=torch.float64, generator=torch.Generator()).cuda()
 
 
@@ -85,7 +88,7 @@ each_call = pytest.mark.parametrize("name", CALLS)
 
 
 def run(name: str, wrap=lambda function: function) -> list[torch.Tensor]:
-    """Outputs, and where there are any the gradients of the first inputs."""
+    """-> outputs, and the gradients of the first inputs if there are any."""
     inputs, function = CALLS[name]()
     count = DIFFERENTIABLE.get(name, 0)
     sides = [tensor.clone().requires_grad_() for tensor in inputs[:count]]
@@ -155,9 +158,9 @@ def test_the_kl_is_that_of_the_cpu_in_fp64(kind):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("lengths", [[700, 3, 0, 512], [20_000, 5]])  # a program per sequence, and per tile
+@pytest.mark.parametrize("lengths", [[700, 3, 0, 512], [20_000, 5]])  # a program per sequence, and one per tile
 def test_a_remembered_kernel_of_gae_at_any_address_on_any_stream_and_in_a_graph(monkeypatch, lengths):
-    """Against the launcher of Triton, to the bit."""
+    """Against Triton's launcher, to the bit."""
     total = sum(lengths)
     tensors = numbers(total + 4), numbers(total + 4, seed=1), mask(total + 4)
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int().cuda()
@@ -167,14 +170,14 @@ def test_a_remembered_kernel_of_gae_at_any_address_on_any_stream_and_in_a_graph(
         rewards, values, kept = (tensor[begin : begin + total] for tensor in tensors)
         return torch.stack(gae(rewards, values, cu_seqlens, gamma=0.99, lam=0.95, mask=kept))
 
-    wanted = [advantages(begin, directly=False) for begin in range(4)]  # and now it is remembered
+    wanted = [advantages(begin, directly=False) for begin in range(4)]  # now the kernel is remembered
     for begin, want in enumerate(wanted):
         assert torch.equal(advantages(begin), want)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         torch.cuda._sleep(10_000_000)
-        tensors[0].neg_()  # another stream's kernel would be too early
+        tensors[0].neg_()  # a kernel on another stream would be too early
         negated = advantages(1)
         tensors[0].neg_()
     torch.cuda.current_stream().wait_stream(stream)
@@ -227,13 +230,13 @@ SETTINGS = [
 @pytest.mark.parametrize(("temperature", "top_k", "top_p"), SETTINGS)
 @pytest.mark.parametrize("spread", [0.1, 1.0])
 def test_samples_of_a_real_vocabulary(temperature, top_k, top_p, spread):
-    """The oracle's tokens but for some that rounding decides; the same bits alone, from a view, and in a CUDA graph."""
+    """The oracle's tokens except some that rounding decides; the same bits alone, from a view and in a CUDA graph."""
     logits, randoms = draws(64, 151_936)
     logits *= spread
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     ids, logprobs = sample_tokens(logits, randoms, **options)
     want, exact = reference.sample_tokens(logits.double(), randoms, **options)
-    assert (ids != want).sum() <= 6  # of flat rows a token is worth 7e-6, and sums are good to about 1e-7
+    assert (ids != want).sum() <= 6  # in flat rows a token is worth 7e-6, and sums are good to about 1e-7
     same = ids == want
     torch.testing.assert_close(logprobs[same].double(), exact[same], rtol=1e-6, atol=2e-6)
     for rows in (slice(0, 1), slice(20, 44), slice(63, 64)):
@@ -251,7 +254,7 @@ def test_samples_of_a_real_vocabulary(temperature, top_k, top_p, spread):
 
 
 def test_a_real_vocabulary_twice_and_a_row_alone():
-    """Without gradients a row's numbers do not depend on the rows beside it; with them, the same call repeats."""
+    """Without gradients, a row's numbers do not depend on its neighbours; with gradients, the same call repeats."""
     hidden, weight, targets, *_ = head(200, torch.bfloat16, 151_936)
     together = torch.stack(linear_logprob(hidden, weight, targets, return_entropy=True))
     for rows in (slice(0, 1), slice(199, 200), slice(30, 131)):

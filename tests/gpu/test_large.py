@@ -1,5 +1,7 @@
-"""Behind 2^31 numbers, where a product of 32 bits would wrap around: the last blocks of a cache, the last rows of a
-corpus. Some gigabytes, and seconds."""
+"""Beyond 2^31 numbers, where a 32-bit product would wrap around: the last blocks of a cache and rows of a corpus.
+
+It takes some gigabytes, and seconds.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ def need(num_bytes: int) -> None:
 
 
 def test_the_last_blocks_of_a_cache():
-    """Written, copied and read as in a cache of six blocks, to the bit; by tokens alone and by some together."""
+    """Written, copied and read as in a cache of six blocks, to the bit; for lone tokens and for several together."""
     need(12 << 30)
     num_heads, num_kv_heads, head_dim, places = 16, 8, 128, 64
     shape = {"vocab_size": 8, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
@@ -61,7 +63,7 @@ def test_the_last_blocks_of_a_cache():
 
 @pytest.mark.parametrize("coarse", ["float", "int8"])
 def test_the_last_rows_of_a_corpus(coarse):
-    """Ten rows near each query, at the beginning, around the limit, and at the end; the others are far from all."""
+    """Ten rows near each query: at the beginning, around the limit, and at the end; the others are far from all."""
     need(20 << 30)
     size, num_rows = 768, 2_900_000
     assert num_rows * size > LIMIT

@@ -1,4 +1,4 @@
-"""What leaves a real GPU between its uses: the same bits, less memory, and no wait."""
+"""What leaves a real GPU between uses: the same bits, less memory, and no waiting."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_host_memory_is_page_locked():
 
 
 def test_moments_in_pieces_are_adamw_to_the_bit_and_wait_for_nothing():
-    """Pieces small against the parameters, so that buffers are used again and again while copies are under way."""
+    """The pieces are small compared to the parameters, so buffers are reused while copies are under way."""
     generator = torch.Generator(DEVICE).manual_seed(0)
     shapes = [(4096, 1024), (1024,), (333, 77), (1 << 22,)]
     plain = [torch.nn.Parameter(torch.randn(shape, device=DEVICE, generator=generator)) for shape in shapes]
@@ -39,7 +39,7 @@ def test_moments_in_pieces_are_adamw_to_the_bit_and_wait_for_nothing():
             other.grad = one.grad.clone()
         optimizers[0].step()
         torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error" if number else "default")  # the first step makes its state
+        torch.cuda.set_sync_debug_mode("error" if number else "default")  # the first step creates its state
         try:
             optimizers[1].step()
         finally:
@@ -66,7 +66,7 @@ def test_frozen_weights_take_no_memory_while_they_wait():
 
 
 def test_a_policy_is_smaller_and_learns_the_same(make_config, make_decoder, make_trajectory):
-    """In bf16, where FSDP holds the weights; gradients of a GPU may be added in any order, so nearly the same."""
+    """In bf16, where FSDP holds the weights. Nearly the same, as a GPU may add gradients in any order."""
     trajectories = [make_trajectory(seed, [(False, 9), (True, 8)]) for seed in range(5)]
     norms, weights, resident = [], [], []
     for offload in ({}, PARTS):
@@ -92,5 +92,5 @@ def test_a_policy_is_smaller_and_learns_the_same(make_config, make_decoder, make
             del policy, decoders, batches, tensors
     assert norms[2:] == pytest.approx(norms[:2], rel=1e-3)
     assert ((weights[0] - weights[1]).abs() < 1e-2 * weights[0].abs() + 1e-3).float().mean() > 0.99
-    # moments, reference and replica: 8 + 2 + 2 bytes a parameter
+    # Moments, reference and replica: 8 + 2 + 2 bytes per parameter.
     assert resident[1] - resident[3] > 0.8 * 12 * num_parameters

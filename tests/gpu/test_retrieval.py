@@ -1,4 +1,4 @@
-"""Dense retrieval on a GPU finds what it finds on the CPU, to the bit of the scores."""
+"""Dense retrieval on a GPU finds what it finds on the CPU, with the same bits of scores."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ assert [torch._C._cuda_hasPrimaryContext(device) for device in (1, 0)] == [True,
 """
 
 
-@pytest.mark.parametrize("device", ["cuda", "cuda:1"])  # a rank's own, and a server's that is told which
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])  # a rank's own, and that of a server that is told which
 def test_a_rank_that_searches_opens_no_other_gpu(device):
-    """Its threads begin with the first one, where every rank would take memory for a context."""
+    """Its threads start with the first GPU, where every rank would take memory for a context."""
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     command = [sys.executable, "-c", SECOND_RANK, device]

@@ -1,4 +1,4 @@
-"""Rollouts on a GPU: greedy tokens are the plain twin's and the CPU's, samples do not depend on who else is there."""
+"""Rollouts on a GPU: greedy tokens equal the plain twin's and the CPU's, and samples do not depend on the batch."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ GREEDY = SamplingParams(temperature=0.0)
 
 
 def search(queries):
-    """One passage that depends on the query alone."""
+    """-> one passage that depends on the query alone."""
     return [[Passage("1", f"k{zlib.crc32(query.encode()) % 8}", "says b")] for query in queries]
 
 
 @pytest.fixture
 def requests(make_question):
-    """Six groups of three, each of one prompt."""
+    """-> six groups of three requests, each with one prompt."""
     questions = [make_question(index // 3) for index in range(18)]
     return [RolloutRequest(q, i // 3, f"{q.text}?", seed=i) for i, q in enumerate(questions)]
 
 
 @pytest.fixture
 def loop(tiny_model_directory, tiny_tokenizer):
-    """device, sampling -> a loop over the pre-trained tiny model; with a rank, and an adapter side by side."""
+    """device, sampling -> a loop over the pre-trained tiny model; with `lora_rank`, with a joined adapter as well."""
 
     def make(device, sampling=None, engine=Engine, dtype=torch.float32, lora_rank=0) -> SearchLoop:
         model = load_model(tiny_model_directory, dtype=dtype, device=device)
@@ -64,7 +64,7 @@ def loop(tiny_model_directory, tiny_tokenizer):
 
 @pytest.mark.parametrize("sampling", [GREEDY, SamplingParams(1.0), SamplingParams(0.8, top_p=0.9, top_k=20)])
 def test_tokens_are_those_of_the_plain_twin_and_of_the_cpu(loop, requests, sampling):
-    """In fp32, where a choice hangs on the last digits once in a million tokens."""
+    """In fp32, where a choice depends on the last digits once in a million tokens."""
     ours = loop("cuda", sampling).run(requests)
     assert sum(trajectory.num_searches for trajectory in ours) > 0
     check_same(ours, loop("cuda", sampling, PlainEngine).run(requests))
@@ -73,7 +73,7 @@ def test_tokens_are_those_of_the_plain_twin_and_of_the_cpu(loop, requests, sampl
 
 @pytest.mark.parametrize("sampling", [GREEDY, SamplingParams(1.0)])
 def test_an_adapter_generates_as_on_the_cpu(loop, requests, sampling):
-    """Fused, recorded as CUDA graphs; the new adapter is read where it lies."""
+    """Fused, and recorded as CUDA graphs; the changed adapter is read in place."""
     fused, plain = loop("cuda", sampling, lora_rank=4), loop("cpu", sampling, lora_rank=4)
     check_same(fused.run(requests), plain.run(requests))
     with torch.no_grad():
@@ -123,8 +123,10 @@ def test_the_cache_can_be_given_back(loop, requests):
 
 
 def test_graphs_follow_weights_that_come_back_elsewhere(loop, requests):
-    """With `model.offload.replica` and a cache that is kept: where the weights lay there is something else by now, and
-    a graph that still reads it finds NaN."""
+    """As with `model.offload.replica` and a cache that is kept.
+
+    The memory where the weights were holds NaN by now, which a graph that still reads it would find.
+    """
     native = loop("cuda")
     native.engine.keep_cache = True
     expected = native.run(requests)
@@ -145,8 +147,11 @@ def test_graphs_follow_weights_that_come_back_elsewhere(loop, requests):
 
 
 def test_steps_are_recorded_while_another_thread_uses_the_device(loop, requests):
-    """One that searches without a pause, takes memory, pins some, and waits: none of it gets into a recording, or
-    breaks one off. (What torch does not allow beside a recording is `torch.cuda.empty_cache`.)"""
+    """The other thread searches without a pause, takes and pins memory, and waits.
+
+    None of it gets into a recording or interrupts one. (What torch does not allow beside a recording is
+    `torch.cuda.empty_cache`.)
+    """
     native = loop("cuda")
     expected = native.run(requests)
     native.engine.free_cache()
@@ -167,7 +172,7 @@ def test_steps_are_recorded_while_another_thread_uses_the_device(loop, requests)
                     assert int(taken.sum()) == 7 * len(taken)
                     taken[:9].cpu().pin_memory()
                 num_searches += 1
-        except BaseException as failure:  # of a thread: raised below
+        except BaseException as failure:  # of the thread; raised below
             failures.append(failure)
 
     thread = threading.Thread(target=search_on)
@@ -186,7 +191,7 @@ def test_steps_are_recorded_while_another_thread_uses_the_device(loop, requests)
 
 
 def test_a_pass_that_finds_no_memory_is_made_in_parts():
-    """By an allocator that refuses. What the failed pass held is free again when the parts are made."""
+    """The allocator refuses. The memory of the failed pass is free again when the parts are computed."""
     shape = {"vocab_size": 64, "hidden_size": 512, "intermediate_size": 4096, "num_hidden_layers": 2}
     config = DecoderConfig(**shape, num_attention_heads=4, num_key_value_heads=2, head_dim=128)
     model = Decoder(config).to("cuda", torch.bfloat16).requires_grad_(False)
@@ -195,7 +200,7 @@ def test_a_pass_that_finds_no_memory_is_made_in_parts():
     slots, starts = torch.arange(5).cuda(), torch.zeros(5, dtype=torch.int64).cuda()
     tokens = Tokens(torch.arange(lengths.sum()).cuda() % 64, ends, slots, starts, lengths)
     found, splits, (_, total) = [], [], torch.cuda.mem_get_info()
-    for room in (None, 64 << 20):  # of all tokens the two gates alone take 84 MiB
+    for room in (None, 64 << 20):  # for all tokens the two gates alone take 84 MiB
         cache = KVCache(config, 5, 2048, torch.bfloat16, "cuda")
         torch.cuda.empty_cache()
         if room is not None:
@@ -211,7 +216,7 @@ def test_a_pass_that_finds_no_memory_is_made_in_parts():
 
 
 def test_a_step_that_finds_no_memory_for_its_logits_is_taken_all_the_same(tiny_tokenizer, requests):
-    """Nine rows of a million logits are 36 MB. With 32 nothing is recorded, and logits are made in parts."""
+    """Nine rows of a million logits are 36 MB. With 32 nothing is recorded, and logits are computed in parts."""
     shape = {"vocab_size": 1_000_000, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     config = DecoderConfig(**shape, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)
     model = Decoder(config).to("cuda").requires_grad_(False)

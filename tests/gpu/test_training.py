@@ -1,4 +1,4 @@
-"""Trainings on a GPU: they run in both types, go on from a checkpoint, and an update waits for the device once."""
+"""Training on a GPU: it runs in both types, resumes from a checkpoint, and an update waits for the device once."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def rows(config: Config) -> list[dict]:
 
 
 def demo(tmp_path: Path, algorithm: str, dtype: str, lora: dict | None = None) -> Config:
-    """Two steps of the built-in model in a world of 60 entities."""
+    """-> the configuration of two steps of the built-in model in a world of 60 entities."""
     world = {"num_entities": 60, "num_questions": 64}
     return Config.model_validate({
         "run": {"directory": str(tmp_path), "device": "cuda", "tensorboard": False, "trajectories_every": 0},
@@ -71,7 +71,7 @@ def test_two_steps_of_the_built_in_model(tmp_path, make_console, algorithm, dtyp
     last = rows(config)[-1]
     assert last["skipped_updates"] == 0 and last["searches_mean"] > 0
     assert last["policy_tokens"] > 0 and math.isfinite(last["grad_norm"]) and last["grad_norm"] > 0
-    # The first minibatch is on-policy: what separates sampler and trainer is rounding.
+    # The first minibatch is on-policy, so sampler and trainer differ only by rounding.
     assert abs(last["rollout_policy_kl"]) < (1e-5 if dtype == "float32" else 0.02)
     name = "sdpa" if dtype == "float32" else "varlen"
     assert any(note.startswith((f"attention: {name}", "attention: flash-attn")) for note in console.notes)
@@ -80,8 +80,11 @@ def test_two_steps_of_the_built_in_model(tmp_path, make_console, algorithm, dtyp
 
 @pytest.mark.parametrize(("dtype", "overlap"), [("float32", True), ("bfloat16", False)])
 def test_what_leaves_the_gpu_in_between_leaves_no_trace(tmp_path, make_console, dtype, overlap):
-    """Moments, reference, replica and index come and go beside a cache and graphs that stay, and searches run in a
-    thread of their own. (In bf16 not beside decoding, as rows that step together decide about last digits.)"""
+    """Moments, reference, replica and index come and go beside a cache and graphs that stay.
+
+    Searches run in a thread of their own. (In bf16 not beside decoding, as rows that step together decide about last
+    digits.)
+    """
     found = []
     for name, moves in (("here", False), ("away", True)):
         values = demo(tmp_path / name, "grpo", dtype).model_dump()
@@ -106,8 +109,10 @@ def test_what_leaves_the_gpu_in_between_leaves_no_trace(tmp_path, make_console, 
     [("grpo", "float32", {}), ("ppo", "bfloat16", {}), ("ppo", "bfloat16", {"rank": 4})],
 )
 def test_a_checkpoint_is_taken_up_where_it_was_left(make_config, make_console, algorithm, dtype, lora):
-    """Step 3 after a checkpoint of step 2 is step 3 of the run that wrote it: what is sampled to the token, what is
-    learned up to sums that a GPU may add in any order."""
+    """Step 3 after a checkpoint of step 2 is step 3 of the run that wrote it.
+
+    Sampling is the same to the token, and learning up to sums that a GPU may add in any order.
+    """
     settings = {
         "algorithm": ALGORITHMS[algorithm] | {"drop_zero_variance_groups": False},
         "model": {"dtype": dtype, "lora": lora},
@@ -135,7 +140,7 @@ def test_a_checkpoint_is_taken_up_where_it_was_left(make_config, make_console, a
 
 
 def changed(make_config, settings: dict, run: dict) -> Config:
-    """The configuration of the letters with changes to sections, and in them."""
+    """-> the configuration of the letters with `settings` and `run` merged into its sections."""
     base = make_config()
     sections = settings | {"run": run}
     values = base.model_dump()
@@ -145,7 +150,7 @@ def changed(make_config, settings: dict, run: dict) -> Config:
 
 
 def test_one_rank_under_torchrun(tmp_path):
-    """NCCL and FSDP over a group of one, which bf16 takes."""
+    """NCCL and FSDP over a group of one rank, which bf16 uses."""
     config = demo(tmp_path, "grpo", "bfloat16")
     file = tmp_path / "config.yaml"
     file.write_text(config.to_yaml())
@@ -159,8 +164,10 @@ def test_one_rank_under_torchrun(tmp_path):
 
 
 def prepared(make_config, make_decoder, make_trajectory, ranks, lora=None):
-    """A policy with a reference and a critic in bf16, several micro-batches with shared beginnings, and their number
-    of policy tokens."""
+    """-> a policy with a reference, a critic, several micro-batches, and their number of policy tokens.
+
+    Models are in bf16, and the micro-batches have shared beginnings.
+    """
     algorithm = ALGORITHMS["grpo"] | {"entropy_coefficient": 0.01}
     config = make_config(model={"dtype": "bfloat16", "lora": lora or {}}, algorithm=algorithm)
     decoders = [make_decoder(seed).to(ranks.device) for seed in (0, 1, 2)]
@@ -177,7 +184,7 @@ def prepared(make_config, make_decoder, make_trajectory, ranks, lora=None):
 
 @pytest.mark.parametrize("lora", [{}, {"rank": 4}], ids=["all", "lora"])
 def test_an_update_waits_for_the_device_once(make_config, make_decoder, make_trajectory, lora):
-    """For the norm of the gradient; forward and backward passes of policy, reference and critic not at all."""
+    """For the norm of the gradient; forward and backward passes of policy, reference and critic do not wait at all."""
     with process("cuda") as ranks:
         policy, critic, batches, count = prepared(make_config, make_decoder, make_trajectory, ranks, lora)
         returns = [torch.ones_like(batch.advantages) for batch in batches]
@@ -189,7 +196,7 @@ def test_an_update_waits_for_the_device_once(make_config, make_decoder, make_tra
             policy.update(batches, count, references)
             policy.update(batches, count, references, on_policy=False)
 
-        for _ in range(2):  # compiles, allocates, makes the optimizers' state
+        for _ in range(2):  # compiles, allocates, creates the optimizers' state
             learn()
         steps = policy.step, critic.step
         policy.step = critic.step = lambda: 0.0
@@ -212,12 +219,12 @@ def test_an_update_waits_for_the_device_once(make_config, make_decoder, make_tra
 
 
 def test_a_save_holds_the_weights_as_they_were(tmp_path, make_config, make_decoder, make_trajectory):
-    """Copied to the host under FSDP's mixed precision, and written by a thread that opens no other device."""
+    """They are copied to the host under FSDP's mixed precision, and written by a thread that opens no other device."""
     with process("cuda") as ranks:
         policy, _, batches, count = prepared(make_config, make_decoder, make_trajectory, ranks)
         references = policy.reference_logprobs(batches)
         writer = CheckpointWriter(tmp_path, ranks, keep=1)
-        for step in (1, 2):  # the second into the memory of the first
+        for step in (1, 2):  # the second one reuses the memory of the first
             policy.update(batches, count, references)
             expected = {name: full(tensor).clone() for name, tensor in policy.tensors().items()}
             writer.stage(step, policy.tensors(), {}, {}, lambda weights, directory: None)
@@ -234,7 +241,7 @@ def test_a_save_holds_the_weights_as_they_were(tmp_path, make_config, make_decod
 
 
 def test_a_save_in_the_background_never_waits_for_the_device(tmp_path, make_config, make_decoder, make_trajectory):
-    """Which is kept busy for some ten seconds, on the stream that both threads share; the write is done before."""
+    """The device is busy for some ten seconds, on the stream that both threads share; the write is done before."""
     with process("cuda") as ranks:
         policy, _, batches, count = prepared(make_config, make_decoder, make_trajectory, ranks)
         policy.update(batches, count, policy.reference_logprobs(batches))
@@ -249,7 +256,7 @@ def test_a_save_in_the_background_never_waits_for_the_device(tmp_path, make_conf
 
 
 def test_a_replay_names_the_layer(tmp_path, capsys, make_config, tiny_model_directory, make_trajectory):
-    """In bf16, where the run was."""
+    """In bf16, like the run."""
     with process("cuda") as ranks:
         config = make_config(model={"path": str(tiny_model_directory), "dtype": "bfloat16"})
         decoder = load_model(tiny_model_directory, device=ranks.device)
@@ -269,7 +276,7 @@ def test_a_replay_names_the_layer(tmp_path, capsys, make_config, tiny_model_dire
 
 
 def test_bf16_updates_as_the_cpu_does_in_fp32(make_config, make_decoder, make_trajectory):
-    """The norm of the gradient, and where the first step of AdamW takes the weights."""
+    """Compares the norm of the gradient, and the weights after the first step of AdamW."""
     norms, weights = [], []
     for device, dtype in (("cpu", "float32"), ("cuda", "float32"), ("cuda", "bfloat16")):
         with process(device) as ranks:

@@ -37,7 +37,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 @pytest.fixture
 def open_engine():
-    """dtype, settings of the rollout -> an engine over the built-in model, until the test ends; its configuration."""
+    """dtype, settings of the rollout -> an engine over the built-in model, open until the test ends; its config."""
     with ExitStack() as stack:
 
         def open_(dtype, **rollout):
@@ -60,7 +60,7 @@ def test_vllm_writes_what_the_native_engine_writes(open_engine, cuda_graphs):
     trajectories = SearchLoop(engine, search_letters).run(requests)
     native = Engine(engine.model, engine.tokenizer, config.rollout, GREEDY)
     others = SearchLoop(native, search_letters).run(requests)
-    # Two tokens as likely, to the last bits, may go either way.
+    # Either of two tokens may be chosen that are equally likely up to the last bits.
     same = [np.array_equal(a.token_ids, b.token_ids) for a, b in zip(trajectories, others, strict=True)]
     assert np.mean(same) >= 0.75
     check_logprobs(engine.model.cpu(), trajectories, 1.0, tolerance=2e-3)
@@ -103,7 +103,7 @@ def test_one_weight_that_stays_behind_is_named(open_engine, dtype):
 
 
 def check_rows(config: Config, tolerance: float) -> None:
-    """Hand-overs are reported, and the sampler's log-probabilities are the trainer's up to rounding."""
+    """Hand-overs are reported, and the log-probabilities of sampler and trainer agree up to rounding."""
     rows = [json.loads(line) for line in (config.run_directory / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 2]
     for row in rows[1:]:

@@ -29,7 +29,7 @@ def build() -> Decoder:
     return Decoder(DecoderConfig(50, 32, 48, 4, 4, 2, model_type="qwen3", head_dim=8))
 
 
-BATCHES = [[9, 4, 12], [7], [3, 3, 3, 3, 3, 20], [31, 1], [2, 2], [64, 5, 5]]  # other totals, other numbers of sequences
+BATCHES = [[9, 4, 12], [7], [3, 3, 3, 3, 3, 20], [31, 1], [2, 2], [64, 5, 5]]  # other totals, other counts of sequences
 
 
 def train_on(model: Decoder, lengths: list[int]) -> list[torch.Tensor]:

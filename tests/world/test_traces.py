@@ -1,4 +1,4 @@
-"""Traces: what they claim to have found stands in what they were shown, and the mix is the one that was asked for."""
+"""Traces: what they claim to have found is in what they were shown, and the mix is as requested."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ONLY = {name: TraceMix(**{"complete": 0, "first_hop_only": 0, "guess": 0, "wrong
 
 
 def make_writer(style: str, mix: TraceMix):
-    """A writer and the chains of its world, comparisons among them."""
+    """-> a writer and the chains of its world, including comparisons."""
     settings = {"num_entities": 400, "num_questions": 300, "hops": (1, 1, 1, 1), "comparison": 0.1}
     world = build_world(WorldConfig(split="pretrain", style=style, **settings))
     return TraceWriter(world, mix), world.chains()
@@ -35,7 +35,7 @@ def style(request):
 
 @pytest.fixture(scope="module")
 def complete(style):
-    """(chain, trace) of complete traces, one per chain."""
+    """-> (chain, trace) of complete traces, one per chain."""
     writer, chains = make_writer(style, ONLY["complete"])
     generator = random.Random(0)
     return [(chain, writer.trace(generator, chain)) for chain in chains]
@@ -59,7 +59,7 @@ def test_what_a_complete_trace_knows_was_shown_to_it_before(complete):
     for chain, trace in complete:
         needed = [fact.mention for fact in chain.facts]
         observations: list[str] = []
-        known = 0  # facts that the observations so far hold, in order
+        known = 0  # facts in the observations so far, in order
         for kind, text in trace:
             if kind == "observation":
                 observations.append(text)
@@ -76,7 +76,7 @@ def test_what_a_complete_trace_knows_was_shown_to_it_before(complete):
 
 
 def test_a_complete_trace_takes_nothing_from_nowhere(complete):
-    """Every name it searches for stands in the question or in an observation above it."""
+    """Every name it searches for is in the question or in an earlier observation."""
     for _, trace in complete:
         seen, query = "", "nothing"
         for kind, text in trace:
@@ -137,7 +137,7 @@ def test_guesses_do_not_search_and_wrong_searches_do_not_find(style):
 
 
 def kind_of(chain, trace) -> str:
-    """Which of the mix's kinds a trace is, by its searches; for chains of two hops or more in a plain world."""
+    """-> which of the mix's kinds a trace is, by its searches; for chains of two or more hops in a plain world."""
     actions = [parse_action(text) for text in written(trace)]
     queries = [content for action, content in actions if action is Action.SEARCH]
     if not queries:
@@ -168,7 +168,7 @@ def test_a_mix_adds_up_to_one():
 
 
 def test_every_policy_turn_is_one_action_and_every_observation_closed(style):
-    """What the traces teach is the protocol: a turn ends with its closing tag, as a stopped rollout does."""
+    """The traces teach the protocol: a turn ends with its closing tag, as a stopped rollout does."""
     writer, chains = make_writer(style, BASE_MIX)
     generator = random.Random(4)
     for chain in chains:
@@ -207,7 +207,7 @@ def test_reading_exercises_state_what_the_passages_say(style, mix):
 
 
 def test_searches_are_followed_by_facts_of_what_was_looked_for(style):
-    """They stand in the first passage found, and what is read next may have been named by it."""
+    """They are in the first passage found, which may also name what is read next."""
     writer, _ = make_writer(style, BASE_MIX)
     generator, rounds, named, look_alikes = random.Random(5), Counter(), 0, 0
     for _ in range(300):
@@ -243,7 +243,7 @@ def test_searches_are_followed_by_facts_of_what_was_looked_for(style):
 
 
 def test_where_a_fact_stands_tells_nothing(style):
-    """Excerpts give no relation a place: each is first, and each is last, and each is missing now and then."""
+    """Excerpts give no relation a fixed place: each is sometimes first, sometimes last, and sometimes missing."""
     writer, _ = make_writer(style, BASE_MIX)
     world, generator = writer.world, random.Random(6)
     entity = world.random_entity(generator)
@@ -298,7 +298,7 @@ def test_documents_are_a_pure_function_of_the_seed(both_writers, seed):
     writers, chains = both_writers
     first = documents(writers, chains, [0.5, 0.5], seed, 8)
     again = documents(writers, chains, [0.5, 0.5], seed, 8)
-    fresh_writers = [TraceWriter(writer.world, writer.mix) for writer in writers]  # no cache that could remember
+    fresh_writers = [TraceWriter(writer.world, writer.mix) for writer in writers]  # without a cache that could remember
     assert first == again == documents(fresh_writers, chains, [0.5, 0.5], seed, 8)
     assert first != documents(writers, chains, [0.5, 0.5], f"{seed}/other", 8)
 
@@ -326,7 +326,7 @@ def test_documents_come_in_the_shares_and_from_the_writers_asked_for(both_writer
 
 @pytest.mark.parametrize("object_first", [1.0, 4.0])
 def test_sentences_with_the_object_first_are_drawn_as_often_as_asked_for(monkeypatch, object_first):
-    """Where a fact can be told so; and exercises ask for what their mix says."""
+    """For facts that can be told so; exercises draw as often as their mix says."""
     writer, _ = make_writer("rich", replace(BASE_MIX, object_first=object_first))
     world, asked = writer.world, set()
     generator, drawn, expected = random.Random(3), 0, 0.0

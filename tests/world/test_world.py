@@ -1,4 +1,4 @@
-"""The generated encyclopedia: facts hold in passages, splits never meet, questions have their answers."""
+"""The generated encyclopedia: facts are in their passages, splits never overlap, questions have their answers."""
 
 import itertools
 import tracemalloc
@@ -29,7 +29,7 @@ def test_every_hop_can_be_read_in_its_passage(style):
             assert fact.mention in fact.answers
         if chain.question.kind != "comparison":
             assert chain.question.golden_answers == chain.facts[-1].answers
-            # hop i+1 starts from what hop i found, by its name or its alias
+            # Hop i+1 starts from what hop i found, by its name or its alias.
             for fact, entity in zip(chain.facts, chain.entities[1:], strict=False):
                 assert entity.name in fact.answers
                 assert fact.mention in (entity.name, entity.alias)
@@ -108,7 +108,7 @@ def test_shares_are_as_exact_as_whole_numbers_can_be(num_questions, weights):
 
 
 def test_who_asks_for_an_alias_finds_its_passage():
-    """In a corpus so large that most pairs of words name something, for a retriever that knows no word order."""
+    """The corpus is so large that most pairs of words name something, and the retriever knows no word order."""
     world = make_world(num_entities=12_000, style="rich")
     retriever = BM25Retriever(world.passages)
     entities = [world.entity(kind, number) for kind in range(5) for number in range(0, 400, 20)]
@@ -117,7 +117,7 @@ def test_who_asks_for_an_alias_finds_its_passage():
 
 
 def test_an_answer_is_hard_to_guess():
-    """The most frequent answer of a kind of question is rare: guessing it is no strategy."""
+    """The most frequent answer to a kind of question is rare, so guessing it is no strategy."""
     questions = make_world(num_entities=600, num_questions=1500).questions
     answers = [q.golden_answers[0] for q in questions]
     assert max(map(answers.count, set(answers))) / len(answers) < 0.05
