@@ -1,7 +1,7 @@
 """The Triton scan of `gae`. Run by `test_triton`, not collected by itself.
 
-Without a GPU it runs in Triton's interpreter, which must be chosen before Triton is imported: hence a process of its
-own. With one (`pytest tests/kernels/gae_interpreted.py`) it is compiled.
+Without a GPU it runs in Triton's interpreter, in a process of its own because importing Triton fixes that choice. On a
+GPU (`pytest tests/kernels/gae_interpreted.py`) it is compiled.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The Triton kernels of `rms_norm`, `rotary_write` and `silu_mul`. Run by `test_triton`, not collected by itself.
 
-Without a GPU they run in Triton's interpreter, which has to be chosen before Triton is imported: hence a process of
-its own. With one they are compiled.
+Without a GPU they run in Triton's interpreter, in a process of their own because importing Triton fixes that choice. On
+a GPU they are compiled.
 """
 
 from __future__ import annotations

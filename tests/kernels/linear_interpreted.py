@@ -1,8 +1,8 @@
 """The head's Triton kernels against fp64. Run by `test_triton`, not collected by itself.
 
-Without a GPU they run in Triton's interpreter, which must be chosen before Triton is imported: hence a process of
-their own. With one (`pytest tests/kernels/linear_interpreted.py`) they are compiled. bf16 products are left to a GPU:
-the interpreter multiplies bf16 bit patterns as integers and silently returns nonsense.
+Without a GPU they run in Triton's interpreter, in a process of their own because importing Triton fixes that choice. On
+a GPU (`pytest tests/kernels/linear_interpreted.py`) they are compiled. bf16 products are left to a GPU: the interpreter
+multiplies bf16 bit patterns as integers and silently returns nonsense.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def small_tiles():
 
 @pytest.fixture(params=[False, True], ids=["library's products", "own products"])
 def products(request):
-    """Whether the kernels of `_linear_gradient_triton` multiply the logits, here for any type."""
+    """Whether the logits' products are those of `_linear_gradient_triton`, here for any type."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("linear_logprob", "linear_policy_loss", "_linear_slabs"):
             patch.setattr(

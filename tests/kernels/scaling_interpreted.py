@@ -1,7 +1,7 @@
 """The Triton kernels of `_scaling`. Run by `test_triton`, not collected by itself.
 
-Without a GPU they run in Triton's interpreter, which has to be chosen before Triton is imported: hence a process of its
-own. With one (`pytest tests/kernels/scaling_interpreted.py`) they are compiled.
+Without a GPU they run in Triton's interpreter, in a process of their own because importing Triton fixes that choice. On
+a GPU (`pytest tests/kernels/scaling_interpreted.py`) they are compiled.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ def test_matches_the_oracle(implementation, lengths, gamma, lam, policy_share, s
 def test_every_mask_of_eight_tokens(implementation, dtype, rest):
     """A CPU takes eight tokens at a time, from the end, in three ways by their mask; `rest` remain at the beginning."""
     patterns = (torch.randperm(256)[:, None] >> torch.arange(8) & 1).bool()
-    alike = torch.tensor([[True], [True], [False], [False], [True]]).expand(5, 8)  # each way after either
+    alike = torch.tensor([[True], [True], [False], [False], [True]]).expand(5, 8)  # each way after both
     mask = torch.cat([torch.rand(rest) < 0.5, patterns.flatten(), alike.flatten()])
     rewards, values = torch.randn(2, len(mask), dtype=dtype)
     rewards[~mask & (torch.rand(len(mask)) < 0.5)] = 0.0

@@ -339,7 +339,7 @@ def test_chunks_cover_everything_once(total, most, kept):
 
 @pytest.mark.parametrize("for_gradient", [False, True])
 def test_a_chunk_of_bf16_rows_fits_its_gibibyte(for_gradient):
-    """Logits are fp32, as on a GPU, and a gradient adds as many 16-bit numbers; one chunk fewer would not do."""
+    """Logits are fp32, as on a GPU, and a gradient adds as many 16-bit numbers; one chunk fewer would not fit."""
     hidden = torch.empty(100_000, 8, dtype=torch.bfloat16, device="meta")
     weight = torch.empty(151_936, 8, dtype=torch.bfloat16, device="meta")
     row_bytes = 151_936 * (6 if for_gradient else 4)
@@ -353,7 +353,7 @@ def test_a_chunk_on_a_gpu_is_whole_tiles():
 
 
 def test_a_workspace_takes_no_more_than_a_quarter_of_free_memory(monkeypatch):
-    """Memory that torch keeps for later counts as free; its amount is not even read where memory is plenty."""
+    """Memory that torch keeps for later counts as free; its amount is not even read where memory is plentiful."""
     device, looks = torch.device("cuda"), []
     gib = 1 << 30
 

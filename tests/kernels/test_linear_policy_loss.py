@@ -79,7 +79,7 @@ def test_matches_the_oracle_in_fp64(rows, loss, dual_clip, anchor, weighted, cho
 def test_gradcheck(kind, kl_kind, recompute):
     """Finite differences, for objectives whose gradient is that of their value.
 
-    Cispo is not one, and gspo is where a sequence has one advantage. Some rows predict two tokens, except for gspo.
+    That excludes cispo, and gspo unless a sequence has one advantage. Some rows predict two tokens, except for gspo.
     """
     inputs, extras = problem(12, seed=3)
     clip = {} if kind == "reinforce" else {"dual_clip": 1.6}

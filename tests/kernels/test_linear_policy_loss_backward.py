@@ -101,7 +101,7 @@ def test_the_weight_s_gradient_is_rounded_with_each_of_eight_chunks_and_of_more_
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_rows_that_come_with_a_scale_have_it_in_both_sums(dtype):
-    """Rows of kept probabilities come with one on a GPU. In two chunks; the caller's rows stay as they are."""
+    """Rows of kept probabilities have a scale on a GPU. In two chunks; the caller's rows stay as they are."""
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(count, 6, generator=generator).to(dtype) for count in (9, 13))
     gradient, scales = torch.randn(9, 13, generator=generator), torch.randn(9, generator=generator)

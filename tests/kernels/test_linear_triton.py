@@ -24,10 +24,10 @@ def plain_scores(hidden, weight, targets) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("scale", [0.03, 0.3])  # flat and peaky heads
 def test_scores_and_gradients_at_real_width(scale, dtype):
-    """Scores are off by 2e-5 or three times as much as plain torch's, gradients by less than twice as much.
+    """Scores are off by at most 2e-5 or three times as much as plain torch's, gradients by twice as much.
 
     Log-probabilities and entropies may be off by 2e-5 or, where fp32 sums do not allow that, by three times as much as
-    plain torch's on the same device. Gradients may be off by twice as much as plain torch's in the type of the
+    plain torch's on the same device. Gradients may be off by at most twice as much as plain torch's in the type of the
     operands.
 
     A peaky head has logits of 50, whose fp32 sums are not good to 2e-5. A tensor core of Hopper aligns 16 products and
@@ -194,7 +194,7 @@ def test_own_products_agree_with_a_library_s(monkeypatch, function, rows, vocabu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("rows", [256, 2048, 2304])  # one chunk; eight, summed in bf16; nine, in fp32
 def test_a_weight_s_gradient_in_chunks(monkeypatch, rows):
-    """It is less than twice as far off as plain torch's in bf16."""
+    """It is at most twice as far off as plain torch's in bf16."""
     monkeypatch.setattr(_linear_chunks, "_KEPT_BYTES", 256 * 151_936)  # 128 rows, and twice as many
     generator = torch.Generator("cuda").manual_seed(0)
     hidden = torch.randn(rows, 1024, device="cuda", generator=generator).bfloat16()

@@ -109,8 +109,8 @@ CASES = [
     (2.0, 2.0, -2.5, 0.0, True),  # good and already likelier than the upper bound
     (0.5, 2.0, -1.0, -1.0, False),  # good and less likely: no lower bound
     (0.5, -2.0, 1.6, 0.0, True),  # bad and already below the lower bound
-    (2.0, -2.0, 4.0, 4.0, False),  # bad and likelier: no upper bound but
-    (3.5, -2.0, 6.0, 0.0, True),  # the dual clip's, for bad ones alone
+    (2.0, -2.0, 4.0, 4.0, False),  # bad and likelier: no upper bound
+    (3.5, -2.0, 6.0, 0.0, True),  # except the dual clip's, for bad ones alone
     (3.5, 2.0, -2.5, 0.0, True),
     (3.5, 0.0, 0.0, 0.0, False),  # nothing to clip
 ]

@@ -45,7 +45,10 @@ def test_a_search(launches, rows, coarse):
     + [(size, dtype) for size in (200, 75) for dtype in (torch.float16, torch.float32, torch.int8)],
 )
 def test_a_search_of_other_rows(launches, size, dtype, coarse):
-    """400 numbers are not whole steps; only descriptors read 200 in vectors, and nothing 75. 8-bit rows have scales."""
+    """Rows that do not fill whole steps or vectors, and 8-bit rows with their scales.
+
+    400 numbers are no whole number of steps. 200 are read in vectors by descriptors alone, and 75 by nothing.
+    """
     rows, num_blocks = 200_000, 1563
     memory, queries = tensor(Hits.nbytes(512, 100), dtype=torch.uint8), tensor(512, size)
     scales = tensor(rows) if dtype == torch.int8 else None

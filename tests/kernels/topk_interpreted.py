@@ -1,8 +1,8 @@
 """The search's Triton kernels and their host side. Run by `test_triton`, not collected by itself.
 
-Without a GPU they run in Triton's interpreter, which has to be chosen before Triton is imported: hence a process of
-their own. With one (`pytest tests/kernels/topk_interpreted.py`) they are compiled. bf16 products are left to a GPU: the
-interpreter multiplies bf16 bit patterns as integers and silently returns nonsense.
+Without a GPU they run in Triton's interpreter, in a process of their own because importing Triton fixes that choice. On
+a GPU (`pytest tests/kernels/topk_interpreted.py`) they are compiled. bf16 products are left to a GPU: the interpreter
+multiplies bf16 bit patterns as integers and silently returns nonsense.
 """
 
 from __future__ import annotations
