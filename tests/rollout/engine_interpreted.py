@@ -45,10 +45,10 @@ class Event:
     """A stand-in for torch.cuda.Event; on a CPU everything is done at once."""
 
     def record(self, stream) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def synchronize(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 def test_they_are_those_of_the_cpu(make_model, tokenizer, config, make_requests, fake_search, monkeypatch):

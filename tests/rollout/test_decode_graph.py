@@ -24,7 +24,7 @@ HAS_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), re
 
 
 class WatchedGraphs(DecodeGraphs):
-    """Count the replays by size: (sequences, rows)."""
+    """Counts the replays by size: (sequences, rows)."""
 
     sizes: Counter
 

@@ -1,4 +1,4 @@
-"""A cache too small for all running sequences: they write the same, and the cost is counted."""
+"""A cache too small for all sequences under way: they write the same, and the cost is counted."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("small_blocks")
 
 
 class WatchedEngine(Engine):
-    """Check at every step that no slot writes where another may read, and that no blocks are lost."""
+    """Checks at every step that no slot writes where another may read, and that no blocks are lost."""
 
     num_shared_blocks = 0
     interrupted = 0

@@ -16,7 +16,7 @@ GREEDY, COOL = SamplingParams(temperature=0.0), SamplingParams(temperature=0.5)
 
 
 class Watched(Engine):
-    """Note what is launched before the previous step is read, and hide from the host what is not read yet."""
+    """Notes what is launched before the previous step is read, and hides from the host what is not read yet."""
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, run_ahead=True, **options)

@@ -64,7 +64,7 @@ class Play:
 
 @pytest.fixture(params=[4, 32])
 def plays(make_model, tokenizer, config, request, monkeypatch):
-    """(script, changes to the configuration) -> what the script returns with sharing; without it it writes the same.
+    """(script, changes to the configuration) -> what the script returns with sharing; without, it writes the same.
 
     A script takes a `Play` and returns its sequences and the counts to be checked, which hold for any block size.
     """
