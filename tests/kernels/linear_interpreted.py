@@ -297,10 +297,7 @@ def test_the_gradient_may_be_of_another_type_than_the_logits():
 @LIMITED
 @shapes
 def test_kept_probabilities_become_the_gradient(monkeypatch, rows, size, vocabulary, scale, head, seed):
-    """Against fp64, in the operand's type: every probability is rounded twice, the target's 1 - p never.
-
-    Rows are multiplied by their scales here, as by `Gradients`, or by the kernel.
-    """
+    """Against fp64, in the operand's type: every probability is rounded twice, the target's 1 - p never."""
     hidden, weight, targets = problem(rows, 2 * size, vocabulary, seed, torch.float16, scale)
     g, e = torch.randn(2, rows, generator=torch.Generator().manual_seed(2)).to(DEVICE)
     g[::3], e[::3] = 0.0, 0.0
@@ -313,6 +310,7 @@ def test_kept_probabilities_become_the_gradient(monkeypatch, rows, size, vocabul
         passes.scores(hidden, targets, logprob, entropy)
         torch.testing.assert_close(logprob.double(), want_logprob, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(entropy.double(), want_entropy, rtol=1e-5, atol=1e-5)
+    # Rows are multiplied by their scales here, as by `Gradients`, or by the kernel.
     for by_entropy, scale_rows in ((e, True), (None, True), (None, False)):
         if rows == 0:
             continue

@@ -178,10 +178,8 @@ def test_bounds_for_any_number_of_queries(queries):
 @pytest.mark.parametrize("rows", [1, 200, 257, 650])
 @pytest.mark.parametrize("coarse", ["float", "int8"])
 def test_every_way_to_make_bounds(coarse, rows, monkeypatch):
-    """All are bounds, as close as the plain kernel's.
-
-    That includes a walking program whose step ends past the rows, and a width that is read number by number.
-    """
+    """All are bounds, as close as the plain kernel's."""
+    # Also where a walking program's step ends past the rows, and for a width that is read number by number.
     size = 75 if rows == 650 else 80
     monkeypatch.setattr(_topk_passes, "MAX_CODED_QUERIES", 1 << 20)
     tables = (DIGITS_CONFIGURATIONS, DIGITS_WALKS) if coarse == "int8" else (CONFIGURATIONS, WALKS)
@@ -387,10 +385,8 @@ def test_blocks_below_the_threshold_have_no_place():
 
 
 def test_bounds_hold_and_are_close():
-    """No score of a block is above its bound, and the best is not far below.
-
-    With codes of random rows it is some 0.01 of the norms: the rows' own residuals, as the queries have two digits.
-    """
+    """No score of a block is above its bound, and the best is not far below."""
+    # With codes of random rows it is some 0.01 of the norms: the rows' own residuals, as the queries have two digits.
     for dtype in DTYPES:
         for coarse, distance in (("float", 5e-3), ("int8", 0.03)):
             asked, corpus, scales = problem("normal", 700, 70, 4, dtype)

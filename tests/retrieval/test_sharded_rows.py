@@ -364,10 +364,8 @@ def wait_for(condition, seconds: float = 30.0) -> None:
 
 
 def test_two_processes(tmp_path):
-    """Two ranks with gloo, through the configuration and the batcher; see two_searchers.py.
-
-    One of them is killed at the end, and the other learns of it.
-    """
+    """Two ranks with gloo, through the configuration and the batcher; see two_searchers.py."""
+    # One of them is killed at the end, and the other learns of it.
     from searchr1_fast.config import WorldConfig
     from searchr1_fast.data import write_corpus
     from searchr1_fast.retrieval.encoder_hashing import HashingEncoder

@@ -230,10 +230,7 @@ class StandIns:
 
 @pytest.mark.parametrize("run_ahead", [False, True])  # then a step is under way while another is recorded
 def test_what_is_asked_of_cuda(make_model, tokenizer, config, make_requests, fake_search, monkeypatch, run_ahead):
-    """One pool for all graphs, a warm-up before each, a new pool for moved weights, and one stream for all caches.
-
-    Stand-ins record the calls. A single stream, because torch keeps memory for each stream for good.
-    """
+    """One pool for all graphs, a warm-up before each, a new pool for moved weights, and one stream for all caches."""
     stand_ins = StandIns(monkeypatch)
 
     def watched(*arguments):
@@ -266,7 +263,7 @@ def test_what_is_asked_of_cuda(make_model, tokenizer, config, make_requests, fak
     assert loop.engine._graphs is not graphs
     assert loop.statistics.num_splits == 2 and stand_ins.num_refusals == 0
     assert len(stand_ins.pools) >= num_pools + 3  # a pool without graphs cannot be used again
-    assert stand_ins.num_streams == 1
+    assert stand_ins.num_streams == 1  # torch keeps memory for each stream for good
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
