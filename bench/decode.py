@@ -3,7 +3,7 @@
     python bench/decode.py                                # Qwen2.5-3B's shape, random weights: for a GPU
     python bench/decode.py --shape tiny --rows 8 --context 50
     python bench/decode.py --rows 256,64,1 --top-p 0.95 --output
-    python bench/decode.py --lora-rank 32 --output       # with an adapter, and what it costs
+    python bench/decode.py --lora-rank 32 --output       # what an adapter costs
     python bench/decode.py --engines graphs --parts      # where the time goes, kernel by kernel
 
 The engine is the trainer's. Its sequences are declared to have `--context` tokens in the cache (zeros, which cost as
@@ -204,7 +204,7 @@ def parts_table(one: dict[str, Any]) -> Table:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments."""
+    """Parse and check the arguments."""
     parser = argparse.ArgumentParser(prog="decode.py", description="One decode step, with CUDA graphs and without.")
     parser.add_argument("--shape", choices=SHAPES, default="3b", help="decoder, random weights (default: 3b)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
@@ -238,7 +238,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 @entry_point
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print, and leave the row as the last line."""
+    """Measure, print the tables, and leave the row as the last line of stdout."""
     arguments = parse_arguments(argv)
     with process(arguments.device) as ranks:
         device = ranks.device

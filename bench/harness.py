@@ -48,12 +48,12 @@ def interleaved(names: Sequence[Name], repetitions: int) -> Iterator[tuple[int, 
     for repetition in range(repetitions):
         start = repetition % len(names)
         for name in (*names[start:], *names[:start]):
-            gc.collect()  # between the clocks, not under one of them
+            gc.collect()  # here, so that no timed region pays for it
             yield repetition, name
 
 
 def medians(rows: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    """The median of every key over rows that have the same keys."""
+    """The median of each key over the rows, which have the same keys."""
     rows = list(rows)
     return {key: statistics.median(row[key] for row in rows) for key in rows[0]}
 
@@ -83,7 +83,7 @@ def copy_bandwidth(device: torch.device, repetitions: int = 5) -> float:
 
 
 def matmul_flops(device: torch.device, dtype: torch.dtype, size: int = 1024, repetitions: int = 5) -> float:
-    """FLOP/s of a square matrix product, the best of some: what "fast" can mean on this machine right now."""
+    """FLOP/s of a square matrix product, the best of several: what "fast" can mean on this machine right now."""
     size = size * 8 if device.type == "cuda" else size
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     seconds = [timed(lambda: torch.mm(left, right), device) for _ in range(repetitions + 1)]
@@ -98,7 +98,7 @@ def circumstances(device: torch.device) -> dict[str, Any]:
         "device": device_name(device),
         "threads": torch.get_num_threads(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,  # others at work spoil a time
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,  # other work spoils a time
         "versions": versions(),
     }
 

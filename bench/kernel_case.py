@@ -13,7 +13,7 @@ OURS = "ours"
 
 @dataclass(slots=True)
 class Provider:
-    """One way to the result; `answer` makes its output comparable with the others' (not timed)."""
+    """One way to compute the result; `answer`, which is not timed, makes its output comparable with the others'."""
 
     run: Callable[[], Any]
     answer: Callable[[Any], tuple[torch.Tensor, ...]] | None = lambda output: output
@@ -21,7 +21,7 @@ class Provider:
 
 @dataclass(slots=True)
 class Case:
-    """One problem."""
+    """One problem; `flops` and `bytes` are the least that it can cost, `left_out` gives a reason per peer."""
 
     kernel: str
     shape: dict[str, Any]

@@ -1,10 +1,10 @@
-"""What kernels.py measures: the operations of `searchr1_kernels` beside other ways to the same result, on one problem.
+"""What kernels.py measures: operations of `searchr1_kernels` and other ways to the same result, on the same problem.
 
 A case has its problem, its providers, the least that the work costs (operations of matrix units, bytes moved once), and
 the optional peers that are missing. Providers return what they computed; first they are checked to agree.
 
 The head's providers get what a trainer has: all tokens, and a mask of those that the policy wrote. Ours selects rows;
-the others are told to ignore the rest, as they are in trainers.
+the others are told to ignore the rest, as in trainers.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def cases(device: torch.device, kernels: list[str]) -> Iterator[Case]:
 
 
 def head_problem(device, dtype, N, H, V, kept):
-    """hidden [N,H], weight [V,H], targets [N] with IGNORED where the policy wrote nothing, rows [n] of the others."""
+    """hidden [N,H], weight [V,H], targets [N] (IGNORED where the policy wrote nothing), rows [n] of the others."""
     generator = torch.Generator(device).manual_seed(0)
     hidden = torch.randn(N, H, device=device, generator=generator).to(dtype).requires_grad_()
     weight = (torch.randn(V, H, device=device, generator=generator) / H**0.5).to(dtype).requires_grad_()
@@ -251,7 +251,7 @@ def gae_case(device, tokens: int, sequences: int) -> Case:
 
 
 def reversed_loop(rewards, values, mask, gamma: float, lam: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """[S,T] each; one Python step per time step over all sequences, with the skip over masked tokens, as in verl."""
+    """[S,T] each; one Python step per token position over all sequences, skipping masked tokens, as in verl."""
     next_value = advantage = torch.zeros_like(rewards[:, 0])
     found = []
     for t in range(rewards.shape[1] - 1, -1, -1):

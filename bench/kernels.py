@@ -1,18 +1,18 @@
 """Measure each kernel beside other ways to the same result: eager and compiled torch, installed peers, and the floor.
 
-    python bench/kernels.py                                 everything, on a GPU where there is one
+    python bench/kernels.py                                 all kernels, on a GPU where there is one
     python bench/kernels.py gae topk --repetitions 7 --output --plot
     taskset -c 0 env OMP_NUM_THREADS=1 python bench/kernels.py topk      one thread each
 
-Kernels: head (loss and gradients from hidden states), score (log-probabilities without), gae, group, kl, cached
-(attention over the cache), generation (norm, rotation and SwiGLU of a decoding step), sample (its next tokens), topk.
-The problems and providers are in kernel_cases.py. On a GPU also head_ways and gae_ways: ours with each of its switches
-turned (way_cases.py).
+Kernels: head (loss and gradients from hidden states), score (log-probabilities without gradients), gae, group, kl,
+cached (attention over the KV cache), generation (norm, rotation and SwiGLU of a decoding step), sample (its next
+tokens), topk. Problems and providers are defined in kernel_cases.py. A GPU also runs head_ways and gae_ways: ours with
+each of its switches turned (way_cases.py).
 
-Where the time can go. The head is matrix products, so its floor is the bare products of the rows that count; what is
-above it is row passes, chunking, and products of rows that do not count. Scans, group statistics and KL move a few
-bytes per token, and are bound by launches or by Python. Search reads the corpus once per batch, up to the batch at
-which the products take longer.
+Where the time can go. The head is matrix products, so its floor is the bare products of the rows that count; anything
+above that goes to row passes, chunking, and products of rows that do not count. Scans, group statistics and KL move a
+few bytes per token and are bound by launches or by Python. Search reads the corpus once per batch, which bounds it
+until the batch is so large that the products take longer.
 
 Every provider's result is compared with ours before anything is timed. The largest relative difference is in the row;
 it may be large where a provider rounds to 16 bits. Times are medians of interleaved repetitions. Each repetition makes
@@ -26,7 +26,20 @@ milliseconds alone begins after as much waiting, so that its queue is full, as i
 one thread, what a quiet machine would take. "roofline" is the time that matrix units at the rate of a large product, or
 memory at the rate of a large copy, would need, over the time taken; integer products may pass 100 %.
 
-Peak memory is what a call adds at its highest: the allocator's count on a GPU, the resident set's on Linux.
+Times are medians of interleaved repetitions. A repetition makes as many calls as fill 2 ms on a GPU or 20 ms on a CPU;
+what takes more than a second is measured once.
+
+- On a CPU the first call of a repetition has a column of its own and does not count towards the time: other providers
+  have evicted its code and data from the caches. On a virtual machine it mostly shows what other machines do.
+- On a GPU events time a repetition, so short kernels show what a loop of calls costs. A call that fills the 2 ms alone
+  starts behind as long a wait, to have a full queue as in a training step. `device_seconds` is how long the device
+  itself was busy (from the profiler).
+
+`cpu_seconds` is the process's CPU time: on one thread, what a quiet machine would take. "roofline" is the time that
+matrix units at the rate of a large product, or memory at the rate of a large copy, would need, divided by the time
+taken; integer products may exceed 100 %.
+
+Peak memory is the most that a call adds: by the allocator's count on a GPU, in the resident set on Linux.
 """
 
 from __future__ import annotations
@@ -150,7 +163,7 @@ def resident(name: str) -> int:
 
 
 def copy_rate(device: torch.device) -> float:
-    """Bytes per second of a large copy, read and written, the best of some."""
+    """Bytes per second of a large copy, counting those read and those written; the best of five."""
     source = torch.empty((1 << 30 if device.type == "cuda" else 1 << 28) // 4, device=device).fill_(1)
     copy, clock = torch.empty_like(source), Clock(device)
     provider = Provider(lambda: copy.copy_(source))
@@ -288,7 +301,7 @@ def plot(kernel: str, rows: Sequence[dict[str, Any]], folder: Path, on_gpu: bool
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments."""
+    """Parse and check the arguments."""
     parser = argparse.ArgumentParser(
         prog="kernels.py", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Each kernel beside other ways to the same result.", epilog=_EPILOG,
@@ -323,7 +336,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 @entry_point
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print, and leave a row per case, the last one as the last line."""
+    """Measure every case, print its table and leave its row; the last row is the last line of stdout."""
     arguments = parse_arguments(argv)
     console, clock = make_console(), Clock(arguments.device)
     dtype = torch.bfloat16 if arguments.device.type == "cuda" else torch.float32
@@ -343,7 +356,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(table(case, row))
         harness.emit(row, arguments.output)
         rows.append(row)
-        torch.compiler.reset()  # a new shape is compiled for itself, not for any shape
+        torch.compiler.reset()  # so that each shape is compiled for itself, not with dynamic sizes
     if arguments.plot is not None:
         for kernel in dict.fromkeys(row["kernel"] for row in rows):
             found = [row for row in rows if row["kernel"] == kernel]

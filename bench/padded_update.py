@@ -90,7 +90,7 @@ def measure(options: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
         restore()  # both start from the same weights
         started = time.process_time()
         reports[name] = update()
-        if repetition:  # the first one warms up
+        if repetition:  # the first warms up
             seconds[name].append({"seconds": time.process_time() - started})
     for name, report in reports.items():
         report |= harness.medians(seconds[name])
@@ -127,7 +127,7 @@ def table_of(row: dict[str, Any]) -> Table:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments, checked."""
+    """Parse and check the arguments."""
     parser = argparse.ArgumentParser(
         prog="padded_update.py", allow_abbrev=False, description="An update on real lengths, and its padded twin.",
         epilog="example: python bench/padded_update.py --questions 4 --repetitions 3",
@@ -149,7 +149,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 @entry_point
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print, and leave the row."""
+    """Measure, print the table, and leave the row as the last line of stdout."""
     options = parse_arguments(argv)
     row: dict[str, Any] = {"benchmark": "padded_update"}
     with process("cpu", num_threads=1) as ranks:

@@ -62,7 +62,7 @@ VARIANTS = {
 
 @dataclass(frozen=True, slots=True)
 class PlainBatch:
-    """Rows end to end, each as long as the longest (or as it is, without padding). Position t predicts `targets[t]`."""
+    """Rows end to end, padded to one length unless padding is off. Position t predicts `targets[t]`."""
 
     token_ids: torch.Tensor  # [T] int64
     cu_seqlens: torch.Tensor  # [B+1] int32
@@ -79,7 +79,7 @@ class PlainBatch:
 
 
 class PlainScorer(nn.Module):
-    """A decoder seen as a scorer of every token. One module, so that FSDP's hooks see the head's use."""
+    """A decoder that scores every token, as one module, so that FSDP's hooks see the head's use."""
 
     def __init__(self, decoder: Decoder, temperature: float) -> None:
         super().__init__()
@@ -194,7 +194,7 @@ def _pad_one(
     longest = max(at_least, *(len(trajectory.token_ids) for trajectory, _ in rows))
     lengths = [longest if padding else len(trajectory.token_ids) for trajectory, _ in rows]
     starts = np.concatenate([[0], np.cumsum(lengths)])  # [B+1]
-    token_ids, targets = (np.zeros(starts[-1], dtype=np.int64) for _ in range(2))  # any id pads: causal, masked
+    token_ids, targets = (np.zeros(starts[-1], dtype=np.int64) for _ in range(2))  # any id can pad: causal, masked
     mask, advantages = np.zeros(starts[-1], dtype=bool), np.zeros(starts[-1], dtype=np.float32)
     for (trajectory, advantage), start in zip(rows, starts[:-1], strict=True):
         end = start + len(trajectory.token_ids)

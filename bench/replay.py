@@ -151,7 +151,7 @@ class Generate:
         self.num_computed = 0  # tokens of the last run, padding included
 
     def run(self) -> list[np.ndarray]:
-        """-> the tokens of every trajectory."""
+        """Run the script -> the tokens of every trajectory."""
         self.num_computed, size = 0, self._script.config.max_num_seqs
         everyone = range(len(self._script.prompts))
         return [tokens for begin in everyone[::size] for tokens in self._play(everyone[begin : begin + size])]
@@ -249,7 +249,7 @@ def describe(name: str, one: dict[str, Any]) -> str:
     """Write a line about the work of one provider."""
     share = one["tokens_computed"] / one["tokens_that_exist"]
     computed = f"{name}: {one['tokens_computed']:,} tokens computed, {share:.2f} of those that exist"
-    if "cache_hit_share" not in one:  # no engine of ours
+    if "cache_hit_share" not in one:  # not an engine of ours
         return computed
     return (
         f"{computed}; {one['cache_hit_share']:.3f} of the contexts were cached; {one['search_seconds']:.2f} s of "

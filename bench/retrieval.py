@@ -7,8 +7,8 @@
 bursts    the backend is a fake that takes 2 ms per batch, so all else that a search costs is the batcher and its
           callers: Python's share of it, the C++, the waking of threads and loops (bursts.py)
 million   text in, passages out, over an index (million.py)
-faiss     exact search beside faiss' IndexFlatIP, same vectors, same process (million.py; needs faiss-cpu)
-server    `searchr1 serve` beside a plain server in the manner of published ones (serving.py, plain_server.py; needs
+faiss     exact search against faiss' IndexFlatIP, same vectors, same process (million.py; needs faiss-cpu)
+server    `searchr1 serve` against a plain server in the manner of published ones (serving.py, plain_server.py; needs
           faiss-cpu, fastapi and the extra `serve`)
 
 CPU time is reported beside wall time: on a machine that others use, wall time also counts them.
@@ -37,7 +37,7 @@ from searchr1_fast.data import read_questions
 from searchr1_fast.errors import entry_point
 
 PARTS = ("bursts", "million", "faiss", "server")
-TWINS = ("plain", "faiss", "behind a lock")  # ends of labels
+TWINS = ("plain", "faiss", "behind a lock")  # how their labels end
 
 
 def burst_table(rows: Sequence[dict[str, Any]]) -> Table:
@@ -71,7 +71,7 @@ def table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments, checked."""
+    """Parse and check the arguments."""
     parser = argparse.ArgumentParser(
         prog="retrieval.py", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Closed-loop bursts of searches through the batcher, beside a search behind a lock.",
@@ -200,13 +200,13 @@ def measure_servers(arguments: argparse.Namespace, console: Any) -> dict[str, An
 
 @entry_point
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print, and leave the row as the last line."""
+    """Measure, print the tables, and leave the row as the last line of stdout."""
     arguments, console = parse_arguments(argv), make_console()
     row: dict[str, Any] = {"benchmark": "retrieval", "repetitions": arguments.repetitions}
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
         numba.set_num_threads(arguments.threads)
-        os.environ |= {"OMP_NUM_THREADS": str(arguments.threads)}  # of the servers, which are other processes
+        os.environ |= {"OMP_NUM_THREADS": str(arguments.threads)}  # for the servers, which are other processes
     row |= harness.circumstances(torch.device("cpu"))
     if "server" in arguments.parts:  # first, while this process holds no index
         row |= measure_servers(arguments, console)

@@ -4,7 +4,7 @@
     python bench/rollout.py generate --prompts 256 --new-tokens 128 --output
     python bench/rollout.py replay --threads 1 --plot
     python bench/rollout.py --device cuda --shape 3b   both parts, on a GPU, all in bf16
-    python bench/rollout.py generate --threads 2 --leave-out transformers      beside vLLM, in its environment
+    python bench/rollout.py generate --threads 2 --leave-out transformers      against vLLM, in its environment
 
 generate   greedy, prompts of one length and a fixed number of new tokens: the engine and transformers' `generate` in
            fp32 and in bf16, over the whole batch at once; and vLLM in both where it is installed (docs/architecture.md
@@ -19,8 +19,8 @@ replay     trajectories of several turns with a search after each (replay.py). T
            long they took, and how long they waited for others (timeline.py; drawn with `--plot`). Ids are compared with
            the twin's; vLLM and transformers draw in their own ways.
 
-The model's parameters are random, and its tokens end no turn. Providers run in turn, repetition by repetition; times
-are medians. With one thread, `cpu_seconds` is what a quiet machine would take.
+The model's parameters are random, and its tokens end no turn. Providers are interleaved, repetition by repetition;
+times are medians. With one thread, `cpu_seconds` is what a quiet machine would take.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ def without(names: Sequence[str], providers: dict[str, Provider]) -> dict[str, P
 
 
 def table(title: str, row: dict[str, Any], count: int, unit: str) -> Table:
-    """A line per provider."""
+    """A table with a line per provider."""
     shown = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     shown.add_column("")
     for heading in ("seconds", "over ours", "CPU seconds", "over ours", f"{unit}/s"):
@@ -197,7 +197,7 @@ def table(title: str, row: dict[str, Any], count: int, unit: str) -> Table:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments, checked."""
+    """Parse and check the arguments."""
     parser = argparse.ArgumentParser(prog="rollout.py", description="The native engine beside other ways.")
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)} (default: both)")
     parser.add_argument("--prompts", type=int, default=256, help="generate: sequences (default: 256)")
@@ -247,7 +247,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def measure_parts(options: argparse.Namespace, device: torch.device) -> None:
-    """Both parts, each with its table and its row."""
+    """Measure the parts asked for; print each one's table and leave its row."""
     console = make_console()
     model = build_model(options.shape, device)
     tokenizer = TextTokenizer(load_tokenizer("builtin:base").backend)
@@ -298,7 +298,7 @@ def measure_parts(options: argparse.Namespace, device: torch.device) -> None:
 
 @entry_point
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print, and leave a row per part, the last one as the last line."""
+    """Measure, print, and leave a row per part; the last row is the last line of stdout."""
     options = parse_arguments(argv)
     with process(options.device, options.threads) as ranks:
         measure_parts(options, ranks.device)

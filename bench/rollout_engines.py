@@ -1,4 +1,4 @@
-"""What both parts of rollout.py share: the model, engines by name, sequences without a question, the clock."""
+"""Shared by both parts of rollout.py: the model, the engines, sequences without a question, the clock."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Provider:
         self.tokens: list[np.ndarray] = []
 
     def measure(self) -> None:
-        """One run; it ends when its tokens are on the host."""
+        """Time one run, until its tokens are on the host."""
         self.prepare()
         cpu, wall = time.process_time(), time.perf_counter()
         self.tokens = self.run()

@@ -25,7 +25,7 @@ PHASES = ("rollout", "search", "logprobs", "update", "other", "total")
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What one step puts through the model. Tokens go through the layers, rows through the head."""
+    """What one step puts through the model: tokens through the layers, rows through the head."""
 
     prefill_tokens: int
     decode_tokens: int

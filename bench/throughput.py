@@ -1,4 +1,4 @@
-"""One RL step by phase, ours against its plain twin: same weights, questions and seeds, in the same process, in turn.
+"""Time one RL step by phase, ours against a plain twin: same weights, questions and seeds, in one process, in turn.
 
     python bench/throughput.py
     python bench/throughput.py --model runs/demo --questions 16 --group-size 8 --steps 5 --output
@@ -72,7 +72,7 @@ OURS = "ours"
 
 @dataclass(slots=True)
 class Provider:
-    """One column: how to run its step, how to undo it, and what was measured."""
+    """One column of the tables: how to run the step, how to undo it, and what was measured."""
 
     label: str
     step: Callable[[], Step]
@@ -182,7 +182,7 @@ def describe(providers: dict[str, Provider], flops: dict[str, dict[str, float]],
         name: [b / a for a, b in zip(systems[OURS]["totals"], systems[name]["totals"], strict=True)] for name in twins
     }
     return {
-        "ratio": rates[OURS] / rates[twins[0]],  # the headline: against the first twin that was asked for
+        "ratio": rates[OURS] / rates[twins[0]],  # the headline: against the first twin named
         "ratios": {name: rates[OURS] / rates[name] for name in twins},
         "ratio_ranges": {name: [min(pairs[name]), max(pairs[name])] for name in twins},
         "flops_ratios": {name: flops[name]["total"] / flops[OURS]["total"] for name in twins},
@@ -193,7 +193,7 @@ def describe(providers: dict[str, Provider], flops: dict[str, dict[str, float]],
 
 
 def shapes(run: Run, step: Step) -> dict[str, Any]:
-    """Model and workload, for the row."""
+    """The row's description of model and workload."""
     config, model = run.config, run.policy.replica.config
     trajectories = step.trajectories
     return {
@@ -226,7 +226,7 @@ def shapes(run: Run, step: Step) -> dict[str, Any]:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Config]:
-    """The arguments, and the configuration they make."""
+    """Parse and check the arguments -> them, and the configuration they make."""
     parser = argparse.ArgumentParser(
         prog="throughput.py", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
         description="One RL step by phase, ours against the plain twin that does what Search-R1 does.",
@@ -271,7 +271,7 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Con
 
 
 def variants(text: str) -> list[str]:
-    """The names of `--plain`."""
+    """Parse and check the names of `--plain`."""
     names = text.split(",")
     unknown = [name for name in names if name not in VARIANTS]
     if unknown or len(set(names)) < len(names):
@@ -280,7 +280,7 @@ def variants(text: str) -> list[str]:
 
 
 def build_providers(run: Run, twin: PlainPolicy, names: Sequence[str], scored: bool) -> dict[str, Provider]:
-    """Ours and the twins, by name, on the same questions."""
+    """-> providers by name, ours and the twins, on the same questions."""
     questions = run.stream.next(run.config.train.questions_per_step)
     providers = {OURS: Provider("ours", partial(our_step, run, questions, scored), restorer(run.policy))}
     restore = restorer(twin)
@@ -292,7 +292,7 @@ def build_providers(run: Run, twin: PlainPolicy, names: Sequence[str], scored: b
 
 
 def names_a_shape(argv: Sequence[str]) -> bool:
-    """Whether `--model` is a published shape, or the tiny one, and no folder of that name."""
+    """Whether `--model` is a published shape, or the tiny one, and no folder has that name."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--model")
     name = parser.parse_known_args(argv)[0].model
@@ -301,7 +301,7 @@ def names_a_shape(argv: Sequence[str]) -> bool:
 
 @entry_point
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print, and leave the row as the last line."""
+    """Measure, print the tables, and leave the row as the last line of stdout."""
     argv = sys.argv[1:] if argv is None else list(argv)
     if names_a_shape(argv):
         return replayed_step.main(["--plain", *argv])
@@ -333,7 +333,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def headline(row: dict[str, Any]) -> str:
-    """What is about to be measured, and whether it is one thing."""
+    """What is about to be measured, and whether ours and the twin do the same."""
     model, work, agreed = row["model"], row["workload"], row["agreement"]
     lines = [
         f"{model['name']}: {model['parameters']:,} parameters, {model['dtype']}, on {row['device']}, "
