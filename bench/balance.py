@@ -128,7 +128,7 @@ def table_of(row: dict[str, Any]) -> Table:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments."""
+    """Parse and check the arguments."""
     parser = argparse.ArgumentParser(
         prog="balance.py", allow_abbrev=False, description="How evenly micro-batches lie on ranks.",
         epilog="example: python bench/balance.py --questions 256 --group-size 1",
@@ -148,7 +148,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 @entry_point
 def main(argv: Sequence[str] | None = None) -> int:
-    """Count, print, and leave the row."""
+    """Count, print the table, and leave the row as the last line of stdout."""
     options = parse_arguments(argv)
     row: dict[str, Any] = {"benchmark": "balance", **harness.circumstances(torch.device("cpu"))}
     row |= {name: getattr(options, name) for name in ("lengths", "questions", "group_size", "seeds")}

@@ -40,7 +40,7 @@ class FakeBackend:
         self._numbers = numbers
 
     def search_ids(self, queries: list[str], k: int) -> tuple[np.ndarray, np.ndarray]:
-        """scores [Q,k] fp32, rows [Q,k] int64."""
+        """-> scores [Q,k] fp32, rows [Q,k] int64."""
         time.sleep(BACKEND_SECONDS)
         first = np.fromiter((self._numbers[query] for query in queries), dtype=np.int64, count=len(queries))
         scores = np.broadcast_to(-np.arange(k, dtype=np.float32), (len(queries), k))
@@ -48,7 +48,7 @@ class FakeBackend:
 
 
 class NoPassages:
-    """This part measures searches, not texts."""
+    """Stands in for passages: this part measures searches, not texts."""
 
     def passages(self, rows: Sequence[int], scores: Sequence[float]) -> list[Any]:
         """Return nothing: no passages are asked for."""
@@ -147,7 +147,7 @@ def call_with_lists(retriever: BatchedRetriever, queries: np.ndarray, texts: lis
 
 
 def call_behind_a_lock(backend: FakeBackend, queries: np.ndarray, texts: list[str], measured: Measured) -> None:
-    """The plain twin."""
+    """The plain twin: one query at a time."""
     lock = threading.Lock()
 
     def search(query: str) -> np.ndarray:
@@ -212,7 +212,7 @@ def measure_all(
                 cases.append((way, callers))
     rows: dict[tuple[str, int], list[dict[str, Any]]] = {case: [] for case in cases}
     for _, (way, callers) in harness.interleaved(cases, repetitions):
-        # The lock takes 2 ms a query, and one caller 2 ms a round: they get fewer.
+        # The lock takes 2 ms a query, and a single caller 2 ms a round, so they get fewer queries.
         wanted = num_queries if way != "behind a lock" else num_queries // 200
         num_rounds = max(2, min(wanted // callers, 200))
         rows[way, callers].append(measure(way, callers, num_rounds, unique).row())

@@ -80,7 +80,7 @@ def _measure_batch(
             recorded.forget()
             memory.park()
         elapsed = harness.timed(partial(run, name), device)
-        if repetition:  # the first compiles, and takes its memory
+        if repetition:  # the first compiles and allocates
             seconds[name].append(elapsed)
     replayed, launched, by_length = (run(name) for name in names[:3])
     others = (replayed != launched) | (replayed != before) | ((by_length - replayed).abs() > _CLOSE)

@@ -20,7 +20,7 @@ from searchr1_fast.models.rope import apply_rotary
 
 
 def cached_case(device, dtype, lengths: list[int], cached: int, H: int = 16, G: int = 2, d: int = 128) -> Case:
-    """New tokens of sequences that have `cached` places each, at the width of a 3B model."""
+    """Attention of new tokens to sequences that have `cached` places each, at the width of a 3B model."""
     generator, places = torch.Generator(device).manual_seed(0), cached + max(lengths)
     query = torch.randn(sum(lengths), H, d, device=device, generator=generator).to(dtype)
     size = block_size(device)
@@ -63,7 +63,7 @@ def cached_case(device, dtype, lengths: list[int], cached: int, H: int = 16, G: 
 
 
 def norm_case(device, dtype, rows: int, size: int = 2048) -> Case:
-    """The residual's sum and its norm."""
+    """The residual sum and its norm."""
     x, residual, weight = random_rows(device, dtype, (rows, size), (rows, size), (size,))
 
     def plain():
@@ -75,7 +75,7 @@ def norm_case(device, dtype, rows: int, size: int = 2048) -> Case:
 
 
 def rotary_case(device, dtype, rows: int, H: int = 16, G: int = 2, d: int = 128, places: int = 1024) -> Case:
-    """Rotation of query and key, and the write of a token per sequence."""
+    """Rotation of query and key, and writing one token per sequence to the cache."""
     query, key, value = random_rows(device, dtype, (rows, H, d), (rows, G, d), (rows, G, d))
     slots, positions = torch.arange(rows, device=device), torch.arange(rows, device=device) % places
     angles = positions[:, None, None].float() / torch.arange(1, d + 1, device=device)

@@ -64,7 +64,7 @@ class Work:
     """What an update is asked to do, and what of it is laid out."""
 
     tokens: int  # of all trajectories
-    pairs: int  # of tokens and what they attend to, nothing shared
+    pairs: int  # of tokens and those that they attend to, nothing shared
     policy_tokens: int
     rows: int  # of all micro-batches
     row_pairs: int

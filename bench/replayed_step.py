@@ -60,7 +60,7 @@ from searchr1_fast.run import Run
 from searchr1_fast.types import PackedBatch, Question
 
 OURS, PLAIN = "ours", "plain"
-PLAIN_POSITIONS = 8192  # of a micro-batch of the twin's, at most
+PLAIN_POSITIONS = 8192  # the most in a micro-batch of the twin
 
 
 def make_config(options: argparse.Namespace, workload: Workload) -> Config:
@@ -180,7 +180,7 @@ def packed(step: Step, options: argparse.Namespace) -> list[PackedBatch]:
 
 
 def measure(options: argparse.Namespace, ranks: Ranks, say: Callable[[str], None]) -> dict[str, Any]:
-    """The row."""
+    """Measure ours and, with `--plain`, the twin -> the row."""
     workload = WORKLOADS[options.workload]
     config = make_config(options, workload)
     environment, _ = build_environments(config, ranks, Console(quiet=True))
@@ -255,9 +255,9 @@ def system(
         "peak_bytes": peak,
         "cost": asdict(step.cost),
     }
-    if name == OURS:  # on a GPU, wherever this runs
+    if name == OURS:  # planned for a GPU, wherever this runs
         one["planned_bytes"] = make_plan(run.config, run.policy.replica.config, packed(step, options), device).peak
-    # What the workload asks for, of both the same, however much either does of it, or beside it.
+    # What the workload asks for: the same for both, whatever each saves or adds.
     rate = update_flops(run, step, options)["model"] / seconds["update"]
     one["update_of_matmul"] = rate / (limit["matmul_tflops"] * 1e12)
     if (peak_rate := peak_flops(device, options)) is not None:
@@ -311,7 +311,7 @@ def table_of(row: dict[str, Any]) -> Table:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments, checked."""
+    """Parse and check the arguments."""
     parser = argparse.ArgumentParser(
         prog="replayed_step.py", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
         description="A whole RL step on a published shape with random weights and scripted turns.",
@@ -341,7 +341,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 @entry_point
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print, and leave the row."""
+    """Measure, print the table, and leave the row as the last line of stdout."""
     options = parse_arguments(argv)
     console = make_console()
     with process(options.device) as ranks:

@@ -51,7 +51,7 @@ from searchr1_fast.rollout.sequence import Sequence as Rollout
 from searchr1_fast.types import PackedBatch
 
 HOPPER, HOPPER_FLOPS = (9, 0), 989e12  # bf16, dense; NVIDIA's data sheets of H100 SXM and H200
-WARM_UP_STEPS = 8  # decode steps before the clock
+WARM_UP_STEPS = 8  # decode steps that are not timed
 
 
 # ------------------------------------------------------------------------------------------------------------- update
@@ -125,7 +125,7 @@ def run_rollout(model: Decoder, tokenizer: TextTokenizer, config: Config, num_se
     rollout = config.rollout.model_copy(update={"max_num_seqs": num_seqs})
     engine = Engine(model, tokenizer, rollout, stop_at_tags=False)
     wait = harness.waiter(model.head_weight.device)
-    prefill, decode = [], []  # seconds of steps
+    prefill, decode = [], []  # seconds per step
     engine.add(make_sequences(num_seqs, model.config.vocab_size, options))
     while engine.has_work:
         had = engine.statistics.num_prefill_tokens
@@ -328,7 +328,7 @@ def add_model_arguments(
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments."""
+    """Parse and check the arguments."""
     parser = argparse.ArgumentParser(
         prog="workload.py", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
         description="The update and the engine on a published shape with random weights.",
@@ -365,7 +365,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 @entry_point
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print, and leave the row."""
+    """Measure, print the tables, and leave the row as the last line of stdout."""
     options = parse_arguments(argv)
     console = make_console()
     with process(options.device) as ranks:
