@@ -1,6 +1,6 @@
-"""Packages, where they lie, and the C++ extension; everything else is in pyproject.toml.
+"""The packages, where they are, and the C++ extension; everything else is in pyproject.toml.
 
-`kernels/` is a folder, not a package: an import name `kernels` would break transformers, which looks for one.
+`kernels/` is a folder, not a package: an importable `kernels` would break transformers, which looks for one.
 """
 
 import os
@@ -10,11 +10,11 @@ from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
-ParallelCompile(default=0).install()  # as many files at a time as there are cores
+ParallelCompile(default=0).install()  # 0: as many files at a time as there are cores
 
 
 class BuildPackages(build_py):
-    """Puts the CUDA C++, which is compiled where it runs, into the wheel. A checkout has it in csrc/."""
+    """Puts the CUDA C++ sources, which are compiled where they run, into the wheel; a checkout has them in csrc/."""
 
     def run(self) -> None:
         super().run()

@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# Every check and every row that wants a GPU, in one command, the most wanted first: made for 12 minutes on one H200.
+# Every check and every row that wants a GPU, in one command, the most important first: for 12 minutes on one H200.
 #
-#   bench/gpu_session.sh                        logs and rows into bench/results
-#   OUT=folder bench/gpu_session.sh             into a folder
-#   bench/gpu_session.sh --seconds 540          in less time: what does not fit at the end is left out, and said
-#   bench/gpu_session.sh --resume               what the call before left out or cut short, into the same folder
-#   bench/gpu_session.sh --archive rows.tgz     and all of it in one file, made anew after every step
-#   bench/gpu_session.sh --dry-run              the commands, on any machine
+#   bench/gpu_session.sh                        write logs and rows into bench/results
+#   OUT=folder bench/gpu_session.sh             write them into a folder
+#   bench/gpu_session.sh --seconds 540          take less time: what does not fit at the end is left out, and named
+#   bench/gpu_session.sh --resume               run what the last call left out or cut short, into the same folder
+#   bench/gpu_session.sh --archive rows.tgz     also pack everything into one file, renewed after every step
+#   bench/gpu_session.sh --dry-run              print the commands, on any machine
 #
-# Steps have a limit each, and one that fails or takes too long stops no other. While tests run, of which none keeps
-# time, what is measured later runs once: its kernels are compiled then, and lie in Triton's cache when time counts.
-# PYTHON picks the interpreter. At the end: each step's exit status and seconds, and the tests that failed. The exit
-# status is 1 where a step failed, took too long or was left out, 2 where there is no GPU or an option is wrong. It ends
-# 20 seconds after its time at the latest.
+# Each step has a time limit, and one that fails or takes too long stops no other. While the tests run, none of which
+# measures time, what is measured later runs once, so that its kernels are already in Triton's cache when time counts.
+# PYTHON picks the interpreter. At the end come each step's exit status and seconds, and the tests that failed. The exit
+# status is 1 where a step failed, took too long or was left out, 2 where there is no GPU or an option is wrong. The
+# script ends at most 20 seconds after its time.
 set -uo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -47,7 +47,7 @@ LOGS=$RESULTS/gpu_session
 SUMMARY=$LOGS/summary.txt
 export PYTHONPATH=$ROOT:$ROOT/kernels${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
 
-# step NAME LIMIT COMMAND...: at most LIMIT seconds, and no more than are left; output in a log of its name
+# step NAME LIMIT COMMAND...: run it for at most LIMIT seconds or the time left; its output goes to NAME.log
 step() {
     local name=$1 limit=$2 began=$SECONDS status late="too slow" left=$((SECONDS_IN_ALL - SECONDS))
     shift 2
@@ -61,7 +61,7 @@ step() {
         return 1
     fi
     [ "$limit" -le "$left" ] || { limit=$left; late="cut short"; }
-    # Interrupted, tests still say what failed: pytest's workers have 10 s to end before it does.
+    # SIGINT lets pytest still report what failed; its workers have 10 s to end before it does.
     timeout -s INT -k 20 "$limit" "$@" > "$LOGS/$name.log" 2>&1
     status=$?
     case $status in
@@ -74,7 +74,7 @@ step() {
     return "$status"
 }
 
-# Several steps may end at once: each writes a file of its own, and the last one stays.
+# Several steps may end at once: each writes a file of its own, and the last one moved into place stays.
 archive() {
     [ -n "$ARCHIVE" ] || return 0
     tar -czf "$ARCHIVE.$BASHPID" --exclude="./${ARCHIVE##*/}*" --warning=no-file-changed -C "$RESULTS" .
@@ -84,7 +84,7 @@ archive() {
 has() { "$PYTHON" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$1') is None)" 2> /dev/null; }
 
 if [ -z "$DRY" ]; then
-    # One interpreter for both: the first to import torch on a fresh machine takes its time.
+    # One interpreter for both: importing torch is slow the first time on a fresh machine.
     if ! MACHINE=$("$PYTHON" -c "import sys, torch, triton
 torch.cuda.is_available() or sys.exit(1)
 print(torch.cuda.get_device_name(), 'Python', sys.version.split()[0], 'torch', torch.__version__, 'triton', triton.__version__)"); then
@@ -107,10 +107,10 @@ print(torch.cuda.get_device_name(), 'Python', sys.version.split()[0], 'torch', t
 fi
 
 TESTS=(env OMP_NUM_THREADS=1 "$PYTHON" -m pytest -q -rfE --tb=short -p no:cacheprovider --continue-on-collection-errors)
-# The project's own options name a plugin, which a GPU's machine may not have.
+# The project's own options name a plugin that a GPU machine may not have.
 has pytest_timeout || TESTS+=(-o "addopts=--import-mode=importlib --strict-markers")
 
-# Checks. The kernels' own cases are given as files, which test_compiled would run one after the other.
+# Checks. The kernels' own cases are passed as files: test_compiled would run them one after the other.
 if has xdist; then
     step test_cases 220 "${TESTS[@]}" -n $(($(nproc) / 2)) tests/kernels/*_interpreted.py &
     step test_gpu 220 "${TESTS[@]}" -n $(($(nproc) / 2)) -m gpu -k "not test_compiled" tests &
@@ -122,7 +122,7 @@ else
         step "test_gpu_$(tr / _ <<< "${file#tests/}")" 220 "${TESTS[@]}" -m gpu -k "not test_compiled" "$file" &
     done
 fi
-# Not measured: that kernels are compiled. The fewest rows that are worth finding the fastest way for are 174,763.
+# Only to compile kernels, not to measure. 174,763 rows are the fewest that are worth finding the fastest way for.
 step warm_search 150 "$PYTHON" bench/search_parts.py --rows 180000 --batches 1,512 --repetitions 1 &
 step warm_decode 100 "$PYTHON" bench/decode.py --rows 256,1 --steps 10 --engines graphs,modules &
 wait
@@ -133,7 +133,8 @@ row() { # NAME LIMIT FILE SCRIPT ARGUMENTS...: a step that leaves rows
     step "$name" "$limit" "$PYTHON" "bench/$script.py" "$@" --output "$RESULTS/$file.jsonl"
 }
 
-# Accesses out of bounds, and races in shared memory. Without torch's cache of memory what lies behind a tensor is nobody's.
+# Find accesses out of bounds, and races in shared memory. Without torch's caching allocator the memory past a tensor's
+# end belongs to nobody.
 sanitized() { # TOOL LIMIT CASES...
     local tool=$1 limit=$2
     shift 2

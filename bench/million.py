@@ -23,7 +23,7 @@ from searchr1_fast.retrieval.passages import PassageStore
 
 K = 3
 BATCHES = (32, 64, 128, 256)
-ROUNDS = 64  # searches of a caller at most: one alone may take a tenth of a second
+ROUNDS = 64  # searches per caller, at most: each may take a tenth of a second
 
 
 def end_to_end(

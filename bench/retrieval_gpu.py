@@ -4,10 +4,10 @@
     python bench/retrieval_gpu.py --rows 21015324 --output           as many as the published index has
     python bench/retrieval_gpu.py --device cpu --rows 20000          without one: that it runs, not how fast a GPU is
 
-scan     queries in host memory to hits in host memory, by batch size: 16-bit rows, 8-bit codes, torch's product and
-         top-k, faiss where it is installed; GB/s of what a pass reads, beside a copy's on the same device
-         (where its time goes: bench/search_parts.py)
-batched  2,560 queries at once through the batcher, texts in, hits out; without an encoder: a text names its vector
+scan     from queries in host memory to hits in host memory, by batch size: 16-bit rows, 8-bit codes, torch's product
+         and top-k, faiss where it is installed; GB/s of what a pass reads, beside a copy's on the same device
+         (bench/search_parts.py shows where the time goes)
+batched  2,560 queries at once through the batcher, texts in, hits out, without an encoder: a text names its vector
 upload   a file to the device: through the pinned ring, and as torch copies a memory map
 merge    the hits of 8 parts, which are in host memory as the sockets left them: C++, our kernel, torch
 link     what asking several ranks costs besides their searches, with parts that answer at once
@@ -59,7 +59,7 @@ CHECKED_ROWS = 100_000  # searched by a CPU too
 _MADE_AT_ONCE = 2**17
 _BURST = 2560
 _TILE = 2**20  # rows of torch's product at a time
-_PARTS, _QUERIES, _K = 8, 256, 16  # of a merge: 8 ranks, the batcher's largest batch and its depth
+_PARTS, _QUERIES, _K = 8, 256, 16  # in a merge: 8 ranks, the batcher's largest batch and its depth
 
 
 # ------------------------------------------------------------------------------------------------------------- numbers
@@ -82,7 +82,7 @@ def make_rows(num_rows: int, dimension: int, device: torch.device, seed: int = 0
 
 
 def torch_search(rows: np.ndarray, device: torch.device) -> Search:
-    """The plain way: products in tiles, the best of each, the best of those."""
+    """The plain way: products in tiles, top-k of each tile, top-k of those."""
     corpus = torch.from_numpy(rows).to(device)
 
     def search(vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -125,7 +125,7 @@ def measure_scans(
     half = len(rows) // 2
     parts = [(0, rows[:half]), (half, rows[half:])]
     opened = {scan: DeviceRows(parts, device, scan) for scan in ("float16", "int8")}
-    ways: dict[str, tuple[Search | None, Callable[[int], int]]] = {  # the search, bytes that a pass must read
+    ways: dict[str, tuple[Search | None, Callable[[int], int]]] = {  # the search, and the bytes a pass must read
         **{scan: (found.search, found.bytes_read) for scan, found in opened.items()},
         "torch": (torch_search(rows, device), lambda num_queries: rows.nbytes),
         "faiss": (faiss_search(rows, device), lambda num_queries: rows.nbytes),
@@ -145,7 +145,7 @@ def measure_scans(
         for repetition, name in harness.interleaved(names, repetitions + 1):
             search = functools.partial(ways[name][0], batch, k)
             elapsed = harness.timed(search, device)
-            if repetition:  # the first compiles, and takes its memory
+            if repetition:  # the first compiles and allocates
                 seconds[name].append(elapsed)
         for name, times in seconds.items():
             median = float(np.median(times))
@@ -321,7 +321,7 @@ def scan_table(scans: Sequence[dict[str, Any]], bandwidth: float) -> Table:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments, checked."""
+    """Parse and check the arguments."""
     parser = argparse.ArgumentParser(
         prog="retrieval_gpu.py", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Exact search on a GPU, checked against the CPU and timed beside the plain ways.",
@@ -344,7 +344,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 @entry_point
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print, and leave the row as the last line."""
+    """Measure, print, and leave the row as the last line of stdout."""
     arguments = parse_arguments(argv)
     device = torch.device(arguments.device)
     console = make_console()

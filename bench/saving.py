@@ -104,7 +104,7 @@ def table(row: dict[str, Any]) -> Table:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments."""
+    """Parse and check the arguments."""
     parser = argparse.ArgumentParser(
         prog="saving.py", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
         description="What a checkpoint costs a training, on a published shape with random weights.",
@@ -127,7 +127,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 @entry_point
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print, and leave the row."""
+    """Measure, print the table, and leave the row as the last line of stdout."""
     options = parse_arguments(argv)
     config = Config.model_validate(
         {"model": {"dtype": options.dtype}, "train": {"activation_checkpointing": options.checkpointing}}

@@ -2,7 +2,7 @@
 
     python bench/search_parts.py                                 8 M rows of 768, both scans, on a GPU
     python bench/search_parts.py --rows 21015324 --scans float16 --output
-    python bench/search_parts.py --device cpu --rows 20000       without one: that it runs, and no parts
+    python bench/search_parts.py --device cpu --rows 20000       without one: only that it runs, no parts
 
 For each scan and number of queries, from queries in host memory to hits in host memory:
 
@@ -10,7 +10,8 @@ For each scan and number of queries, from queries in host memory to hits in host
     launched    the same, kernel by kernel
     busy        how long the device was at work in a recorded search (the profiler's kernels and copies), and on each
     host        the rest: launching, waiting, copying to and from numpy
-    of a copy   the scan alone: bytes of rows over the time of the kernel that reads them, over the rate of a large copy
+    of a copy   the scan alone: bytes of rows per second of the kernel that reads them, over the rate of a large copy
+    settled     queries that took more work because the first answer was not proven
 
 For each scan it also gives how long every way to read the rows took when the index was opened (the first is in use),
 and what had to be settled because the first answer did not prove it. Hits are compared with the CPU's before anything
@@ -102,7 +103,7 @@ def show(scan: str, lines: Sequence[dict[str, Any]], bandwidth: float) -> list[T
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments, checked."""
+    """Parse and check the arguments."""
     parser = argparse.ArgumentParser(
         prog="search_parts.py", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Where the time of a GPU's search goes.",
@@ -127,7 +128,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 @entry_point
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print, and leave the row as the last line."""
+    """Measure, print the tables, and leave the row as the last line of stdout."""
     arguments = parse_arguments(argv)
     device, console = torch.device(arguments.device), make_console()
     rows = make_rows(arguments.rows, arguments.dimension, device)

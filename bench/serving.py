@@ -34,7 +34,7 @@ NAMES = ("plain", "ours")
 
 @dataclass(slots=True)
 class Served:
-    """What a server answered."""
+    """What a server answered, and how fast."""
 
     seconds: float = 0.0
     cpu_seconds: float = 0.0  # of the server
@@ -57,7 +57,7 @@ class Served:
 
 
 def measure(name: str, index: Path, queries: Sequence[str], num_clients: int) -> Served:
-    """Start the server, warm it up with a few requests, measure it, end it."""
+    """Start the server, warm it up with a few requests, measure it, and end it."""
     with running(name, index) as (process, port):
         asyncio.run(ask(port, queries[:NUM_WARMING], NUM_WARMING))
         before = cpu_seconds(process.pid)

@@ -21,7 +21,7 @@ COLORS = {"generate": "#2a6f97", "search": "#e07a1f", "idle": "#d9d9d9"}
 
 
 class Span(NamedTuple):
-    """A piece of one trajectory's time, in seconds from the start of the run."""
+    """A span of one trajectory's time, in seconds from the start of the run."""
 
     place: int
     what: str  # a key of COLORS
@@ -41,7 +41,7 @@ class Timeline:
         self._given_back: dict[int, float] = {}  # by place
 
     def now(self) -> float:
-        """Seconds from the start."""
+        """Seconds since the start."""
         return time.perf_counter() - self._started
 
     @contextmanager

@@ -76,7 +76,7 @@ def _write(tokenizer: TextTokenizer, action: str, length: int) -> np.ndarray:  #
 
 
 class Scripted:
-    """An engine whose tokens are those of `scripts`, by the seed of a request."""
+    """An engine whose tokens are those of `scripts`, which has a script for each request's seed."""
 
     scripts: Mapping[int, Script]
 
@@ -116,8 +116,8 @@ class Scripted:
 
 
 class ScriptedEngine(Scripted, Engine):
-    """Ours."""
+    """Our engine, scripted."""
 
 
 class ScriptedPlainEngine(Scripted, PlainEngine):
-    """The lock-step twin."""
+    """The lock-step twin, scripted."""
