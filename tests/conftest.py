@@ -1,7 +1,7 @@
-"""What tests of the trainer share: a tiny model that writes well-formed turns and guesses its answers, and its world.
+"""Shared by the tests of the trainer: a tiny model that writes well-formed turns and guesses answers, and its world.
 
-The model is pre-trained for a few seconds, once per session, on turns whose answers are random letters. So rollouts
-search and answer from the first step, rewards vary, and there is something to learn.
+The model is pre-trained for a few seconds, once per session, on turns whose answers are random letters. Rollouts
+therefore search and answer from the first step, rewards vary, and there is something to learn.
 """
 
 from __future__ import annotations
@@ -30,22 +30,25 @@ TAGS = ("<search>", "</search>", "<answer>", "</answer>", "<information>", "</in
 LETTERS = "bcde"  # not "a": normalisation takes it for an article
 NUM_QUESTIONS = 8
 NUM_PRETRAINING_STEPS = 150
-TWO_RANKS_SECONDS = 400  # until they are given up; on two cores half a minute
+TWO_RANKS_SECONDS = 400  # before a launch is given up; two cores take half a minute
 
-# How long an example takes is no finding on a machine that others use.
+# A slow example is not a failure on a machine that others use.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
 
 
 def pytest_collection_finish():
-    """Garbage collections need not walk over what was imported: the benchmarks make one before every measurement, and
-    their tests took half as long again (93 s of a CPU, not 64; November 2026)."""
+    """Freeze what was imported, so that garbage collections need not walk over it.
+
+    The benchmarks collect before every measurement; their tests took half as long again (93 s of a CPU, not 64;
+    November 2026).
+    """
     gc.collect()
     gc.freeze()
 
 
 def pytest_unconfigure():
-    """At the end it does walk over it, or extensions would report leaks below the summary."""
+    """Let the last collection walk over it again, or extensions would report leaks below the summary."""
     gc.unfreeze()
 
 
@@ -59,7 +62,7 @@ def _one_thread():
 
 @pytest.fixture(scope="session")
 def on_two_ranks():
-    """script, arguments -> None: torchrun ran it on two ranks of the CPU (or `num_ranks`), and it came to its end."""
+    """script, arguments -> None; torchrun runs it on two ranks of the CPU (or `num_ranks`), and it must succeed."""
 
     def run(script: Path, *arguments: str | Path, num_ranks: int = 2) -> None:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
@@ -73,7 +76,7 @@ def on_two_ranks():
             _, said = child.communicate(timeout=TWO_RANKS_SECONDS)
         finally:
             if child.poll() is None:
-                child.terminate()  # not kill: the launcher ends its ranks, and nobody else would
+                child.terminate()  # not kill: only the launcher ends its ranks
                 child.communicate()
         assert child.returncode == 0, said[-4000:]
 
@@ -81,7 +84,7 @@ def on_two_ranks():
 
 
 def build_tokenizer() -> TextTokenizer:
-    """All bytes; each tag is one token."""
+    """A tokenizer of all bytes, with one token per tag."""
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     vocab = {character: index for index, character in enumerate(sorted(alphabet))}
     merges = []
@@ -98,7 +101,7 @@ def build_tokenizer() -> TextTokenizer:
 
 
 def build_decoder(vocab_size: int, seed: int, tied: bool, hidden_size: int = 32) -> Decoder:
-    """Random weights."""
+    """A decoder with random weights."""
     torch.manual_seed(seed)
     return Decoder(
         DecoderConfig(
@@ -246,7 +249,7 @@ def make_trajectory(tiny_tokenizer):
 
 
 class RecordingConsole(Console):
-    """Silent; keeps the notes. `on_step` is called with each step's metrics."""
+    """A silent console that keeps its notes. `on_step` is called with each step's metrics."""
 
     def __init__(self, on_step=None) -> None:
         super().__init__(quiet=True)
@@ -263,7 +266,7 @@ class RecordingConsole(Console):
 
 @pytest.fixture
 def make_console():
-    """on_step -> a console that keeps silent and notes."""
+    """on_step -> a silent console that keeps its notes."""
     return RecordingConsole
 
 
@@ -275,7 +278,7 @@ def make_question():
 
 @pytest.fixture
 def launches(monkeypatch):
-    """What a GPU was asked to launch while the test ran, without one: see `launch_recording`."""
+    """What a GPU would have been asked to launch during the test, recorded without one: see `launch_recording`."""
     pytest.importorskip("triton", reason="needs Triton")
     import launch_recording
 

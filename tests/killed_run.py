@@ -1,6 +1,7 @@
-"""What test_kill.py starts and kills: `killed_run.py CONFIG STEP MOMENT FILE` trains, and where the save of STEP comes
-to MOMENT, a function of checkpoint.py, touches FILE and goes no further. The training does. FILE.pid<rank> says whom to
-kill."""
+"""The run that test_kill.py starts and kills: `killed_run.py CONFIG STEP MOMENT FILE` trains.
+
+When the save of STEP reaches MOMENT, a function of checkpoint.py, the save touches FILE and goes no further; training
+does. FILE.pid<rank> names the process to kill."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from searchr1_fast.train import train
 
 
 def main() -> None:
-    """Never returns, unless the run ends before that save."""
+    """Train; does not return before it is killed, unless the run ends before that save."""
     path, step, moment, file = sys.argv[1:]
     Path(f"{file}.pid{os.environ.get('RANK', '0')}").write_text(str(os.getpid()))
     before, begun = getattr(checkpoint, moment), []

@@ -1,5 +1,6 @@
-"""What test_denominators.py starts on several ranks: `several_ranks_gradients.py OUTPUT CONFIG…` takes one update of
-each, and keeps loss and gradients."""
+"""Started by test_denominators.py on several ranks: `several_ranks_gradients.py OUTPUT CONFIG…`.
+
+It takes one update of each configuration, and keeps loss and gradients."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ NUM_TRAJECTORIES = 13  # a prime, so that neither ranks nor micro-batches share 
 
 
 def make_trajectories(vocab_size: int) -> list[Trajectory]:
-    """Of every length, groups of three with a shared prompt and one of one; the one before the last never spoke."""
+    """Trajectories of various lengths, in groups of three with a shared prompt, and one alone; the last but one is
+    silent."""
     generator = np.random.default_rng(0)
     trajectories = []
     for number in range(NUM_TRAJECTORIES):
@@ -53,7 +55,7 @@ def one_update(config: Config, ranks: Ranks) -> dict[str, Any]:
         critic = Critic(meta_model(directory), config, ranks, weights=directory)
     learners = [policy] if critic is None else [policy, critic]
     with torch.no_grad():
-        # Somewhere in training: at its beginning values, a B and the distance to the reference are all zero.
+        # As in the middle of training: at its start, values, an adapter's B and the KL to the reference are all zero.
         for learner in learners:
             stir(learner)
     policy.sync_replica()
@@ -84,13 +86,13 @@ def stir(learner: Learner) -> None:
 
 
 def keep(learner: Learner, gradients: dict[str, torch.Tensor]) -> None:
-    """In place of the optimizer's step."""
+    """Keep the gradients, in place of the optimizer's step."""
     for name, parameter in learner.parameters.items():
         gradients[f"{learner.name}.{name}"] = full(parameter.grad).clone()
 
 
 class Silent:
-    """A user interface of which nothing is asked but to keep silent."""
+    """A user interface that only has to keep silent."""
 
     def note(self, text: str) -> None:
         raise AssertionError(text)
@@ -106,7 +108,7 @@ class Silent:
 
 
 def main() -> None:
-    """Writes OUTPUT/<world size>.pt: by the configuration's name, what its update came to."""
+    """Write OUTPUT/<world size>.pt: the results of each configuration's update, by its name."""
     output = Path(sys.argv[1])
     with process("cpu", num_threads=1) as ranks:
         reports = {Path(path).stem: one_update(load_config(path), ranks) for path in sys.argv[2:]}

@@ -73,13 +73,13 @@ def test_kl_in_reward():
     rewards = token_rewards(batch, torch.tensor([1.0, 0.0]), ref_logprobs=ref, kl_coefficient=0.1)
     torch.testing.assert_close(rewards, torch.tensor([-0.05, 1.025, -0.1]))
     assert token_rewards(batch, torch.tensor([1.0, 0.0]), ref_logprobs=ref).tolist() == [0.0, 1.0, 0.0]
-    batch.rollout_logprobs[0] = float("nan")  # retrieved, trained on without a mask: nobody sampled it
+    batch.rollout_logprobs[0] = float("nan")  # a retrieved token, trained on without a mask, was never sampled
     rewards = token_rewards(batch, torch.tensor([1.0, 0.0]), ref_logprobs=ref, kl_coefficient=0.1)
     torch.testing.assert_close(rewards, torch.tensor([0.0, 1.025, -0.1]))
 
 
 def test_ppo_by_hand():
-    """gamma = lam = 1 and no whitening: what is still to come, less the value."""
+    """gamma = lam = 1 without whitening: the sum of the rewards still to come, less the value."""
     batch = make_batch([3, 2])
     values = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5])
     rewards = token_rewards(batch, torch.tensor([1.0, 0.0]))
@@ -108,7 +108,7 @@ def test_ppo_does_not_depend_on_the_cut(whiten):
 
 
 def test_whitening_across_ranks():
-    """Two ranks of which one has nothing and one has two batches, against all in one place."""
+    """Two batches here and sums from another rank, against the moments of all; a rank without a batch takes part."""
     values = torch.randn(30)
     theirs = torch.tensor([12.0, 3.0, 40.0], dtype=torch.float64)  # another rank's count, sum and sum of squares
 

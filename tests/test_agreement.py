@@ -1,4 +1,4 @@
-"""The sampler's log-probabilities against the trainer's: measured, said, and where they differ left out."""
+"""The sampler's log-probabilities against the trainer's: measured, reported, and left out where they differ."""
 
 from __future__ import annotations
 
@@ -31,8 +31,11 @@ def scorer(tiny_model_directory):
 
 @pytest.fixture
 def batch(make_trajectory, scorer):
-    """share -> eight trajectories, two and two of which begin alike, sampled by almost the scorer's weights; the third
-    and the sixth in the batch by others. And log p - log mu of each token [P]."""
+    """share -> a batch of eight trajectories, and log p - log mu of each policy token [P].
+
+    Pairs of trajectories share a prefix. They were sampled by almost the scorer's weights, but the third and the sixth
+    in the batch by others.
+    """
 
     def make(share: bool):
         pieces = [(False, 5), (True, 6), (False, 4), (True, 9)]
@@ -74,7 +77,7 @@ def test_the_numbers_are_those_of_their_definitions():
     assert row["sampler_ess"] == pytest.approx(1 / (1000 * (weights**2).sum()))
     equal = {"logprob_difference": 0.0, "rollout_policy_kl": 0.0, "ratio": 7.0, "ratio_squared": 7.0}
     assert agreement(equal, {"logprob_difference_max": 0.0}, 7, 7)["sampler_ess"] == 1.0
-    sums["ratio"], sums["ratio_squared"] = sums["ratio"] + 500, sums["ratio_squared"] + 500  # tokens nobody sampled
+    sums["ratio"], sums["ratio_squared"] = sums["ratio"] + 500, sums["ratio_squared"] + 500  # tokens not sampled
     others = agreement(sums, {"logprob_difference_max": np.abs(difference).max()}, 1500, 1000)
     assert others == pytest.approx(row)
 
@@ -107,8 +110,10 @@ def test_every_row_has_the_first_minibatchs(make_config, make_console, num_minib
 
 @pytest.mark.parametrize("mask_observations", [True, False])
 def test_a_sampler_that_says_something_else_is_named(make_config, make_console, monkeypatch, mask_observations):
-    """As a cache that holds something else, or weights of another step, would make it. Tokens that it did not sample,
-    where they are trained on, hide nothing."""
+    """As with wrong contents in the cache, or weights of another step.
+
+    Tokens that were not sampled do not hide it where they are trained on.
+    """
     read = Engine._postprocess
 
     def wrong(engine, step, token_ids, logprobs):
@@ -199,13 +204,13 @@ def test_tokens_that_nobody_sampled_and_empty_trajectories_do_not_count():
     logprobs, rollout = torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([-1.0, math.nan, -2.5])
     weights = mismatch_weights(logprobs, rollout, torch.tensor([0, 2, 2, 3], dtype=torch.int32), algorithm)
     assert weights.tolist() == [1.0, 1.0, 0.0]
-    for offsets in ([0], [0, 0]):  # the latter is a micro-batch that fills up
+    for offsets in ([0], [0, 0]):  # the latter is a micro-batch that only fills up a round
         nothing = mismatch_weights(logprobs[:0], rollout[:0], torch.tensor(offsets, dtype=torch.int32), algorithm)
         assert nothing.shape == (0,)
 
 
 def test_the_mean_is_over_the_tokens_that_somebody_sampled():
-    """Where observations are trained on, they would hide what the others are off by."""
+    """Where observations are trained on, counting them would hide the difference of the sampled tokens."""
     algorithm = AlgorithmConfig(mismatch_mask="geometric", mismatch_high=1.05)
     logprobs, rollout = torch.full((20,), -1.0), torch.full((20,), math.nan)
     rollout[4:6] = -1.1
@@ -214,7 +219,7 @@ def test_the_mean_is_over_the_tokens_that_somebody_sampled():
 
 @pytest.mark.parametrize("kind", ["sequence", "geometric"])
 def test_a_mask_does_not_wait_for_the_device(kind):
-    """On the meta device, where there are no values to wait for."""
+    """Runs on the meta device, which has no values to wait for."""
     logprobs, offsets = torch.zeros(7, device="meta"), torch.zeros(4, dtype=torch.int32, device="meta")
     algorithm = AlgorithmConfig(mismatch_mask=kind, mismatch_low=0.3, mismatch_high=3.0)
     weights = mismatch_weights(logprobs, logprobs, offsets, algorithm)
@@ -222,7 +227,7 @@ def test_a_mask_does_not_wait_for_the_device(kind):
 
 
 def test_no_mask_hides_a_trainer_that_is_broken():
-    """Its trajectory stays in the loss, so that the update is skipped and named."""
+    """A NaN of the trainer's stays in the loss, so that the update is skipped and reported."""
     algorithm = AlgorithmConfig(mismatch_mask="geometric")
     logprobs, rollout = torch.tensor([-1.0, math.nan, -3.0]), torch.tensor([-1.0, -2.0, -2.5])
     weights = mismatch_weights(logprobs, rollout, torch.tensor([0, 2, 3], dtype=torch.int32), algorithm)
@@ -255,7 +260,7 @@ def test_those_left_out_have_no_gradient(batch, scorer, loss, on_policy, share):
 
 
 def test_a_run_with_a_mask_counts_what_it_left_out(make_config, make_console):
-    settings = {"mismatch_mask": "sequence", "mismatch_low": 0.999999, "mismatch_high": 1.0000001}  # fp32 itself bites
+    settings = {"mismatch_mask": "sequence", "mismatch_low": 0.999999, "mismatch_high": 1.0000001}  # even for fp32
     config = make_config(train={"num_steps": 1}, algorithm=settings)
     train(config, make_console())
     assert 0 < rows(config)[0]["mismatch_fraction"] < 1

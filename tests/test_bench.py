@@ -1,4 +1,4 @@
-"""The throughput benchmark: that it compares like with like. How fast anything is, is not tested."""
+"""The throughput benchmark compares like with like. No durations are tested."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def make_twins(bench, make_config):
 
 
 def sampled(steps, run, questions, scored=False):
-    """Our step, undone."""
+    """Take our step and undo it -> the step."""
     restore = steps.restorer(run.policy)
     step = steps.our_step(run, questions, scored)
     restore()
@@ -55,7 +55,7 @@ def sampled(steps, run, questions, scored=False):
     ],
 )
 def test_losses_and_gradients_agree(bench, make_twins, changes, padding):
-    """Over one denominator, with several micro-batches, against a reference that is not the policy."""
+    """With one denominator, several micro-batches, and a reference that differs from the policy."""
     run, twin, questions = make_twins(**{"train": {"tokens_per_microbatch": 60}, **changes})
     steps = bench("steps")
     for learner in (run.policy, twin):
@@ -72,7 +72,7 @@ def test_losses_and_gradients_agree(bench, make_twins, changes, padding):
 
 
 def test_the_plain_loss_is_a_mean_of_means(bench, make_twins):
-    """Of one micro-batch the mean over its policy tokens; of several the average, whatever tokens each has."""
+    """One micro-batch gives the mean over its policy tokens; several give the average, however many tokens each has."""
     steps, plain = bench("steps"), bench("plain")
     run, twin, questions = make_twins()
     trajectories = sampled(steps, run, questions).trajectories
@@ -87,7 +87,7 @@ def test_the_plain_loss_is_a_mean_of_means(bench, make_twins):
 
     alone = [accumulated([batch]) for batch in batches]
     for batch, (loss, gradient) in zip(batches, alone, strict=True):
-        # on-policy the ratio is 1, and the loss what the advantages say
+        # on-policy the ratio is 1, so the loss follows from the advantages
         assert loss == pytest.approx(-batch.advantages.sum().item() / batch.num_policy_tokens, abs=1e-6)
         torch.testing.assert_close(gradient, accumulated([batch], batch.num_policy_tokens)[1])
     loss, gradient = accumulated(batches)
@@ -126,7 +126,7 @@ def test_the_twins_sample_the_same_and_count_their_work(bench, make_twins):
     lengths = [len(t.token_ids) for t in ours.trajectories]
     policy_tokens = sum(int(t.loss_mask.sum()) for t in ours.trajectories)
     assert any(t.num_searches for t in ours.trajectories)
-    # every beginning once: a token is told from others by all that comes before it
+    # every prefix counts once: a token is identified by all that comes before it
     tokens = {tuple(t.token_ids[: n + 1]) for t in ours.trajectories for n in range(len(t.token_ids))}
     rows = {tuple(t.token_ids[: n + 1]) for t in ours.trajectories for n in np.flatnonzero(t.loss_mask)}
     assert (ours.cost.update_tokens, ours.cost.update_rows) == (len(tokens), len(rows))
@@ -242,7 +242,7 @@ def test_decode_steps_are_timed_with_graphs_and_without(bench, capsys):
 
 
 def test_parts_of_a_decode_step_are_shown(bench, monkeypatch, capsys):
-    """The longest, of as many steps as there is room for, by the way that is profiled."""
+    """Shows the longest parts, profiles no more steps than there is room for, and with the engine's own mode."""
     parts = {"attend": {"ms": 1.999, "launches": 36.0}, "a copy": {"ms": 0.001, "launches": 2.0}}
     fused = []
 

@@ -1,4 +1,4 @@
-"""The balance benchmark: that it counts the layouts that training uses, and that the plain twin is one."""
+"""The balance benchmark counts the layouts that training uses, and its plain twin is a valid layout."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def balance(monkeypatch):
 
 @pytest.fixture
 def data(tmp_path, balance, monkeypatch) -> Path:
-    """Lengths as the real file has them: [characters, tokens] of the policy and of what was found."""
+    """Lengths in the format of the real file: [characters, tokens] of the policy and of what was found."""
     turns = [[[9, 90, 9, 400], [9, 30, 0, 0]], [[9, 60, 9, 380], [9, 80, 9, 410], [9, 20, 0, 0]], [[9, 500, 0, 0]]]
     (tmp_path / "stats").mkdir()
     records = {"all": [{"turns": one} for one in turns]}

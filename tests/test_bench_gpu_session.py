@@ -1,5 +1,7 @@
-"""The script that measures all that wants a GPU: what it would run exists and takes its arguments, and what it does
-where there is no GPU, where steps fail, and where time runs out."""
+"""The script that runs every check and benchmark on a GPU.
+
+Its commands exist and take their arguments; it handles a missing GPU, failing steps and running out of time.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "bench" / "gpu_session.sh"
 
-# In place of Python: says that there is a GPU, and runs nothing; decode.py fails, saving.py takes as long as it may.
+# Stands in for Python: reports a GPU and runs nothing; decode.py fails, and saving.py takes $SAVING_SECONDS.
 STAND_IN = """#!/bin/sh
 case "$*" in
     *bench/decode.py*) echo "it failed"; exit 3 ;;
@@ -33,7 +35,7 @@ def run(*arguments: str, cwd: Path | None = None, **environment: str) -> subproc
 
 
 def load(script: str):
-    """The module, under another name: as `kernels` transformers would find it."""
+    """The module, under another name, as transformers would find one called `kernels`."""
     spec = importlib.util.spec_from_file_location("bench_of_a_session", ROOT / script)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -42,7 +44,7 @@ def load(script: str):
 
 @pytest.fixture
 def stand_in(tmp_path):
-    """An interpreter for the script."""
+    """The path of a fake interpreter for the script."""
     path = tmp_path / "python"
     path.write_text(STAND_IN)
     path.chmod(0o755)
@@ -50,7 +52,7 @@ def stand_in(tmp_path):
 
 
 def test_commands_are_those_of_the_benchmarks(monkeypatch):
-    """Each one's arguments are parsed by the script that it names."""
+    """Each command's arguments are parsed by the script that it names."""
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     done = run("--dry-run")
@@ -89,7 +91,7 @@ def test_it_goes_on_after_what_fails_and_says_what_did(tmp_path, stand_in):
 
 def test_what_there_is_no_time_for_is_left_out_and_resumed(tmp_path, stand_in):
     done = run("--seconds", "9", cwd=tmp_path, PYTHON=stand_in, OUT="results")
-    logs = tmp_path / "results" / "gpu_session"  # of where it was called
+    logs = tmp_path / "results" / "gpu_session"  # relative to where it was called
     assert done.returncode == 1
     assert "left out  search_parts: no time" in done.stdout and not (logs / "decode.log").exists()
     (logs / "summary.txt").write_text("ok        topk: exit status 0 after 1 s\nleft out  saving: no time\n")

@@ -1,4 +1,4 @@
-"""The update's benchmark against its padded twin: both take the same step, and what is counted is what they did."""
+"""The benchmark of the update against its padded twin: both take the same step, and the counts are of what they did."""
 
 from __future__ import annotations
 

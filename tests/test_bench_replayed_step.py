@@ -1,4 +1,4 @@
-"""The whole step on scripted turns: that both ways do the script's work, searches included. How fast, is not tested."""
+"""The benchmark of a step on scripted turns: both ways do the script's work, searches included. No durations tested."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_trajectories_say_what_the_script_says(bench):
 
 
 def test_the_throughput_benchmark_takes_published_shapes(bench, monkeypatch, capsys, tmp_path):
-    """Where one looks for it, with the twin unless it is left out; a folder of that name is a folder."""
+    """They run replayed_step.py, with the twin unless it is left out; a folder named like a shape is still a folder."""
     throughput, given = importlib.import_module("throughput"), []
     monkeypatch.setattr(bench, "main", lambda argv: given.append(bench.parse_arguments(argv)) or 0)
     assert throughput.main(["--model", "qwen2.5-3b", "--workload", "B", "--scale", "0.25"]) == 0

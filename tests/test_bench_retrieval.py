@@ -1,4 +1,4 @@
-"""The retrieval benchmark: that it measures what it says. How fast anything is, is not tested."""
+"""The retrieval benchmark measures what it says. No durations are tested."""
 
 from __future__ import annotations
 
@@ -151,4 +151,4 @@ def test_beside_faiss_and_its_server(bench, small):
         assert row["same_up_to_ties"]
     plain, ours = (serving.measure(name, small[0], queries[:40], 4) for name in serving.NAMES)
     assert (plain.num_failures, ours.num_failures) == (0, 0)
-    assert serving.same_passages(plain, ours) > 0.5  # faiss orders equal scores otherwise
+    assert serving.same_passages(plain, ours) > 0.5  # faiss orders equal scores differently

@@ -1,4 +1,4 @@
-"""The benchmark of a GPU's retrieval, on a CPU: that it runs and compares. How fast anything is, is not tested."""
+"""The benchmark of retrieval on a GPU, run on a CPU: it works and compares results. No durations are tested."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_it_measures_everything_and_finds_no_difference(bench, tmp_path, capsys)
         (way, queries) for way in ("recorded", "launched", "by length", "unparked") for queries in (1, 3)
     }
     assert row["wrong_vectors"] == 0
-    assert not any("arithmetic" in key for key in row)  # nothing is scaled from a corpus as small as this
+    assert not any("arithmetic" in key for key in row)  # nothing is extrapolated from so small a corpus
 
 
 def test_a_difference_is_counted_and_fails(bench, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""The rollout benchmark: that all providers do the same work, and that it is counted. How fast, is not tested."""
+"""The rollout benchmark: all providers do the same work, and it is counted. No durations are tested."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ def test_replay_counts_what_each_computes(measure):
     run_on = row["work"]["lock-step, re-prefilled, turns run on"]
     assert row["same_tokens"] == {"lock-step, re-prefilled": 1.0, "lock-step, re-prefilled, turns run on": 1.0}
     assert run_on["tokens_that_exist"] == native["tokens_that_exist"]
-    sampled = run_on["tokens_computed"] - twin["tokens_computed"]  # in vain: turns have 20 tokens and not 2 to 9
+    sampled = run_on["tokens_computed"] - twin["tokens_computed"]  # wasted: turns run to 20 tokens in place of 2 to 9
     assert 4 * 3 * 11 <= sampled <= 4 * 3 * 18
     assert row["work"]["native, bfloat16"]["tokens_computed"] == native["tokens_computed"]
     assert native["tokens_that_exist"] == native["tokens_computed"] == twin["tokens_that_exist"]
-    # Prompts, three turns, and two observations, which passages fill.
+    # Prompts, three turns, and two observations that are full of passages.
     assert 4 * (8 + 2 * 60) < native["tokens_that_exist"] < 4 * (8 + 3 * 12 + 2 * 120)
     assert twin["cache_hit_share"] == 0 < native["cache_hit_share"] < 1
     assert twin["tokens_computed"] > native["tokens_computed"]
@@ -63,11 +63,11 @@ def test_replay_counts_what_each_computes(measure):
     for one in row["work"].values():
         assert 0 < one["latency_p50"] <= one["latency_p99"]
         assert sum(one[f"{what}_share"] for what in ("generate", "search", "idle")) == pytest.approx(1)
-    assert twin["idle_share"] > native["idle_share"]  # in lock step everybody waits for the longest turn
+    assert twin["idle_share"] > native["idle_share"]  # in lock-step all wait for the longest turn
 
 
 def test_generate_in_lock_step_goes_on_behind_every_context(monkeypatch):
-    """Greedily, each turn is what the model would write behind its context alone: nothing of the padding is seen."""
+    """Each greedy turn is what the model would write after that context alone: the padding has no influence."""
     monkeypatch.syspath_prepend(str(BENCH))
     engines, replay = importlib.import_module("rollout_engines"), importlib.import_module("replay")
     generate = replay.Generate.__new__(replay.Generate)

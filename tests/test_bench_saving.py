@@ -1,4 +1,4 @@
-"""The benchmark of saves: that it saves what it says. How long anything takes is not tested."""
+"""The benchmark of saving saves what it says. No durations are tested."""
 
 from __future__ import annotations
 

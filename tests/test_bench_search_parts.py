@@ -1,4 +1,4 @@
-"""The benchmark of a search's parts, on a CPU, where there are none: that it runs and compares."""
+"""The benchmark of a search's parts, run on a CPU, where there are none: it works and compares results."""
 
 from __future__ import annotations
 

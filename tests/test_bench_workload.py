@@ -1,4 +1,4 @@
-"""The workload benchmark: that it counts what it runs. How fast anything is, is not tested."""
+"""The workload benchmark counts what it runs. No durations are tested."""
 
 from __future__ import annotations
 
@@ -49,15 +49,17 @@ def test_the_mix_is_that_of_traces(bench):
 
 
 def sum_in_place(summed: torch.Size, left: torch.Size, right: torch.Size, **_) -> int:
-    """Operations of `addmm_`, which torch does not count by itself."""
+    """Operations of `addmm_`, which torch's counter does not know."""
     return 2 * left[0] * left[1] * right[1]
 
 
 @pytest.mark.parametrize("lora_rank", [0, 3])
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 def test_operations_are_those_that_torch_counts(bench, shape, checkpointing, lora_rank):
-    """A batch that shares nothing, as torch's counter sees its matrix products, forward, again and backward. It counts
-    no attention on a CPU, so that is left out of ours too."""
+    """Our count for a batch that shares nothing, against torch's of its matrix products, recomputed ones included.
+
+    torch counts no attention on a CPU, so it is left out of ours too.
+    """
     work = bench("random_work")
     trajectories = work.make_trajectories(500, 60, 1, shape.vocab_size)
     (batch,) = pack(trajectories, [1.0] * len(trajectories), 10_000)
@@ -80,14 +82,14 @@ def test_operations_are_those_that_torch_counts(bench, shape, checkpointing, lor
 
 
 def test_attention_and_the_model_s_operations(bench, shape):
-    """By hand: 3 layers of 4 heads of 16; nothing is saved in what the model asks for."""
+    """By hand: 3 layers of 4 heads of 16; `model` counts nothing as saved."""
     work = bench("random_work")
     counted = work.Work(tokens=100, pairs=2000, policy_tokens=30, rows=80, row_pairs=1500, scored=25)
     idle = work.Work(tokens=100, pairs=0, policy_tokens=30, rows=80, row_pairs=0, scored=25)
     layer = 64 * (64 + 2 * 32) + 64 * 64 + 3 * 64 * 160
     assert work.count_flops(shape, counted, "none")["model"] == 6 * (3 * layer + 512 * 64) * 100 + 12 * 64 * 3 * 2000
 
-    thin = 7 * (64 + 64) + 96 + 96 + 96 - 32 - 32  # in + out of 7 layers: 64, but the MLP's 160 and 32 of k and v
+    thin = 7 * (64 + 64) + 96 + 96 + 96 - 32 - 32  # in + out of 7 layers: 64, except the MLP's 160 and 32 of k and v
     with_adapter = work.count_flops(shape, counted, "none", lora_rank=5)["model"]
     assert with_adapter == 4 * (3 * layer + 512 * 64) * 100 + 6 * 3 * 5 * thin * 100 + 12 * 64 * 3 * 2000
 
@@ -120,7 +122,7 @@ def test_main_prints_a_row_last_and_appends_it(bench, tmp_path, capsys):
 
 
 def test_the_update_is_the_policy_s_own(bench):
-    """Weights move, on the batches that are packed."""
+    """It moves weights, on the packed batches."""
     workload = bench("workload")
     options = workload.parse_arguments(SMALL)
     moved = []

@@ -1,4 +1,4 @@
-"""Checkpoints: what is read is what was written, and a stop at any moment leaves one that can be read."""
+"""Checkpoints read back as they were written, and a stop at any moment leaves one that can be read."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def stage(tmp_path, ranks):
         held = tensors(step if value is None else value)
         weights = {"weight": torch.tensor(float(step))}
         writer.stage(step, held, {"stream": {"index": step}}, weights, export, best)
-        if background:  # training goes on
+        if background:  # training goes on and changes the tensors
             for tensor in (*held.values(), *weights.values()):
                 tensor.fill_(-5.0)
         return writer
@@ -48,7 +48,7 @@ def stage(tmp_path, ranks):
 
 @pytest.fixture
 def save(tmp_path, stage):
-    """step -> its checkpoint, whole."""
+    """step -> the folder of its checkpoint, once it is complete."""
 
     def run(step: int, **settings):
         writer = stage(step, **settings)
@@ -86,7 +86,7 @@ def test_what_is_read_is_what_was_written(tmp_path, save, ranks, background):
     assert (tmp_path / "latest" / "hf" / "model.safetensors").read_bytes() == b"weights of 100"
     expected = torch.rand(4), np.random.rand(4), random.random()
     assert_holds(path, 100, ranks)
-    Checkpoint(path, ranks).read(tensors(-1))  # also brings the generators back
+    Checkpoint(path, ranks).read(tensors(-1))  # also restores the random generators
     assert torch.equal(torch.rand(4), expected[0])
     assert (np.random.rand(4) == expected[1]).all()
     assert random.random() == expected[2]
@@ -131,7 +131,7 @@ def test_training_goes_on_while_the_disk_works_and_the_next_save_waits(monkeypat
     opener = threading.Timer(0.3, is_open.set)
     opener.start()
     times = writer.stage(3, tensors(3), {"stream": {"index": 3}}, {}, lambda weights, directory: None)
-    opener.join()  # the timer's end came first, or `stage` would wait still
+    opener.join()  # `stage` waited for the timer: otherwise it would still be waiting
     assert times.keys() == {"time_checkpoint_wait", "time_checkpoint", "time_checkpoint_write"}
     assert_holds(latest_checkpoint(tmp_path), 2, ranks)
     writer.start()
@@ -167,7 +167,7 @@ def test_what_a_write_fails_with_is_said_at_the_next_occasion(monkeypatch, tmp_p
 
 @pytest.mark.parametrize("part", ["tensors", "trainer_state"])
 def test_what_the_system_says_is_said(tmp_path, ranks, part):
-    """With files that really may not grow: torch's own words are `unexpected pos 704 vs 598`."""
+    """With a real limit on file sizes: torch's own message is `unexpected pos 704 vs 598`."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     large = {part: torch.ones(1 << 20)}
     writer = CheckpointWriter(tmp_path, ranks, keep=1)
@@ -183,7 +183,7 @@ def test_what_the_system_says_is_said(tmp_path, ranks, part):
 
 
 def test_a_full_disk_is_said_where_somebody_made_room(monkeypatch, tmp_path, save, stage):
-    """By deleting what `latest` names."""
+    """Somebody deleted the checkpoint that `latest` names."""
     shutil.rmtree(save(1))
     monkeypatch.setattr(checkpoint, "_write_files", _full)
     with pytest.raises(CheckpointFailed, match=r"No space left on device; \S+latest names step_000001, which is gone"):
@@ -191,7 +191,7 @@ def test_a_full_disk_is_said_where_somebody_made_room(monkeypatch, tmp_path, sav
 
 
 def test_what_a_killed_write_left_makes_room_before_the_next_begins(tmp_path, stage):
-    """Of whatever step: the next one may be another's."""
+    """Whatever its step: the next write may be of another step."""
     (tmp_path / ".step_000001.partial" / "state").mkdir(parents=True)
     stage(2)
     assert [path.name for path in tmp_path.iterdir()] == [".step_000002.partial"]
@@ -204,14 +204,14 @@ def test_a_full_disk_is_said_when_nobody_waits_for_it(monkeypatch, tmp_path, sta
     writer = stage(1)
     writer.start()
     notes = []
-    writer.settle(notes.append)  # as a run does that has failed of something else
+    writer.settle(notes.append)  # as a run does that failed for another reason
     assert "step 1 could not be written" in notes[0]
 
 
 @pytest.mark.parametrize("moment", ["_write_files", "_checksum", "_flush_tree", "_publish", "_point", "_prune"])
 def test_a_kill_at_any_moment_leaves_a_checkpoint_that_loads(monkeypatch, tmp_path, save, ranks, moment):
     """The process dies inside `moment`, without a chance to clean up; the next save does."""
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)  # a child may not use what its parent began
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)  # a forked child may not use its parent's CUDA
     save(1)
     child = os.fork()
     if child == 0:
@@ -285,7 +285,7 @@ def test_a_checkpoint_of_another_kind_of_run_is_refused(save, ranks):
 
 
 def test_optimizer_state_that_is_not_there_stays_absent():
-    """A parameter without a step behind it has no state, and gets none from being saved or restored."""
+    """A parameter that never took a step has no state, and gets none from being saved or restored."""
     parameters = {name: torch.nn.Parameter(torch.ones(2)) for name in ("moved", "still")}
     optimizer = torch.optim.AdamW(parameters.values(), lr=0.1, fused=True)
     parameters["moved"].grad = torch.ones(2)

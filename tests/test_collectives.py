@@ -14,7 +14,7 @@ BLOCKS = ("decoder.model.layers.0", "decoder.model.layers.1")
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory, on_two_ranks) -> list[dict]:
-    """Of both ranks, by settings. One launch, as starting processes is what takes the time."""
+    """Reports of both ranks, by settings; a single launch, as starting processes takes most of the time."""
     output = tmp_path_factory.mktemp("collectives")
     on_two_ranks(Path(__file__).parent / "two_ranks_collectives.py", output)
     return [json.loads((output / f"rank{rank}.json").read_text()) for rank in range(2)]
@@ -46,7 +46,7 @@ def test_computing_a_block_again_gathers_it_no_third_time(reports):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_is_learned_is_the_same(reports, dtype):
-    """When weights are freed changes no bit. Where gradients are added in another order, they round in another way."""
+    """The time when weights are freed changes no bit. Gradients added in another order round differently."""
     for report in reports:
         for reduce_after in ("microbatch", "update"):
             first, *others = (

@@ -1,7 +1,7 @@
-"""Settings that meet in one run: algorithm, adapter, offload, recomputation, and when ranks gather and reduce.
+"""Combinations of settings in one run: algorithm, adapter, offload, recomputation, and when ranks gather and reduce.
 
-Each alone is tested where it is made. Here every combination trains, and is the plain run: to the bit on one rank, and
-within rounding on two, over twenty steps.
+Each setting alone is tested with its own code. Here every combination trains and equals the plain run: bit for bit on
+one rank, and within rounding on two, over twenty steps.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ALGORITHMS = {
 }
 MODELS = {"all": {}, "lora": {"rank": 3, "alpha": 6.0}}  # rows of A that two ranks cannot share evenly
 OFFLOAD = {"all": {"optimizer": True, "reference": True, "replica": True}, "lora": {"optimizer": True}}
-# activation_checkpointing, reshard_after, reduce_after; every pair of values that changes memory is in one of them
+# activation_checkpointing, reshard_after, reduce_after; they cover every pair of values that changes memory
 PLAIN = ("none", "forward", "microbatch")
 OTHERS = [("selective", "backward", "microbatch"), ("full", "update", "update"), ("none", "forward", "update")]
 
@@ -42,7 +42,7 @@ def settings(make_config, algorithm: str, kind: str, offload: bool, memory: tupl
 
 
 def rows(config) -> list[dict]:
-    """Without times, and what they decide."""
+    """The rows of metrics.jsonl, without times and what depends on them."""
     lines = (config.run_directory / "metrics.jsonl").read_text().splitlines()
     is_exact = lambda key: not key.startswith(("time_", "search/")) and not key.endswith("_per_second")  # noqa: E731
     return [{key: value for key, value in json.loads(line).items() if is_exact(key)} for line in lines]
@@ -55,14 +55,14 @@ def weights(config) -> dict[str, torch.Tensor]:
 @pytest.fixture
 def as_if_on_a_gpu(monkeypatch):
     monkeypatch.setattr(policy_module, "leaves", lambda device: True)
-    # The loops that generate on a CPU see weights through numpy, and memory that it has seen is never given up.
+    # The loops that generate on a CPU view weights through numpy, which never lets go of memory it has viewed.
     monkeypatch.setattr(Decoder, "fused_generation", False)
 
 
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_every_combination_is_the_plain_run(make_config, make_console, as_if_on_a_gpu, algorithm, kind):
-    """In bf16, which puts one rank under FSDP. There gradients are added up in fp32 in one order, whenever it is."""
+    """In bf16, which puts one rank under FSDP: it adds gradients in fp32, in the same order whenever it does."""
 
     def run(number: int, offload: bool, memory: tuple[str, str, str]):
         config = settings(
@@ -91,8 +91,10 @@ TWENTY = {
 
 
 def test_twenty_steps_of_two_ranks_are_those_of_one(make_config, make_console, tmp_path, on_two_ranks):
-    """Every metric within 1e-4, over forty updates at a hundred times the recipes' learning rate. What is sampled is
-    the same to the token, so that nothing but sums of another order tells the runs apart."""
+    """Every metric within 1e-4, over forty updates at a hundred times the recipes' learning rate.
+
+    Both sample the same tokens, so the runs differ only in the order of sums.
+    """
     sections = {"train": {"num_steps": 20}, "optimizer": {"learning_rate": 1e-4, "warmup_steps": 2}}
     pairs, files = {}, []
     for name, (offload, memory) in TWENTY.items():

@@ -227,7 +227,7 @@ def test_frozen():
 
 
 def holders(section: type[Section]) -> set[str]:
-    """What a variable or attribute that holds this section is called in the package."""
+    """Names that the package gives to variables and attributes that hold this section."""
     own = {key for key, field in Config.model_fields.items() if field.annotation is section}
     others = {DataSet: "data", WorldConfig: "world", OffloadConfig: "offload", LoraConfig: "lora"}
     return own | {"config"} | ({others[section]} if section in others else set())
@@ -241,14 +241,14 @@ def attributes_read(tree: ast.AST) -> Iterator[tuple[str, str]]:
 
 
 def test_every_key_is_read_somewhere():
-    """A key that nobody reads promises what the program does not do."""
+    """A key that nothing reads promises what the program does not do."""
     read = {
         pair
         for path in PACKAGE.rglob("*.py")
         if path.name not in ("config.py", "config_sections.py")
         for pair in attributes_read(ast.parse(path.read_text(encoding="utf-8")))
     }
-    if ("config", "run_directory") in read:  # the property that reads both
+    if ("config", "run_directory") in read:  # a property, which reads both
         read |= {("run", "directory"), ("run", "name")}
     unread = [
         f"{section.__name__}.{key}"

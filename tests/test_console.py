@@ -1,4 +1,4 @@
-"""The display: what a line says, that arbitrary model output prints as itself, terminal and plain twins."""
+"""The display: what lines say, arbitrary model output that must print as itself, terminal and plain twins."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def plain() -> tuple[Console, io.StringIO]:
 
 
 def styles_at(text, fragment: str) -> set[str]:
-    """Names of all the styles over the first occurrence of a fragment."""
+    """Names of all styles applied to the first occurrence of a fragment."""
     start = text.plain.index(fragment)
     return {str(span.style) for span in text.spans if span.start <= start and span.end >= start + len(fragment)}
 
@@ -210,7 +210,7 @@ def test_quiet_prints_nothing():
 
 
 def test_the_mean_of_the_sets_does_not_weigh_them_by_size():
-    """As in the published tables: Bamboogle's 125 questions count as much as PopQA's 14,267."""
+    """Bamboogle's 125 questions count as much as PopQA's 14,267, as in the published tables."""
     metrics = {
         "large": scores(0.2) | {"sub_em": 0.4, "f1": 0.3, "count": 14267},
         "[bold]": scores(0.5) | {"sub_em": 0.6, "f1": 0.9, "count": 125},

@@ -146,7 +146,7 @@ def test_corpus_is_read_as_it_is_asked_for(tmp_path):
     [("012", False), ("011", True), ("0a20", True), ("aa", True), ("10", False), ("100", True), ("0a1", False)],
 )
 def test_duplicate_corpus_ids(tmp_path, ids, bad):
-    """`bad`: the last id is taken."""
+    """`bad`: the last id repeats an earlier one."""
     path = write_lines(tmp_path / "c.jsonl", *({"id": name, "contents": "x"} for name in ids))
     if bad:
         with pytest.raises(ValueError, match=rf"c\.jsonl, line {len(ids)}: the id '{ids[-1]}' is already taken"):
@@ -297,7 +297,7 @@ def test_parquet(tmp_path):
 
 
 def test_parquet_of_ports(tmp_path):
-    """A prompt that is one text, and answers without `target` around them."""
+    """A prompt that is a single text, and answers that no `target` wraps."""
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 

@@ -1,4 +1,4 @@
-"""One batch, however it is cut: on 1, 2 and 4 ranks, in one micro-batch or many, loss and gradients are the same.
+"""Loss and gradients of a batch are the same however it is cut: on 1, 2 or 4 ranks, in one micro-batch or many.
 
 The means are over all policy tokens of the optimizer step; a mean of means, over ranks or micro-batches, would not be.
 """
@@ -26,7 +26,7 @@ TRAIN = {"all": {}, "lora": {"reduce_after": "update", "reshard_after": "update"
 
 @pytest.fixture
 def reports(make_config, tmp_path, on_two_ranks, monkeypatch) -> dict[int, dict]:
-    """By world size, then by name; one launch of each, as starting processes is what takes the time."""
+    """Reports by world size and name; one launch per world size, as starting processes takes most of the time."""
     files = []
     for algorithm, settings in ALGORITHMS.items():
         for kind, lora in MODELS.items():

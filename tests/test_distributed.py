@@ -1,4 +1,4 @@
-"""Two ranks (gloo, FSDP2 on the CPU) do for twenty steps what one rank does; checkpoints of two one rank takes up."""
+"""Two ranks (gloo, FSDP2 on the CPU) do for twenty steps what one rank does; one rank resumes their checkpoints."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from searchr1_fast.distributed import Ranks, process
 from searchr1_fast.train import train
 
 NUM_STEPS = 20
-# At 1e-3 rounding grows from step to step, until it decides a token: with two seeds of four, and for each machine anew.
+# At 1e-3 rounding grows from step to step until it decides a token: with two seeds of four, and anew on each machine.
 RATE = 1e-4
 TRAIN = {"num_steps": NUM_STEPS, "num_minibatches": 2}
 OPTIMIZER = {"learning_rate": RATE, "warmup_steps": 2}
@@ -53,7 +53,7 @@ def two_ranks(make_config, tmp_path, on_two_ranks):
 
 
 def test_two_ranks(two_ranks, tmp_path, make_config, make_console):
-    """One launch, as starting processes is what takes the time."""
+    """One test with one launch, as starting processes takes most of the time."""
     reports, configs = two_ranks
     check_collectives(reports)
     check_gloo_ends_before_the_interpreter(tmp_path)
@@ -77,7 +77,7 @@ def test_two_ranks(two_ranks, tmp_path, make_config, make_console):
 
 
 def check_gloo_ends_before_the_interpreter(directory: Path) -> None:
-    """A thread of gloo that frees a tensor while the interpreter ends aborts the process."""
+    """A gloo thread that frees a tensor while the interpreter shuts down would abort the process."""
     if not Path("/proc/self/task").is_dir():
         return
     for rank in range(2):
@@ -101,13 +101,15 @@ def check_collectives(reports) -> None:
 
 
 def check_same_rows(two: list[dict], one: list[dict]) -> None:
-    """Trajectories are the same to the token, so counts are equal; sums over tokens differ by rounding, which over all
-    steps moves no metric by more than 1e-4 of it."""
+    """Trajectories are the same to the token, so counts are equal; sums over tokens differ by rounding.
+
+    Over all steps that moves no metric by more than a relative 1e-4.
+    """
     assert [row["step"] for row in two] == [row["step"] for row in one] == list(range(NUM_STEPS + 1))
     for theirs, ours in zip(two, one, strict=True):
         assert theirs.keys() == ours.keys()
         for key, value in ours.items():
-            # Two ranks search in more and smaller batches, but for the same queries.
+            # Two ranks search for the same queries, but in more and smaller batches.
             is_time = key.startswith("time_") or key.endswith("_per_second") or key == "update_imbalance"
             if not is_time and (not key.startswith("search/") or key == "search/queries"):
                 assert theirs[key] == pytest.approx(value, rel=1e-4, abs=4e-6), (ours["step"], key)
@@ -119,8 +121,10 @@ def check_same_rows(two: list[dict], one: list[dict]) -> None:
 def check_same_weights(
     two: dict[str, torch.Tensor], one: dict[str, torch.Tensor], start: dict[str, torch.Tensor]
 ) -> None:
-    """Forty AdamW steps of 1e-4: a parameter whose gradient is rounding noise may go either way, the others may not (at
-    most 2.5e-7 was seen)."""
+    """After forty AdamW steps of 1e-4 only parameters whose gradient is rounding noise may differ.
+
+    Of the others, at most 2.5e-7 was seen.
+    """
     assert two.keys() == one.keys() == start.keys()
     differences, moves = (
         torch.cat([(other[name] - one[name]).abs().flatten() for name in one]) for other in (two, start)
@@ -131,7 +135,7 @@ def check_same_weights(
 
 
 def check_resumes_on_one_rank(name, algorithm, make_config, make_console) -> None:
-    """A checkpoint of two ranks, read by one: one more step is that of the run which was on one rank all along."""
+    """One rank reads the checkpoint of two; its next step equals that of the run that was always on one rank."""
     endings = []
     for run in (f"{name}-two", f"{name}-one"):
         config = make_config(
@@ -193,7 +197,7 @@ with process("cpu", num_threads=1):
 
 
 def test_a_rank_has_the_threads_it_was_given_and_no_denormals():
-    """In a process of its own: numba's threads start once, and it is their start that would undo torch's setting."""
+    """In a process of its own: numba's threads start only once, and their start is what would undo torch's setting."""
     result = subprocess.run(
         [sys.executable, "-c", ARITHMETIC],
         env=environment(NUMBA_NUM_THREADS="2"),

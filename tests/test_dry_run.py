@@ -1,4 +1,4 @@
-"""`searchr1 train --dry-run`: what a person asks for, reads and gets wrong. Its numbers are test_memory_plan.py's."""
+"""`searchr1 train --dry-run`: options, output and mistakes. Its numbers are tested in test_memory_plan.py."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_dry_run_says_whether_it_fits(capsys, tmp_path):
     assert command([*arguments, "--device-memory", "80GB", "model.lora.rank=8"]) == 0
     out = capsys.readouterr().out
     assert "qwen2.5-3b, an adapter of rank 8, grpo" in out and "frozen base" in out
-    assert list(tmp_path.iterdir()) == []  # nothing was begun
+    assert list(tmp_path.iterdir()) == []  # nothing was started
 
 
 def test_dry_run_of_a_directory(capsys):
@@ -47,7 +47,7 @@ def test_dry_run_of_a_directory(capsys):
 @pytest.mark.parametrize("shape", ["qwen2.5-3b", "llama-3.2-3b", "qwen3-4b"])
 @pytest.mark.parametrize("recipe", sorted(Path("configs").glob("search_r1*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_is_planned_before_anything_is_downloaded(capsys, recipe, shape):
-    """Without the model, which `--shape` stands for, and without the index of the fast ones, which is said."""
+    """The model is replaced by `--shape`; the index of the fast recipes is missing, and the output says so."""
     arguments = ["train", str(recipe), "--dry-run", "--shape", shape, "--ranks", "8", "--device-memory", "141GB"]
     assert command(arguments) == 0
     out = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""User errors are one line and an exit code; our own mistakes keep their traceback."""
+"""User errors give one line and an exit code; our own mistakes keep their traceback."""
 
 from __future__ import annotations
 

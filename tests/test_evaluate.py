@@ -1,4 +1,4 @@
-"""Scores: their arithmetic by hand, and that they depend on the model and the questions alone."""
+"""Scores: their arithmetic by hand, and that they depend only on the model and the questions."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_wilson_interval_as_published(successes, count, expected):
 
 
 def test_scores_by_kind_and_source(make_trajectory, make_question):
-    """Four questions by hand, whose answers are b, c, d and e; what the prompt says is no answer."""
+    """Four questions by hand, whose answers are b, c, d and e; text of the prompt is no answer."""
 
     def spoken(index: int, text: str, searches: int):
         trajectory = make_trajectory(index, [(False, 3), (True, 2 + index)])
@@ -57,7 +57,7 @@ def test_scores_by_kind_and_source(make_trajectory, make_question):
     assert metrics["f1"] == pytest.approx((0 + 1 + 2 * (1 / 3) / (4 / 3) + 0) / 4)
     assert metrics["response_tokens_mean"] == 3.5
     assert (metrics["em_low"], metrics["em_high"]) == wilson_interval(1, 4)
-    assert "letters/em" not in metrics  # one source is all of them
+    assert "letters/em" not in metrics  # a single source is the whole set
     assert result.row()["eval/set/odd/em"] == 0.5
     record = result.scores[2].record()
     assert (record["prediction"], record["em"], record["searches"], record["kind"]) == ("c or d", 0.0, 2, "even")

@@ -1,6 +1,6 @@
-"""A disk that is full: what a run does then is documented, and nothing half-written is ever taken for whole.
+"""A full disk: a run does what is documented, and nothing half-written is ever taken for complete.
 
-`/dev/full` says what a full disk says, without one; where it does not do, a write is made to fail.
+`/dev/full` gives the error of a full disk; where that is not enough, a write is made to fail.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def is_full(*arguments, **options) -> None:
 
 
 def half(tensors, path: Path, metadata=None) -> None:
-    """As far as the disk goes."""
+    """Write as much as fits, then fail."""
     Path(path).write_bytes(b"half")
     is_full()
 
@@ -67,10 +67,10 @@ def test_an_error_that_names_a_file_keeps_its_name(tmp_path):
 
 
 def test_a_row_is_whole_or_not_there(tmp_path, monkeypatch):
-    """Of a line that found half of its room, nothing stays; and the log goes on where there is room again."""
+    """Nothing remains of a line that did not fit, and the log goes on once there is room."""
 
     class Short:
-        """A file of a disk that takes five bytes more."""
+        """A file on a disk with room for five more bytes."""
 
         def __init__(self, file) -> None:
             self.file, self.room = file, 5
@@ -152,12 +152,12 @@ def test_an_update_that_finds_no_room_leaves_nothing(skipped, folder, monkeypatc
         with pytest.raises(NotKept, match=rf"^what it met could not be kept in \S+: OSError: \[Errno 28\] {FULL}"):
             write_bad_update(folder, bad, policy, torch.float32)
     assert list(folder.iterdir()) == []
-    path = write_bad_update(folder, bad, policy, torch.float32)  # the second in a row, say, and there is room
+    path = write_bad_update(folder, bad, policy, torch.float32)  # as for the second in a row, once there is room
     assert {file.name for file in folder.iterdir()} == {path.name, bad.weights_name}
 
 
 def test_weights_that_find_no_room_do_not_leave_others_in_their_place(skipped, folder, monkeypatch):
-    """Of a run that was rolled back: they are not what this update met."""
+    """Weights left by a run that was rolled back are not those that this update met."""
     policy, bad = skipped
     (folder / bad.weights_name).write_bytes(b"older")
     monkeypatch.setattr(bad_updates_module, "save_tensors", half)
@@ -179,7 +179,7 @@ def test_torch_s_own_error_is_the_system_s(skipped, folder, monkeypatch):
 
 @pytest.fixture
 def spoiled(monkeypatch):
-    """-> nothing: from the second step on the policy's advantages are no numbers."""
+    """-> None; from the second step on the policy's advantages are NaN."""
     make = train_module.make_minibatches
 
     def changed(run, *arguments):
@@ -193,7 +193,7 @@ def spoiled(monkeypatch):
 
 
 def test_a_run_goes_on_and_ends_as_if_there_were_room(make_config, make_console, spoiled, monkeypatch):
-    """Two updates are skipped, counted and not kept; the third in a row ends it, as it would anyway."""
+    """Two updates are skipped and counted but not kept; the third in a row ends the run, as it would anyway."""
     algorithm = {"drop_zero_variance_groups": False}
     config = make_config(algorithm=algorithm, train={"num_steps": 9}, eval={"sets": {}}, checkpoint={"every": 1})
     console = make_console()
@@ -249,7 +249,7 @@ def test_a_run_that_cannot_write_its_rows_stops_and_goes_on_later(
 
 
 def test_a_configuration_is_whole_or_not_there(make_config, make_console, monkeypatch):
-    """An empty one would be read as the defaults."""
+    """An empty file would be read as the defaults."""
     config = make_config(train={"num_steps": 1}, eval={"sets": {}})
     train(config, make_console())
     before = (config.run_directory / "config.yaml").read_text()

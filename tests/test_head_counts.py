@@ -1,4 +1,4 @@
-"""The head's memory: the planner's chunks are the kernels'."""
+"""The head's memory: the planner counts the kernels' chunks."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ def test_the_head_s_chunks_are_the_kernel_s():
     assert head_counts.TILE_ROWS == _linear_chunks._TILE_ROWS
     assert head_counts.ROUNDED_SUMS == _linear_sums.ROUNDED_SUMS
     head = dict(head_counts.head_bytes(published_config("qwen2.5-3b"), 2, 4096))
-    row = 151_936 * 6  # logits in fp32, their gradient in bf16: 1177 rows are a GiB, 4096 rows four chunks of 1024
+    row = 151_936 * 6  # logits in fp32, gradient in bf16: 1177 rows make a GiB, 4096 rows four chunks of 1024
     assert head == {
         "logits of a chunk": 1024 * row,
         "weight's gradient": 2 * 151_936 * 2048,
         "hidden states and gradient": 2 * 2 * 4096 * 2048,
     }
-    # Fewer than nine chunks are summed in bf16. Those of a library's logits, GiBs, are then of the larger sum.
+    # Fewer than nine chunks are summed in bf16; from there on chunks of a library's logits, GiBs, have the larger sum.
     for num_rows, rows, bytes_of_row, size in (
         (9416, 1280, row, 2),
         (9424, 1152, row, 4),
@@ -36,7 +36,7 @@ def test_the_head_s_chunks_are_the_kernel_s():
 
 @pytest.mark.parametrize("vocabulary", [32_001, 151_936, 1_000_000])
 def test_probabilities_have_the_kernel_s_chunks(vocabulary):
-    """Of any number of rows, where memory is plenty: as long, and so many or fewer that the sum is in 16 bits."""
+    """For any number of rows, with plenty of memory: equal lengths, and the same choice of a sum in 16 bits."""
     weight = torch.empty(vocabulary, 8, dtype=torch.bfloat16, device="meta")
     fitting = max(256, head_counts.KEPT_BYTES // (2 * vocabulary))
     edges = {number + more for number in range(0, 20 * fitting, fitting // 2) for more in (-1, 0, 1)}

@@ -1,4 +1,4 @@
-"""Ctrl-C: as a terminal sends it, to every process of the run at once. Nobody stays behind."""
+"""Ctrl-C, sent as a terminal does, to every process of the run at once: no process stays behind."""
 
 from __future__ import annotations
 
@@ -14,19 +14,21 @@ from commands import environment
 
 from searchr1_fast.metrics import read_metrics
 
-SECONDS = 120  # until a run is given up
+SECONDS = 120  # before a run is given up
 RANKS = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
 def members(mark: str) -> list[int]:
-    """Processes alive that were started with this in their environment, by whomever. (Not those of a session: torchrun
-    gives each rank one of its own.)"""
+    """Ids of the living processes with `mark` in their environment, whatever started them.
+
+    A session would not find them: torchrun gives each rank one of its own.
+    """
     found = []
     for path in Path("/proc").glob("[0-9]*/environ"):
         try:
-            if mark.encode() in path.read_bytes():  # of who is dead but not waited for there is none
+            if mark.encode() in path.read_bytes():  # a zombie has no environment
                 found.append(int(path.parent.name))
-        except OSError:  # gone meanwhile, or not ours
+        except OSError:  # it has ended, or is not ours
             continue
     return found
 
@@ -41,7 +43,7 @@ def wait_for(condition, what: str) -> None:
 @pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="asks /proc who is alive")
 @pytest.mark.parametrize(("launcher", "presses"), [((), 1), (RANKS, 1), (RANKS, 2)], ids=["alone", "ranks", "ranks-2"])
 def test_an_interrupted_run_leaves_nobody_behind(make_config, tmp_path, launcher, presses):
-    """Searches in flight, a batcher's threads and a launcher's children included."""
+    """Even with searches in flight, a batcher's threads and a launcher's children."""
     config = make_config(
         run={"num_threads": 1},
         train={"num_steps": 1000},
@@ -66,7 +68,7 @@ def test_an_interrupted_run_leaves_nobody_behind(make_config, tmp_path, launcher
         assert len(members(mark)) >= (3 if launcher else 1)
         for _ in range(presses):
             os.killpg(child.pid, signal.SIGINT)
-            time.sleep(0.2)  # two at once are one
+            time.sleep(0.2)  # two at the same time would count as one
         _, errors = child.communicate(timeout=SECONDS)
         wait_for(lambda: not members(mark), "a process stayed behind")
     finally:

@@ -1,4 +1,4 @@
-"""A training that is killed while it saves, again and again, ends as the one that nobody touched."""
+"""Training that is killed while it saves, again and again, ends as if it had never been touched."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from searchr1_fast.distributed import Ranks
 from searchr1_fast.metrics import read_metrics
 from searchr1_fast.train import train
 
-# (the save at which it is killed, where in it, the newest checkpoint then): each takes up what the one before left.
+# (step of the save in which it is killed, where in it, the newest checkpoint then); each run resumes the one before.
 KILLS = [
     (2, "_write_files", None),
     (4, "_flush_tree", 2),
@@ -29,12 +29,12 @@ KILLS = [
     (6, "_prune", 6),
 ]
 NUM_STEPS = 8
-SECONDS = 120  # until a child is given up
+SECONDS = 120  # before a child is given up
 
 
 @pytest.fixture
 def start(tmp_path):
-    """config, save, moment -> the process, once that save has come to that moment; it may launch ranks."""
+    """config, step, moment -> the process, once the save of that step has reached that moment; it may launch ranks."""
     children = []
 
     def run(config, step: int, moment: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen:
@@ -52,7 +52,7 @@ def start(tmp_path):
 
     yield run
     for child, file in children:
-        if child.poll() is None:  # of a test that failed; with its ranks, where it is a launcher
+        if child.poll() is None:  # after a failed test; a launcher with its ranks
             child.kill()
             for pid in (int(path.read_text()) for path in tmp_path.glob(f"{file.name}.pid*")):
                 with suppress(ProcessLookupError):
@@ -61,7 +61,7 @@ def start(tmp_path):
 
 
 def wait_for(condition, child: subprocess.Popen) -> None:
-    """Until something is so; an error where the child has ended before it was."""
+    """Wait until the condition holds; an error if the child ends first."""
     deadline = time.monotonic() + SECONDS
     while not condition():
         assert child.poll() is None, child.communicate()[1][-4000:]
@@ -70,7 +70,7 @@ def wait_for(condition, child: subprocess.Popen) -> None:
 
 
 def rows(config) -> list[dict]:
-    return read_metrics(config.run_directory)  # which passes over a line that is being written
+    return read_metrics(config.run_directory)  # which skips a line that is still being written
 
 
 def weights(config) -> dict[str, torch.Tensor]:
@@ -82,7 +82,7 @@ def without_times(row: dict) -> dict:
 
 
 def test_a_run_that_is_killed_in_its_saves_is_the_run_that_was_not(make_config, make_console, start):
-    """Bit for bit, though it was killed four times with SIGKILL, each time one step after it began to save."""
+    """Bit for bit, after four SIGKILLs, each one step after it began to save."""
     settings = {"train": {"num_steps": NUM_STEPS}, "checkpoint": {"every": 2}, "eval": {"sets": {}}}
     whole = make_config(run={"name": "whole"}, **settings)
     train(whole, make_console())
@@ -90,7 +90,7 @@ def test_a_run_that_is_killed_in_its_saves_is_the_run_that_was_not(make_config, 
     root = killed.run_directory / "checkpoints"
     for step, moment, expected in KILLS:
         child = start(killed, step, moment)
-        # Training goes on while the save hangs; the save after waits for it.
+        # Training goes on while the save hangs; the next save would wait for it.
         wait_for(lambda step=step: rows(killed)[-1]["step"] == step + 1, child)
         os.kill(child.pid, signal.SIGKILL)
         assert child.wait() == -signal.SIGKILL
@@ -108,7 +108,7 @@ def test_a_run_that_is_killed_in_its_saves_is_the_run_that_was_not(make_config, 
 
 
 def test_two_ranks_that_are_killed_in_a_save_go_on_as_one(make_config, make_console, start, tmp_path):
-    """As if their machine had gone. What went on is the run of one rank, up to the rounding of sums."""
+    """As if their machine had been lost. The resumed run is that of one rank, up to the rounding of sums."""
     settings = {"train": {"num_steps": 6}, "checkpoint": {"every": 2}, "eval": {"sets": {}}}
     whole = make_config(run={"name": "whole"}, **settings)
     train(whole, make_console())
@@ -116,7 +116,7 @@ def test_two_ranks_that_are_killed_in_a_save_go_on_as_one(make_config, make_cons
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     child = start(killed, 4, "_checksum", launcher)
     wait_for(lambda: rows(killed)[-1]["step"] == 5, child)
-    os.kill(child.pid, signal.SIGKILL)  # first, or it would tell the ranks
+    os.kill(child.pid, signal.SIGKILL)  # the launcher first, or it would stop the ranks
     for rank in range(2):
         os.kill(int((tmp_path / f"4_checksum.pid{rank}").read_text()), signal.SIGKILL)
     assert os.readlink(killed.run_directory / "checkpoints" / "latest") == "step_000002"

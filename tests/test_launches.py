@@ -1,8 +1,9 @@
-"""What a GPU would be asked to do at published shapes, without one: all of the host's code for it runs, on tensors that
-have shapes and say that they are on a GPU, and no kernel does. So nothing may ask for a value, which on a GPU waits,
-and every launch fits its kernel and CUDA's limits. What Triton would compile for it then is compiled, for Hopper: that
-spills nothing and fits. Kernels that are compiled again for another number of rows would be so in the middle of a step,
-and may round otherwise."""
+"""What a GPU would be asked to do at published shapes, tested without one.
+
+All of the host's code runs, on tensors that have shapes and claim to be on a GPU; no kernel runs. Nothing may therefore
+ask for a value, for which a GPU would have to wait, and every launch must fit its kernel and CUDA's limits. What Triton
+would compile for it is then compiled for Hopper, and must spill nothing and fit. A kernel must not be compiled again
+for another number of rows: that would happen in the middle of a step, and the new one may round differently."""
 
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ LAYER = ["normalise", "rotate_and_write", "attend", "combine", "normalise", "mul
 
 
 def build(name: str, dtype: torch.dtype, lora_rank: int = 0) -> tuple[Decoder, KVCache]:
-    """Two layers of a published shape, and a cache of 256 sequences."""
+    """-> two layers of a published shape, and a cache for 256 sequences."""
     config = replace(published_config(name), num_hidden_layers=2)
     with META:
         model = Decoder(config).to(dtype)
@@ -63,7 +64,7 @@ def test_a_decode_step(launches, name, lora_rank):
 
 
 def test_a_step_in_which_sequences_join(launches):
-    """Lone tokens in parts, the others in tiles; the last layer goes on with the last token of each alone."""
+    """Lone tokens are attended in parts, the others in tiles; the last layer ends with only each sequence's last."""
     model, cache = build("qwen2.5-3b", torch.bfloat16)
     lengths = np.array([700, 1, 1, 90, 1])
     cache.set_table(places(3), places(3), places(3))
@@ -78,7 +79,7 @@ def test_a_step_in_which_sequences_join(launches):
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 @pytest.mark.parametrize("lora_rank", [0, 16])
 def test_an_update_up_to_the_head(launches, make_trajectory, lora_rank, checkpointing):
-    """Forward and backward, of sequences that begin alike: no launch of ours, and no wait."""
+    """Forward and backward, for sequences that share a prefix: no launch of ours, and no wait."""
     trajectories = [make_trajectory(seed, [(False, 30), (True, 9 + seed), (False, 70)]) for seed in range(4)]
     for trajectory in trajectories[1:]:
         trajectory.token_ids[:35] = trajectories[0].token_ids[:35]
@@ -105,7 +106,7 @@ def test_an_update_up_to_the_head(launches, make_trajectory, lora_rank, checkpoi
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_the_head(launches, dtype, rows, size, vocabulary):
-    """Scores, with and without what a backward pass wants, and both ways to gradients."""
+    """Scores, with and without what a backward pass needs, and both ways to gradients."""
     logprob, policy = (
         importlib.import_module(f"searchr1_kernels.linear_{name}") for name in ("logprob", "policy_loss")
     )
@@ -143,8 +144,10 @@ def test_the_head(launches, dtype, rows, size, vocabulary):
     ],
 )
 def test_the_head_s_memory(launches, rows, function, account):
-    """What is alive at the highest, both gradients included, to 2 %. On an H200, where the library keeps memory too, it
-    was 1.36 GB for 16k rows by `linear_logprob`."""
+    """Peak of the live bytes, both gradients included, within 2 %.
+
+    On an H200, where the library keeps memory too, it was 1.36 GB for 16k rows by `linear_logprob`.
+    """
     logprob, policy = (
         importlib.import_module(f"searchr1_kernels.linear_{name}") for name in ("logprob", "policy_loss")
     )
@@ -169,7 +172,7 @@ def test_the_head_s_memory(launches, rows, function, account):
 @pytest.mark.parametrize(("softcap", "counts"), [(None, (4915, 1, 16_384, 40_001)), (30.0, (40_001, 44_001))])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_the_head_of_any_number_of_rows(launches, dtype, softcap, counts):
-    """One chunk and several. Under a softcap of as many rows as have slabs of one width, which is a constant there."""
+    """One chunk and several; with a softcap only counts whose slabs have the same width, a constant of its kernels."""
     logprob, policy = (
         importlib.import_module(f"searchr1_kernels.linear_{name}") for name in ("logprob", "policy_loss")
     )
@@ -191,8 +194,8 @@ def test_the_head_of_any_number_of_rows(launches, dtype, softcap, counts):
 
 @pytest.mark.parametrize("name", ["qwen2.5-0.5b", "qwen2.5-3b"])
 def test_steps_of_any_number_of_sequences(launches, name):
-    """As the engine sends their numbers: arrays of 8 bytes each, end to end, so that every other begins at a multiple
-    of 16. 14 heads are no whole 16 bytes of fp32."""
+    """Inputs lie as the engine sends them: arrays of 8-byte numbers end to end, so that every other one starts at a
+    multiple of 16 bytes. 14 heads of fp32 are no multiple of 16 bytes."""
     model, cache = build(name, torch.bfloat16)
     params = SamplingParams(0.8, top_p=0.9)
 
@@ -220,7 +223,7 @@ def test_the_scan_and_what_scales_of_any_number(launches, monkeypatch, ways):
         monkeypatch.setattr(scan, name, value)
 
     def run(tokens: int) -> None:
-        for sequences in (1 + tokens // 244, 1):  # a tile each, and many
+        for sequences in (1 + tokens // 244, 1):  # one tile per sequence, and many
             vectors = tensor(tokens), tensor(tokens)
             for mask in (None, tensor(tokens, dtype=torch.bool)):
                 for offsets in (torch.int32, torch.int64):
@@ -229,7 +232,7 @@ def test_the_scan_and_what_scales_of_any_number(launches, monkeypatch, ways):
 
     recording.one_set_of_kernels(launches, run, (1_000_000, 20_001))
     assert set(launches) == {"scan_sequences", "scan_tiles", "apply_carries"}
-    for shape in ((151_936, 2048), (152_064, 18_000), (5,)):  # more than 31 bits count, and few
+    for shape in ((151_936, 2048), (152_064, 18_000), (5,)):  # more than 31 bits can count, and few
         for dtype in (torch.bfloat16, torch.float32):
             scaling.scale(tensor(*shape, dtype=dtype), tensor())
 
@@ -246,7 +249,7 @@ def test_sampling_of_any_number_of_rows(launches, vocabulary):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(("heads", "size"), [(12, 64), (12, 32)])
 def test_an_encoder_of_any_number_of_texts(launches, heads, size, dtype):
-    """As `encoder_bert` reads its packed texts: keys are rows from each row on."""
+    """As `encoder_bert` reads its packed texts: the keys of a row are those from that row on."""
     attention = importlib.import_module("searchr1_kernels.cached_attention")
     width, longest = heads * size, 512
 

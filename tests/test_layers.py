@@ -1,6 +1,6 @@
-"""Who may import whom, read from the source: a lower layer never knows a higher one, rollout never knows retrieval.
+"""What may import what, read from the source: a lower layer never a higher one, rollout never retrieval.
 
-An import counts wherever it stands, inside a function or under TYPE_CHECKING too: what is named there is known there.
+An import counts wherever it stands, also inside a function or under TYPE_CHECKING.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from searchr1_fast.config import Section
 ROOT = Path(searchr1_fast.__file__).parents[1]
 PACKAGE, KERNELS, CSRC = ROOT / "searchr1_fast", ROOT / "kernels" / "searchr1_kernels", ROOT / "csrc"
 
-# A module, or a folder of them, by its name below searchr1_fast. A new one must be given its place here.
+# Modules, and folders of them, by name below searchr1_fast. A new one must be placed here.
 LAYERS = (
     {"types", "config", "config_sections", "protocol", "files", "host_memory", "_C"},  # _C: csrc/, compiled
     {"models", "retrieval", "data", "question_sets", "reward", "prompt", "world"},
@@ -32,20 +32,20 @@ LAYERS = (
     {
         *("train", "run", "memory_plan", "memory_advice", "cache_plan", "parameter_counts", "dry_run", "evaluate"),
         *("environment", "pretraining", "examination", "activation_counts", "head_counts", "agreement", "step_metrics"),
-        *("cli", "eval", "ask", "serve", "report", "index", "prepare_data", "replay"),  # commands, as are the next
+        *("cli", "eval", "ask", "serve", "report", "index", "prepare_data", "replay"),  # commands, like the next
         *("pretrain_base", "__main__", "world.__main__"),
-        *("console", "curves", "metrics", "errors"),  # what a person sees
+        *("console", "curves", "metrics", "errors"),  # what users see
     },
 )
 LAYER_OF = {name: level for level, names in enumerate(LAYERS) for name in names}
 
-# Packages that some machines lack: importing must not need them.
+# Packages that some machines lack: imports must not need them.
 OPTIONAL = ("triton", "cupy", "vllm", "faiss", "flash_attn", "wandb", "pyarrow", "starlette", "uvicorn")
-NEED_AN_EXTRA = {"retrieval.server_http"}  # its classes are those of uvicorn; server.py imports it when it is wanted
+NEED_AN_EXTRA = {"retrieval.server_http"}  # subclasses uvicorn; server.py imports it when needed
 
 
 def sources(*folders: Path) -> list[Path]:
-    """Every Python file below the folders, what git ignores left out."""
+    """Every Python file below the folders, except those that git ignores."""
     found = [path for folder in folders for path in sorted(folder.rglob("*.py"))]
     return [path for path in found if not {"__pycache__", ".venv", "build"} & set(path.parts)]
 
@@ -72,7 +72,7 @@ def imports(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def place(module: str) -> str | None:
-    """The entry of LAYERS that a module of searchr1_fast falls under: the longest that fits."""
+    """The entry of LAYERS that a module of searchr1_fast falls under: the longest that matches."""
     parts = module.split(".")
     names = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
     return next((name for name in names if name in LAYER_OF), None)
@@ -110,7 +110,7 @@ def test_importing_the_package_imports_none_of_its_modules():
 
 
 def test_rollout_never_imports_retrieval():
-    """It is given a `search` callable; whatever else does the searching, the loop cannot tell."""
+    """It is given a `search` callable, and cannot tell what does the searching."""
     found = [(path.name, line) for path in sources(PACKAGE / "rollout") for line, name in own_imports(path)
              if name == "retrieval"]  # fmt: skip
     assert found == []
@@ -131,7 +131,7 @@ def test_only_retrieval_uses_the_extension():
 
 
 def test_python_stays_at_the_edge_of_the_extension():
-    """The C++ below the bindings knows no Python, so that its threads cannot touch it; nothing there knows torch."""
+    """The C++ below the bindings does not use Python, so its threads cannot touch it; none of it uses torch."""
     files = [path for path in CSRC.glob("*") if path.is_file()]
     headers = {path: re.findall(r'#include [<"](.*)[>"]', path.read_text()) for path in files}
     assert len(headers) > 10
@@ -143,7 +143,7 @@ def test_python_stays_at_the_edge_of_the_extension():
 
 
 def test_kernels_stand_alone():
-    """Others import them without the trainer: nothing but torch, numpy, and the compilers (llvmlite is numba's)."""
+    """Usable without the trainer: they import only torch, numpy, and the compilers (llvmlite is numba's)."""
     allowed = {"torch", "numpy", "numba", "llvmlite", "triton", "searchr1_kernels", *sys.stdlib_module_names}
     found = [f"{path.name}:{line}: {name}" for path in sources(KERNELS) for line, name in imports(path)
              if name.partition(".")[0] not in allowed]  # fmt: skip
@@ -151,7 +151,7 @@ def test_kernels_stand_alone():
 
 
 def test_the_folder_kernels_is_no_package():
-    """An import name `kernels` breaks transformers, and a tests/kernels/__init__.py would make one."""
+    """An importable `kernels` breaks transformers, and a tests/kernels/__init__.py would make one."""
     assert not (ROOT / "kernels" / "__init__.py").exists()
     assert list((ROOT / "tests").rglob("__init__.py")) == []
     folders = [ROOT / name for name in ("searchr1_fast", "kernels", "bench", "tests")]
@@ -161,7 +161,7 @@ def test_the_folder_kernels_is_no_package():
 
 
 def test_imports_need_no_optional_package():
-    """Everything imports on a machine that has none of the packages for GPUs, as the CPU path needs none of them."""
+    """Everything can be imported without the packages for GPUs, as the CPU path needs none of them."""
     names = [module_name(path) for path in sources(PACKAGE)]
     modules = [f"searchr1_fast.{name}" for name in names if name and name not in NEED_AN_EXTRA]
     code = f"""
@@ -187,7 +187,7 @@ for module in {modules!r}:
 
 
 def undocumented(body: list[ast.stmt], prefix: str = "") -> Iterator[tuple[int, str]]:
-    """(line, name) of public functions, classes and methods without a docstring, as the house rules read them."""
+    """(line, name) of public functions, classes and methods that lack the docstring that the house rules ask for."""
     for node in body:
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) or node.name.startswith("_"):
             continue
@@ -198,24 +198,24 @@ def undocumented(body: list[ast.stmt], prefix: str = "") -> Iterator[tuple[int, 
 
 
 def is_excused(node: ast.stmt) -> bool:
-    """What says all there is to say in its signature."""
+    """Whether the signature says all there is to say."""
     if isinstance(node, ast.ClassDef):
         # A section of the configuration: a list of fields, each with its own text.
         return any(isinstance(base, ast.Name) and base.id == "Section" for base in node.bases)
-    # `forward`, as its class and the shapes are documented; what http.server calls; a method of a Protocol.
+    # `forward`, whose class and shapes are documented; what http.server calls; a method of a Protocol.
     is_declaration = len(node.body) == 1 and ast.unparse(node.body[0]) == "..."
     return node.name in ("forward", "do_POST", "do_GET") or is_declaration
 
 
 @pytest.mark.parametrize("path", sources(PACKAGE, KERNELS), ids=lambda path: str(path.relative_to(ROOT)))
 def test_docstrings(path):
-    """What, why, what was left out: on every module; one line at least on everything public in it."""
+    """Every module says what, why and what was left out; everything public in it has at least one line."""
     assert ast.get_docstring(tree(path)), f"{path} has no docstring"
     assert [f"{path.relative_to(ROOT)}:{line}: {name}" for line, name in undocumented(tree(path).body)] == []
 
 
 def test_every_configuration_key_is_read():
-    """A key that nobody reads is a promise that nobody keeps."""
+    """A key that nothing reads is a promise that nothing keeps."""
     read = {node.attr for path in sources(PACKAGE)
             for node in ast.walk(tree(path)) if isinstance(node, ast.Attribute)}  # fmt: skip
     unread = [f"{section.__name__}.{name}" for section in Section.__subclasses__()

@@ -1,4 +1,4 @@
-"""Training with an adapter: what moves and what does not, who shares the base, what a run leaves and takes up again."""
+"""Training with an adapter: what moves and what does not, who shares the base, what a run writes and resumes from."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ each_dtype = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.fixture
 def batches(make_trajectory):
     trajectories = [make_trajectory(seed, [*PIECES, (False, 2), (True, 1 + seed)]) for seed in range(5)]
-    for trajectory in trajectories[1:3]:  # a shared beginning
+    for trajectory in trajectories[1:3]:  # a shared prefix
         trajectory.token_ids[:7] = trajectories[0].token_ids[:7]
     packed = pack(trajectories, ADVANTAGES, 60)
     assert len(packed) > 1 and any(batch.prefixes is not None for batch in packed)
@@ -80,7 +80,7 @@ def test_the_adapter_moves_and_the_base_keeps_its_bits(make_policy, make_decoder
         assert {id(p) for p in policy.optimizer.state} == {id(p) for p in policy.parameters.values()}
         assert not any(torch.equal(whole(p), before[name]) for name, p in policy.parameters.items())
         for name, parameter in base_parameters(policy.replica).items():
-            assert parameter is base_parameters(decoder)[name]  # one base, whole
+            assert parameter is base_parameters(decoder)[name]  # one base, unsharded
             assert parameter.grad is None and not isinstance(parameter, DTensor)
             assert parameter.dtype == compute and torch.equal(parameter, expected[name]), name
         for name, parameter in adapter_parameters(policy.replica).items():
@@ -89,7 +89,7 @@ def test_the_adapter_moves_and_the_base_keeps_its_bits(make_policy, make_decoder
 
 @each_dtype
 def test_a_gradient_is_the_merged_policy_s(make_policy, make_config, make_decoder, batches, dtype):
-    """Chain rule by hand: of W's gradient in a policy that learns every weight, A gets B^T G and B gets G A^T."""
+    """Chain rule by hand: with G the gradient of W where every weight learns, A gets B^T G and B gets G A^T."""
     tolerance = 1e-3 if dtype == "float32" else 0.05
     count = count_tokens(batches)
     with process("cpu", 1, 0) as ranks:
@@ -138,7 +138,7 @@ def test_recomputation_changes_nothing(make_policy, batches, mode, dtype):
 
 @each_dtype
 def test_the_reference_is_the_base(make_policy, make_config, make_decoder, batches, dtype):
-    """As of a policy whose reference is another module; and it costs no parameter."""
+    """It gives what a reference in a module of its own gives, and costs no parameters."""
     kl = {"algorithm": {"kl_coefficient": 0.1}}
     with process("cpu", 1, 0) as ranks:
         policy = make_policy(ranks, dtype, optimizer={"learning_rate": 1e-2}, **kl)
@@ -179,7 +179,7 @@ def test_the_critic_stands_on_the_policy_s_base(make_config, make_policy, batche
         for _ in range(40):
             metrics, _ = critic.update(batches, returns, critic.values(batches), count_tokens(batches))
             losses.append(float(metrics["value_loss"]))
-        assert losses[-1] < 0.15 * losses[0]  # beginnings that trajectories of several returns share cannot fit
+        assert losses[-1] < 0.15 * losses[0]  # prefixes shared by different returns cannot fit
         assert all(torch.equal(p, before[name]) for name, p in base.items())
 
 
@@ -196,7 +196,7 @@ def rows(config) -> list[dict]:
 
 
 def test_a_run_learns(make_config, make_console):
-    """Which letter answers which question, from one in four; all that is learned lies in pairs of thin matrices."""
+    """It learns which letter answers which question, from one in four, with nothing but pairs of thin matrices."""
     config = lora_config(
         make_config,
         lora={"rank": 8, "alpha": 32.0},
@@ -216,7 +216,7 @@ def test_a_run_learns(make_config, make_console):
 
 @each_dtype
 def test_what_a_run_leaves_is_the_engine_s_policy(make_config, make_console, tiny_tokenizer, dtype):
-    """`hf/` is whole and merged, `adapter/` lies beside it, and `state/` has nothing of the base."""
+    """`hf/` is complete and merged, `adapter/` lies beside it, and `state/` holds nothing of the base."""
     config, console = lora_config(make_config, dtype), make_console()
     train(config, console)
     (said,) = (note for note in console.notes if note.startswith("adapter: rank 4 on q_proj, k_proj, v_proj, o_proj, "))
@@ -291,7 +291,7 @@ def test_another_base_or_kind_is_refused(make_config, make_console, tmp_path):
 
 
 def test_compiled_blocks_with_a_reference(make_config, make_console, monkeypatch):
-    """The base's passes are graphs of their own; there is room for both kinds."""
+    """Passes of the base have graphs of their own, and there is room for both kinds."""
     original = Block.compile_in_place
     monkeypatch.setattr(Block, "compile_in_place", lambda self, backend: original(self, "eager"))
     sections = {"algorithm": {"kl_coefficient": 0.05}, "eval": {"sets": {}}}
@@ -307,8 +307,10 @@ def test_compiled_blocks_with_a_reference(make_config, make_console, monkeypatch
 
 
 def test_compiled_blocks_have_graphs_for_all_who_share_a_base(make_config, make_decoder, make_trajectory, monkeypatch):
-    """Policy, critic, replica and reference, with many rows, one and none: more graphs of two pieces of code than
-    torch allows by itself, and no more in a second step."""
+    """Policy, critic, replica and reference, with many rows, one and none.
+
+    That is more graphs of two pieces of code than torch allows by default, and a second step adds none.
+    """
     graphs, original = [], Block.compile_in_place
 
     def keep(graph, inputs):
