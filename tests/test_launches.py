@@ -64,7 +64,7 @@ def test_a_decode_step(launches, name, lora_rank):
 
 
 def test_a_step_in_which_sequences_join(launches):
-    """Lone tokens are attended in parts, the others in tiles; the last layer ends with only each sequence's last."""
+    """Lone tokens go in parts, the others in tiles; the last layer ends with only the last token of each sequence."""
     model, cache = build("qwen2.5-3b", torch.bfloat16)
     lengths = np.array([700, 1, 1, 90, 1])
     cache.set_table(places(3), places(3), places(3))

@@ -1,4 +1,4 @@
-"""Training that begins with an adapter that there is already: a checkpoint's, or peft's."""
+"""Training that begins with an existing adapter: a checkpoint's, or peft's."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from searchr1_fast.train import train
 RANK, ALPHA, TARGETS = 3, 6.0, ("q_proj", "v_proj", "up_proj")
 KL = {"kl_coefficient": 0.05}
 PPO = KL | {"name": "ppo", "group_size": 2, "critic_learning_rate": 1e-2, "kl_in_reward": True}
-# The keys of peft 0.21.2 that a plain adapter has, as it writes them.
+# The keys that peft 0.21.2 writes for a plain adapter.
 PEFT_KEYS = {
     "alora_invocation_tokens": None, "alpha_pattern": {}, "arrow_config": None, "auto_mapping": None, "bias": "none",
     "corda_config": None, "ensure_weight_tying": False, "eva_config": None, "exclude_modules": None,
@@ -40,7 +40,7 @@ PEFT_KEYS = {
 
 @pytest.fixture
 def adapter(tiny_model_directory, tmp_path) -> Path:
-    """A directory as peft would leave it, of an adapter that is at work."""
+    """A directory as peft writes it, with an adapter that has an effect."""
     model = load_model(tiny_model_directory)
     add_adapter(model, RANK, ALPHA, TARGETS)
     generator = torch.Generator().manual_seed(5)
@@ -55,7 +55,7 @@ def adapter(tiny_model_directory, tmp_path) -> Path:
 
 @pytest.fixture
 def start_config(make_config, adapter):
-    """dtype, sections -> a run that begins with it."""
+    """dtype, sections -> the configuration of a run that begins with it."""
 
     def make(dtype: str = "float32", **sections):
         lora = {"rank": RANK, "alpha": ALPHA, "targets": TARGETS, "path": str(adapter)}
@@ -71,7 +71,7 @@ def rows(config) -> list[dict]:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_policy_critic_and_reference_begin_with_it(start_config, make_console, make_trajectory, adapter, dtype):
-    """And the reference keeps it: a KL is to the beginning, not to the model below."""
+    """The reference keeps it as well: the KL is to the start of the run, not to the base model."""
     config, console = start_config(dtype, algorithm=PPO), make_console()
     expected = load_file(adapter / WEIGHTS)
     batches = pack([make_trajectory(seed, [(False, 5), (True, 4)]) for seed in range(3)], [1.0, -1.0, 0.5], 100)
@@ -105,7 +105,7 @@ def test_policy_critic_and_reference_begin_with_it(start_config, make_console, m
 
 @pytest.mark.parametrize("algorithm", [KL, PPO], ids=["grpo", "ppo"])
 def test_a_resumed_run_is_the_run_that_was_not_stopped(start_config, make_console, algorithm):
-    """It goes on from its checkpoint, and not from the beginning."""
+    """It goes on from its checkpoint, not from the adapter that it began with."""
     whole = start_config(algorithm=algorithm, run={"name": "whole"}, train={"num_steps": 3})
     train(whole, make_console())
     train(start_config(algorithm=algorithm, run={"name": "halves"}, train={"num_steps": 2}), make_console())
@@ -122,7 +122,7 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(start_config, make_consol
 
 
 def test_a_run_begins_where_another_ended(start_config, make_config, make_console):
-    """With what another has left as its adapter: the same policy samples the same, if both may."""
+    """The adapter that another run left behind is the one that it begins with."""
     first = start_config(run={"name": "first"}, train={"num_steps": 1})
     train(first, make_console())
     left = first.run_directory / "checkpoints" / "latest" / "adapter"
@@ -156,7 +156,7 @@ def test_other_settings_are_said_before_anything_is_loaded(start_config, make_co
 
 
 def test_an_adapter_of_another_model_is_refused(adapter, tiny_model_directory, tmp_path):
-    """A copy of a model is another directory; a name of the Hub may be any directory that is called so."""
+    """A copy of a model is another directory; a name on the Hub may stand for any directory with that name."""
     arguments = (RANK, ALPHA, TARGETS)
     check_start(adapter, tiny_model_directory, *arguments)
     copy = tmp_path / "copy" / "Qwen9-1B"

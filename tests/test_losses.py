@@ -1,4 +1,4 @@
-"""The policy's objective as configured, the value loss by hand, and how metrics join."""
+"""The policy's objective as configured, the value loss by hand, and how metrics are combined."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_value_loss_by_hand():
     values = torch.tensor([0.0, 2.0, 2.0], requires_grad=True)
     returns, old = torch.tensor([1.0, 1.0, 3.0]), torch.tensor([0.0, 1.0, 1.0])
     loss = value_loss(values, returns, old, 0.5, 2)
-    # 1st: within the clip. 2nd: held at 1.5, but the unclipped error is larger. 3rd: held at 1.5, the larger error.
+    # 1st: within the clip. 2nd: clipped to 1.5, but the unclipped error is larger. 3rd: clipped to 1.5, larger error.
     torch.testing.assert_close(loss.detach(), torch.tensor(0.5 * (1.0 + 1.0 + 1.5**2) / 2))
     loss.backward()
     torch.testing.assert_close(values.grad, torch.tensor([-0.5, 0.5, 0.0]))

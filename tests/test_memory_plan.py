@@ -1,4 +1,4 @@
-"""The memory planner: numbers by hand, and bytes of small policies and critics as they really lie in memory."""
+"""The memory planner: numbers by hand, and the bytes that small policies and critics really occupy."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ def test_numbers_by_hand():
     assert rows["policy: Adam's moments"] == parameters // 8 * 8
     assert rows["policy: replica that generates"] == 2 * parameters
     assert rows["reference"] == parameters // 8 * 2
-    # the value head: one row of 3584 and a bias, which on every rank fill up to one row
+    # the value head: one row of 3584 and a bias, padded to one row on every rank
     critic = (parameters - head) // 8 + 3584 + 1
     assert (rows["critic: master weights"], rows["critic: Adam's moments"]) == (4 * critic, 8 * critic)
-    # 64 sequences of 4,596 tokens in blocks of 64, and one block for rows of a graph without a sequence; their table.
+    # 64 sequences of 4,596 tokens in blocks of 64, one block for a graph's rows without a sequence; the block table
     assert rows["KV cache"] == (64 * 72 + 1) * 64 * 57_344 + (64 + 1) * 72 * 4
     block = (3584 * 3584 + 3584) + 2 * (512 * 3584 + 512) + 3584 * 3584 + 3 * 3584 * 18944 + 2 * 3584
     assert rows["gathered weights"] == 2 * (2 * head + 3584 + 2 * block)
-    # per row of a block: 2 norms, query, key and value, attention's output and its 28 sums, four of the MLP's width
+    # per row of a block: 2 norms, query, key, value, attention's output and its 28 sums, four of the MLP's width
     kept = 2 * (4 * 3584 + 4 + 2 * 3584) + 2 * (3584 + 512 + 512 + 3584) + 4 * 28 + 4 * 2 * 18944
     longest = max(config.train.tokens_per_microbatch, config.rollout.max_sequence_tokens)
     assert rows["activations"] == longest * (28 * kept + 4 * 3584 + 4 + 2 * 3584)
@@ -80,7 +80,7 @@ def test_what_top_p_keeps_is_held_beside_the_logits(make_config, make_decoder, s
 def test_resident_rows_are_the_bytes_of_a_real_policy_and_critic(
     make_config, make_decoder, make_trajectory, dtype, size, tied
 ):
-    """After a step, so that there are moments; on one rank nothing is filled up."""
+    """After a step, so that there are moments; one rank needs no padding."""
     algorithm = {"name": "ppo", "group_size": 2, "kl_coefficient": 0.1}
     config = make_config(model={"dtype": dtype}, algorithm=algorithm)
     (batch,) = pack([make_trajectory(0, [(False, 5), (True, 6)])], [1.0], 100)
@@ -114,7 +114,7 @@ def test_resident_rows_are_the_bytes_of_a_real_policy_and_critic(
 
 @pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])
 def test_resident_rows_with_an_adapter(make_config, make_decoder, make_trajectory, dtype, size):
-    """One base for all, and nothing else that is as large."""
+    """There is one base for all, and nothing else as large."""
     algorithm = {"name": "ppo", "group_size": 2, "kl_coefficient": 0.1}
     config = make_config(model={"dtype": dtype, "lora": {"rank": 5}}, algorithm=algorithm)
     (batch,) = pack([make_trajectory(0, [(False, 5), (True, 6)])], [1.0], 100)
@@ -177,7 +177,7 @@ def num_bytes(tensors) -> int:
 
 
 def moments(learner) -> int:
-    """Without the counter of steps, one number a parameter."""
+    """Bytes of Adam's moments, without the step counter, one number per parameter."""
     return num_bytes(state[key] for state in learner.optimizer.state.values() for key in ("exp_avg", "exp_avg_sq"))
 
 
@@ -195,7 +195,7 @@ def test_cache_is_as_large_as_planned(make_config, make_decoder):
 
 @pytest.mark.parametrize("overrides", [[], ["eval.sets={}"], ["rollout.cache_tokens=200000"], ["rollout.engine=vllm"]])
 def test_a_cache_as_small_as_advised_fits(overrides):
-    """Where more sequences may run than a step has, too: fewer of those that are not there would save nothing."""
+    """Even where more sequences may run than a step has: lowering a limit above that number would save nothing."""
     decoder = published_config("qwen2.5-7b")
 
     def plan(*more):
@@ -223,7 +223,7 @@ def test_checkpointing_is_advised_where_activations_are_too_much():
     decoder = published_config("qwen2.5-7b")
     plan = plan_training(config, decoder, num_ranks=8, device_bytes=80 * GB)
     assert plan.fits is False and plan.update > 80 * GB
-    # what costs least stands first: only then what is computed again
+    # the cheapest advice comes first; recomputation comes after offloading
     offloads = [f"model.offload.{name}=true" for name in ("replica", "reference", "optimizer")]
     wanted = [*offloads, "train.activation_checkpointing=selective", "train.activation_checkpointing=full"]
     assert [line.split(":")[0] for line in plan.advice[:5]] == wanted
@@ -251,10 +251,10 @@ def test_the_cache_is_kept_where_both_fit(engine):
     enough = (kept.peak + memory_plan.RESERVE) / (1 - memory_plan.KEEPING_SHARE)
     assert plan(device_bytes=int(enough) + 2) == plan("rollout.keep_cache=true", device_bytes=int(enough) + 2)
     assert plan(device_bytes=int(enough) - 2).keeps_cache is False
-    assert plan().keeps_cache is False  # nobody knows how much there is
+    assert plan().keeps_cache is False  # the device's memory is unknown
 
 
-PLACES = {  # setting, and where the rows are that it moves: what is in `always` without it
+PLACES = {  # by setting: where it moves rows, and which; without it they are in `always`
     "optimizer": ("host", ("policy: Adam's moments", "critic: Adam's moments")),
     "reference": ("host", ("reference",)),
     "replica": ("rollout", ("policy: replica that generates",)),
@@ -263,7 +263,7 @@ PLACES = {  # setting, and where the rows are that it moves: what is in `always`
 
 @pytest.mark.parametrize("part", PLACES)
 def test_what_is_offloaded_is_elsewhere(part):
-    """And is advised by name, with its size, where it is not, and no longer where it is."""
+    """Offloading is also advised by name, with the size, where it is not done, and no longer where it is."""
     recipe, place = "configs/search_r1_7b_ppo.yaml", f"model.offload.{part}=true"
     shape, device = published_config("qwen2.5-7b"), 60 * GB
     plan, moved = (
@@ -285,7 +285,7 @@ def test_what_is_offloaded_is_elsewhere(part):
 
 
 def test_a_parked_index_is_the_update_s_memory_and_the_host_s():
-    """21,015,324 rows of 768 on 8 ranks; advised where the update is short of memory, and not where it is done."""
+    """21,015,324 rows of 768 on 8 ranks; parking is advised where updates lack memory and it is not done already."""
     setting, shape = "retrieval.park_during_update=true", published_config("qwen2.5-7b")
     dense = ["retrieval={backend: dense, index: x, device: cuda, scan: int8}"]
     plan, parked = (
@@ -307,7 +307,7 @@ def test_a_parked_index_is_the_update_s_memory_and_the_host_s():
 
 
 def test_an_index_has_its_encoder_beside_it():
-    """E5's, whole on every rank, and parked with the index."""
+    """E5's encoder, whole on every rank, and parked with the index."""
     e5 = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "vocab_size": 30522}
     e5 |= {"max_position_embeddings": 512}
     shape, options = published_config("qwen2.5-3b"), {"num_ranks": 8, "index_shape": (21_015_324, 768)}
@@ -326,10 +326,10 @@ def test_an_index_has_its_encoder_beside_it():
 @pytest.mark.parametrize("changes", [{}, {"offload": {"optimizer": True, "replica": True}}, {"lora": {"rank": 3}}])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_checkpoint_s_copy_is_as_large_as_planned(make_config, make_console, monkeypatch, dtype, changes):
-    """Moments that lie on the host already are copied all the same: the next step writes them."""
+    """Moments that are already on the host are copied all the same: the next step overwrites them."""
     writers, copied = [], CheckpointWriter._copied
     monkeypatch.setattr(policy_module, "leaves", lambda device: True)
-    monkeypatch.setattr(Decoder, "fused_generation", False)  # as test_offload.py has it
+    monkeypatch.setattr(Decoder, "fused_generation", False)  # as in test_offload.py
     monkeypatch.setattr(CheckpointWriter, "_copied", lambda self, *a: writers.append(self) or copied(self, *a))
     algorithm = {"name": "ppo", "group_size": 2}
     model = {"path": make_config().model.path, "dtype": dtype} | changes
@@ -357,7 +357,7 @@ def test_what_ranks_hold_whole_is_counted():
     ]
     assert not any("train.re" in line for line in split.advice)
     alone = load_config(recipe, ["train.reduce_after=update"])
-    assert rows_of(plan_training(alone, shape))["gradients"] == parameters * 4  # one rank has all of them anyway
+    assert rows_of(plan_training(alone, shape))["gradients"] == parameters * 4  # one rank has all gradients anyway
 
 
 def test_what_becomes_of_the_cache_is_one_line():
@@ -369,7 +369,7 @@ def test_what_becomes_of_the_cache_is_one_line():
 
 
 def test_partial_sums_are_those_of_the_kernel():
-    """`_run_alone` makes [tokens, H, parts, d] of sums, and two numbers beside each."""
+    """`_run_alone` allocates sums [tokens, H, parts, d], and two numbers for each."""
     triton_kernel = pytest.importorskip("searchr1_kernels._cached_attention_triton")
     assert memory_plan.ATTENTION_PLACES == triton_kernel.PART
     assert memory_plan.ATTENTION_TOKENS == triton_kernel._TOKENS_AT_ONCE

@@ -1,4 +1,4 @@
-"""The memory planner's activations, against what blocks keep."""
+"""The memory planner's activations, against what blocks really keep."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from searchr1_fast.models.published import published_config
 
 
 class StandIn(torch.autograd.Function):
-    """Keeps what a kernel keeps: its arguments, its output and a number per row and head."""
+    """Keeps what an attention kernel keeps: its arguments, its output and a number per row and head."""
 
     @staticmethod
     def forward(ctx, query, key, value):
@@ -37,8 +37,10 @@ TARGETS = (None, get_args(LoraTarget), ("v_proj", "gate_proj"), ("o_proj",), ("d
 @pytest.mark.parametrize("mode", ["none", "selective", "full"])
 @pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
 def test_a_block_keeps_what_is_planned(monkeypatch, mode, model_type, targets):
-    """On the meta device in bf16, a layer more or less, with and without an adapter. Off CUDA a norm is not fused, and
-    keeps the normed row too, for the gradient of its weight."""
+    """The difference of one layer on the meta device in bf16, with and without an adapter.
+
+    Off CUDA a norm is not fused, and also keeps the normed row for the gradient of its weight.
+    """
     lora = LoraConfig() if targets is None else LoraConfig(rank=24, targets=targets)
     backend = AttentionBackend("stand-in", "", lambda query, key, value, layout: StandIn.apply(query, key, value))
     monkeypatch.setattr(decoder_module, "choose_attention", lambda *_: backend)
@@ -88,6 +90,6 @@ def test_less_scored_or_more_shared_is_other_memory():
         return next(row.num_bytes for row in plan.rows if row.name == "activations")
 
     whole = activations(Batch(8192, 8192, 8192))
-    inner = 2 * (4 * 2048 + 4 + 2 * 2048) + 4 * 2 * 11008  # a block behind its attention, and the last norm
+    inner = 2 * (4 * 2048 + 4 + 2 * 2048) + 4 * 2 * 11008  # a block after its attention, and the last norm
     assert whole - activations(Batch(8192, 8192, 3000)) == 5192 * inner
     assert activations(Batch(8192, 12000, 8192)) - whole == 36 * (12000 - 8192) * 2 * 2 * 256

@@ -1,4 +1,4 @@
-"""metrics.jsonl, trajectories, timers: round trips, resume, and nothing half-written."""
+"""metrics.jsonl, trajectories, timers: round trips, resumption, and nothing half-written."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_rows_round_trip_in_order(tmp_path):
     with MetricsLog(tmp_path) as log:
         for row in rows:
             log.write(row)
-            assert read_metrics(tmp_path)[-1] == row  # there as soon as it is written, not when the file is closed
+            assert read_metrics(tmp_path)[-1] == row  # readable at once, not only when the file is closed
     assert read_metrics(tmp_path) == rows
 
 
@@ -42,7 +42,7 @@ def test_tensors_and_numpy_become_numbers_and_nan_becomes_null(tmp_path):
     with MetricsLog(tmp_path) as log:
         log.write({"step": 1, "a": torch.tensor(0.5), "b": np.float32(0.25), "c": np.int64(7), "d": float("nan")})
     line = (tmp_path / "metrics.jsonl").read_text()
-    # parse_constant: fail on the NaN that Python's json would accept and no other reader does
+    # parse_constant: fail on NaN, which Python's json accepts and no other reader does
     assert json.loads(line, parse_constant=pytest.fail) == {"step": 1, "a": 0.5, "b": 0.25, "c": 7, "d": None}
 
 
@@ -96,7 +96,7 @@ def test_two_runs_cannot_write_into_one_folder(tmp_path, resume_step):
 
 @pytest.mark.parametrize("fails", ["opening", "closing"])
 def test_a_folder_is_free_again_whatever_failed(tmp_path, monkeypatch, fails):
-    """Though the error is held, as by a notebook."""
+    """Even while something holds the error, as a notebook does."""
 
     class Writer:
         def __init__(self, *arguments, **options):

@@ -1,6 +1,6 @@
-"""Mistakes that people make: each is one sentence that says what, where and what to do, and nothing is begun.
+"""Mistakes that users make: each gives one sentence that says what, where and what to do, and nothing is started.
 
-What a single file or key may get wrong is tested with what reads it; here is what `searchr1 train` says of it.
+What can be wrong in a single file or key is tested with its reader; this tests what `searchr1 train` says.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ NUM_SHARDS = 4
 
 @pytest.fixture
 def train(make_config, tmp_path, capsys):
-    """overrides -> exit code and what was said on one line, of a run that begins with the tiny model."""
+    """overrides -> exit code and stderr on one line, of a run that starts from the tiny model."""
     config = make_config(train={"num_steps": 1}, eval={"sets": {}})
     (tmp_path / "config.yaml").write_text(config.to_yaml())
 
@@ -34,13 +34,13 @@ def train(make_config, tmp_path, capsys):
 
 @pytest.fixture
 def model(tiny_model_directory, tmp_path) -> Path:
-    """A copy of the tiny model that a test may spoil."""
+    """A copy of the tiny model, which a test may damage."""
     return Path(shutil.copytree(tiny_model_directory, tmp_path / "model"))
 
 
 @pytest.fixture
 def shards(model) -> list[Path]:
-    """The copy in shards."""
+    """The weight files of the copy, saved in shards."""
     whole = load_model(model)
     (model / "model.safetensors").unlink()
     save_model(whole, model, max_shard_bytes=30_000)
@@ -50,7 +50,7 @@ def shards(model) -> list[Path]:
 
 
 def changed(path: Path, **values) -> None:
-    """A JSON file with other values; None takes a key away."""
+    """Change values in a JSON file; None removes a key."""
     known = json.loads(path.read_text()) | values
     path.write_text(json.dumps({key: value for key, value in known.items() if value is not None}))
 
@@ -135,7 +135,7 @@ def test_a_tokenizer(train, model, file, spoil, says):
 
 
 def test_a_tokenizer_of_a_larger_model(train, model, tiny_tokenizer):
-    """Its last tokens have no row in the embedding: on a GPU they would end the process."""
+    """Its last tokens have no row in the embedding, which on a GPU would kill the process."""
     decoder = Decoder(DecoderConfig(tiny_tokenizer.vocab_size - 2, 32, 64, 2, 4, 2))
     save_model(decoder, model)
     size = tiny_tokenizer.vocab_size
@@ -171,7 +171,7 @@ def test_a_configuration(train, tmp_path, text, says):
 
 
 def test_rank_0_is_no_adapter(train):
-    """Whatever else is said of one: every weight is trained."""
+    """Whatever the other settings of an adapter are, every weight is trained."""
     assert train("model.lora={rank: 0, alpha: 3, targets: [q_proj]}")[0] == 0
 
 
@@ -181,7 +181,7 @@ def test_rank_0_is_no_adapter(train):
         ("train.questions_per_step=5", "train.num_minibatches=3", "algorithm.group_size=3"),  # nothing divides
         ("train.questions_per_step=2", "train.num_minibatches=7", "algorithm.drop_zero_variance_groups=false"),
         ("train.questions_per_step=9",),  # more than there are questions
-        ("train.tokens_per_microbatch=1",),  # every trajectory goes alone
+        ("train.tokens_per_microbatch=1",),  # every trajectory is a micro-batch of its own
     ],
 )
 def test_sizes_that_do_not_divide_are_no_mistake(train, overrides):
@@ -228,7 +228,7 @@ def test_another_model(train, model, tmp_path, shape, says):
 
 @pytest.mark.parametrize("latest", ["gone", "a file"])
 def test_a_run_whose_link_was_lost_goes_on_all_the_same(train, tmp_path, latest):
-    """As copies have it that do not know links. To begin anew would delete its metrics."""
+    """Tools that know no links make such copies. Starting over would delete the run's metrics."""
     assert train("train.num_steps=2", "checkpoint.every=1")[0] == 0
     link = tmp_path / "runs" / "tiny" / "checkpoints" / "latest"
     newest = link.with_name(os.readlink(link))

@@ -1,6 +1,6 @@
-"""What leaves the device between its uses: the memory is really gone, and not a bit of a run is another.
+"""Offloading between uses: the memory is really freed, and not a bit of a run changes.
 
-A CPU stands in for the GPU: the same memory is taken away and given back, and moments pass through the same buffers.
+A CPU stands in for the GPU: the same memory is freed and restored, and moments pass through the same buffers.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ TRAIN = {"num_steps": 2, "num_minibatches": 2}
 @pytest.fixture
 def as_if_on_a_gpu(monkeypatch):
     monkeypatch.setattr(policy_module, "leaves", lambda device: True)
-    # The loops that generate on a CPU see weights through numpy, and memory that it has seen is never given up.
+    # The loops that generate on a CPU view weights through numpy, which never lets go of memory it has viewed.
     monkeypatch.setattr(Decoder, "fused_generation", False)
 
 
@@ -52,13 +52,13 @@ def test_a_cpu_has_nowhere_to_go():
 
 
 def num_bytes(module: torch.nn.Module) -> int:
-    """That really lie there."""
+    """Bytes that a module's weights really occupy."""
     storages = {id(storage): storage for storage in (local(p).untyped_storage() for p in module.parameters())}
     return sum(storage.nbytes() for storage in storages.values())
 
 
 def test_weights_that_share_memory_go_once_and_come_back_together(make_decoder):
-    """Three projections lie side by side in one storage, a tied head in the embedding's."""
+    """Three projections share one storage side by side, and a tied head shares the embedding's."""
     whole = make_decoder(0, tied=True)
     replica = empty_replica(whole, torch.float32, torch.device("cpu"))
     size = num_bytes(replica)
@@ -72,14 +72,14 @@ def test_weights_that_share_memory_go_once_and_come_back_together(make_decoder):
     memory.restore()
     assert num_bytes(replica) == size
     for (name, own), parameter in zip(replica.named_parameters(), whole.parameters(), strict=True):
-        own.copy_(parameter.detach())  # every one is as large as before, and none lies over another
+        own.copy_(parameter.detach())  # all are as large as before, and none overlap
         assert torch.equal(own, parameter), name
     assert all(torch.equal(own, p) for own, p in zip(replica.parameters(), whole.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("kind", [DeviceMemory, FrozenWeights])
 def test_what_another_module_uses_stays(kind):
-    """A frozen base under two adapters, say."""
+    """For example a frozen base under two adapters."""
     base, own = torch.nn.Linear(4, 3), torch.nn.Linear(3, 2)
     expected = base.weight.detach().clone()
     memory = kind(torch.nn.Sequential(base, own), beside=torch.nn.Sequential(base))
@@ -110,7 +110,7 @@ def test_frozen_weights_are_there_inside_and_only_there(make_decoder):
 
 
 def test_without_room_to_come_back_all_stays_away(make_decoder):
-    """Until there is: nothing is half there."""
+    """Until there is room; nothing is restored halfway."""
     decoder = make_decoder(1).requires_grad_(False)
     expected = {name: parameter.clone() for name, parameter in decoder.named_parameters()}
     at_hand = FrozenWeights(decoder, beside=make_decoder(0))
@@ -140,7 +140,7 @@ def test_without_host_memory_all_stays(monkeypatch):
 
 
 def test_weights_that_were_replaced_are_copied_anew():
-    """As FSDP does with a shard that it has to fill up: the parameter is the same, its memory is not."""
+    """As FSDP does with a shard that it pads: the parameter is the same, but its memory is not."""
     module = torch.nn.Linear(4, 3).requires_grad_(False)
     at_hand = FrozenWeights(module, beside=torch.nn.Identity())
     with at_hand:
@@ -154,7 +154,7 @@ def test_weights_that_were_replaced_are_copied_anew():
 
 @pytest.mark.parametrize("piece", [ALIGNMENT, 4 * ALIGNMENT, 1 << 20])
 def test_moments_in_pieces_are_adamw_to_the_bit(piece):
-    """Parameters of several pieces and several in one; one without a gradient at first, and so a step behind."""
+    """Parameters of several pieces, and several in one piece; one has no gradient at first, and so lags behind."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(7, 33), (64,), (), (100, 17), (0, 5), (3,)]
     plain, moved = (
@@ -180,12 +180,12 @@ def test_moments_in_pieces_are_adamw_to_the_bit(piece):
             assert expected.keys() == state.keys()
             assert all(torch.equal(state[key], tensor) for key, tensor in expected.items())
     assert moved[1] in optimizers[1].state and optimizers[1].state[moved[1]]["step"] == 3
-    optimizers[1].step()  # without any gradient: nothing
+    optimizers[1].step()  # without any gradient, a step does nothing
     assert optimizers[1].state[moved[0]]["step"] == 5
 
 
 class Stream:
-    """Work that waits to be done, in order: a function, or (stream, number): after so much of that stream's work."""
+    """A queue of work in order: functions, and waits (stream, number) for that much of another stream's work."""
 
     def __init__(self) -> None:
         self.work: list = []
@@ -202,7 +202,7 @@ class Stream:
 
     @property
     def is_ready(self) -> bool:
-        """Whether its next work may be done."""
+        """Whether its next work can be done."""
         if self.done == len(self.work):
             return False
         work = self.work[self.done]
@@ -216,10 +216,10 @@ class Stream:
 
 
 @pytest.mark.parametrize("favoured", ["compute", "arrive", "leave", "none"])
-@pytest.mark.parametrize("piece", [ALIGNMENT, 16 * ALIGNMENT])  # more pieces than buffers, and less
+@pytest.mark.parametrize("piece", [ALIGNMENT, 16 * ALIGNMENT])  # more pieces than buffers, and fewer
 def test_streams_may_be_as_fast_as_they_like(monkeypatch, favoured, piece):
-    """Three steps are asked for before any of their work is done, and then one stream is as far ahead as it may be, or
-    all are by lot. Each of the five waits is needed: without it something is read too early or written too late."""
+    """Three steps are queued before any of their work is done; then one stream runs ahead as far as it may, or the
+    order is random. Each of the five waits is needed: without it something is read too early or written too late."""
     streams = {name: Stream() for name in ("compute", "arrive", "leave")}
     current = [streams["compute"]]
 
@@ -263,7 +263,7 @@ def test_streams_may_be_as_fast_as_they_like(monkeypatch, favoured, piece):
 
 
 def test_sharded_moments_are_sharded_likewise(make_config, make_decoder, as_if_on_a_gpu):
-    """Over a mesh of hosts, so that a checkpoint is that of the run that keeps them on the device."""
+    """Over a mesh of CPUs, so that a checkpoint equals that of a run that keeps the moments on the device."""
     config = make_config(model={"dtype": "bfloat16", "offload": ALL})
     with process("cpu", 1) as ranks:
         policy = Policy(make_decoder(0), config, ranks)
@@ -307,8 +307,10 @@ def test_memory_is_away_while_others_need_it(make_config, make_console, monkeypa
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_a_run_is_the_same_to_the_bit(make_config, make_console, as_if_on_a_gpu, algorithm, dtype):
-    """In fp32 one rank generates with the trained module itself, which stays. A checkpoint of a run of either kind is
-    taken up by one of the other."""
+    """Runs with and without offloading also resume each other's checkpoints.
+
+    In fp32 one rank generates with the trained module itself, which stays on the device.
+    """
     path = make_config().model.path
     configs = {}
     for name, offload in (("here", {}), ("away", ALL)):
@@ -327,7 +329,7 @@ def test_a_run_is_the_same_to_the_bit(make_config, make_console, as_if_on_a_gpu,
 
 
 def check_same(one, other, step: int) -> None:
-    """Metrics, exported weights and every tensor of the checkpoint."""
+    """Compare metrics, exported weights and every tensor of the checkpoint."""
     for theirs, ours in zip(rows(one), rows(other), strict=True):
         assert theirs.keys() == ours.keys()
         assert {k: v for k, v in theirs.items() if is_exact(k)} == {k: v for k, v in ours.items() if is_exact(k)}
@@ -340,12 +342,12 @@ def check_same(one, other, step: int) -> None:
 
 
 def is_exact(key: str) -> bool:
-    """No time, and nothing that times decide."""
+    """Whether a metric is neither a time nor depends on times."""
     return not key.startswith(("time_", "search/")) and not key.endswith("_per_second")
 
 
 def saved(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor, whole."""
+    """Every tensor of a checkpoint, unsharded."""
     checkpoint = Checkpoint(folder, Ranks(0, 1, torch.device("cpu")))
     tensors = {key: torch.empty(tuple(size)) for key, size in checkpoint._shapes.items()}
     checkpoint.read(tensors)
@@ -357,7 +359,7 @@ def rows(config) -> list[dict]:
 
 
 def test_two_ranks_are_the_same_to_the_bit(make_config, tmp_path, on_two_ranks):
-    """FSDP over two ranks, whose shards it fills up; weights whole on both in between, and reduced once."""
+    """FSDP over two ranks with padded shards; both hold whole weights between passes, and reduce gradients once."""
     configs, files = {}, []
     for name, offload in (("here", {}), ("away", ALL)):
         model = {"path": make_config().model.path, "offload": offload}
@@ -370,7 +372,7 @@ def test_two_ranks_are_the_same_to_the_bit(make_config, tmp_path, on_two_ranks):
 
 
 def test_an_update_reads_no_weights_that_are_away(make_config, make_decoder, make_trajectory, as_if_on_a_gpu):
-    """Without a run around it: reference, update, replica, in any order that a caller may take."""
+    """Reference, update and replica without a run around them, in any order that a caller may use."""
     config = make_config(model={"dtype": "bfloat16", "offload": ALL}, algorithm={"kl_coefficient": 0.1})
     batches = pack([make_trajectory(seed, [(False, 5), (True, 6)]) for seed in range(3)], [1.0, -1.0, 0.5], 20)
     with process("cpu", 1) as ranks:

@@ -1,4 +1,4 @@
-"""Packing: no padding, nothing twice, the budget kept; and the same loss and gradients however a step is laid out."""
+"""Packing: no padding, no duplicates, the budget kept; and the same loss and gradients however a step is laid out."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ VOCABULARY = 50
 
 
 def make(pieces: list[tuple[bool, int]], seed: int = 0) -> Trajectory:
-    """Random tokens in pieces (is policy, length) after a prompt, the first piece."""
+    """A trajectory of random tokens in pieces (is policy, length), the first of which is the prompt."""
     generator = np.random.default_rng(seed)
     sizes = [size for _, size in pieces]
     mask = np.repeat([policy for policy, _ in pieces], sizes)
@@ -39,7 +39,7 @@ def some(count: int, seed: int = 0) -> list[Trajectory]:
 
 
 def family(count: int, seed: int = 0) -> list[Trajectory]:
-    """Trajectories that begin alike: each is an earlier one cut somewhere and gone on with in another way, or whole."""
+    """Trajectories that share prefixes: each is an earlier one, cut somewhere or whole, and continued differently."""
     generator = np.random.default_rng(seed)
     trajectories = some(min(count, 2), seed)
     while len(trajectories) < count:
@@ -91,7 +91,7 @@ def test_every_token_in_place(count, seed, budget, mask_observations, choose, re
         assert share_prefixes or batch.prefixes is None
         beginnings = {tuple(trajectories[i].token_ids[: n + 1]) for i in batch.trajectory_index for n in range(
             len(trajectories[i].token_ids))}  # fmt: skip
-        assert not share_prefixes or batch.num_tokens == len(beginnings)  # none twice
+        assert not share_prefixes or batch.num_tokens == len(beginnings)  # no duplicates
         for place, index in enumerate(batch.trajectory_index):
             trajectory, own = trajectories[index], list(range(*batch.cu_seqlens[place : place + 2].tolist()))
             policy = slice(*batch.policy_cu_seqlens[place : place + 2].tolist())
@@ -118,7 +118,7 @@ def test_every_token_in_place(count, seed, budget, mask_observations, choose, re
 
 @pytest.mark.parametrize("budget", [1, 60, 10_000])
 def test_sharing_changes_no_score_and_no_gradient(make_decoder, budget):
-    """Gradients of both outputs, per-trajectory weights, trajectories that are whole prefixes and copies of others."""
+    """Gradients of both outputs, weights per trajectory, and trajectories that are prefixes or copies of others."""
     decoder = make_decoder()
     trajectories = family(30, seed=5)
     advantages = np.random.default_rng(0).normal(size=30).tolist()
@@ -155,14 +155,14 @@ def test_one_advantage_for_a_whole_trajectory(as_array):
 
 @st.composite
 def sorted_lengths(draw, most: int = 60) -> tuple[list[int], list[int]]:
-    """Lengths, and what each shares with the one before: at most all of either."""
+    """Lengths, and how much each shares with the one before: at most the whole of either."""
     lengths = draw(st.lists(st.integers(1, most), max_size=40))
     bounds = [0, *(min(pair) for pair in zip(lengths, lengths[1:], strict=False))]
     return lengths, [draw(st.integers(0, bound)) for bound in bounds[: len(lengths)]]
 
 
 def load(lengths: list[int], shared: list[int], begin: int, end: int) -> int:
-    """Rows of a run."""
+    """Rows that a run of sequences takes."""
     return lengths[begin] + sum(lengths[begin + 1 : end]) - sum(shared[begin + 1 : end])
 
 
@@ -189,7 +189,7 @@ def test_plan_balances():
 @settings(deadline=None)
 @given(sequences=sorted_lengths(), budget=st.integers(1, 200), world_size=st.integers(1, 9))
 def test_ranks_have_whole_rounds(sequences, budget, world_size):
-    """No rank has more than one batch less than another, and there are no more rounds than the budget asks for."""
+    """Ranks differ by at most one batch, and there are no more rounds than the budget requires."""
     lengths, shared = sequences
     runs = plan(lengths, shared, budget, world_size)
     costs = [float(load(lengths, shared, *run)) for run in runs]
@@ -198,7 +198,7 @@ def test_ranks_have_whole_rounds(sequences, budget, world_size):
     counts = [len(one) for one in dealt]
     assert max(counts) == -(-len(plan(lengths, shared, budget)) // world_size)
     assert max(counts) - min(counts) <= 1 or len(runs) < world_size
-    for number in range(max(counts) - 1):  # whoever is in a later round costs no more
+    for number in range(max(counts) - 1):  # no batch of a later round costs more
         later = [costs[runs.index(run)] for one in dealt for run in one[number + 1 :]]
         assert min(costs[runs.index(one[number])] for one in dealt) >= max(later)
 
@@ -210,8 +210,10 @@ def test_attention_counts_as_cost():
 
 @pytest.mark.parametrize("world_size", [2, 4, 8])
 def test_ranks_wait_little_for_one_another(world_size):
-    """Lengths as Search-R1's models write them: most within 15 % of 680 tokens, some of twice that. Minibatches of 51
-    questions with 5 samples, as in the paper's GRPO."""
+    """Lengths as Search-R1's models write them: most within 15 % of 680 tokens, some twice that.
+
+    Minibatches have 51 questions with 5 samples, as in the paper's GRPO.
+    """
     generator = np.random.default_rng(0)
     trajectories = []
     for _ in range(51):
@@ -247,7 +249,7 @@ def test_order_and_shared_lengths():
                                strict=True):  # fmt: skip
         trajectory.token_ids[:] = ids
     order = in_order(trajectories, range(4))
-    assert order == [1, 3, 2, 0]  # by value and not by the bytes of a little-endian number
+    assert order == [1, 3, 2, 0]  # by value, not by the bytes of little-endian numbers
     assert shared_lengths(trajectories, order) == [0, 5, 1, 3]
 
 

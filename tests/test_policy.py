@@ -1,4 +1,4 @@
-"""The policy's and the critic's updates against plain autograd, and what guards them."""
+"""The policy's and the critic's updates against plain autograd, and their guards."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def ranks() -> Ranks:
 
 @pytest.fixture
 def make_policy(make_config, make_decoder, ranks):
-    """algorithm settings -> a policy over a random decoder; with a KL, over another random reference."""
+    """algorithm settings -> a policy over a random decoder; with a KL, it has another random decoder as reference."""
 
     def make(rollout=None, optimizer=None, **algorithm) -> Policy:
         config = make_config(algorithm=algorithm, rollout=rollout or {}, optimizer=optimizer or {})
@@ -36,7 +36,7 @@ def make_policy(make_config, make_decoder, ranks):
 
 @pytest.fixture
 def trajectories(make_trajectory):
-    """Five, of different lengths; one never spoke."""
+    """Five trajectories of different lengths; in one the policy wrote nothing."""
     lengths = (
         [(False, 7), (True, 2)],
         PIECES,
@@ -51,7 +51,7 @@ ADVANTAGES = [1.5, -0.5, 0.25, 2.0, -1.0]
 
 
 def gradients_of(learner: Learner, update) -> dict[str, torch.Tensor]:
-    """What `update` accumulates, with the optimizer held back."""
+    """The gradients that `update` accumulates, without the optimizer's step."""
     held = learner.step
     learner.step = lambda: 0.0
     try:
@@ -64,7 +64,7 @@ def gradients_of(learner: Learner, update) -> dict[str, torch.Tensor]:
 
 
 def reference_gradients(decoder, terms) -> dict[str, torch.Tensor]:
-    """Of the sum of `terms(trajectory's token log-probs [L-1], index)`, one trajectory at a time, over full logits."""
+    """Gradients of the sum of term(log-probs of a trajectory's tokens [L-1], index), each over its full logits."""
     total = torch.zeros(())
     for index, (trajectory, term) in enumerate(terms):
         ids = torch.from_numpy(trajectory.token_ids)
@@ -98,7 +98,7 @@ def test_logprobs_are_those_of_the_full_softmax(make_policy, trajectories, tempe
 
 @pytest.mark.parametrize("mask_observations", [True, False])
 def test_gradient_is_that_of_the_chosen_tokens(make_policy, trajectories, mask_observations):
-    """REINFORCE in plain autograd over the policy's tokens, or over everything after the prompt."""
+    """REINFORCE in plain autograd, over the policy's tokens or over everything after the prompt."""
     policy = make_policy(importance_cap=0)
     masks = [
         torch.from_numpy(t.loss_mask[1:]) if mask_observations else torch.arange(1, len(t.token_ids)) >= t.prompt_length
@@ -131,7 +131,7 @@ def test_microbatches_and_padding_change_nothing(make_policy, trajectories, on_p
 
 def test_kl_gradient_is_that_of_k3_to_the_reference(make_policy, trajectories):
     policy = make_policy(kl_coefficient=0.3)
-    (batch,) = pack(trajectories, [0.0] * 5, 1000)  # no advantages: the KL is all there is
+    (batch,) = pack(trajectories, [0.0] * 5, 1000)  # no advantages, so only the KL remains
     reference = policy.reference.decoder
 
     def k3(logprobs, index):
@@ -151,10 +151,10 @@ def test_kl_gradient_is_that_of_k3_to_the_reference(make_policy, trajectories):
 @pytest.mark.parametrize("mask_observations", [True, False])
 @pytest.mark.parametrize("on_policy", [True, False])
 def test_the_loss_is_that_of_the_plain_head(monkeypatch, make_policy, make_trajectory, on_policy, mask_observations):
-    """Gradients formed in the forward pass, of rows that several sequences share, against autograd over all logits."""
+    """Gradients formed in the forward pass, for rows that sequences share, against autograd over all logits."""
     policy = make_policy(kl_coefficient=0.1, entropy_coefficient=0.01, rollout={"temperature": 0.7})
     trajectories = [make_trajectory(seed, PIECES) for seed in range(4)]
-    for trajectory in trajectories[1:]:  # all the same up to the second turn
+    for trajectory in trajectories[1:]:  # all equal up to the second turn
         trajectory.token_ids[:-3] = trajectories[0].token_ids[:-3]
         trajectory.rollout_logprobs[trajectory.loss_mask] -= 0.2
     (batch,) = pack(trajectories, ADVANTAGES[:4], 1000, mask_observations=mask_observations)
@@ -183,7 +183,7 @@ def test_update_reports_the_norm_and_clips_to_it(make_policy, trajectories):
     batches = pack(trajectories, ADVANTAGES, 1000)
     gradients = gradients_of(policy, lambda: policy.update(batches, 19))
     expected = torch.cat([gradient.flatten() for gradient in gradients.values()]).norm()
-    policy.optimizer = torch.optim.SGD(policy.parameters.values(), lr=1.0)  # whose step is the gradient it is given
+    policy.optimizer = torch.optim.SGD(policy.parameters.values(), lr=1.0)  # its step is the gradient
     before = {name: parameter.detach().clone() for name, parameter in policy.parameters.items()}
     _, norm = policy.update(batches, 19)
     assert norm == pytest.approx(float(expected), rel=1e-4)
@@ -202,7 +202,7 @@ def test_warm_up_is_linear_then_constant(make_policy, trajectories):
 
 
 def test_the_schedule_follows_the_updates_that_were_applied(make_policy, trajectories):
-    """A skipped gradient leaves it where it is, and a resumed policy goes on where it was."""
+    """A skipped gradient does not advance it, and a resumed policy continues where it was."""
     optimizer = {"learning_rate": 8e-4, "warmup_steps": 0, "warmup_ratio": 0.5, "schedule": "linear"}  # of two updates
     policy, resumed = make_policy(optimizer=optimizer), make_policy(optimizer=optimizer)
     (good,) = pack(trajectories, ADVANTAGES, 1000)
@@ -227,7 +227,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_three_in_a_row_end_the_run
         policy.update([bad], 19)
     assert all(torch.equal(parameter, before[name]) for name, parameter in policy.parameters.items())
     assert (policy.num_updates, policy.num_skipped, policy.optimizer.state) == (0, 2, {})
-    policy.update([good], 19)  # no longer in a row
+    policy.update([good], 19)  # ends the row
     policy.update([bad], 19)
     policy.update([bad], 19)
     policy.raise_if_diverged()
@@ -248,12 +248,12 @@ def test_a_loss_that_is_not_finite_is_skipped_though_its_gradient_is(make_policy
     assert all(torch.equal(parameter, before[name]) for name, parameter in policy.parameters.items())
     assert policy.diagnosis == "the loss, or the norm of all gradients together; the weights are finite"
     policy.loss = loss
-    assert math.isfinite(policy.update([batch], 19)[1])  # nothing of the bad one is left
+    assert math.isfinite(policy.update([batch], 19)[1])  # nothing of the bad update remains
     assert (policy.num_updates, policy.num_skipped, policy.skipped_in_a_row) == (1, 1, 0)
 
 
 def test_bf16_computes_in_bf16_over_fp32_masters(make_config, make_decoder, trajectories):
-    """A group of one rank: FSDP's mixed precision, and a replica of the compute type for the rollout."""
+    """In a group of one rank: FSDP's mixed precision, and a replica in the compute type for the rollout."""
     batches = pack(trajectories, ADVANTAGES, 30)
     with process("cpu") as ranks:
         policy = Policy(make_decoder(0), make_config(model={"dtype": "bfloat16"}), ranks)
@@ -295,7 +295,7 @@ def test_critic_begins_at_zero_and_learns_returns(make_config, make_decoder, tra
 
 
 def test_critic_values_do_not_see_the_token_they_precede(make_config, make_decoder, trajectories, ranks):
-    """V(state) is read one row before the token, so another last token leaves it as it was."""
+    """V(state) is read one row before the token, so another last token does not change it."""
     critic = Critic(make_decoder(0), make_config(), ranks)
     torch.nn.init.normal_(critic.module.value_head.weight)
     (batch,) = pack([trajectories[2]], [0.0], 1000)
@@ -308,7 +308,7 @@ def test_critic_values_do_not_see_the_token_they_precede(make_config, make_decod
 
 
 def test_critic_gives_fsdp_no_view(make_config, make_decoder, trajectories, ranks):
-    """Also where sequences share a beginning: FSDP hangs its hooks on what a module returns, and warns of views."""
+    """Not even where sequences share a prefix: FSDP attaches hooks to a module's outputs, and warns of views."""
     critic = Critic(make_decoder(0), make_config(), ranks)
     (batch,) = pack([trajectories[0]] * 2, [1.0, -1.0], 100)
     assert batch.prefixes is not None

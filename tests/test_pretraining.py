@@ -39,7 +39,7 @@ ARCHITECTURE = DecoderConfig(pretraining.ARCHITECTURE.vocab_size, 32, 48, 1, 2, 
 
 @pytest.fixture(scope="module")
 def world_writers():
-    """Writers and chains, plain and rich."""
+    """Writers and chains of a plain and of a rich world."""
     worlds = [
         build_world(WorldConfig(split="pretrain", num_entities=120, style=style, num_questions=80, comparison=0.05))
         for style in ("plain", "rich")
@@ -54,7 +54,7 @@ def tokenizer(world_writers):
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """A model that trains in a moment."""
+    """Replace the architecture by a tiny one, which trains in a moment."""
     monkeypatch.setattr(pretraining, "ARCHITECTURE", ARCHITECTURE)
 
 
@@ -82,7 +82,7 @@ def test_tags_are_ordinary_text_of_several_tokens(tokenizer):
 
 
 def test_names_are_short(tokenizer):
-    """Every word of a name is a token with its blank: reading a name is copying a few tokens."""
+    """Every word of a name, with its blank, is one token: reading a name means copying a few tokens."""
     assert {len(tokenizer.encode(f" {word}")) for word in name_words()} == {1}
 
 
@@ -96,7 +96,7 @@ def test_the_tokenizer_is_a_function_of_its_seed(world_writers, tokenizer):
 
 
 def expected_batch(step: int, part: int, rich_share: float, end: int, tokenizer, writers, chains):
-    """ids and targets of a part of a step, written out document by document."""
+    """-> ids, targets and the documents' starts in a part of a step, written out document by document."""
     ids: list[int] = []
     targets: list[int | None] = []
     starts = []
@@ -119,7 +119,7 @@ def expected_batch(step: int, part: int, rich_share: float, end: int, tokenizer,
 
 @pytest.mark.parametrize(
     ("step", "part", "rich_share", "end"),
-    [(0, 0, 0.0, 0), (0, 1, 0.0, 0), (8, 1, RECIPE.rich_share, 1)],  # the curriculum's start and its end
+    [(0, 0, 0.0, 0), (0, 1, 0.0, 0), (8, 1, RECIPE.rich_share, 1)],  # start and end of the curriculum
 )
 def test_targets_are_what_the_policy_writes_and_the_end(tokenizer, world_writers, step, part, rich_share, end):
     writers, chains = world_writers
@@ -128,7 +128,7 @@ def test_targets_are_what_the_policy_writes_and_the_end(tokenizer, world_writers
     assert token_ids.tolist() == ids
     assert cu_seqlens.tolist() == [*starts, len(ids)]
     places = [place for place, target in enumerate(wanted) if target is not None]
-    assert rows.tolist() == [place - 1 for place in places]  # the row before predicts
+    assert rows.tolist() == [place - 1 for place in places]  # the row before a token predicts it
     assert targets.tolist() == [wanted[place] for place in places]
     assert not set((rows + 1).tolist()) & set(cu_seqlens.tolist())  # none at a document's first token
     assert (targets == tokenizer.eos_id).sum() == len(starts)
@@ -167,7 +167,7 @@ class Killed(Exception):
 
 
 def test_a_run_that_was_killed_goes_on_bit_for_bit(tiny, tokenizer, tmp_path, monkeypatch, capsys):
-    for name in ("whole", "halves"):  # a tokenizer that is there is not made again
+    for name in ("whole", "halves"):  # an existing tokenizer is not trained again
         (tmp_path / name).mkdir()
         tokenizer.save(tmp_path / name)
     pretrain("stem", tmp_path / "whole", RECIPE, None, save_every=3)
@@ -196,7 +196,7 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(tiny, tokenizer, tmp_path, mo
 
 
 def assert_same(first, second) -> None:
-    """Equal all the way down, tensors bit for bit."""
+    """Compare nested values; tensors must be equal bit for bit."""
     assert type(first) is type(second)
     if isinstance(first, torch.Tensor):
         assert torch.equal(first, second)
@@ -236,12 +236,12 @@ def test_a_deeper_model_computes_the_same_and_all_of_it_learns(tokenizer, world_
     batch = Batches(RECIPE, tokenizer, *world_writers)(0, 0)
     assert torch.equal(deep.hidden(*batch[:2]), model.hidden(*batch[:2]))
     new = [i for i, layer in enumerate(deep.layers) if not layer.mlp.down_proj.weight.any()]
-    assert new == [2, 4]  # spread among the old, whose order stays
+    assert new == [2, 4]  # spread among the old layers, which keep their order
     old = [layer for i, layer in enumerate(deep.layers) if i not in new]
     assert_same([layer.state_dict() for layer in old], [layer.state_dict() for layer in model.layers])
 
     optimizers = pretraining.make_optimizers(deep, RECIPE)
-    for _ in range(2):  # in the first, what is before a matrix of zeros has no gradient
+    for _ in range(2):  # in the first step, what comes before a matrix of zeros has no gradient
         pretraining._gradients(deep, Decoder(deep.config).bfloat16(), [batch], pretraining.ALONE)
         for optimizer in optimizers:
             optimizer.step()
@@ -256,10 +256,10 @@ def test_a_model_is_not_made_shallower(tiny, tokenizer, tmp_path):
 
 
 def test_two_ranks_train_as_one_does(tiny, tokenizer, world_writers):
-    """A rank's gradients are its parts' sums; added up and divided by all targets they are those of one rank."""
+    """Ranks sum the gradients of their parts; their total, divided by all targets, gives those of a single rank."""
     batches = Batches(RECIPE, tokenizer, *world_writers)
     parts = [batches(3, part) for part in range(2)]
-    assert len(parts[0][3]) != len(parts[1][3])  # a mean of means would be another number
+    assert len(parts[0][3]) != len(parts[1][3])  # so a mean of means would differ
     model, working = Decoder(ARCHITECTURE), Decoder(ARCHITECTURE).bfloat16()
     loss, num_tokens = pretraining._gradients(model, working, parts, pretraining.ALONE)
     whole = [parameter.grad.clone() for parameter in model.parameters()]
@@ -303,7 +303,7 @@ def test_first_layer_heads_begin_by_looking_back_as_far_as_their_number():
     pretraining.look_back(model)
     attention, config = model.layers[0].self_attn, model.config
     cos, sin = rotary_embedding(torch.arange(40), config.head_dim, config.rope_theta)
-    nothing = torch.zeros(40, config.hidden_size)  # content apart: biases alone
+    nothing = torch.zeros(40, config.hidden_size)  # no content: only the biases remain
     query = apply_rotary(attention.q_proj(nothing).unflatten(-1, (config.num_attention_heads, -1)), cos, sin)
     key = apply_rotary(attention.k_proj(nothing).unflatten(-1, (config.num_key_value_heads, -1)), cos, sin)
     weights = torch.einsum("hd,thd->ht", query[-1], key).div(config.head_dim**0.5).softmax(-1)  # [H, 40]

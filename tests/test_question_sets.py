@@ -25,7 +25,7 @@ DATA = Path(os.environ.get("SEARCHR1_DATA", Path(__file__).parents[2] / "shared"
 
 
 def published(split: str, index: int, text: str, answers=("x",), **more) -> dict:
-    """A row as FlashRAG publishes it; which set it belongs to it does not say."""
+    """A row as FlashRAG publishes it, which does not say to which set it belongs."""
     return {"id": f"{split}_{index}", "question": text, "golden_answers": list(answers)} | more
 
 
@@ -42,7 +42,7 @@ def lines_of(path: Path) -> list[dict]:
 
 @pytest.fixture
 def flashrag(tmp_path) -> Path:
-    """The paper's sets in small: an evaluation set has two questions, HotpotQA's comes as `dev` alone."""
+    """The paper's sets in small: two questions per evaluation set; some, such as HotpotQA's, come only as `dev`."""
     folder = tmp_path / "flashrag"
     write_lines(folder / "nq/train.jsonl", published("train", 0, "who wrote faust"),
                 published("train", 1, " who sang hello? ", ["Ann", " "]))  # fmt: skip
@@ -217,7 +217,7 @@ def test_a_copy_of_flashrag_with_holes_names_them(flashrag):
 
 @pytest.fixture
 def overlapping(tmp_path) -> tuple[list[QuestionFile], list[QuestionFile]]:
-    """Of four training questions one comes twice in other words, and one stands in two evaluation sets."""
+    """Four training questions: one repeats another in other words, and one is in two evaluation sets."""
     training = write_lines(
         tmp_path / "train.jsonl",
         *(published("train", index, text) for index, text in
@@ -246,7 +246,7 @@ def test_duplicates_and_shared_questions_are_counted_and_dropped_from_training_o
 
 
 def test_memory_does_not_grow_with_what_rows_carry(tmp_path):
-    """300 rows of 50 KB: FlashRAG's multi-hop rows bring whole articles."""
+    """300 rows of 50 KB, as FlashRAG's multi-hop rows carry whole articles."""
     path = tmp_path / "hotpotqa.jsonl"
     with path.open("w") as file:
         for index in range(300):
@@ -292,7 +292,7 @@ def test_the_command_says_what_reads_parquet(tmp_path, capsys, monkeypatch):
 
 
 def test_real_files(tmp_path):
-    """483 of the NQ test questions are a training set here, and so are found in it to the last one."""
+    """The training set here is 483 of the NQ test questions; every one of them is found to be shared."""
     names = {"nq_dev": "nq_dev", "nq": "nq_test_open", "2wikimultihopqa": "2wiki_dev", "popqa": "popqa_dev"}
     for name in names.values():
         if not (DATA / f"qa/{name}.jsonl").is_file():

@@ -1,7 +1,7 @@
 """`searchr1 train` on real questions over real passages, with a Hugging Face directory that transformers wrote.
 
-The model is small and random, then taught in a few seconds to search for something and to answer yes or no: so real
-passages are searched from the first step, and the yes-or-no questions of the set have rewards that differ.
+The model is small and random, and is taught in a few seconds to search for something and to answer yes or no. Real
+passages are therefore searched from the first step, and the rewards of the set's yes-or-no questions vary.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from searchr1_fast.protocol import OBSERVATION_CLOSE, OBSERVATION_OPEN, format_o
 
 DATA = Path(os.environ.get("SEARCHR1_DATA", Path(__file__).parents[2] / "shared" / "data"))
 QUERIES = ("director of the film", "date of birth", "where was the father born", "spouse of the king")
-# One object per step with at least these.
+# The least that the object of a step has.
 KEYS = """
 step reward_mean em searches_mean response_tokens_mean policy_tokens kept_fraction entropy kl_ref rollout_policy_kl
 clip_fraction grad_norm lr trajectories_per_second tokens_per_second time_rollout time_search_wait time_ref time_update
@@ -44,7 +44,7 @@ def read_jsonl(path: Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def model_directory(tmp_path_factory) -> Path:
-    """A Qwen2 model with grouped-query attention and its byte-level BPE tokenizer, by transformers' save_pretrained."""
+    """A Qwen2 model with grouped-query attention and a byte-level BPE tokenizer, saved by transformers."""
     from tokenizers import Tokenizer, decoders, pre_tokenizers
     from tokenizers.models import BPE
     from tokenizers.trainers import BpeTrainer
@@ -85,7 +85,7 @@ def model_directory(tmp_path_factory) -> Path:
 
 
 def teach(model, tokenizer, questions: list[str]) -> None:
-    """A search for one of a few things, an observation, and yes or no, until it writes that by itself."""
+    """Train until the model itself writes a search for one of a few things and, after an observation, yes or no."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.0)
     generator = random.Random(0)
     for _ in range(100):
@@ -111,7 +111,7 @@ def teach(model, tokenizer, questions: list[str]) -> None:
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory, model_directory) -> Path:
-    """Three steps with an evaluation, stopped, then resumed to five, all through the command line."""
+    """Three steps with an evaluation, then resumed up to five, all through the command line."""
     threads = torch.get_num_threads()
     folder = tmp_path_factory.mktemp("real")
     settings = {
@@ -150,14 +150,14 @@ def test_metrics_have_every_key_and_every_step(run_folder):
         assert row["time_step"] >= row["time_rollout"] > 0
     assert any(row["policy_tokens"] > 0 and row["grad_norm"] > 0 for row in rows[1:])
     assert sum(row["reward_mean"] for row in rows[1:]) > 0  # some yes-or-no questions were right
-    for step in (0, 2, 3, 4, 5):  # before, every second, and the last of each call
+    for step in (0, 2, 3, 4, 5):  # before training, every second step, and the last step of each call
         for key in ("em", "f1", "searches_mean", "comparison/em"):
             assert f"eval/dev/{key}" in rows[step]
     assert "eval/dev/em" not in rows[1]
 
 
 def test_trajectories_hold_real_passages(run_folder):
-    """What the policy was shown is what the corpus has under the ids that its turns name, title by title."""
+    """Title by title, the policy was shown what the corpus holds under the ids that its turns name."""
     passages = {passage.id: passage for passage in read_corpus(data_file("corpus/2wiki.jsonl"))}
     titles = {passage.title for passage in passages.values()}
     num_whole = num_shown = 0
@@ -199,7 +199,7 @@ def test_the_export_is_the_same_model_to_transformers(run_folder, model_director
 
 
 def test_the_run_can_be_scored_alone(run_folder, tmp_path, capsys):
-    """`searchr1 eval` on the run folder gives the last row's score, question by question."""
+    """`searchr1 eval` on the run folder scores question by question, and gives the last row's score."""
     answers = tmp_path / "answers.jsonl"
     code = main(["eval", str(run_folder / "config.yaml"), "--model", str(run_folder), "--output", str(answers)])
     assert code == 0, capsys.readouterr().err

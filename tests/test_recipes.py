@@ -1,4 +1,4 @@
-"""The recipes of the paper: every value as published, the fast ones' differences and no others, and that they run."""
+"""The paper's recipes: every value as published, the differences of the fast ones and no others, and that they run."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_these_are_all_the_recipes():
 
 @pytest.mark.parametrize("name", PAPER)
 def test_the_paper_s_values(name):
-    """`scripts/nq_hotpotqa/v0.2` of the original, and its yaml."""
+    """Values of `scripts/nq_hotpotqa/v0.2` in the original, and of its yaml."""
     is_ppo = name.endswith("_ppo")
     expected = {
         "model.path": f"models/Qwen2.5-{name.split('_')[2].upper()}",
@@ -139,7 +139,7 @@ def test_the_recipe_of_an_adapter_differs_in_this_and_nothing_else():
 
 @pytest.fixture
 def prepared(make_config, tmp_path) -> Path:
-    """`searchr1 data` over the tiny model's letters, published as FlashRAG would: all sets are the same questions."""
+    """`searchr1 data` over the tiny model's letters in FlashRAG's layout; all sets have the same questions."""
     rows = [json.loads(line) for line in Path(make_config().data.questions).read_text().splitlines()]
     for index, row in enumerate(rows):
         row["id"] = f"train_{index}"
@@ -157,7 +157,7 @@ def prepared(make_config, tmp_path) -> Path:
     "name", ["search_r1_3b_ppo", "search_r1_7b_grpo", "search_r1_7b_ppo_fast", "search_r1_3b_grpo_fast", LORA]
 )
 def test_a_recipe_runs_in_small_from_published_files(name, make_config, prepared, tiny_model_directory, tmp_path):
-    """Two steps on the CPU; what is overridden is sizes and places, and a chat template that the tiny model lacks."""
+    """Two steps on the CPU; overrides are sizes, places, and the chat template, which the tiny model lacks."""
     overrides = [
         f"data={{questions: {prepared}/train.jsonl, corpus: {make_config().data.corpus}}}",
         *(f"eval.sets.{set_name}.questions={prepared}/eval/{set_name}.jsonl" for set_name in EVALUATION_SETS),

@@ -1,4 +1,4 @@
-"""Updates that are not finite: the run goes on without them, keeps them, and `searchr1 replay` finds what was wrong."""
+"""Updates that are not finite: the run continues without them and keeps them, and `searchr1 replay` finds the cause."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ADVANTAGES = [1.5, -0.5, 0.25]
 
 @pytest.fixture
 def spoil(monkeypatch):
-    """step -> None: from now on a training's minibatches pass through it, with the number of the rollout."""
+    """change -> None; from then on it is called with each rollout's number and minibatches, which it may change."""
 
     def run(change) -> None:
         add_references, steps = train_module.add_references, iter(range(1, 1000))
@@ -84,7 +84,7 @@ def test_a_run_goes_on_without_a_bad_update_and_its_replay_names_the_input(make_
     (note,) = [note for note in console.notes if "skipped" in note]
     assert note.startswith("step 2: skipped an update of the policy: the gradient of ")
     assert note.endswith(f"; the weights are finite; searchr1 replay {file}")
-    written = config.run_directory / "trajectories" / "step_000002.jsonl"  # though none were asked for
+    written = config.run_directory / "trajectories" / "step_000002.jsonl"  # although the configuration asks for none
     assert len(written.read_text().splitlines()) == 24
 
     update = read_bad_update(file)
@@ -106,7 +106,7 @@ def test_a_run_goes_on_without_a_bad_update_and_its_replay_names_the_input(make_
 
 
 def test_a_token_that_nobody_sampled_is_no_flaw(make_config, make_decoder, trajectories, tmp_path):
-    """With observations trained on, the sampler's log-probability of those is NaN."""
+    """Where observations are trained on, the sampler's log-probabilities of their tokens are NaN."""
     config = make_config(algorithm={"mask_observations": False})
     ranks = Ranks(0, 1, torch.device("cpu"))
     policy = Policy(make_decoder(0, tied=True), config, ranks)
@@ -128,12 +128,12 @@ def test_a_token_that_nobody_sampled_is_no_flaw(make_config, make_decoder, traje
 def test_the_weights_that_are_kept_are_those_that_the_update_met(
     make_config, tiny_model_directory, trajectories, tmp_path, lora
 ):
-    """Replayed without a flaw, loss and gradient are the trainer's own. Of an adapter's base nothing is kept."""
+    """Without a flaw, the replay gives the trainer's own loss and gradient. An adapter's base is not kept."""
     config = make_config(model={"lora": lora})
     ranks = Ranks(0, 1, torch.device("cpu"))
     policy = Policy(load_model(tiny_model_directory), config, ranks)
     batches = pack(trajectories, ADVANTAGES, 1000)
-    policy.update(batches, 18)  # weights of its own
+    policy.update(batches, 18)  # so that its weights differ from the file's
     update = bad_update(config, policy, batches)
     policy.skipped_in_a_row = 1
     path = write_bad_update(tmp_path, update, policy, torch.float32)

@@ -1,4 +1,4 @@
-"""A run goes on with another number of ranks, as the run that was never stopped; and writers on two ranks."""
+"""A run resumed on another number of ranks equals one that was never stopped; and writers on two ranks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ALGORITHMS = {
     "grpo": {"kl_coefficient": 0.05, "drop_zero_variance_groups": False},
     "ppo": {"name": "ppo", "group_size": 2, "critic_learning_rate": 1e-3, "kl_coefficient": 0.05, "kl_in_reward": True},
 }
-# What PPO's ranks hold on to within an update, and what they give away; one rank alone knows of neither.
+# What PPO's ranks keep within an update, and what they offload; one rank alone does neither.
 TRAIN = {"grpo": {}, "ppo": {"reshard_after": "update", "reduce_after": "update"}}
 OFFLOAD = {"grpo": {}, "ppo": {"optimizer": True, "reference": True, "replica": True}}
 STOP, END = 2, 4
@@ -36,7 +36,7 @@ def settings(make_config, algorithm: str, name: str, resume: bool = False):
 
 
 def stopped_copy(make_config, algorithm: str, name: str, new: str):
-    """The run as a kill after step 3 would have left it, under another name; the configuration that goes on with it."""
+    """Copy a run, under another name, as a kill after step 3 would leave it -> the configuration that resumes it."""
     whole, copy = settings(make_config, algorithm, name), settings(make_config, algorithm, new, resume=True)
     shutil.copytree(whole.run_directory, copy.run_directory, symlinks=True)
     checkpoints = copy.run_directory / "checkpoints"
@@ -55,7 +55,7 @@ def weights(config) -> dict[str, torch.Tensor]:
 
 
 def assert_same_run(changed, whole) -> None:
-    """To the token where tokens count; sums over them differ by rounding."""
+    """Tokens must be the same one by one; sums over them may differ by rounding."""
     assert [row["step"] for row in rows(changed)] == [row["step"] for row in rows(whole)] == list(range(END + 1))
     for theirs, ours in zip(rows(changed), rows(whole), strict=True):
         for key in ("reward_mean", "searches_mean", "response_tokens_mean", "policy_tokens", "kept_fraction", "lr"):
@@ -65,12 +65,12 @@ def assert_same_run(changed, whole) -> None:
     assert rows(changed)[-1]["eval/letters/em"] == rows(whole)[-1]["eval/letters/em"]
     theirs, ours = weights(changed), weights(whole)
     differences = torch.cat([(theirs[name] - ours[name]).abs().flatten() for name in ours])
-    assert (differences < 1e-5).float().mean() > 0.99  # AdamW takes a gradient of rounding noise for a direction
+    assert (differences < 1e-5).float().mean() > 0.99  # AdamW takes rounding noise in a gradient for a direction
     assert differences.max() < 8e-3
 
 
 def test_a_run_goes_on_with_another_number_of_ranks(make_config, make_console, tmp_path, on_two_ranks):
-    """From one rank to two and from two to one. One launch, as starting processes is what takes the time."""
+    """From one rank to two, and from two to one. One launch, as starting processes takes most of the time."""
     files = []
     for algorithm in ALGORITHMS:
         train(settings(make_config, algorithm, "one"), make_console())
@@ -92,7 +92,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(make_config, make_console, t
 
 
 def test_nothing_is_drawn_from_generators_that_belong_to_a_rank(make_config, make_console):
-    """What is sampled depends on seed, step and place; so it does not matter whose generators a rank has got."""
+    """Samples depend on seed, step and place, so it does not matter whose generators a rank has restored."""
 
     def stir(metrics):
         torch.manual_seed(10_000 + metrics["step"])
@@ -108,7 +108,7 @@ def test_nothing_is_drawn_from_generators_that_belong_to_a_rank(make_config, mak
 
 
 def test_writers_on_two_ranks(make_config, tmp_path, capsys, on_two_ranks):
-    """A failure of one is every one's, and none waits for ever; both threads of a rank may call collectives at once."""
+    """A failure on one rank reaches all, none waits for ever, and both threads of a rank may call collectives."""
     (tmp_path / "config.yaml").write_text(make_config().to_yaml())
     on_two_ranks(ROOT / "two_writers.py", tmp_path, tmp_path / "config.yaml")
     reports = [json.loads((tmp_path / f"writer{rank}.json").read_text()) for rank in range(2)]
@@ -121,8 +121,10 @@ def test_writers_on_two_ranks(make_config, tmp_path, capsys, on_two_ranks):
 
 
 def check_replay(path: str, are_finite: list[bool], num_skipped: int, diagnosis: str, not_kept: str, capsys) -> None:
-    """An update that two ranks skipped, replayed on one: whose micro-batch it was. Where rank 0 found no room for it,
-    both ranks know."""
+    """One rank replays an update that two skipped, and names the rank of the bad micro-batch.
+
+    Where rank 0 found no room to keep the update, both ranks know.
+    """
     assert not_kept.startswith("what it met could not be kept in ") and "No space left on device" in not_kept
     assert (are_finite, num_skipped) == ([False, False, True], 2)
     assert diagnosis.startswith("the gradient of ")

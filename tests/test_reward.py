@@ -13,7 +13,7 @@ from searchr1_fast.reward import exact_match, extract_answer, f1, normalize_answ
 DATA = Path(os.environ.get("SEARCHR1_DATA", Path(__file__).parents[2] / "shared" / "data"))
 RUNS = {"nq": 0.314700, "triviaqa": 0.417495, "popqa": 0.312369, "bamboogle": 0.112000}  # published exact match
 
-# In the manner of Search-R1's prompt: two pairs of answer tags, the second an example.
+# Like Search-R1's prompt: two pairs of answer tags, the second an example.
 PROMPT_WITH_EXAMPLE = (
     "Put the answer inside <answer> and </answer> without detail, for example <answer> Beijing </answer>. Question: "
 )
@@ -46,7 +46,7 @@ def test_published_exact_match(name):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_no_row_scores_from_the_prompt(name):
-    """Asked a question whose answer is Beijing, the silent rows would be right the original's way. Ours pays none."""
+    """The original's way would score silent rows as right for a question whose answer is Beijing. Ours pays none."""
     silent = [row for row in rows(f"traces/searchr1_{name}_v0.jsonl") if row["pred"] == ""]
     assert silent
     for row in silent:
@@ -91,7 +91,7 @@ def test_sub_exact_match():
 
 def test_f1():
     assert f1("Jesus", ["Jesus Christ"]) == pytest.approx(2 / 3)
-    assert f1("Jesus Jesus", ["Jesus Christ"]) == pytest.approx(0.5)  # a token counts as often as it is there
+    assert f1("Jesus Jesus", ["Jesus Christ"]) == pytest.approx(0.5)  # a token counts as often as it occurs
     assert f1("no it was not", ["no"]) == f1("no", ["no it was not"]) == 0.0  # yes and no are all or nothing
     assert f1("Yes.", ["yes"]) == 1.0
     assert f1("Mary", ["Jesus Christ", "Mary"]) == 1.0

@@ -42,7 +42,7 @@ def test_after_the_warm_up_it_is_that_of_transformers(shape, theirs):
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1e-3)
     scheduler = theirs(optimizer, 7, 50)
     for update in range(50):
-        expected = optimizer.param_groups[0]["lr"]  # in the warm-up theirs lags by one: its first is 0
+        expected = optimizer.param_groups[0]["lr"]  # in the warm-up theirs lags by one: it starts at 0
         assert rate(update if update >= 7 else update - 1) == pytest.approx(expected, abs=1e-12)
         optimizer.step()
         scheduler.step()

@@ -1,4 +1,4 @@
-"""What a run knows of its searches: counted in every row, remembered across a stop, tried again or given up aloud."""
+"""A run's searches: counted in every row, remembered across a stop, tried again, and never given up silently."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def rows(config: Config) -> list[dict]:
 
 
 class Scripted:
-    """Each search takes the next of the script: an exception is raised, anything else lets it through."""
+    """Each search takes the next entry of the script, which is raised; None, or no entry, lets it through."""
 
     def __init__(self, *script):
         self.script = list(script)
@@ -113,18 +113,18 @@ def test_a_search_that_stays_late_or_fails_ends_in_its_error(capsys):
     assert searched.take_statistics().row()["search/failures"] == 1
     broken = Environment([], Scripted(RetrievalError("gone")), max_retries=5)
     with pytest.raises(RetrievalError, match="gone"):
-        broken.search(["x"])  # what is broken stays broken
+        broken.search(["x"])  # broken, not late: it is not tried again
     assert broken.take_statistics().retries == 0
 
 
 def patched(monkeypatch, make):
-    """Every retriever that a run opens is `make(retriever)`."""
+    """Wrap every retriever that a run opens: it becomes `make(retriever)`."""
     open_retriever = environment.open_retriever
     monkeypatch.setattr(environment, "open_retriever", lambda *arguments: make(open_retriever(*arguments)))
 
 
 class Late:
-    """The first search of each different batch of queries is late."""
+    """A retriever that is late at the first search of each different batch of queries."""
 
     def __init__(self, inner):
         self.inner, self.seen = inner, set()
@@ -161,7 +161,7 @@ def test_a_step_whose_searches_stay_late_fails_and_leaves_no_row(make_config, ma
 
 
 class Broken:
-    """Every second search fails for good."""
+    """A retriever whose every second search fails for good."""
 
     def __init__(self, inner):
         self.inner, self.num_calls = inner, 0
@@ -199,7 +199,7 @@ def test_trajectories_whose_search_failed_count_nowhere(make_config, make_consol
 
 
 class Elsewhere:
-    """Two ranks, the other of which has these numbers."""
+    """Two ranks, of which the other one has these numbers."""
 
     def __init__(self, *other):
         self.other = other
@@ -219,7 +219,7 @@ class Elsewhere:
     ],
 )
 def test_whether_searches_work_all_ranks_decide_together(make_console, make_trajectory, own, other, said):
-    """One whose own all failed goes on where others' worked; and none goes on alone."""
+    """A rank whose own searches all failed goes on if those of others worked; otherwise no rank goes on."""
     failed, worked, cause = own
     statistics = RolloutStatistics(num_failed_searches=failed, num_searches=worked)
     loop = SimpleNamespace(statistics=statistics, last_error=cause and RetrievalError(cause))
@@ -309,7 +309,7 @@ def test_a_run_closes_its_retrievers_when_it_ends_however_it_ends(make_config, m
 
 
 def test_what_was_found_is_known_after_a_stop(make_config, make_console):
-    """A resumed run searches no more than the run that was not stopped would have, number for number."""
+    """A resumed run searches as often as a run that was not stopped, number for number."""
     settings = {"retrieval": DENSE, "train": {"num_steps": 4, "eval_every": 3}}
     whole = make_config(**settings, run={"name": "whole"})
     train(whole, make_console())
@@ -365,7 +365,7 @@ def test_searches_of_another_corpus_are_refused_and_that_is_said(make_config, ma
 
 
 def test_the_demo_searches_vectors_and_needs_nothing_but_what_is_here(tmp_path, monkeypatch):
-    """A few steps of the demo: world hashed in memory, the batcher between, nothing downloaded."""
+    """A few steps of the demo: a world hashed in memory, searched through the batcher, nothing downloaded."""
     monkeypatch.setattr(socket.socket, "connect", no_network)
     monkeypatch.chdir(tmp_path)
     overrides = [
@@ -389,8 +389,10 @@ def no_network(*_):
 
 
 def test_an_index_that_is_parked_during_updates_trains_the_same(make_config, make_console, monkeypatch):
-    """Rows on a device, for which a CPU stands in: they are gone while weights are updated, and back before anything is
-    searched for, evaluations included."""
+    """The index's rows are gone while weights are updated, and back before any search, evaluations included.
+
+    A CPU stands in for the device.
+    """
     monkeypatch.setattr(dense, "open_rows", lambda parts, device, scan, show: DeviceRows(list(parts), device, scan))
     opened, seen = [], []
     plain_update, plain_open = trainer.update, environment.open_retriever

@@ -1,4 +1,4 @@
-"""The whole trainer on a tiny model: it learns, repeats, stops when asked, and goes on as if it had not."""
+"""The whole trainer on a tiny model: it learns, repeats, stops when asked, and resumes as if it had not stopped."""
 
 from __future__ import annotations
 
@@ -51,8 +51,11 @@ def assert_equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]
 
 
 def test_grpo_learns_which_letter_answers_which_question(make_config, make_console):
-    """From one in four, by nothing but the reward. Of 16 seeds all end at four letters of four, so another machine's
-    rounding may have its way; in groups of 8 at a rate of 4e-3 two of 14 ended at two."""
+    """It learns from one in four, by nothing but the reward.
+
+    All of 16 seeds end at four letters of four, which leaves room for another machine's rounding; in groups of 8 at a
+    rate of 4e-3, two of 14 ended at two.
+    """
     config = make_config(
         rollout={"max_searches": 0},
         algorithm={"group_size": 16},
@@ -74,7 +77,7 @@ def test_grpo_learns_which_letter_answers_which_question(make_config, make_conso
 
 @pytest.mark.parametrize("algorithm", [{"kl_coefficient": 0.02}, PPO])
 def test_a_run_that_is_stopped_and_resumed_is_the_run_that_was_not(make_config, make_console, algorithm):
-    """Bit for bit: weights, optimizer, and every number of metrics.jsonl that is no time."""
+    """Bit for bit: weights, optimizer, and every number of metrics.jsonl that is not a time."""
     train_settings = {"num_steps": 4, "num_minibatches": 2, "eval_every": 3}
     whole = make_config(algorithm=algorithm, run={"name": "whole"}, train=train_settings)
     assert train(whole, make_console())["interrupted"] is False
@@ -105,7 +108,7 @@ def test_a_run_that_is_stopped_and_resumed_is_the_run_that_was_not(make_config, 
 
 
 def reopened(config: Config, make_console):
-    """The run as its last checkpoint has it."""
+    """Open the run from its last checkpoint."""
     config = config.model_copy(update={"run": config.run.model_copy(update={"resume": True})})
     with run_module.open_run(config, make_console()) as run:
         return run
@@ -127,7 +130,7 @@ def test_rows_after_the_checkpoint_are_dropped_when_a_killed_run_goes_on(make_co
 
 
 def test_a_save_that_fails_ends_the_run_with_its_name(make_config, tmp_path, monkeypatch, capsys):
-    """At the next save at the latest: here every step saves."""
+    """It ends at the next save at the latest; here every step saves."""
 
     def full(path):
         raise OSError(28, "No space left on device")
@@ -167,7 +170,7 @@ def test_a_row_says_what_its_checkpoint_took(make_config, make_console):
 
 
 def test_the_plain_writer_writes_the_same(make_config, make_console):
-    """Without a copy, and while training waits."""
+    """It makes no copy, and training waits for it."""
     configs = [
         make_config(run={"name": f"background-{background}"}, checkpoint={"every": 1, "background": background})
         for background in (True, False)
@@ -188,7 +191,7 @@ def test_the_plain_writer_writes_the_same(make_config, make_console):
 
 
 def test_the_best_evaluation_is_saved_and_kept(make_config, make_console):
-    """Due or not; the first of those that score the same; after a resumption too."""
+    """Whether a save is due or not; of equal scores the first; also after a resumption."""
     settings = {
         "optimizer": {"learning_rate": 4e-3, "warmup_steps": 0},
         "checkpoint": {"every": 0, "keep": 1, "best": "letters/em"},
@@ -219,7 +222,7 @@ def test_a_score_that_no_evaluation_has_is_said_before_anything_is_trained(make_
 
 
 def test_a_run_that_is_done_may_be_resumed(make_config, make_console):
-    """As one that was killed behind its last checkpoint is: nothing is left but to show what came of it."""
+    """As after a kill that follows the last checkpoint: nothing is left to do but to report the results."""
     result = train(make_config(), make_console())
     console = make_console()
     again = train(make_config(run={"resume": True}), console)
@@ -238,7 +241,7 @@ def test_a_folder_with_a_run_is_refused_without_resume(make_config, make_console
     config = make_config(train={"num_steps": 1}, eval={"sets": {}})
     train(config, make_console())
     assert (config.run_directory / "config.yaml").read_text() == config.to_yaml()
-    monkeypatch.setattr("searchr1_fast.run.build_run", pytest.fail)  # a large model need not be loaded for that
+    monkeypatch.setattr("searchr1_fast.run.build_run", pytest.fail)  # refused before a large model is loaded
     with pytest.raises(ValueError, match="holds a run already"):
         train(config, make_console())
 
@@ -301,7 +304,7 @@ def test_without_a_kl_no_reference_is_loaded(make_config, make_console, monkeypa
     ("keep_cache", "expected"), [("auto", (True, False)), (True, (True, True)), (False, (False, False))]
 )
 def test_the_cache_is_kept_as_the_planner_says(make_config, make_console, keep_cache, expected):
-    """With a GPU's memory made up: of 80 GB the letters leave room, of 1 GB the reserve alone does not."""
+    """With an invented amount of GPU memory: 80 GB leave room beside the tiny run, 1 GB not even for the reserve."""
     with open_run(make_config(rollout={"keep_cache": keep_cache}), make_console()) as run:
         notes = []
         run.ui.note = notes.append
@@ -329,7 +332,7 @@ def test_the_first_interrupt_is_noted_and_the_second_ends_at_once(capfd):
         assert stop.requested is False
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.requested is True
-        os.kill(os.getpid(), signal.SIGTERM)  # a scheduler that repeats itself is not an impatient person
+        os.kill(os.getpid(), signal.SIGTERM)  # a scheduler may repeat itself; it is not an impatient user
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before

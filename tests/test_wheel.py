@@ -1,4 +1,4 @@
-"""The wheel: both packages, the models that ship with them, the command; and it runs without a checkout."""
+"""The wheel holds both packages, the models that ship with them and the command, and runs without a checkout."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SOURCES = ("searchr1_fast", "kernels", "csrc", "setup.py", "pyproject.toml", "RE
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """Built from a copy, so that the checkout stays clean."""
+    """The path of the wheel, built from a copy so that the checkout stays clean."""
     pytest.importorskip("setuptools", reason="building a wheel needs setuptools")
     if not (ROOT / "setup.py").is_file():
         pytest.skip(f"{ROOT} is no checkout: it has no setup.py")

@@ -1,4 +1,4 @@
-"""What test_distributed.py starts on two ranks: `two_ranks.py OUTPUT CONFIG…` checks collectives, then trains each."""
+"""Started by test_distributed.py on two ranks: `two_ranks.py OUTPUT CONFIG…` runs collectives, then trains each."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from searchr1_fast.train import train
 
 
 def collectives(ranks: Ranks) -> dict:
-    """Every collective on values that differ by rank; the same on every rank if they work."""
+    """-> results of every collective on values that differ by rank; the same on every rank if they work."""
     items = list("abcde")
     ranks.barrier()
     return {
@@ -34,14 +34,16 @@ def collectives(ranks: Ranks) -> dict:
 
 
 def num_gloo_threads() -> int:
-    """Threads of gloo's groups in this process."""
+    """Number of threads of gloo's groups in this process."""
     names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
     return sum(name.startswith("pt_gloo") for name in names)
 
 
 def main() -> None:
-    """Writes OUTPUT/rank<i>.json with the collectives' results and what each training returned; as the interpreter
-    ends, OUTPUT/rank<i>.threads with the number of gloo's threads while it trained and then."""
+    """Write OUTPUT/rank<i>.json with the collectives' results and what each training returned.
+
+    As the interpreter ends, write OUTPUT/rank<i>.threads with the numbers of gloo's threads in training and at the end.
+    """
     output = Path(sys.argv[1])
     counts: list[int] = []
     atexit.register(lambda: (output / f"rank{ranks.rank}.threads").write_text(f"{counts[0]} {num_gloo_threads()}"))

@@ -1,6 +1,6 @@
-"""What test_collectives.py starts on two ranks: `two_ranks_collectives.py OUTPUT` counts what FSDP sends in an update.
+"""Started by test_collectives.py on two ranks: `two_ranks_collectives.py OUTPUT` counts what FSDP sends in an update.
 
-Every module that FSDP shards gets an all-gather and a reduce-scatter that count, by the module's name.
+Every module that FSDP shards gets an all-gather and a reduce-scatter that count their calls, by the module's name.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from searchr1_fast.types import PackedBatch
 
 NUM_BATCHES = 3
 SHAPE = DecoderConfig(61, 32, 48, 2, 4, 2, initializer_range=0.1)
-# torch 2.13 has new names for both, and warns of the old ones.
+# torch 2.13 has new names for both, and warns about the old ones.
 ALL_GATHER = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
 class Counting:
-    """A collective that counts its calls; both kinds, as FSDP asks for them."""
+    """What the two collectives that count their calls have in common, in the form that FSDP asks for."""
 
     def __init__(self, counts: Counter[str], name: str) -> None:
         self.counts, self.name = counts, name
 
     def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """Memory for what is sent."""
+        """Allocate memory for what is sent."""
         return torch.empty(*size, dtype=dtype, device=device)
 
 
@@ -56,7 +56,7 @@ class CountingReduceScatter(Counting):
 
 
 def count(module: torch.nn.Module) -> tuple[Counter[str], Counter[str]]:
-    """All-gathers and reduce-scatters from here on, by name of the sharded module; the root is ""."""
+    """-> counters of all-gathers and reduce-scatters from here on, by name of the sharded module; the root is ""."""
     gathers: Counter[str] = Counter()
     reduces: Counter[str] = Counter()
     for name, part in module.named_modules():
@@ -67,7 +67,7 @@ def count(module: torch.nn.Module) -> tuple[Counter[str], Counter[str]]:
 
 
 def make_batches(ranks: Ranks) -> list[PackedBatch]:
-    """Three micro-batches of two sequences; the last of rank 1 is the one that fills up."""
+    """Three micro-batches of two sequences; the last of rank 1 is a `padding_batch`."""
     generator = torch.Generator().manual_seed(ranks.rank)
     batches = []
     for _ in range(NUM_BATCHES):
@@ -98,12 +98,12 @@ def decoder(seed: int) -> Decoder:
 
 
 def weights(learner: Learner) -> list[float]:
-    """All of them, gathered."""
+    """All weights of a learner, gathered."""
     return torch.cat([full(p.detach()).flatten() for p in learner.parameters.values()]).tolist()
 
 
 def update(ranks: Ranks, dtype: str, **train: str) -> dict[str, Any]:
-    """Counts of a reference's passes, of a critic's and of a policy's update; norms and weights of two updates."""
+    """-> counts of a reference's passes and of a critic's and a policy's update; norms and weights of two updates."""
     config = Config.model_validate({
         "model": {"dtype": dtype}, "train": train, "optimizer": {"learning_rate": 1e-2},
         "algorithm": {"name": "ppo", "group_size": 2, "kl_coefficient": 0.1},
@@ -129,7 +129,7 @@ def update(ranks: Ranks, dtype: str, **train: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Writes OUTPUT/rank<i>.json: by settings, what was counted and learned."""
+    """Write OUTPUT/rank<i>.json: what was counted and learned, by settings."""
     with process("cpu", num_threads=1) as ranks:
         reports = {}
         for dtype in ("float32", "bfloat16"):

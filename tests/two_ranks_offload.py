@@ -1,4 +1,4 @@
-"""What test_offload.py starts on two ranks: `two_ranks_offload.py CONFIG…` trains each, as if the CPU were a GPU."""
+"""Started by test_offload.py and others on two ranks: `two_ranks_offload.py CONFIG…` trains each as if on a GPU."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from searchr1_fast.train import train
 
 
 def main() -> None:
-    """Runs leave what they leave."""
+    """Train each configuration; the runs' folders are the output."""
     policy.leaves = lambda device: True
-    Decoder.fused_generation = False  # its loops see weights through numpy, which pins their memory
+    Decoder.fused_generation = False  # its loops view weights through numpy, which pins their memory
     with process("cpu", num_threads=1):
         for path in sys.argv[1:]:
             train(load_config(path), Console(quiet=True))

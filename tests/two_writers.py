@@ -1,4 +1,4 @@
-"""What test_resharding.py starts on two ranks: `two_writers.py OUTPUT CONFIG` lets writes and updates fail on one."""
+"""Started by test_resharding.py on two ranks: `two_writers.py OUTPUT CONFIG` lets writes and updates fail on one."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from searchr1_fast.types import PackedBatch
 
 
 def full(*_) -> None:
-    """A disk without room."""
+    """Fail like a disk without room."""
     raise OSError(28, "No space left on device")
 
 
 def full_in_torch(*_) -> None:
-    """As torch says it."""
+    """Fail as torch does when the disk has no room."""
     try:
         full()
     finally:
@@ -38,7 +38,7 @@ def full_in_torch(*_) -> None:
 
 
 def failures(output: Path, ranks: Ranks) -> list[str]:
-    """What a write says that fails on rank 1 alone, or on rank 0 in what only that does, by its part."""
+    """-> messages of writes that fail in one part: on rank 1 alone, or on rank 0 in the part that only it does."""
     said = []
     parts = [
         (FileSystemWriter, "write_data", 1, full_in_torch),
@@ -60,7 +60,7 @@ def failures(output: Path, ranks: Ranks) -> list[str]:
 
 
 def found_together(output: Path, ranks: Ranks) -> int:
-    """At which `check` each rank is told of a failure; rank 1's thread ends long after rank 0's."""
+    """-> the number of the `check` that reports a failure; rank 1's thread ends long after rank 0's."""
     writer, before = CheckpointWriter(output, ranks, keep=1), checkpoint._publish
     writer.stage(1, {"a": torch.ones(2)}, {}, {}, lambda weights, directory: None)
     checkpoint._publish = full
@@ -73,13 +73,13 @@ def found_together(output: Path, ranks: Ranks) -> int:
         except CheckpointFailed:
             checkpoint._publish = before
             return number
-        ranks.barrier()  # a rank that was told earlier would be missed here
+        ranks.barrier()  # would hang if only one rank had been told
         time.sleep(0.05)
     raise AssertionError("nobody was told")
 
 
 def beside_training(output: Path, ranks: Ranks) -> list[float]:
-    """Collectives of the main thread while another writes; then what was written."""
+    """Call collectives in the main thread while another thread writes -> what was written."""
     writer = CheckpointWriter(output, ranks, keep=2)
     sums = []
     for step in (1, 2):
@@ -96,7 +96,7 @@ def beside_training(output: Path, ranks: Ranks) -> list[float]:
 
 
 def batch(rank: int, is_bad: bool) -> PackedBatch:
-    """One sequence of six tokens, of which four are the policy's; a bad one has an advantage that is no number."""
+    """One sequence of six tokens, four of them the policy's; a bad one has a NaN among its advantages."""
     advantages = torch.tensor([1.0, 1.0, float("nan") if is_bad else 1.0, 1.0])
     return PackedBatch(
         token_ids=torch.arange(6) + rank,
@@ -115,8 +115,8 @@ def batch(rank: int, is_bad: bool) -> PackedBatch:
 def bad_updates(output: Path, config: Config, ranks: Ranks) -> list:
     """Updates that are not finite on rank 1 alone, in gradient or in loss: both ranks skip them, one keeps them.
 
-    Gradients are added up over ranks after the last micro-batch, and it is the first that is bad. The update after them
-    is that of a policy that never met them.
+    Gradients are summed over ranks after the last micro-batch, and the first is the bad one. The next update must equal
+    that of a policy that never met the bad ones.
     """
     directory = Path(config.model.path)
     held = {"reshard_after": "update", "reduce_after": "update"}
@@ -147,7 +147,7 @@ def bad_updates(output: Path, config: Config, ranks: Ranks) -> list:
 
 
 def main() -> None:
-    """Writes OUTPUT/writer<rank>.json."""
+    """Write OUTPUT/writer<rank>.json."""
     output, config = Path(sys.argv[1]), load_config(sys.argv[2])
     with process("cpu", num_threads=1) as ranks:
         report = {"failures": failures(output / "full", ranks), "read": beside_training(output / "room", ranks)}
