@@ -1,7 +1,8 @@
 """Send bursts of searches through the batcher, to a backend that takes 2 ms per batch, whatever is in it.
 
 It is a closed loop: a number of callers at once, each of which searches again as soon as it has its result, as a
-rollout does with its retriever. Every result is checked; a wrong one counts as a failure, as an exception does.
+rollout does with its retriever. Every result is checked; a wrong one counts as a failure, and an exception ends the
+benchmark.
 
 The callers are coroutines, threads, or one caller with a list (as the rollout's own loop searches). The plain twin is
 what published search servers do: one query per request, one request at a time behind a lock.

@@ -14,12 +14,15 @@ run ahead, and a step's time is that from reading one step to reading the next.
 A step cannot be faster than memory: it reads every weight once, and every sequence's keys and values. The floor that is
 printed is these bytes over the bandwidth of a copy, measured in the same run.
 
-`graphs` is what the trainer runs: recorded steps of the fused blocks. `waiting` is the same, except that it reads a
-step before it launches the next. `modules` are graphs too, but of the blocks as training has them. `single` is
-`graphs`, launched kernel by kernel. With `--compile` the modules are compiled. With `--lora-rank` there is an adapter
-on all layers, and `base` is `graphs` without it: what weights with the adapter merged into them would take.
+- `graphs` is what the trainer runs: recorded steps of the fused blocks.
+- `waiting` is the same, except that it reads a step before it launches the next.
+- `modules` records graphs too, but of the blocks that training uses; `--compile` compiles them.
+- `single` is `graphs`, launched kernel by kernel.
+- `base` is `graphs` without the adapter that `--lora-rank` puts on all layers: the time that weights with the adapter
+  merged into them would take.
 
-Without a GPU, all run the same kernels except the fused operations' twins, and graphs are their plain twin.
+Without a GPU they all run the same kernels, with twins for the fused operations; the graphs' plain twin replays a step
+by running it.
 """
 
 from __future__ import annotations

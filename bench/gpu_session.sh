@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every check and every row that wants a GPU, in one command, the most important first: for 12 minutes on one H200.
+# Every check and every row that wants a GPU, in one command, most important first: made for 12 minutes on one H200.
 #
 #   bench/gpu_session.sh                        write logs and rows into bench/results
 #   OUT=folder bench/gpu_session.sh             write them into a folder

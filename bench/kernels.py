@@ -14,17 +14,8 @@ above that goes to row passes, chunking, and products of rows that do not count.
 few bytes per token and are bound by launches or by Python. Search reads the corpus once per batch, which bounds it
 until the batch is so large that the products take longer.
 
-Every provider's result is compared with ours before anything is timed. The largest relative difference is in the row;
-it may be large where a provider rounds to 16 bits. Times are medians of interleaved repetitions. Each repetition makes
-as many calls as fill two milliseconds on a GPU and twenty on a CPU. On a CPU a repetition's first call is not among
-them, and has a column of its own: others have put its code and data out of the caches, on a virtual machine mostly
-other machines. What takes more than a second is measured once.
-
-On a GPU a repetition is timed by events, so short kernels show what a loop of calls costs. A call that fills the two
-milliseconds alone begins after as much waiting, so that its queue is full, as it is in a training step.
-`device_seconds` is how long the device itself was busy (from the profiler). `cpu_seconds` is the process's CPU time: on
-one thread, what a quiet machine would take. "roofline" is the time that matrix units at the rate of a large product, or
-memory at the rate of a large copy, would need, over the time taken; integer products may pass 100 %.
+Every provider's result is compared with ours before the provider is timed. The row holds the largest relative
+difference, which may be large where a provider rounds to 16 bits.
 
 Times are medians of interleaved repetitions. A repetition makes as many calls as fill 2 ms on a GPU or 20 ms on a CPU;
 what takes more than a second is measured once.

@@ -6,9 +6,11 @@
 Ours packs, computes what samples of a question share only once, and runs the head on policy tokens only; the sampler's
 log-probabilities are kept. The twin (plain.py) pads rows to the longest of the step (or, as `plain, close`, of only
 their micro-batch), runs the head on every token, and first computes old log-probabilities, in a pass of their own. The
-original, whose rows have room for 4,096 tokens, takes padding out again before its passes. All take one optimizer step
-on the same trajectories, of random tokens in turns that released Search-R1 models took (balance.py), with the demo's
-model; losses and gradients agree. Seconds are CPU seconds of this process: medians of interleaved repetitions.
+original, whose rows have room for 4,096 tokens, removes the padding again before its passes.
+
+All take one optimizer step on the same trajectories with the demo's model; losses and gradients agree. Tokens are
+random, in turns as long as those of released Search-R1 models (balance.py). Seconds are CPU seconds of this process:
+medians of interleaved repetitions.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
     python bench/retrieval.py --callers 1,64,2560 --unique 0.4 --output
     python bench/retrieval.py --parts million,faiss,server --index million.index --questions questions.jsonl --output
 
-bursts    the backend is a fake that takes 2 ms per batch, so all else that a search costs is the batcher and its
-          callers: Python's share of it, the C++, the waking of threads and loops (bursts.py)
+bursts    a fake backend takes 2 ms per batch; all else that a search costs is due to the batcher and its callers:
+          Python, the C++, the waking of threads and event loops (bursts.py)
 million   text in, passages out, over an index (million.py)
 faiss     exact search against faiss' IndexFlatIP, same vectors, same process (million.py; needs faiss-cpu)
 server    `searchr1 serve` against a plain server in the manner of published ones (serving.py, plain_server.py; needs

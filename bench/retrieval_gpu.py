@@ -15,7 +15,8 @@ parking  giving the memory to an update and taking it back (parked_rows.py)
 encoder  queries to vectors, by batch size: recorded, launched, by torch, and after parking (encoded_queries.py)
 
 Rows and queries are shaped like E5's: unit vectors around a common direction, cosines about 0.7. The last line is the
-row, as always. The exit status is 1 if a result differs from the CPU's, or a vector from what it was alone.
+row, as always. The exit status is 1 if hits differ from the CPU's or from those before parking, or if a query's vector
+depends on how or with what it was encoded.
 """
 
 from __future__ import annotations

@@ -9,15 +9,17 @@
 generate   greedy, prompts of one length and a fixed number of new tokens: the engine and transformers' `generate` in
            fp32 and in bf16, over the whole batch at once; and vLLM in both where it is installed (docs/architecture.md
            has the installation). Ids of the fp32 ways are compared.
-replay     trajectories of several turns with a search after each (replay.py). The engine keeps its cache and lets every
-           sequence go on by itself. It is measured against the lock-step twin (`PlainEngine`), which waits for the
-           slowest turn and prefills whole contexts again; against transformers' `generate` in fp32 and bf16, called
-           for every turn with all contexts, padded on the left, until the longest turn ends; and against `VllmEngine`
-           in both, which finds the contexts in its prefix cache. `--run-on 500` adds the twin that generates as the
-           original does: without stop tags, every turn to 500 tokens, then cut. A seed sets how long each turn is and
-           what it asks for, so all run the same turns. The row has the share of their contexts that was cached, how
-           long they took, and how long they waited for others (timeline.py; drawn with `--plot`). Ids are compared with
-           the twin's; vLLM and transformers draw in their own ways.
+replay     trajectories of several turns with a search after each but the last (replay.py). The engine keeps its cache
+           and lets every sequence go on by itself. It is measured against
+           - the lock-step twin (`PlainEngine`), which waits for the slowest turn and prefills whole contexts again;
+           - transformers' `generate` in fp32 and bf16, called for every turn with all contexts, padded on the left,
+             until the longest turn ends;
+           - `VllmEngine` in both types, which finds contexts in its prefix cache;
+           - with `--run-on 500`, the twin as the original generates: without stop tags, every turn to 500 tokens, and
+             then cut.
+           A seed sets the lengths of turns and their queries, so all run the same turns. The row has the share of
+           contexts that was cached, how long trajectories took, and how long they waited for others (timeline.py;
+           drawn with `--plot`). Ids are compared with the twin's only: vLLM and transformers sample in their own ways.
 
 The model's parameters are random, and its tokens end no turn. Providers are interleaved, repetition by repetition;
 times are medians. With one thread, `cpu_seconds` is what a quiet machine would take.

@@ -9,7 +9,7 @@ A checkpoint is the policy with its optimizer's state, as a run of one rank save
     update   seconds of an update alone, and the median of those that ran beside a write, the last only in part
     plain    training stands still for all of it (`checkpoint.background=false`)
 
-The page cache is part of it, as every file is flushed to the disk and none is read. The checkpoints are deleted.
+Times include the page cache: every file is flushed to the disk, and none is read. The checkpoints are deleted.
 """
 
 from __future__ import annotations

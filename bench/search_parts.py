@@ -11,7 +11,6 @@ For each scan and number of queries, from queries in host memory to hits in host
     busy        how long the device was at work in a recorded search (the profiler's kernels and copies), and on each
     host        the rest: launching, waiting, copying to and from numpy
     of a copy   the scan alone: bytes of rows per second of the kernel that reads them, over the rate of a large copy
-    settled     queries that took more work because the first answer was not proven
 
 For each scan it also gives how long every way to read the rows took when the index was opened (the first is in use),
 and what had to be settled because the first answer did not prove it. Hits are compared with the CPU's before anything

@@ -9,10 +9,12 @@
 The update is `Policy.update` on trajectories of random tokens in the mix of Search-R1's traces (prompt, turn, passages,
 turn; 35 % of the tokens are the policy's; lengths spread by half around their mean), in groups that share their prompt.
 The engine samples a fixed number of tokens from each prompt, which a group shares; lengths are fixed because random
-weights never end a turn. Nothing is loaded or downloaded. What does not fit, by the planner, is left out and reported.
+weights never end a turn. Nothing is loaded or downloaded. An update that does not fit, by the planner, is left out, and
+that is reported.
 
 Operations are counted in two ways (random_work.py): `model` is what the workload asks for if nothing is shared and the
-head sees every token, and MFU is computed from it; `done` is what is done of that, plus what checkpointing recomputes.
+head sees every token, and MFU is computed from it; `done` is the part that is computed, plus what checkpointing
+recomputes.
 
 MFU may exceed the share of the peak that is `done`, by what is saved. The peak is the data sheet's of an H100 SXM or
 H200 (989 TFLOP/s, bf16, dense); the rate of one large matrix product, measured here, is given beside it.
