@@ -389,10 +389,8 @@ def no_network(*_):
 
 
 def test_an_index_that_is_parked_during_updates_trains_the_same(make_config, make_console, monkeypatch):
-    """The index's rows are gone while weights are updated, and back before any search, evaluations included.
-
-    A CPU stands in for the device.
-    """
+    """The index's rows leave the device (here a CPU stands in for it) while weights are updated, and are back before
+    any search, evaluations included."""
     monkeypatch.setattr(dense, "open_rows", lambda parts, device, scan, show: DeviceRows(list(parts), device, scan))
     opened, seen = [], []
     plain_update, plain_open = trainer.update, environment.open_retriever
