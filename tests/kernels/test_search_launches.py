@@ -63,6 +63,17 @@ def test_a_search_of_other_rows(launches, size, dtype, coarse):
             searches.bounds(queries[:count], way)
 
 
+@pytest.mark.parametrize(
+    ("num_blocks", "k", "fits"),
+    [(256, 32_768, True), (257, 208, True), (257, 209, False), (1 << 22, 208, True), ((1 << 22) + 1, 1, False)],
+)
+def test_what_a_warp_takes(num_blocks, k, fits):
+    """All blocks of a small corpus, or 48 more than there are hits; and 1,024 groups of 4,096 blocks."""
+    searches = object.__new__(_topk_passes.Passes)
+    searches.corpus = _topk_passes.Corpus(None, None, [tensor(num_blocks)])
+    assert searches.can_launch(k) == fits
+
+
 def test_a_search_of_rows_anywhere_in_memory_and_of_many_queries(launches):
     """Otherwise the address of rows of whole 16 numbers would choose the order in which exact scores are summed."""
     memory = tensor(20_000 * 64 + 8, dtype=torch.float16)
