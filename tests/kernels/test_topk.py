@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from searchr1_kernels import Hits, TopKIndex, _topk_cpu, _topk_cuda, open_search, reference, topk_inner_product
+from searchr1_kernels import Hits, TopKIndex, _topk_cpu, open_search, reference, topk_inner_product
 
 KINDS = ("normal", "ties", "copies", "zero", "close", "one direction", "one large component", "all sizes", "tiny")
 
@@ -376,15 +376,6 @@ def test_a_gpu_and_a_cpu_agree(kind, dtype):
         for queries in (1, 50, 200):
             have = topk_inner_product(asked[:queries].cuda(), index, 10)
             assert_equal([tensor.cpu() for tensor in have], [tensor[:queries] for tensor in want])
-
-
-def test_rows_that_begin_anywhere_are_copied_if_that_helps():
-    memory = torch.randn(9 * 32 + 1)
-    anywhere, there = memory[1:].view(9, 32), memory[:-1].view(9, 32)
-    copy = _topk_cuda.aligned(anywhere)
-    assert copy.data_ptr() % 16 == 0 and torch.equal(copy, anywhere)
-    odd = memory[1:].view(12, 24)  # no row but the first is at whole 16 numbers, wherever that is
-    assert _topk_cuda.aligned(there) is there and _topk_cuda.aligned(odd) is odd
 
 
 @pytest.mark.gpu
