@@ -265,3 +265,26 @@ def test_an_encoder_of_any_number_of_texts(launches, heads, size, dtype):
         attention.cached_attention(query, keys, values, places(rows), places(rows), tiles=tiles)
 
     recording.one_set_of_kernels(launches, run, (4096, 64))
+
+
+def test_nothing_to_do_launches_nothing(launches):
+    """A launch of no programs is an error."""
+    kernels = importlib.import_module("searchr1_kernels")
+    rows, heads, cache, angles = tensor(0, 64), tensor(0, 2, 16), tensor(3, 2, 8, 16), tensor(0, 1, 16)
+    kernels.rms_norm(rows, tensor(64), 1e-6, rows)
+    kernels.silu_mul(rows, rows)
+    kernels.rotary_write(heads, heads, heads, angles, angles, cache, cache, places(0), places(0))
+    kernels.cached_attention(heads, cache, cache, places(0), places(0))
+    for sequences in (0, 3):
+        kernels.gae(tensor(0), tensor(0), places(sequences + 1))
+    for options in ({}, {"temperature": 0.0}, {"top_p": 0.9}):
+        kernels.sample_tokens(tensor(0, 500), tensor(0, dtype=torch.float64), **options)
+    for dtype in (torch.bfloat16, torch.float32):
+        sides = tensor(0, 64, dtype=dtype), tensor(500, 64, dtype=dtype), places(0)
+        kernels.linear_logprob(*sides, return_entropy=True)
+        known, denominator = PolicyRows(tensor(0), tensor(0), None, None, None), torch.ones((), dtype=torch.float64)
+        importlib.import_module("searchr1_kernels.linear_policy_loss")._forward(
+            *sides, *arguments(known, None, None, PolicyLoss(), False), denominator, 1.0, None, True, True, True
+        )
+    importlib.import_module("searchr1_kernels._scaling_triton").scale(rows, tensor())
+    assert not launches

@@ -95,13 +95,14 @@ def test_blocks_of_heads_change_no_bit(has_norm, monkeypatch):
 
 
 def test_rotation_takes_views_of_one_product():
-    """q, k and v side by side, and a cache with its heads inside its places."""
+    """q, k and v side by side, cosines beside sines, blocks beside places, and a cache with its heads inside its
+    places."""
     product = numbers(3, 8 * 16, dtype=torch.float32)
     query, key, value = (x.unflatten(1, (-1, 16)) for x in product.split([64, 32, 32], dim=1))
     caches = [torch.zeros(2, 5, 2, 16, device=DEVICE).transpose(1, 2) for _ in range(2)]
     angles = numbers(3, 1, 8, dtype=torch.float32, seed=5).repeat(1, 1, 2)
-    slots, positions = torch.tensor([1, 0, 1], device=DEVICE), torch.tensor([0, 4, 1], device=DEVICE)
-    tensors = (query, key, value, angles.cos(), angles.sin(), *caches)
+    slots, positions = torch.tensor([[1, 0], [0, 4], [1, 1]], device=DEVICE).unbind(1)
+    tensors = (query, key, value, *torch.stack([angles.cos(), angles.sin()], dim=3).unbind(3), *caches)
     want = reference.rotary_write(*(tensor.double() for tensor in tensors), slots, positions)
     have = _generation_triton.rotary_write(*tensors, slots, positions, None, None, 1e-6)
     for left, right in zip((have, *caches), want, strict=True):
