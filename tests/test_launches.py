@@ -166,6 +166,26 @@ def test_the_head_s_memory(launches, rows, function, account):
     assert live.peak <= 1.5e9 or rows > 17_664
 
 
+def test_what_the_head_reads_by_descriptors(launches, monkeypatch):
+    """Rows of whole 16 bytes, one after the other, on Hopper and on the larger Blackwell."""
+    takes = importlib.import_module("searchr1_kernels._linear_forward_triton").takes
+    rows, memory = tensor(9, 64, dtype=torch.bfloat16), tensor(2000, dtype=torch.bfloat16)
+
+    def view(stride: int, offset: int = 0, step: int = 1) -> torch.Tensor:
+        return memory.as_strided((9, 64), (stride, step), offset)
+
+    assert takes(rows, rows) and takes(view(72), view(64, offset=8)) and takes(rows.half(), rows.half())
+    for wrong in (view(68), view(56), view(0), view(64, offset=4), view(192, step=2)):
+        assert not takes(wrong, rows) and not takes(rows, wrong)
+    assert not takes(rows.float(), rows.float())
+    for capability, taken in (((8, 9), False), ((10, 0), True), ((12, 0), False)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, capability=capability: capability)
+        assert takes(rows, rows) == taken
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert not takes(rows, rows)
+
+
 # -------------------------------------------------------------------------------- one kernel for every number of rows
 
 

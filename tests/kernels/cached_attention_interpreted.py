@@ -82,6 +82,16 @@ def test_matches_the_oracle(heads, kv_heads, d, pieces, tiled):
 
 
 @each_way
+def test_scores_far_apart(pieces, tiled):
+    """Weights relative to another's largest score would leave fp32, whichever part has it."""
+    query, *others, lengths = problem(pieces, 4, 2, 16)
+    query *= 300
+    have = attend(query, *others, lengths if tiled else None)
+    want = reference.cached_attention(query.double(), *(x.double() for x in others[:2]), *others[2:])
+    torch.testing.assert_close(have.double(), want, rtol=0, atol=1e-3)
+
+
+@each_way
 @pytest.mark.parametrize("size", [16, 48, 64, 128])
 def test_blocks_in_any_order_are_as_good_as_one_piece(pieces, tiled, size):
     query, keys, values, slots, positions, lengths = problem(pieces, 4, 2, 32)
@@ -158,7 +168,7 @@ def test_any_strides():
     query, keys, values, slots, positions, lengths = problem(MIXED, 4, 2, 32)
     views = [torch.stack([x, x], dim=1)[:, 1] for x in (query, keys, values)]
     views[1] = views[1].transpose(1, 2).contiguous().transpose(1, 2)
-    have = attend(*views, slots, positions, lengths)
+    have = attend(*views, *torch.stack([slots, positions], dim=1).unbind(1), lengths)
     assert torch.equal(have, attend(query, keys, values, slots, positions, lengths))
 
 

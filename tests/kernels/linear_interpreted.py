@@ -7,6 +7,7 @@ multiplies bf16 bit patterns as integers and silently returns nonsense.
 
 from __future__ import annotations
 
+import math
 import sys
 
 import pytest
@@ -129,8 +130,14 @@ def test_forward_without_logits_matches_the_oracle(rows, size, vocabulary, scale
 
 def test_forward_over_several_launches_and_groups():
     hidden, weight, targets = problem(100, 16, 70)
-    ours = forward_kernels.score_without_logits(hidden, weight, targets, 1.0, None, True)
-    assert_close(ours, reference.linear_logprob(hidden.double(), weight.double(), targets, return_entropy=True), 2e-5)
+    normalizers = hidden.new_empty(100, 2)
+    ours = forward_kernels.score_without_logits(hidden, weight, targets, 0.8, None, True, normalizers)
+    exact = reference.linear_logprob(hidden.double(), weight.double(), targets, temperature=0.8, return_entropy=True)
+    assert_close(ours, exact, 2e-5)
+    logits = hidden.double() @ weight.double().T
+    torch.testing.assert_close(normalizers[:, 0].double(), logits.amax(1), rtol=1e-6, atol=1e-5)
+    whole = normalizers[:, 0].double() / 0.8 + normalizers[:, 1].double() * math.log(2)
+    torch.testing.assert_close(whole, (logits / 0.8).logsumexp(1), rtol=1e-6, atol=1e-5)
 
 
 def test_a_row_alone_has_the_bits_of_the_row_in_a_batch():

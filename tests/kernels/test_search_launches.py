@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib
+from types import SimpleNamespace
 
 import pytest
 import torch
 from searchr1_kernels import Hits
 
 pytest.importorskip("triton", reason="needs Triton")
-_topk_passes = importlib.import_module("searchr1_kernels._topk_passes")
+_topk_passes, _topk_triton, _topk_bounds = (
+    importlib.import_module(f"searchr1_kernels._topk_{name}") for name in ("passes", "triton", "bounds_triton")
+)
 recording = importlib.import_module("launch_recording")
 tensor = recording.tensor
 
@@ -72,6 +75,39 @@ def test_what_a_warp_takes(num_blocks, k, fits):
     searches = object.__new__(_topk_passes.Passes)
     searches.corpus = _topk_passes.Corpus(None, None, [tensor(num_blocks)])
     assert searches.can_launch(k) == fits
+    group, groups = _topk_triton.group_constants(num_blocks).values()
+    assert group <= 4096 and group * groups >= num_blocks and (groups <= 1024 or num_blocks > 1 << 22)
+    assert _topk_triton.maxima_tile(group) * group == 4096
+
+
+@pytest.mark.parametrize("digits", [False, True])
+@pytest.mark.parametrize("size", [75, 768])
+@pytest.mark.parametrize("shared_memory", [48 << 10, 99 << 10, 163 << 10, 227 << 10])  # sm_75, sm_86, sm_80, sm_90
+def test_stages_fit_the_memory_there_is(shared_memory, size, digits):
+    for queries in (1, 16, 17, 64, 128, 500):
+        (way,) = _topk_bounds.candidates(queries, size, digits, shared_memory, walks=False)
+        stage = (way.rows + way.queries * (1 + digits)) * way.stage_bytes
+        assert way.num_stages * stage <= shared_memory or way.num_stages == 1
+        (most,) = _topk_bounds.candidates(queries, size, digits, 1 << 20, walks=False)
+        assert way.num_stages == most.num_stages or (way.num_stages + 1) * stage > shared_memory
+
+
+def test_programs_walk_on_hopper_over_rows_that_a_descriptor_can_number(launches, monkeypatch):
+    def ways(rows: int, dtype: torch.dtype, coarse: str = "float"):
+        rows = tensor(rows, 16, dtype=dtype)
+        parts = [tensor(1)] if coarse == "float" else [tensor(1), tensor(16), rows, tensor(1), tensor(1), tensor(1)]
+        searches = object.__new__(_topk_passes.Passes)
+        searches.corpus = _topk_passes.Corpus(rows, None, parts)
+        return searches._ways(4)
+
+    most = (1 << 31) - 1
+    assert len(ways(most, torch.float16)) > 1 and len(ways(most, torch.int8, "int8")) > 1
+    assert len(ways(most + 1, torch.float16)) == len(ways(most + 1, torch.int8, "int8")) == 1
+    for major in (8, 10):
+        properties = SimpleNamespace(**vars(recording.H200) | {"major": major})
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, properties=properties: properties)
+        _topk_passes._device.cache_clear()
+        assert len(ways(most, torch.float16)) == len(ways(most, torch.int8, "int8")) == 1
 
 
 def test_a_search_of_rows_anywhere_in_memory_and_of_many_queries(launches):
