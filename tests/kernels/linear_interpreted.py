@@ -148,6 +148,14 @@ def test_a_row_alone_has_the_bits_of_the_row_in_a_batch():
         assert torch.equal(torch.stack(some), together[:, rows])
 
 
+def test_no_probability_exceeds_one():
+    """Where a target's logit is rounded to more than the largest of all, which it is."""
+    partial, logit = torch.tensor([5.0, 1.0, 0.0], device=DEVICE), torch.tensor([5.00001], device=DEVICE)
+    logprob, target = torch.empty(1, device=DEVICE), torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    forward_kernels.merge(partial, logit, target, 3, 1.0, logprob, None, None)
+    assert logprob == 0
+
+
 @pytest.mark.parametrize("magnitude", [1e4, -1e4])
 def test_extreme_logits(products, magnitude):
     """One logit far from the others, as the target and not; and all of them equally far."""

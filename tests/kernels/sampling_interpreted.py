@@ -100,6 +100,18 @@ def test_a_row_has_the_same_bits_alone_and_in_any_batch(small, temperature, top_
             assert torch.equal(one, all_[rows])
 
 
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (200, 1.0), (0, 0.9)])
+def test_the_running_sum_has_to_pass_the_uniform(small, top_k, top_p):
+    """Of equals, which are all kept, it has the place of the token that is drawn, here also in other parts. One that
+    was rounded to 1 draws the last token that can be drawn."""
+    logits = torch.zeros(5, 300, device=DEVICE)
+    logits[:, 256:] = -torch.inf
+    places = torch.tensor([0, 63, 64, 255, 256], device=DEVICE)
+    for sample in (_sampling_triton.sample, sampling.sample_torch):
+        ids, _ = sample(logits, places.double() / 256, 1.0, top_k, top_p)
+        assert ids.tolist() == places.clamp(max=255).tolist()
+
+
 @pytest.mark.parametrize("random", [0.0, 0.5, 1 - 2**-53])
 @pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (3, 1.0), (0, 0.9), (7, 0.99999)])
 def test_impossible_tokens_are_never_drawn(small, random, top_k, top_p):
