@@ -88,7 +88,7 @@ def test_scores_far_apart(pieces, tiled):
     query *= 300
     have = attend(query, *others, lengths if tiled else None)
     want = reference.cached_attention(query.double(), *(x.double() for x in others[:2]), *others[2:])
-    torch.testing.assert_close(have.double(), want, rtol=0, atol=1e-3)
+    torch.testing.assert_close(have.double(), want, rtol=0, atol=5e-3)
 
 
 @each_way

@@ -117,16 +117,26 @@ def test_all_scores_below_zero(dtype, coarse):
     assert not have[0][1].signbit().any()
 
 
+def test_zeros_of_either_sign_are_equals():
+    """As products too small for fp32 are."""
+    asked, corpus = torch.zeros(1, 16, device=DEVICE), torch.zeros(300, 16, dtype=torch.float16, device=DEVICE)
+    asked[0, 0], corpus[::2, 0] = -1e-45, 0.1
+    scores, ids = _topk_cuda.search(asked, corpus, 3, None, _topk_cuda.prepare(corpus, None, "float"))
+    assert ids.tolist() == [[0, 1, 2]] and scores.tolist() == [[0, 0, 0]]
+
+
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of infinities
 @pytest.mark.parametrize("coarse", ["float", "int8"])
 def test_a_search_with_places_for_all_that_may_be_better_is_proven(monkeypatch, coarse):
-    """Nothing is left to the host, which would correct any choice of blocks, at a cost in time that nobody sees."""
+    """Nothing is left to the host, which would correct any choice of blocks, at a cost in time that nobody sees; and
+    blocks that cannot be better are not scored."""
     monkeypatch.setattr(_topk_passes, "SLACK", {"float": 8, "int8": 8})
     asked, corpus, _ = problem("copies", 900, 24, 4, torch.float16)
     passes = Passes(Corpus(corpus, None, _topk_cuda.prepare(corpus, None, coarse)), 4, 2)
     hits = Hits.views(torch.zeros(Hits.nbytes(4, 2), dtype=torch.uint8, device=DEVICE), 4, 2)
     passes.launch(asked, 2, hits)
     assert not hits.unproven.any()
+    assert (passes._blocks == -1).any()  # the last block has no copy of every row
     want = reference.topk_inner_product(asked, corpus, 2)
     assert torch.equal(hits.scores, want[0]) and torch.equal(hits.ids, want[1])
 
@@ -161,7 +171,7 @@ def every_way(queries, size, digits):
 @pytest.mark.parametrize("queries", [*(size + more for size in CONFIGURATIONS for more in (0, 1)), 300])
 def test_bounds_for_any_number_of_queries(queries):
     """Every shipped tile, full and with one query over; each query's bounds are those it gets alone."""
-    asked, corpus, scales = problem("normal", 300, 40, queries, torch.float16)
+    asked, corpus, scales = problem("normal", 300, 48, queries, torch.float16)  # of 40, programs would walk
     parts = _topk_cuda.prepare(corpus, scales, "float")
     bounds, _ = bounds_of(asked, corpus, scales, parts)
     assert (best_scores(asked, corpus, scales) <= bounds).all()
@@ -285,12 +295,27 @@ def test_what_is_left_is_settled(monkeypatch):
         return settled
 
     monkeypatch.setattr(_topk_cuda, "_best_of_blocks", count)
+    monkeypatch.setattr(_topk_cuda, "_QUERIES_AT_ONCE", 3)
     assert settled("normal", "float") == (0, 0, 0) and scored == []
-    assert settled("copies", "float") == (4, 0, 24) and scored == [(4, 24)]  # all of 6 blocks
-    monkeypatch.setattr(_topk_cuda, "_WORTH", 4.4)  # 24 blocks are 4.39 times the rows
-    assert settled("copies", "int8") == (4, 0, 24) and scored == [(4, 24)]
-    monkeypatch.setattr(_topk_cuda, "_WORTH", 4.3)
-    assert settled("copies", "int8") == (4, 4, 24) and scored == [(4, 24)]  # the rows themselves tell no more of copies
+    assert settled("copies", "float") == (4, 0, 24) and scored == [(3, 18), (1, 6)]  # all of 6 blocks
+    monkeypatch.setattr(_topk_cuda, "_WORTH", 3.3)  # 18 blocks are 3.29 times the rows
+    assert settled("copies", "int8") == (4, 0, 24) and scored == [(3, 18), (1, 6)]
+    monkeypatch.setattr(_topk_cuda, "_WORTH", 3.2)  # the rows themselves tell no more of copies
+    assert settled("copies", "int8") == (4, 3, 24) and scored == [(3, 18), (1, 6)]
+
+
+@pytest.mark.parametrize("launched", [True, False])
+def test_scores_that_differ_by_less_than_their_rounding(launched, monkeypatch):
+    """Rows that are all but equal: where bounds are closer than fp32 can tell, a block whose bound is below a score may
+    have a row of that score, and a lower number."""
+    if not launched:
+        monkeypatch.setattr(Passes, "can_launch", lambda self, k: False)
+    for spread in (3e-8, 1e-7):
+        asked, corpus, _ = problem("normal", 900, 16, 3, torch.float32)
+        asked, corpus = asked.abs(), corpus[:1].abs() * (1 + spread * corpus)
+        have = _topk_cuda.search(asked, corpus, 1, None, _topk_cuda.prepare(corpus, None, "int8"))
+        for left, right in zip(have, reference.topk_inner_product(asked, corpus, 1), strict=True):
+            assert torch.equal(left, right)
 
 
 def test_codes_of_close_rows_give_way_to_the_rows():
@@ -332,7 +357,7 @@ def test_prepared_queries_are_the_queries_up_to_what_is_said(coarse, dtype, kind
         assert (lacking <= ((1e-4 if coarse == "int8" else 5e-4) + rounding) * norms).all()
 
 
-@pytest.mark.parametrize(("k", "dtype"), [(1, torch.float16), (7, torch.int8)])
+@pytest.mark.parametrize(("k", "dtype"), [(1, torch.float16), (12, torch.int8)])
 def test_more_hits_than_a_warp_takes(k, dtype, monkeypatch):
     """The plain way, which is also the twin, gives the same bits."""
     asked, corpus, scales = problem("ties", 1500, 16, 5, dtype)
@@ -349,6 +374,7 @@ def test_blocks_are_taken_in_order(num_blocks):
     """By bound, then by number, as sorting would have them; also if bounds are below zero, infinite or equal."""
     generator = torch.Generator().manual_seed(num_blocks)
     bounds = torch.randn(3, num_blocks, generator=generator)
+    bounds[0] -= 10
     bounds[1] = bounds[1].round() + 0.0  # without -0, which comes after 0 here
     bounds[2, ::3] = torch.inf
     bounds = bounds.to(DEVICE)
@@ -396,6 +422,16 @@ def test_bounds_hold_and_are_close():
             norms = asked.double().norm(dim=1)[:, None] * parts[0].double()
             assert (best <= bounds).all()
             assert (bounds - best <= distance * norms).all()
+
+
+def test_bounds_of_what_codes_hold_exactly():
+    """Nothing is missed, but the product of sums and scales is rounded."""
+    _, corpus, scales = problem("normal", 700, 70, 1, torch.int8)
+    asked = torch.randint(-127, 128, (4, 70), generator=torch.Generator().manual_seed(0)).float().to(DEVICE)
+    asked[:, 0] = 127
+    bounds, _ = bounds_of(asked, corpus, scales, _topk_cuda.prepare(corpus, scales, "int8"))
+    best = best_scores(asked, corpus, scales)
+    assert (best <= bounds).all() and (bounds <= best + 1.5e-6 * best.abs()).all()
 
 
 @pytest.mark.parametrize("coarse", ["float", "int8"])
