@@ -83,7 +83,7 @@ def test_matches_the_oracle(heads, kv_heads, d, pieces, tiled):
 
 @each_way
 def test_scores_far_apart(pieces, tiled):
-    """Weights relative to another's largest score would leave fp32, whichever part has it."""
+    """The largest scores of two parts are hundreds apart, in either order, and no weight overflows."""
     query, *others, lengths = problem(pieces, 4, 2, 16)
     query *= 300
     have = attend(query, *others, lengths if tiled else None)

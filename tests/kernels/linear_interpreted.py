@@ -149,7 +149,7 @@ def test_a_row_alone_has_the_bits_of_the_row_in_a_batch():
 
 
 def test_no_probability_exceeds_one():
-    """Where a target's logit is rounded to more than the largest of all, which it is."""
+    """The logit of a certain target is the largest of all. The two are computed apart and may differ by rounding."""
     partial, logit = torch.tensor([5.0, 1.0, 0.0], device=DEVICE), torch.tensor([5.00001], device=DEVICE)
     logprob, target = torch.empty(1, device=DEVICE), torch.zeros(1, dtype=torch.int64, device=DEVICE)
     forward_kernels.merge(partial, logit, target, 3, 1.0, logprob, None, None)

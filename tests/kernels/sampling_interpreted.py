@@ -102,8 +102,8 @@ def test_a_row_has_the_same_bits_alone_and_in_any_batch(small, temperature, top_
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (200, 1.0), (0, 0.9)])
 def test_the_running_sum_has_to_pass_the_uniform(small, top_k, top_p):
-    """Of equals, which are all kept, it has the place of the token that is drawn, here also in other parts. One that
-    was rounded to 1 draws the last token that can be drawn."""
+    """256 tokens of one weight in several parts: a uniform of n / 256 draws the n-th, and one that was rounded to 1 the
+    last that can be drawn."""
     logits = torch.zeros(5, 300, device=DEVICE)
     logits[:, 256:] = -torch.inf
     places = torch.tensor([0, 63, 64, 255, 256], device=DEVICE)

@@ -71,7 +71,7 @@ def test_a_search_of_other_rows(launches, size, dtype, coarse):
     [(256, 32_768, True), (257, 208, True), (257, 209, False), (1 << 22, 208, True), ((1 << 22) + 1, 1, False)],
 )
 def test_what_a_warp_takes(num_blocks, k, fits):
-    """All blocks of a small corpus, or 48 more than there are hits; and 1,024 groups of 4,096 blocks."""
+    """All blocks of a small corpus, or as many as there are hits and 48 more; and 1,024 groups of 4,096 blocks."""
     searches = object.__new__(_topk_passes.Passes)
     searches.corpus = _topk_passes.Corpus(None, None, [tensor(num_blocks)])
     assert searches.can_launch(k) == fits
@@ -82,7 +82,7 @@ def test_what_a_warp_takes(num_blocks, k, fits):
 
 @pytest.mark.parametrize("digits", [False, True])
 @pytest.mark.parametrize("size", [75, 768])
-@pytest.mark.parametrize("shared_memory", [48 << 10, 99 << 10, 163 << 10, 227 << 10])  # sm_75, sm_86, sm_80, sm_90
+@pytest.mark.parametrize("shared_memory", [64 << 10, 99 << 10, 163 << 10, 227 << 10])  # sm_75, sm_86, sm_80, sm_90
 def test_stages_fit_the_memory_there_is(shared_memory, size, digits):
     for queries in (1, 16, 17, 64, 128, 500):
         (way,) = _topk_bounds.candidates(queries, size, digits, shared_memory, walks=False)

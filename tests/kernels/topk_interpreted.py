@@ -118,7 +118,7 @@ def test_all_scores_below_zero(dtype, coarse):
 
 
 def test_zeros_of_either_sign_are_equals():
-    """As products too small for fp32 are."""
+    """Products too small for fp32 become zeros that keep their sign; then the lower number comes first."""
     asked, corpus = torch.zeros(1, 16, device=DEVICE), torch.zeros(300, 16, dtype=torch.float16, device=DEVICE)
     asked[0, 0], corpus[::2, 0] = -1e-45, 0.1
     scores, ids = _topk_cuda.search(asked, corpus, 3, None, _topk_cuda.prepare(corpus, None, "float"))
@@ -306,8 +306,8 @@ def test_what_is_left_is_settled(monkeypatch):
 
 @pytest.mark.parametrize("launched", [True, False])
 def test_scores_that_differ_by_less_than_their_rounding(launched, monkeypatch):
-    """Rows that are all but equal: where bounds are closer than fp32 can tell, a block whose bound is below a score may
-    have a row of that score, and a lower number."""
+    """Rows that are almost equal: a block whose bound is just below a score may have a row whose score is rounded up to
+    it, and which has a lower number."""
     if not launched:
         monkeypatch.setattr(Passes, "can_launch", lambda self, k: False)
     for spread in (3e-8, 1e-7):
