@@ -33,7 +33,7 @@ def close(have, want):
 @pytest.mark.parametrize(("rows", "size"), [(3, 16), (2, 100), (1, 2048), (5, 1030)])
 def test_norm_matches_the_oracle(rows, size, dtype):
     x, residual = (numbers(rows, size, dtype=dtype, seed=seed) for seed in range(2))
-    weight = numbers(size, dtype=dtype, seed=2)
+    weight = numbers(size, 2, dtype=dtype, seed=2)[:, 1]
     normed, nothing = _generation_triton.norm(x, None, weight, 1e-3)
     assert nothing is None
     close(normed, reference.rms_norm(x.double(), weight.double(), 1e-3)[0])
@@ -95,16 +95,18 @@ def test_blocks_of_heads_change_no_bit(has_norm, monkeypatch):
 
 
 def test_rotation_takes_views_of_one_product():
-    """q, k and v side by side, cosines beside sines, blocks beside places, and a cache with its heads inside its
-    places."""
+    """q, k and v side by side, cosines beside sines, blocks beside places, both norms' weights, and a cache with its
+    heads inside its places."""
     product = numbers(3, 8 * 16, dtype=torch.float32)
     query, key, value = (x.unflatten(1, (-1, 16)) for x in product.split([64, 32, 32], dim=1))
     caches = [torch.zeros(2, 5, 2, 16, device=DEVICE).transpose(1, 2) for _ in range(2)]
     angles = numbers(3, 1, 8, dtype=torch.float32, seed=5).repeat(1, 1, 2)
     slots, positions = torch.tensor([[1, 0], [0, 4], [1, 1]], device=DEVICE).unbind(1)
     tensors = (query, key, value, *torch.stack([angles.cos(), angles.sin()], dim=3).unbind(3), *caches)
-    want = reference.rotary_write(*(tensor.double() for tensor in tensors), slots, positions)
-    have = _generation_triton.rotary_write(*tensors, slots, positions, None, None, 1e-6)
+    norms = numbers(16, 2, dtype=torch.float32, seed=6).unbind(1)
+    doubles, double_norms = ([tensor.double() for tensor in given] for given in (tensors, norms))
+    want = reference.rotary_write(*doubles, slots, positions, *double_norms, 1e-6)
+    have = _generation_triton.rotary_write(*tensors, slots, positions, *norms, 1e-6)
     for left, right in zip((have, *caches), want, strict=True):
         close(left, right)
 
