@@ -80,8 +80,7 @@ def test_matches_the_oracle(kind, rows, size, queries, k, dtype, coarse, seed):
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of infinities
 @pytest.mark.parametrize("coarse", ["float", "int8"])
-@pytest.mark.parametrize("sign", [1, -1])
-@pytest.mark.parametrize("size", [2, 7])
+@pytest.mark.parametrize(("size", "sign"), [(2, 1), (7, -1)])
 @pytest.mark.parametrize(("largest", "mean"), [(2e-44, 0), (1e37, 1000), (3e38, 1)])
 def test_scores_that_rounding_makes_equal(largest, mean, size, sign, coarse):
     """Scores that underflow or are infinite: of equal ones the first rows win, however unequal before rounding."""
