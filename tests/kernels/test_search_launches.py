@@ -45,7 +45,8 @@ def test_a_search(launches, rows, coarse):
 @pytest.mark.parametrize(
     ("size", "dtype"),
     [(400, torch.float16), (768, torch.float32), (768, torch.int8)]
-    + [(size, dtype) for size in (200, 75) for dtype in (torch.float16, torch.float32, torch.int8)],
+    + [(200, torch.float16), (200, torch.int8)]
+    + [(75, dtype) for dtype in (torch.float16, torch.float32, torch.int8)],
 )
 def test_a_search_of_other_rows(launches, size, dtype, coarse):
     """Rows that do not fill whole steps or vectors, and 8-bit rows with their scales.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from test_triton import test_in_the_interpreter as run_in_the_interpreter
+from test_triton import run_in_the_interpreter
 
 
 def test_rollouts_in_tritons_interpreter():
