@@ -71,6 +71,15 @@ def test_a_provider_that_computes_something_else_shows(bench, cases):
     assert row["providers"]["Python loop over groups"]["difference"] == pytest.approx(0.01, rel=1e-3)
 
 
+def test_the_first_call_is_told_apart(bench, cases, monkeypatch):
+    durations = iter([5.0, 1.0, 2.0, 3.0])
+    now = [0.0]
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: now[0])
+    provider = cases.Provider(lambda: now.append(now.pop() + next(durations)))
+    measured = bench.Clock(CPU).measure(provider, 4)
+    assert (measured["first_seconds"], measured["seconds"]) == (5.0, 2.0)
+
+
 def test_heads_of_all_providers_agree(bench, cases, monkeypatch):
     """Loss and both gradients; without torch.compile, which takes longer than the rest."""
     monkeypatch.setattr(cases, "add_compiled", lambda *arguments: None)
